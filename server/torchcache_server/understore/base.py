@@ -1,0 +1,101 @@
+"""The contract of an under-store: the source of truth behind the cache.
+
+Keys are relative to the under-store's URI. A version names one immutable state of a key; `read` delivers bytes of
+that version or fails. Implementations are thread-safe, hold no state but counters and connections, retry what is worth
+retrying within the deadline, and raise only errors of `torchcache.errors`, naming the object's URI.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torchcache.model import ByteRange, ObjectInfo
+
+
+@dataclass
+class Counters:
+    """What went to an under-store since start. A request that was retried counts once for every try."""
+
+    read_requests: int = 0
+    read_bytes: int = 0
+    write_requests: int = 0
+    write_bytes: int = 0
+    meta_requests: int = 0
+    retries: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(
+        self,
+        kind: Literal["read", "write", "meta"],
+        *,
+        bytes: int = 0,
+        retry: bool = False,
+    ) -> None:
+        """Counts one request, and its payload of `bytes`."""
+        with self._lock:
+            setattr(self, f"{kind}_requests", getattr(self, f"{kind}_requests") + 1)
+            if kind != "meta":
+                setattr(self, f"{kind}_bytes", getattr(self, f"{kind}_bytes") + bytes)
+            self.retries += retry
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """One page: objects by key, bytewise; `truncated` if more follow behind the last key."""
+
+    objects: Sequence[ObjectInfo]
+    truncated: bool
+
+
+class UnderStore(Protocol):
+    """One named source of truth. `deadline` is a time.monotonic() value."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def uri(self) -> str:
+        """Root of the keys, e.g. "s3://", "s3://bucket/prefix", "file:///data". A URI is root + "/" + key."""
+
+    @property
+    def counters(self) -> Counters: ...
+
+    def list(self, prefix: str, *, start_after: str, limit: int, deadline: float) -> Listing:
+        """Objects whose key starts with `prefix`, behind `start_after` (empty: from the first).
+
+        Raises ObjectNotFound if the bucket or folder itself doesn't exist; nothing under a prefix is an empty page.
+        """
+
+    def stat(self, key: str, *, deadline: float) -> ObjectInfo:
+        """The object's current version and size. Raises ObjectNotFound."""
+
+    def read(self, object: ObjectInfo, range: ByteRange, *, deadline: float) -> bytearray:
+        """Exactly the bytes of `range` of `object` at its version, length and transport checksum verified.
+
+        Raises ObjectChanged if the key holds another version now, ObjectNotFound if nothing, IntegrityError if the
+        bytes keep arriving damaged.
+        """
+
+    def write(
+        self,
+        key: str,
+        parts: Iterator[memoryview],
+        size: int,
+        *,
+        replaces: str | None,
+        deadline: float,
+    ) -> ObjectInfo:
+        """Stores `size` bytes as `key`, atomically and conditionally; returns the new version.
+
+        `replaces` is the version that must be there now; "" means nothing may be there; None means whatever is there.
+        Raises AlreadyExists if the condition doesn't hold. When in doubt after a lost answer, finds out by stat
+        whether its own bytes are there.
+        """
+
+    def delete(self, key: str, *, deadline: float) -> None:
+        """Removes `key`; absent is fine."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,46 @@
+"""The one place where the library reads environment variables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+_ENDPOINT_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+)
+CREDENTIAL_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+def pool_address() -> str | None:
+    """`TORCHCACHE_POOL`: the pool `connect()` uses when no address is given."""
+    return os.environ.get("TORCHCACHE_POOL") or None
+
+
+def home() -> Path:
+    """`TORCHCACHE_HOME`, else the user's cache folder: where the embedded pool keeps its store."""
+    configured = os.environ.get("TORCHCACHE_HOME")
+    return Path(configured) if configured else Path(platformdirs.user_cache_dir("torchcache"))
+
+
+def token_file() -> Path:
+    """`TORCHCACHE_TOKEN_FILE`, else `token` in `home()`: the token of servers started by hand."""
+    configured = os.environ.get("TORCHCACHE_TOKEN_FILE")
+    return Path(configured) if configured else home() / "token"
+
+
+def endpoint_settings() -> dict[str, str]:
+    """The variables that say *which* S3 is meant, without secrets. Pools of different settings are kept apart."""
+    return {name: os.environ[name] for name in _ENDPOINT_VARIABLES if name in os.environ}
+
+
+def credentials() -> dict[str, str]:
+    """The variables that say *who* asks."""
+    return {name: os.environ[name] for name in CREDENTIAL_VARIABLES if name in os.environ}

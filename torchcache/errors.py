@@ -1,0 +1,104 @@
+"""Every error torchcache raises, split by who acts next.
+
+`TransientError` and its children are all that retry looks at. Everything else is final for the call that met it: the
+caller, or the user, has to change something first. Errors pickle, because DCP gathers them across ranks, and name the
+object and the server they speak of where there is one.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyExists",
+    "CheckpointError",
+    "ConfigurationError",
+    "DeadlineExceeded",
+    "IntegrityError",
+    "NotCommitted",
+    "NotResident",
+    "ObjectChanged",
+    "ObjectNotFound",
+    "OutOfSpace",
+    "Overloaded",
+    "ServerUnavailable",
+    "TorchCacheError",
+    "TransientError",
+]
+
+
+class TorchCacheError(Exception):
+    """Root of all errors of torchcache.
+
+    `object` is the URI or key the error speaks of, `server` the address of the server that met it; either may be None.
+    """
+
+    def __init__(self, message: str, *, object: str | None = None, server: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.object = object
+        self.server = server
+
+    def __str__(self) -> str:
+        where = [f"object {self.object}"] if self.object and self.object not in self.message else []
+        where += [f"server {self.server}"] if self.server and self.server not in self.message else []
+        return f"{self.message} ({', '.join(where)})" if where else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.object, self.server))
+
+
+def _rebuild(
+    kind: type[TorchCacheError], message: str, object: str | None, server: str | None
+) -> TorchCacheError:
+    return kind(message, object=object, server=server)
+
+
+class TransientError(TorchCacheError):
+    """The same call may succeed if made again."""
+
+
+class ServerUnavailable(TransientError):
+    """A server, or the under-store behind it, cannot be reached."""
+
+
+class Overloaded(TransientError):
+    """A server refused because it is at one of its bounds."""
+
+
+class DeadlineExceeded(TransientError):
+    """The call's deadline passed."""
+
+
+class ObjectNotFound(TorchCacheError, FileNotFoundError):
+    """The under-store has no such object, bucket or folder."""
+
+
+class NotResident(ObjectNotFound):
+    """The pool doesn't hold it, and it was asked not to, or has no under-store to, fetch it."""
+
+
+class ObjectChanged(TorchCacheError):
+    """The under-store holds another version than the one pinned."""
+
+
+class IntegrityError(TorchCacheError):
+    """Bytes whose checksum is wrong, and no good copy was found."""
+
+
+class ConfigurationError(TorchCacheError, ValueError):
+    """A wrong argument, setting, token or credential."""
+
+
+class OutOfSpace(TorchCacheError):
+    """The store has no room left for data that must be kept."""
+
+
+class CheckpointError(TorchCacheError):
+    """A checkpoint can't be saved or loaded."""
+
+
+class NotCommitted(CheckpointError):
+    """There is no committed checkpoint at this path."""
+
+
+class AlreadyExists(CheckpointError):
+    """Another checkpoint, or another writer, holds this path."""

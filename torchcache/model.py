@@ -1,0 +1,139 @@
+"""The nouns that client and server share: frozen values, no I/O.
+
+An *object* is one immutable thing: a key in a named under-store, at one version. It is cut into *chunks* of
+`CHUNK_BYTES`, the unit of caching and checksum; `STRIPE_CHUNKS` neighbouring chunks form a *stripe*, the unit of
+placement. Within a chunk every *block* of `BLOCK_BYTES` has a checksum of its own, so that ranges verify too.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+
+import xxhash
+
+BLOCK_BYTES = 16 * 1024
+CHUNK_BYTES = 4 * 1024 * 1024
+STRIPE_CHUNKS = 4
+STRIPE_BYTES = STRIPE_CHUNKS * CHUNK_BYTES
+
+UNKNOWN_SIZE = -1
+"""Size of an object whose size only its stored record tells: a computed sample."""
+
+SAMPLES = "samples"
+"""Reserved under-store name of computed samples. Nothing stands behind it: a miss is a miss."""
+
+SAVE_PREFIX = "save:"
+"""Versions of checkpoint files before and while they are uploaded start so; the save's id follows."""
+
+
+@dataclass(frozen=True)
+class ObjectId:
+    """One immutable object: key `key` of under-store `store`, at `version`.
+
+    `version` is an ETag (quotes stripped), size and mtime_ns of a file, the user's version of a computed sample, or
+    `save:<id>` for a file of a checkpoint.
+    """
+
+    store: str
+    key: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.store}/{self.key}@{self.version}"
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The three fields, each behind its length (u32 little-endian): equal only for equal ids."""
+        fields = [f.encode() for f in (self.store, self.key, self.version)]
+        return b"".join(struct.pack("<I", len(f)) + f for f in fields)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes, xxh3-128 of `encoded`. Finds a record; the record's header proves it is the right one."""
+        return xxhash.xxh3_128_digest(self.encoded)
+
+    @property
+    def is_sample(self) -> bool:
+        return self.store == SAMPLES
+
+    @property
+    def is_save(self) -> bool:
+        return self.version.startswith(SAVE_PREFIX)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """An object and its size in bytes (`UNKNOWN_SIZE` where only the stored record tells)."""
+
+    id: ObjectId
+    size: int
+
+    @property
+    def chunk_count(self) -> int:
+        """Number of chunks; an empty object has one, empty."""
+        return max(1, -(-self.size // CHUNK_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkId:
+    """Chunk number `index` (from 0) of an object."""
+
+    object: ObjectId
+    index: int
+
+    @property
+    def offset(self) -> int:
+        """First byte of the chunk within the object."""
+        return self.index * CHUNK_BYTES
+
+    def length(self, object_size: int) -> int:
+        """Bytes in this chunk, given the object's size."""
+        return max(0, min(CHUNK_BYTES, object_size - self.offset))
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Bytes [start, end): end exclusive."""
+
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes [offset, offset + length) of an object: what a read asks for. `length` -1 is up to the end."""
+
+    object: ObjectInfo
+    offset: int = 0
+    length: int = -1
+
+    @property
+    def end(self) -> int:
+        """First byte after the extent; the object's size, which may be unknown, for length -1."""
+        return self.object.size if self.length < 0 else self.offset + self.length
+
+
+def block_cover(start: int, end: int, chunk_length: int) -> ByteRange:
+    """The smallest block-aligned range of a chunk of `chunk_length` bytes that covers [start, end)."""
+    if start >= end:
+        return ByteRange(0, 0)
+    return ByteRange(start - start % BLOCK_BYTES, min(chunk_length, -(-end // BLOCK_BYTES) * BLOCK_BYTES))
+
+
+def block_digests(payload: memoryview | bytes) -> bytes:
+    """xxh3-64 of every block of `payload`, packed as little-endian u64: 8 bytes a block."""
+    view = memoryview(payload)
+    digest = xxhash.xxh3_64_intdigest
+    values = [digest(view[i : i + BLOCK_BYTES]) for i in range(0, len(view), BLOCK_BYTES)]
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+def chunk_digest(payload: memoryview | bytes) -> int:
+    """xxh3-64 of a chunk's whole payload."""
+    return int(xxhash.xxh3_64_intdigest(payload))

@@ -1,0 +1,82 @@
+"""Errors <-> wire, in one table.
+
+On gRPC an error is a status code whose details are `encode_error`'s text. In Flight batches and in replies that carry
+one error an item it is that text alone. Where a foreign peer or gRPC itself fails, only the status code speaks.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+import grpc
+
+from torchcache import errors
+from torchcache.errors import TorchCacheError
+
+# The first row of a status code is what a bare status of that code becomes. More than one error may share a code; the
+# name in the text tells them apart.
+_TABLE: Final[tuple[tuple[type[TorchCacheError], grpc.StatusCode], ...]] = (
+    (errors.ServerUnavailable, grpc.StatusCode.UNAVAILABLE),
+    (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.OutOfSpace, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.ObjectNotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.NotResident, grpc.StatusCode.NOT_FOUND),
+    (errors.NotCommitted, grpc.StatusCode.NOT_FOUND),
+    (errors.ObjectChanged, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.IntegrityError, grpc.StatusCode.DATA_LOSS),
+    (errors.ConfigurationError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.ConfigurationError, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.ConfigurationError, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.ConfigurationError, grpc.StatusCode.UNIMPLEMENTED),
+    (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.CheckpointError, grpc.StatusCode.ABORTED),
+    (TorchCacheError, grpc.StatusCode.INTERNAL),
+)
+
+_BY_NAME: Final = {kind.__name__: kind for kind, _ in _TABLE}
+_FIRST_OF_CODE: Final = {code: kind for kind, code in reversed(_TABLE)}
+_CODE_OF_KIND: Final = {kind: code for kind, code in reversed(_TABLE)}
+_DEFAULT_TEXT: Final = {
+    grpc.StatusCode.UNAUTHENTICATED: "the server refused the token: pass token=, or let TORCHCACHE_TOKEN_FILE name the "
+    "server's token file",
+    grpc.StatusCode.UNIMPLEMENTED: "the server doesn't know this call: are client and server of the same version?",
+}
+
+
+def encode_error(error: TorchCacheError) -> str:
+    """One line of JSON; `decode_error` gives an equal error of the same class back."""
+    fields = {"error": type(error).__name__, "message": error.message}
+    if error.object:
+        fields["object"] = error.object
+    if error.server:
+        fields["server"] = error.server
+    return json.dumps(fields)
+
+
+def decode_error(text: str, *, server: str | None = None) -> TorchCacheError:
+    """The error behind `encode_error`'s text. Text that isn't ours becomes a plain `TorchCacheError`."""
+    try:
+        fields = json.loads(text)
+        kind = _BY_NAME.get(fields["error"], TorchCacheError)
+        return kind(str(fields["message"]), object=fields.get("object"), server=fields.get("server") or server)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return TorchCacheError(text, server=server)
+
+
+def status_code(error: TorchCacheError) -> grpc.StatusCode:
+    """The gRPC status code an error travels under."""
+    for kind in type(error).__mro__:
+        if kind in _CODE_OF_KIND:
+            return _CODE_OF_KIND[kind]
+    return grpc.StatusCode.INTERNAL
+
+
+def error_from_status(code: grpc.StatusCode, details: str | None, *, server: str | None = None) -> TorchCacheError:
+    """The error a gRPC status stands for: ours if `details` carries one, else the first row of its code."""
+    if details and details.startswith("{"):
+        return decode_error(details, server=server)
+    kind = _FIRST_OF_CODE.get(code, TorchCacheError)
+    text = _DEFAULT_TEXT.get(code) or f"{code.name.lower().replace('_', ' ')}: {details or 'no details'}"
+    return kind(text, server=server)

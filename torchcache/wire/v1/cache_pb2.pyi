@@ -1,0 +1,392 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SaveState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SAVE_STATE_UNSPECIFIED: _ClassVar[SaveState]
+    SAVE_STATE_RESERVED: _ClassVar[SaveState]
+    SAVE_STATE_COMMITTED: _ClassVar[SaveState]
+    SAVE_STATE_DURABLE: _ClassVar[SaveState]
+    SAVE_STATE_FAILED: _ClassVar[SaveState]
+SAVE_STATE_UNSPECIFIED: SaveState
+SAVE_STATE_RESERVED: SaveState
+SAVE_STATE_COMMITTED: SaveState
+SAVE_STATE_DURABLE: SaveState
+SAVE_STATE_FAILED: SaveState
+
+class ObjectRef(_message.Message):
+    __slots__ = ("store", "key", "version", "size")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    key: str
+    version: str
+    size: int
+    def __init__(self, store: _Optional[str] = ..., key: _Optional[str] = ..., version: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+
+class ReadRequest(_message.Message):
+    __slots__ = ("namespace", "objects", "object", "offset", "length", "resident_only", "suspect", "timeout_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_ONLY_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    objects: _containers.RepeatedCompositeFieldContainer[ObjectRef]
+    object: _containers.RepeatedScalarFieldContainer[int]
+    offset: _containers.RepeatedScalarFieldContainer[int]
+    length: _containers.RepeatedScalarFieldContainer[int]
+    resident_only: bool
+    suspect: bool
+    timeout_s: float
+    def __init__(self, namespace: _Optional[str] = ..., objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., object: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., length: _Optional[_Iterable[int]] = ..., resident_only: bool = ..., suspect: bool = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class WriteRequest(_message.Message):
+    __slots__ = ("namespace", "objects", "durable")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    objects: _containers.RepeatedCompositeFieldContainer[ObjectRef]
+    durable: bool
+    def __init__(self, namespace: _Optional[str] = ..., objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., durable: bool = ...) -> None: ...
+
+class WriteReply(_message.Message):
+    __slots__ = ("bytes",)
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
+class InfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UnderStoreInfo(_message.Message):
+    __slots__ = ("name", "uri")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    URI_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    uri: str
+    def __init__(self, name: _Optional[str] = ..., uri: _Optional[str] = ...) -> None: ...
+
+class InfoReply(_message.Message):
+    __slots__ = ("server_id", "instance", "version", "data_port", "under_stores")
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DATA_PORT_FIELD_NUMBER: _ClassVar[int]
+    UNDER_STORES_FIELD_NUMBER: _ClassVar[int]
+    server_id: str
+    instance: str
+    version: str
+    data_port: int
+    under_stores: _containers.RepeatedCompositeFieldContainer[UnderStoreInfo]
+    def __init__(self, server_id: _Optional[str] = ..., instance: _Optional[str] = ..., version: _Optional[str] = ..., data_port: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreInfo, _Mapping]]] = ...) -> None: ...
+
+class UnderStoreCounters(_message.Message):
+    __slots__ = ("name", "read_requests", "read_bytes", "write_requests", "write_bytes", "meta_requests", "retries")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    READ_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    WRITE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    META_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    read_requests: int
+    read_bytes: int
+    write_requests: int
+    write_bytes: int
+    meta_requests: int
+    retries: int
+    def __init__(self, name: _Optional[str] = ..., read_requests: _Optional[int] = ..., read_bytes: _Optional[int] = ..., write_requests: _Optional[int] = ..., write_bytes: _Optional[int] = ..., meta_requests: _Optional[int] = ..., retries: _Optional[int] = ...) -> None: ...
+
+class NamespaceStatus(_message.Message):
+    __slots__ = ("name", "bytes", "chunks", "pinned", "dirty")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    DIRTY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    bytes: int
+    chunks: int
+    pinned: bool
+    dirty: bool
+    def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., pinned: bool = ..., dirty: bool = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces")
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    STORE_PATH_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    PASSED_THROUGH_FIELD_NUMBER: _ClassVar[int]
+    SERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_CALLS_FIELD_NUMBER: _ClassVar[int]
+    WRITE_CALLS_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_PENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNDER_STORES_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    info: InfoReply
+    store_path: str
+    uptime_s: float
+    capacity_bytes: int
+    used_bytes: int
+    chunks: int
+    segments: int
+    hits: int
+    misses: int
+    corrupt: int
+    evicted_chunks: int
+    passed_through: int
+    served_bytes: int
+    read_calls: int
+    write_calls: int
+    upload_pending_bytes: int
+    under_stores: _containers.RepeatedCompositeFieldContainer[UnderStoreCounters]
+    namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStatus]
+    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ...) -> None: ...
+
+class ListRequest(_message.Message):
+    __slots__ = ("store", "prefix", "start_after", "limit")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    START_AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    prefix: str
+    start_after: str
+    limit: int
+    def __init__(self, store: _Optional[str] = ..., prefix: _Optional[str] = ..., start_after: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListReply(_message.Message):
+    __slots__ = ("objects", "truncated")
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    objects: _containers.RepeatedCompositeFieldContainer[ObjectRef]
+    truncated: bool
+    def __init__(self, objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., truncated: bool = ...) -> None: ...
+
+class StatRequest(_message.Message):
+    __slots__ = ("store", "key")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    key: str
+    def __init__(self, store: _Optional[str] = ..., key: _Optional[str] = ...) -> None: ...
+
+class StageRequest(_message.Message):
+    __slots__ = ("namespace", "objects")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    objects: _containers.RepeatedCompositeFieldContainer[ObjectRef]
+    def __init__(self, namespace: _Optional[str] = ..., objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ...) -> None: ...
+
+class StageReply(_message.Message):
+    __slots__ = ("filled_bytes", "errors")
+    FILLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    filled_bytes: _containers.RepeatedScalarFieldContainer[int]
+    errors: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, filled_bytes: _Optional[_Iterable[int]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ResidencyRequest(_message.Message):
+    __slots__ = ("objects",)
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    objects: _containers.RepeatedCompositeFieldContainer[ObjectRef]
+    def __init__(self, objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ...) -> None: ...
+
+class ResidencyReply(_message.Message):
+    __slots__ = ("resident_bytes", "resident_objects")
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    resident_bytes: _containers.RepeatedScalarFieldContainer[int]
+    resident_objects: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, resident_bytes: _Optional[_Iterable[int]] = ..., resident_objects: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PublishRequest(_message.Message):
+    __slots__ = ("store", "key", "write_id", "size", "create_only", "wait_s")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    WRITE_ID_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    CREATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    key: str
+    write_id: str
+    size: int
+    create_only: bool
+    wait_s: float
+    def __init__(self, store: _Optional[str] = ..., key: _Optional[str] = ..., write_id: _Optional[str] = ..., size: _Optional[int] = ..., create_only: bool = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class PublishReply(_message.Message):
+    __slots__ = ("done", "object")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    done: bool
+    object: ObjectRef
+    def __init__(self, done: bool = ..., object: _Optional[_Union[ObjectRef, _Mapping]] = ...) -> None: ...
+
+class DeleteRequest(_message.Message):
+    __slots__ = ("store", "key")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    key: str
+    def __init__(self, store: _Optional[str] = ..., key: _Optional[str] = ...) -> None: ...
+
+class DeleteReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SaveRef(_message.Message):
+    __slots__ = ("store", "path", "part", "save_id")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    SAVE_ID_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    path: str
+    part: str
+    save_id: str
+    def __init__(self, store: _Optional[str] = ..., path: _Optional[str] = ..., part: _Optional[str] = ..., save_id: _Optional[str] = ...) -> None: ...
+
+class ReserveSaveRequest(_message.Message):
+    __slots__ = ("save", "overwrite", "writer")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    OVERWRITE_FIELD_NUMBER: _ClassVar[int]
+    WRITER_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    overwrite: bool
+    writer: str
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., overwrite: bool = ..., writer: _Optional[str] = ...) -> None: ...
+
+class RenewSaveRequest(_message.Message):
+    __slots__ = ("save",)
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ...) -> None: ...
+
+class LeaseReply(_message.Message):
+    __slots__ = ("lease_s",)
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    lease_s: float
+    def __init__(self, lease_s: _Optional[float] = ...) -> None: ...
+
+class SavedFile(_message.Message):
+    __slots__ = ("name", "size")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size: int
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+
+class CommitSaveRequest(_message.Message):
+    __slots__ = ("save", "files", "metadata", "manifest", "overwrite")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    OVERWRITE_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    files: _containers.RepeatedCompositeFieldContainer[SavedFile]
+    metadata: bytes
+    manifest: bytes
+    overwrite: bool
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ..., metadata: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., overwrite: bool = ...) -> None: ...
+
+class AbandonSaveRequest(_message.Message):
+    __slots__ = ("save",)
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ...) -> None: ...
+
+class AbandonSaveReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetSaveRequest(_message.Message):
+    __slots__ = ("store", "path", "part")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    path: str
+    part: str
+    def __init__(self, store: _Optional[str] = ..., path: _Optional[str] = ..., part: _Optional[str] = ...) -> None: ...
+
+class SaveReply(_message.Message):
+    __slots__ = ("save", "state", "manifest", "pending_bytes", "error", "committed_unix_s", "durable_unix_s", "total_bytes")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    PENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    state: SaveState
+    manifest: bytes
+    pending_bytes: int
+    error: str
+    committed_unix_s: float
+    durable_unix_s: float
+    total_bytes: int
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., state: _Optional[_Union[SaveState, str]] = ..., manifest: _Optional[bytes] = ..., pending_bytes: _Optional[int] = ..., error: _Optional[str] = ..., committed_unix_s: _Optional[float] = ..., durable_unix_s: _Optional[float] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class ListSavesRequest(_message.Message):
+    __slots__ = ("store", "prefix")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    prefix: str
+    def __init__(self, store: _Optional[str] = ..., prefix: _Optional[str] = ...) -> None: ...
+
+class ListSavesReply(_message.Message):
+    __slots__ = ("saves",)
+    SAVES_FIELD_NUMBER: _ClassVar[int]
+    saves: _containers.RepeatedCompositeFieldContainer[SaveReply]
+    def __init__(self, saves: _Optional[_Iterable[_Union[SaveReply, _Mapping]]] = ...) -> None: ...
+
+class CredentialsRequest(_message.Message):
+    __slots__ = ("variables",)
+    class VariablesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VARIABLES_FIELD_NUMBER: _ClassVar[int]
+    variables: _containers.ScalarMap[str, str]
+    def __init__(self, variables: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class CredentialsReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
