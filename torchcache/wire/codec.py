@@ -140,7 +140,9 @@ def decode_pieces(batch: pa.RecordBatch) -> Iterator[Piece]:
     if not batch.schema.equals(READ_SCHEMA):
         raise IntegrityError(f"a read answered with another schema: {batch.schema}")
     extents, sizes, offsets, whole, digests, error = (batch.column(i).to_pylist() for i in range(6))
-    rows = zip(extents, sizes, offsets, whole, digests, binary_view_buffers(batch.column(6)), error, strict=True)
+    rows = zip(
+        extents, sizes, offsets, whole, digests, binary_view_buffers(batch.column(6)), error, strict=True
+    )
     return (Piece(*row) for row in rows)
 
 

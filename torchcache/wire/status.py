@@ -18,6 +18,7 @@ from torchcache.errors import TorchCacheError
 # name in the text tells them apart.
 _TABLE: Final[tuple[tuple[type[TorchCacheError], grpc.StatusCode], ...]] = (
     (errors.ServerUnavailable, grpc.StatusCode.UNAVAILABLE),
+    (errors.TransientError, grpc.StatusCode.UNAVAILABLE),
     (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.OutOfSpace, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -60,7 +61,9 @@ def decode_error(text: str, *, server: str | None = None) -> TorchCacheError:
     try:
         fields = json.loads(text)
         kind = _BY_NAME.get(fields["error"], TorchCacheError)
-        return kind(str(fields["message"]), object=fields.get("object"), server=fields.get("server") or server)
+        return kind(
+            str(fields["message"]), object=fields.get("object"), server=fields.get("server") or server
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return TorchCacheError(text, server=server)
 
@@ -73,7 +76,9 @@ def status_code(error: TorchCacheError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
-def error_from_status(code: grpc.StatusCode, details: str | None, *, server: str | None = None) -> TorchCacheError:
+def error_from_status(
+    code: grpc.StatusCode, details: str | None, *, server: str | None = None
+) -> TorchCacheError:
     """The error a gRPC status stands for: ours if `details` carries one, else the first row of its code."""
     if details and details.startswith("{"):
         return decode_error(details, server=server)

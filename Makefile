@@ -1,0 +1,44 @@
+# The two commands of the README are `make demo` and `make test`. Each sets up all it needs, in .venv, once.
+
+PYTHON ?= $(shell command -v python3 || command -v python3.11)
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-long bench lint format proto clean
+
+demo: $(READY)
+	$(BIN)/python -m examples.demo
+
+test: $(READY)
+	$(PYTEST) -m "not long"
+
+test-long: $(READY)
+	$(PYTEST) --timeout=3600
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(READY)
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. torchcache/wire/v1/cache.proto
+
+clean:
+	rm -rf .venv .demo .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "torchcache needs Python 3.11 or later; found: $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv .venv \
+		|| { echo "No venv in this Python. On Debian: apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@

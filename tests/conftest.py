@@ -1,0 +1,49 @@
+"""Fixtures shared by all tests: a real S3 server, a home of its own for every test, and what may not be left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.seaweedfs import SeaweedFS, environment
+
+_NO_ACCOUNT = {
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_account() -> Iterator[None]:
+    """No test sees the AWS account or the torchcache settings of whoever runs it."""
+    hidden = [name for name in os.environ if name.startswith(("AWS_", "TORCHCACHE_"))]
+    saved = {name: os.environ.pop(name) for name in hidden}
+    with environment(_NO_ACCOUNT):
+        yield
+    os.environ.update(saved)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """One SeaweedFS for the whole run."""
+    with SeaweedFS(tmp_path_factory.mktemp("weed")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: SeaweedFS) -> Iterator[SeaweedFS]:
+    """The real S3 server, with the AWS_* variables set so that boto3 and torchcache find it."""
+    with environment(s3_server.environment()):
+        yield s3_server
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A TORCHCACHE_HOME of the test's own."""
+    folder = tmp_path_factory.mktemp("home")
+    with environment({"TORCHCACHE_HOME": str(folder)}):
+        yield folder

@@ -1,0 +1,64 @@
+"""model.py: identities that differ differ in every form, and blocks cover what they must."""
+
+from __future__ import annotations
+
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchcache.model import (
+    BLOCK_BYTES,
+    CHUNK_BYTES,
+    ChunkId,
+    ObjectId,
+    ObjectInfo,
+    block_cover,
+    block_digests,
+    chunk_digest,
+)
+
+texts = st.text(max_size=20)
+ids = st.builds(ObjectId, texts, texts, texts)
+
+
+@given(ids, ids)
+def test_encodings_are_equal_only_for_equal_ids(a: ObjectId, b: ObjectId) -> None:
+    assert (a.encoded == b.encoded) == (a == b)
+    assert (a.digest == b.digest) == (a == b)
+
+
+def test_fields_do_not_run_into_each_other() -> None:
+    assert ObjectId("a", "bc", "").encoded != ObjectId("ab", "c", "").encoded
+
+
+@given(st.integers(0, 5 * CHUNK_BYTES))
+def test_chunks_tile_the_object(size: int) -> None:
+    info = ObjectInfo(ObjectId("s", "k", "v"), size)
+    lengths = [ChunkId(info.id, i).length(size) for i in range(info.chunk_count)]
+    assert sum(lengths) == size
+    assert all(n == CHUNK_BYTES for n in lengths[:-1])
+    assert ChunkId(info.id, info.chunk_count).length(size) == 0
+
+
+@given(st.integers(1, CHUNK_BYTES), st.data())
+def test_cover_is_the_least_aligned_range(length: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, length - 1))
+    end = data.draw(st.integers(start + 1, length))
+    cover = block_cover(start, end, length)
+    assert cover.start <= start < end <= cover.end <= length
+    assert cover.start % BLOCK_BYTES == 0
+    assert cover.end % BLOCK_BYTES == 0 or cover.end == length
+    assert start - cover.start < BLOCK_BYTES
+    assert cover.end - end < BLOCK_BYTES
+
+
+def test_an_empty_range_needs_no_block() -> None:
+    assert block_cover(5, 5, 100).length == 0
+
+
+@given(st.binary(max_size=3 * BLOCK_BYTES))
+def test_digests_are_xxh3(payload: bytes) -> None:
+    digests = block_digests(payload)
+    blocks = [payload[i : i + BLOCK_BYTES] for i in range(0, len(payload), BLOCK_BYTES)]
+    assert digests == b"".join(xxhash.xxh3_64(b).intdigest().to_bytes(8, "little") for b in blocks)
+    assert chunk_digest(payload) == xxhash.xxh3_64(payload).intdigest()

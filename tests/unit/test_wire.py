@@ -1,0 +1,134 @@
+"""wire/: the generated code is fresh, errors survive the trip, batches carry pieces whole."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchcache import errors
+from torchcache.errors import IntegrityError, TorchCacheError
+from torchcache.model import BLOCK_BYTES, block_digests, chunk_digest
+from torchcache.wire import codec, status
+
+ROOT = Path(__file__).parents[2]
+KINDS = [getattr(errors, name) for name in errors.__all__]
+
+
+def test_generated_code_is_fresh(tmp_path: Path) -> None:
+    """`make proto` was run after the last change of cache.proto."""
+    out = str(tmp_path)
+    flags = [f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *flags, "torchcache/wire/v1/cache.proto"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for name in ("cache_pb2.py", "cache_pb2.pyi", "cache_pb2_grpc.py"):
+        path = Path("torchcache/wire/v1") / name
+        assert (tmp_path / path).read_text() == (ROOT / path).read_text(), (
+            f"{name} is stale: run `make proto`"
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_survive_the_wire_and_pickling(kind: type[TorchCacheError]) -> None:
+    error = kind("what happened", object="s3://bucket/key", server="127.0.0.1:7440")
+    code, text = status.status_code(error), status.encode_error(error)
+    for back in (
+        status.decode_error(text),
+        status.error_from_status(code, text),
+        pickle.loads(pickle.dumps(error)),
+    ):
+        assert type(back) is kind
+        assert (back.message, back.object, back.server) == (error.message, error.object, error.server)
+        assert "s3://bucket/key" in str(back)
+
+
+def test_every_error_has_a_status() -> None:
+    for kind in KINDS:
+        assert status.status_code(kind("x")) is not grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, errors.ServerUnavailable),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.Overloaded),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.ConfigurationError),
+        (grpc.StatusCode.UNKNOWN, TorchCacheError),
+    ],
+)
+def test_a_bare_status_becomes_the_first_of_its_code(code: grpc.StatusCode, kind: type) -> None:
+    assert type(status.error_from_status(code, "from elsewhere", server="h:1")) is kind
+
+
+@given(st.text())
+def test_foreign_text_is_never_a_crash(text: str) -> None:
+    assert isinstance(status.decode_error(text), TorchCacheError)
+
+
+def piece(payload: bytes, extent: int = 0, *, whole: bool = True) -> codec.Piece:
+    digests = chunk_digest(payload).to_bytes(8, "little") if whole else block_digests(payload)
+    return codec.Piece(extent, len(payload), 0, whole, digests, pa.py_buffer(payload))
+
+
+@given(st.lists(st.binary(max_size=100), max_size=20), st.integers(0, 5))
+def test_pieces_survive_a_batch(payloads: list[bytes], skip: int) -> None:
+    batch = codec.encode_pieces([piece(p, i) for i, p in enumerate(payloads)])
+    batch.validate(full=True)
+    back = list(codec.decode_pieces(batch.slice(skip)))
+    assert [bytes(p.data) for p in back] == payloads[skip:]
+    for p in back:
+        p.verify()
+
+
+def test_a_failed_piece_carries_its_error() -> None:
+    text = status.encode_error(errors.ObjectNotFound("gone"))
+    (back,) = codec.decode_pieces(codec.encode_pieces([codec.failed_piece(3, text)]))
+    assert back.extent == 3
+    assert isinstance(status.decode_error(back.error or ""), errors.ObjectNotFound)
+
+
+@given(st.binary(min_size=1, max_size=3 * BLOCK_BYTES), st.booleans(), st.data())
+def test_one_flipped_bit_is_found(payload: bytes, whole: bool, data: st.DataObject) -> None:
+    good = piece(payload, whole=whole)
+    good.verify()
+    bit = data.draw(st.integers(0, len(payload) * 8 - 1))
+    flipped = bytearray(payload)
+    flipped[bit // 8] ^= 1 << bit % 8
+    bad = codec.Piece(0, good.object_size, 0, whole, good.digests, pa.py_buffer(bytes(flipped)))
+    with pytest.raises(IntegrityError):
+        bad.verify()
+
+
+@pytest.mark.parametrize("digests", [b"", b"1234567", b"12345678" * 2])
+def test_missing_or_surplus_checksums_are_refused(digests: bytes) -> None:
+    for whole in (True, False):
+        with pytest.raises(IntegrityError):
+            codec.Piece(0, 5, 0, whole, digests, pa.py_buffer(b"hello")).verify()
+
+
+def test_a_view_outside_its_buffer_is_refused() -> None:
+    good = codec.binary_view_array([pa.py_buffer(b"x" * 100)])
+    views = bytearray(good.buffers()[1].to_pybytes())
+    views[0:4] = (200).to_bytes(4, "little")
+    bad = pa.Array.from_buffers(pa.binary_view(), 1, [None, pa.py_buffer(bytes(views)), good.buffers()[2]])
+    with pytest.raises(IntegrityError):
+        codec.binary_view_buffers(bad)
+
+
+def test_chunks_survive_a_batch() -> None:
+    payloads = [b"", b"abc", b"x" * 70_000]
+    rows = [(0, i, chunk_digest(p), pa.py_buffer(p)) for i, p in enumerate(payloads)]
+    batch = codec.encode_chunks(rows)
+    batch.validate(full=True)
+    back = list(codec.decode_chunks(batch))
+    assert [(r[0], r[1], r[2], bytes(r[3])) for r in back] == [
+        (0, i, chunk_digest(p), p) for i, p in enumerate(payloads)
+    ]
