@@ -85,3 +85,27 @@ def error_from_status(
     kind = _FIRST_OF_CODE.get(code, TorchCacheError)
     text = _DEFAULT_TEXT.get(code) or f"{code.name.lower().replace('_', ' ')}: {details or 'no details'}"
     return kind(text, server=server)
+
+
+_CODE_OF_FLIGHT: Final = {
+    "FlightUnavailableError": grpc.StatusCode.UNAVAILABLE,
+    "FlightTimedOutError": grpc.StatusCode.DEADLINE_EXCEEDED,
+    "FlightCancelledError": grpc.StatusCode.CANCELLED,
+    "FlightUnauthenticatedError": grpc.StatusCode.UNAUTHENTICATED,
+    "FlightUnauthorizedError": grpc.StatusCode.PERMISSION_DENIED,
+    "ArrowNotImplementedError": grpc.StatusCode.UNIMPLEMENTED,
+}
+
+
+def error_from_flight(error: Exception, *, server: str | None = None) -> TorchCacheError:
+    """The error behind what pyarrow's Flight client raised.
+
+    Our server sends `encode_error`'s text twice: as the message, for clients in other languages, and as `extra_info`,
+    because pyarrow's client wraps the message ("<message>. Detail: <kind>. gRPC client debug context: ..."). Where
+    gRPC or Flight itself failed there is no extra_info, and the exception's class speaks.
+    """
+    extra = getattr(error, "extra_info", None)
+    if extra:
+        return decode_error(bytes(extra).decode(errors="replace"), server=server)
+    code = _CODE_OF_FLIGHT.get(type(error).__name__, grpc.StatusCode.INTERNAL)
+    return error_from_status(code, str(error).partition(". gRPC client debug context")[0], server=server)
