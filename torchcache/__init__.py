@@ -1,3 +1,94 @@
 """torchcache: the layer between object storage and PyTorch."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+
+# Public names load their module at first use: `import torchcache` stays light, and needs no torch.
+_HOMES = {
+    "connect": "torchcache.connecting",
+    "LocalPool": "torchcache.local_pool",
+    "Pool": "torchcache.pool",
+    "TlsConfig": "torchcache.pool",
+    "CachedDataset": "torchcache.data",
+    "CacheStorageReader": "torchcache.checkpoint",
+    "CacheStorageWriter": "torchcache.checkpoint",
+    "AlreadyExists": "torchcache.errors",
+    "CheckpointError": "torchcache.errors",
+    "ConfigurationError": "torchcache.errors",
+    "DeadlineExceeded": "torchcache.errors",
+    "IntegrityError": "torchcache.errors",
+    "NotCommitted": "torchcache.errors",
+    "NotResident": "torchcache.errors",
+    "ObjectChanged": "torchcache.errors",
+    "ObjectNotFound": "torchcache.errors",
+    "OutOfSpace": "torchcache.errors",
+    "Overloaded": "torchcache.errors",
+    "ServerUnavailable": "torchcache.errors",
+    "TorchCacheError": "torchcache.errors",
+    "TransientError": "torchcache.errors",
+}
+
+if TYPE_CHECKING:
+    from torchcache.checkpoint import CacheStorageReader, CacheStorageWriter
+    from torchcache.connecting import connect
+    from torchcache.data import CachedDataset
+    from torchcache.errors import (
+        AlreadyExists,
+        CheckpointError,
+        ConfigurationError,
+        DeadlineExceeded,
+        IntegrityError,
+        NotCommitted,
+        NotResident,
+        ObjectChanged,
+        ObjectNotFound,
+        OutOfSpace,
+        Overloaded,
+        ServerUnavailable,
+        TorchCacheError,
+        TransientError,
+    )
+    from torchcache.local_pool import LocalPool
+    from torchcache.pool import Pool, TlsConfig
+
+__all__ = [
+    "AlreadyExists",
+    "CacheStorageReader",
+    "CacheStorageWriter",
+    "CachedDataset",
+    "CheckpointError",
+    "ConfigurationError",
+    "DeadlineExceeded",
+    "IntegrityError",
+    "LocalPool",
+    "NotCommitted",
+    "NotResident",
+    "ObjectChanged",
+    "ObjectNotFound",
+    "OutOfSpace",
+    "Overloaded",
+    "Pool",
+    "ServerUnavailable",
+    "TlsConfig",
+    "TorchCacheError",
+    "TransientError",
+    "__version__",
+    "connect",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,25 @@
+"""The client's side of a pool: ranges in, buffers out."""
+
+from torchcache.pool.client import Pool
+from torchcache.pool.members import TlsConfig
+from torchcache.pool.reports import (
+    NamespaceStatus,
+    PoolStatistics,
+    Residency,
+    SaveInfo,
+    SaveState,
+    ServerStatus,
+    UnderStoreStatus,
+)
+
+__all__ = [
+    "NamespaceStatus",
+    "Pool",
+    "PoolStatistics",
+    "Residency",
+    "SaveInfo",
+    "SaveState",
+    "ServerStatus",
+    "TlsConfig",
+    "UnderStoreStatus",
+]

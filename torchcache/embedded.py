@@ -1,0 +1,1 @@
+"""The embedded pool on disk and in processes: who uses it, who serves it."""

@@ -1,0 +1,122 @@
+"""What a pool tells about itself: frozen values that mirror the control service's replies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torchcache.errors import TorchCacheError
+
+SaveState = Literal["reserved", "committed", "durable", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnderStoreStatus:
+    """What one server sent to one of its under-stores since it started. Bytes are payload."""
+
+    name: str
+    uri: str
+    read_requests: int
+    read_bytes: int
+    write_requests: int
+    write_bytes: int
+    meta_requests: int
+    retries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceStatus:
+    """One dataset or checkpoint in one server's store. `dirty`: not yet durable, so never evicted."""
+
+    name: str
+    bytes: int
+    chunks: int
+    pinned: bool
+    dirty: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStatus:
+    """One server, as it sees itself. Counters run since it started."""
+
+    address: str
+    server_id: str
+    instance: str
+    version: str
+    store_path: str
+    uptime_s: float
+    capacity_bytes: int
+    used_bytes: int
+    chunks: int
+    segments: int
+    hits: int
+    misses: int
+    corrupt: int
+    evicted_chunks: int
+    passed_through: int
+    served_bytes: int
+    read_calls: int
+    write_calls: int
+    upload_pending_bytes: int
+    under_stores: tuple[UnderStoreStatus, ...]
+    namespaces: tuple[NamespaceStatus, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residency:
+    """How much of some objects the pool holds. Objects count as resident when they are held whole.
+
+    `bytes` counts only objects whose size is known beforehand: computed samples count as objects alone.
+    """
+
+    objects: int
+    resident_objects: int
+    bytes: int
+    resident_bytes: int
+
+    @property
+    def fraction(self) -> float:
+        """Resident bytes of all bytes, or objects of all objects where no size is known; 1.0 of nothing."""
+        if self.bytes:
+            return self.resident_bytes / self.bytes
+        return self.resident_objects / self.objects if self.objects else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStatistics:
+    """What this process asked of the pool since it first used it.
+
+    `lanes` maps a server's address to the lane its bytes travel by. `read_calls` and `write_calls` count calls to a
+    server (do_get, do_put), not samples; `extents` and `read_bytes` what they delivered, `written_bytes` what was
+    acknowledged; `retries` calls made again.
+    """
+
+    lanes: dict[str, str]
+    read_calls: int = 0
+    write_calls: int = 0
+    control_calls: int = 0
+    extents: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    retries: int = 0
+    suspects: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveInfo:
+    """One save of a checkpoint. Times are seconds since the epoch, 0.0 where it hasn't happened.
+
+    `manifest` is empty in listings. `error` says why a failed save failed.
+    """
+
+    store: str
+    path: str
+    part: str
+    save_id: str
+    state: SaveState
+    manifest: bytes
+    pending_bytes: int
+    total_bytes: int
+    error: TorchCacheError | None
+    committed_unix_s: float
+    durable_unix_s: float
