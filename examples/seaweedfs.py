@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,18 +140,22 @@ class SeaweedFS:
 
 
 @contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Sets environment variables for the time of a `with` block."""
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Sets environment variables, or with None removes them, for the time of a `with` block."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    _set_all(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_all(before)
+
+
+def _set_all(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _weed() -> str:

@@ -20,11 +20,9 @@ _NO_ACCOUNT = {
 @pytest.fixture(scope="session", autouse=True)
 def no_account() -> Iterator[None]:
     """No test sees the AWS account or the torchcache settings of whoever runs it."""
-    hidden = [name for name in os.environ if name.startswith(("AWS_", "TORCHCACHE_"))]
-    saved = {name: os.environ.pop(name) for name in hidden}
-    with environment(_NO_ACCOUNT):
+    hidden = {name: None for name in os.environ if name.startswith(("AWS_", "TORCHCACHE_"))}
+    with environment({**hidden, **_NO_ACCOUNT}):
         yield
-    os.environ.update(saved)
 
 
 @pytest.fixture(scope="session")

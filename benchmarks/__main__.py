@@ -1,0 +1,49 @@
+"""`make bench`: runs every comparison, prints a table, and writes the figures as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.flight_lane import SHAPES, TINY, Comparison, compare
+from benchmarks.rounds import machine
+
+
+def show(comparisons: list[Comparison], rounds: int) -> None:
+    table = Table(title=f"Flight lane, medians of {rounds} alternating rounds", title_style="bold")
+    for name in ("what", "contender", "ms", "fastest", "slowest", "GB/s", "ours / bare"):
+        table.add_column(name, justify="left" if name in ("what", "contender") else "right")
+    for c in comparisons:
+        for result in (c.ours, c.bare_one, c.bare_views):
+            times = (f"{t * 1e3:.1f}" for t in (result.median_s, result.fastest_s, result.slowest_s))
+            ratio = f"{c.ratio:.2f}" if result is c.ours else ""
+            table.add_row(
+                c.shape if ratio else "", result.name, *times, f"{result.gigabytes_per_s:.2f}", ratio
+            )
+        table.add_section()
+    console = Console()
+    console.print(table)
+    console.print("; ".join(f"{k} {v}" for k, v in machine().items()), style="dim")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tiny", action="store_true", help="one small round, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    rounds = 1 if args.tiny else args.rounds
+    comparisons = [compare(shape, rounds=rounds) for shape in (TINY if args.tiny else SHAPES)]
+    show(comparisons, rounds)
+    if args.json:
+        figures = [{**asdict(c), "ratio": c.ratio} for c in comparisons]
+        args.json.write_text(json.dumps({"machine": machine(), "flight_lane": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
