@@ -36,19 +36,22 @@ def reads(pool: tc.Pool) -> int:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_the_second_epoch_sends_no_request_to_s3(s3: SeaweedFS, bucket: str, method: str) -> None:
-    with CountingProxy(s3.endpoint_url) as proxy, environment({"AWS_ENDPOINT_URL": proxy.endpoint_url}):
-        with tc.LocalPool() as pool:
-            dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", decode=decode, pool=pool)
-            loader = DataLoader(
-                dataset, batch_size=16, shuffle=True, num_workers=2, multiprocessing_context=method
-            )
-            epochs = []
-            for _ in range(3):
-                before = len(proxy.requests), reads(pool)
-                batches = list(loader)
-                epochs.append((len(proxy.requests) - before[0], reads(pool) - before[1]))
-                seen = sorted(torch.cat(batches).tolist())
-                assert seen == sorted([len(payload(i)), sum(payload(i)[:10])] for i in range(SAMPLES))
+    with (
+        CountingProxy(s3.endpoint_url) as proxy,
+        environment({"AWS_ENDPOINT_URL": proxy.endpoint_url}),
+        tc.LocalPool() as pool,
+    ):
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", decode=decode, pool=pool)
+        loader = DataLoader(
+            dataset, batch_size=16, shuffle=True, num_workers=2, multiprocessing_context=method
+        )
+        epochs = []
+        for _ in range(3):
+            before = len(proxy.requests), reads(pool)
+            batches = list(loader)
+            epochs.append((len(proxy.requests) - before[0], reads(pool) - before[1]))
+            seen = sorted(torch.cat(batches).tolist())
+            assert seen == sorted([len(payload(i)), sum(payload(i)[:10])] for i in range(SAMPLES))
     assert epochs[0] == (SAMPLES, SAMPLES)
     assert epochs[1:] == [(0, 0), (0, 0)]
 
