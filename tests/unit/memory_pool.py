@@ -1,0 +1,216 @@
+"""A pool in memory, for tests of what stands on top of the pool and needs no server: the CLI's and fsspec's logic."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+from torchcache.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    NotCommitted,
+    ObjectChanged,
+    ObjectNotFound,
+    TorchCacheError,
+)
+from torchcache.model import Extent, ObjectId, ObjectInfo
+from torchcache.pool import Residency, SaveInfo, ServerStatus, UnderStoreStatus
+
+
+class MemoryPool:
+    """What the CLI and fsspec use of `Pool`, over dicts. Buckets are the first segments of keys."""
+
+    def __init__(self, roots: dict[str, str] | None = None) -> None:
+        self.roots = roots or {"s3": "s3://", "file": "file:///"}
+        self.objects: dict[tuple[str, str], bytes] = {}
+        self.saved: dict[tuple[str, str, str], SaveInfo] = {}
+        self.save_files: dict[ObjectId, bytes] = {}
+        self.resident: set[ObjectId] = set()
+        self.errors: dict[str, TorchCacheError] = {}  # by URI: what reading it raises
+        self.reads: list[list[Extent]] = []
+
+    # ---- names ----
+
+    def uri(self, object: ObjectId) -> str:
+        root = self.roots.get(object.store)
+        if root is None:
+            raise ConfigurationError(f"no under-store {object.store!r}; there are {sorted(self.roots)}")
+        return root + object.key if root.endswith("/") else f"{root}/{object.key}"
+
+    def resolve(self, uri: str) -> tuple[str, str]:
+        for store, root in sorted(self.roots.items(), key=lambda item: -len(item[1])):
+            prefix = root if root.endswith("/") else root + "/"
+            if uri.startswith(prefix):
+                return store, uri[len(prefix) :]
+        raise ConfigurationError(f"no under-store for {uri}")
+
+    # ---- objects ----
+
+    def put(self, uri: str, data: bytes) -> ObjectInfo:
+        store, key = self.resolve(uri)
+        self.objects[store, key] = data
+        return self.stat(uri)
+
+    def stat(self, uri: str) -> ObjectInfo:
+        store, key = self.resolve(uri)
+        if (store, key) not in self.objects:
+            raise ObjectNotFound(f"there is no {uri}", object=uri)
+        data = self.objects[store, key]
+        return ObjectInfo(ObjectId(store, key, hashlib.md5(data).hexdigest()), len(data))
+
+    def list(self, uri: str) -> Iterator[ObjectInfo]:
+        store, key = self.resolve(uri if uri.endswith("/") else uri + "/")
+        bucket = key.partition("/")[0]
+        if self.roots[store].endswith("/") and not any(
+            s == store and k.startswith(bucket + "/") for s, k in self.objects
+        ):
+            raise ObjectNotFound(f"there is no bucket {bucket}", object=uri)
+        for found_store, found in sorted(self.objects, key=lambda item: item[1].encode()):
+            if found_store == store and found.startswith(key):
+                yield self.stat(self.uri(ObjectId(store, found, "")))
+
+    def delete(self, uri: str) -> None:
+        self.objects.pop(self.resolve(uri), None)
+
+    def publish(self, uri: str, data: Sequence[memoryview], *, create_only: bool = False) -> ObjectInfo:
+        if create_only and self.resolve(uri) in self.objects:
+            raise AlreadyExists(f"{uri} exists", object=uri)
+        return self.put(uri, b"".join(data))
+
+    # ---- bytes ----
+
+    def read(
+        self,
+        extents: Sequence[Extent],
+        *,
+        namespace: str = "",
+        into: Sequence[memoryview] | None = None,
+        timeout_s: float = 60.0,
+    ) -> list[memoryview]:
+        outcomes = self.read_each(extents, namespace=namespace, into=into, timeout_s=timeout_s)
+        for outcome in outcomes:
+            if isinstance(outcome, TorchCacheError):
+                raise outcome
+        return [outcome for outcome in outcomes if isinstance(outcome, memoryview)]
+
+    def read_each(
+        self,
+        extents: Sequence[Extent],
+        *,
+        namespace: str = "",
+        into: Sequence[memoryview] | None = None,
+        resident_only: bool = False,
+        timeout_s: float = 60.0,
+    ) -> list[memoryview | TorchCacheError]:
+        self.reads.append(list(extents))
+        outcomes: list[memoryview | TorchCacheError] = []
+        for i, extent in enumerate(extents):
+            try:
+                data = memoryview(self._content(extent.object.id))[extent.offset : extent.end]
+            except TorchCacheError as error:
+                outcomes.append(error)
+                continue
+            if into is not None:
+                into[i][: len(data)] = data
+                data = into[i][: len(data)]
+            outcomes.append(data)
+        return outcomes
+
+    def _content(self, object: ObjectId) -> bytes:
+        if object in self.save_files:
+            return self.save_files[object]
+        uri = self.uri(object)
+        if uri in self.errors:
+            raise self.errors[uri]
+        if self.stat(uri).id != object:
+            raise ObjectChanged(f"{uri} changed", object=uri)
+        return self.objects[object.store, object.key]
+
+    def stage(
+        self,
+        objects: Sequence[ObjectInfo],
+        *,
+        namespace: str,
+        on_progress: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        failed: list[TorchCacheError] = []
+        for object in objects:
+            uri = self.uri(object.id)
+            if uri in self.errors:
+                failed.append(self.errors[uri])
+                continue
+            self.resident.add(object.id)
+            if on_progress:
+                on_progress(1, object.size)
+        if failed:
+            raise failed[0]
+
+    def residency(self, objects: Sequence[ObjectInfo]) -> Residency:
+        held = [o for o in objects if o.id in self.resident]
+        return Residency(
+            objects=len(objects),
+            resident_objects=len(held),
+            bytes=sum(o.size for o in objects),
+            resident_bytes=sum(o.size for o in held),
+        )
+
+    # ---- saves ----
+
+    def get_save(self, store: str, path: str, part: str = "") -> SaveInfo:
+        try:
+            return self.saved[store, path, part]
+        except KeyError:
+            raise NotCommitted(f"no committed checkpoint at {path}", object=path) from None
+
+    def list_saves(self, uri: str) -> list[SaveInfo]:
+        store, prefix = self.resolve(uri)
+        return [s for s in self.saved.values() if s.store == store and f"{s.path}/".startswith(prefix)]
+
+    # ---- the pool ----
+
+    def status(self) -> list[ServerStatus]:
+        return [server_status(self.roots)]
+
+    def close(self) -> None:
+        pass
+
+
+def server_status(roots: dict[str, str]) -> ServerStatus:
+    """A server with numbers that can be told apart."""
+    under_stores = tuple(
+        UnderStoreStatus(
+            name=name,
+            uri=uri,
+            read_requests=7,
+            read_bytes=7_000_000,
+            write_requests=3,
+            write_bytes=3_000,
+            meta_requests=2,
+            retries=1,
+        )
+        for name, uri in roots.items()
+    )
+    return ServerStatus(
+        address="127.0.0.1:7440",
+        server_id="f00",
+        instance="1",
+        version="0.1.0",
+        store_path="/nvme/store",
+        uptime_s=3661.0,
+        capacity_bytes=100_000_000_000,
+        used_bytes=25_000_000_000,
+        chunks=6000,
+        segments=400,
+        hits=900,
+        misses=100,
+        corrupt=0,
+        evicted_chunks=0,
+        passed_through=0,
+        served_bytes=5_000_000_000,
+        read_calls=40,
+        write_calls=4,
+        upload_pending_bytes=1_500_000,
+        under_stores=under_stores,
+        namespaces=(),
+    )
