@@ -12,7 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from torchcache.errors import ConfigurationError
 from torchcache.model import ByteRange, ObjectInfo
+
+RequestKind = Literal["read", "write", "meta"]
 
 
 @dataclass
@@ -27,27 +30,56 @@ class Counters:
     retries: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add(
-        self,
-        kind: Literal["read", "write", "meta"],
-        *,
-        bytes: int = 0,
-        retry: bool = False,
-    ) -> None:
-        """Counts one request, and its payload of `bytes`."""
+    def add(self, kind: RequestKind, *, requests: int = 1, bytes: int = 0) -> None:
+        """Counts `requests` tries, and a payload of `bytes`."""
         with self._lock:
-            setattr(self, f"{kind}_requests", getattr(self, f"{kind}_requests") + 1)
-            if kind != "meta":
-                setattr(self, f"{kind}_bytes", getattr(self, f"{kind}_bytes") + bytes)
-            self.retries += retry
+            if kind == "read":
+                self.read_requests += requests
+                self.read_bytes += bytes
+            elif kind == "write":
+                self.write_requests += requests
+                self.write_bytes += bytes
+            else:
+                self.meta_requests += requests
+
+    def add_retry(self) -> None:
+        """Counts one try that repeats a failed one; `add` counts the try itself."""
+        with self._lock:
+            self.retries += 1
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """One page: objects by key, bytewise; `truncated` if more follow behind the last key."""
+    """One page of objects; `truncated` if more follow behind the last key.
+
+    The order is the under-store's own: bytewise by key from POSIX and AWS, folder by folder from SeaweedFS (where
+    "a/x" comes before "a-b"). Whoever needs bytewise order sorts what all pages gave.
+    """
 
     objects: Sequence[ObjectInfo]
     truncated: bool
+
+
+def object_uri(root: str, key: str) -> str:
+    """The URI of `key` in the under-store whose URI is `root`."""
+    return f"{root}{key}" if root.endswith("/") else f"{root}/{key}"
+
+
+def check_key(key: str, uri: str) -> None:
+    """Refuses keys that are empty, or that some server or kernel could read as a way out of the root.
+
+    Raises ConfigurationError.
+    """
+    if not key:
+        raise ConfigurationError(f"{uri} names no object: give the key of one")
+    if "\0" in key or any(segment in (".", "..") for segment in key.split("/")):
+        raise ConfigurationError(
+            f'the key of {uri!r} has a "." or ".." segment or a NUL: no object is named so'
+        )
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"the key of {uri!r} is not valid Unicode: no object is named so") from None
 
 
 class UnderStore(Protocol):

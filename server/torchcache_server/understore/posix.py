@@ -1,0 +1,241 @@
+"""The under-store POSIX: a tree of files. An object's version is its size and mtime_ns.
+
+Writes appear at once and whole: a temporary file beside the target, synced, then linked or renamed. Writers of
+torchcache exclude each other by a lock on the folder, so that "replace exactly this version" holds among them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from itertools import islice
+
+from torchcache.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    DeadlineExceeded,
+    ObjectChanged,
+    TorchCacheError,
+)
+from torchcache.model import ByteRange, ObjectId, ObjectInfo
+from torchcache_server.understore.base import Counters, Listing
+from torchcache_server.understore.posix_files import Root, locked, translate, version_of
+from torchcache_server.understore.posix_walk import TEMPORARY_PREFIX, walk
+
+_COPY_BYTES = 16 * 1024 * 1024
+
+
+class PosixUnderStore:
+    """Files beneath the folder of `uri` ("file:///folder"), with their path from there as key.
+
+    Symlinks are followed as long as they end beneath the root; such as lead out of it are not listed.
+    """
+
+    def __init__(self, name: str, uri: str) -> None:
+        path = uri.removeprefix("file://")
+        if not uri.startswith("file:///") or os.path.normpath(path) != (path.rstrip("/") or "/"):
+            raise ConfigurationError(f"{uri!r} is not the URI of a folder: write file:///absolute/path")
+        self._name = name
+        self._root = Root(os.path.normpath(path))
+        self._counters = Counters()
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def uri(self) -> str:
+        return self._root.uri
+
+    @property
+    def counters(self) -> Counters:
+        return self._counters
+
+    def list(self, prefix: str, *, start_after: str, limit: int, deadline: float) -> Listing:
+        self._counters.add("meta")
+        objects: list[ObjectInfo] = []
+        uri = self._root.uri_of(prefix)
+        try:
+            for key, status in islice(walk(self._root, prefix, start_after), limit + 1):
+                if time.monotonic() >= deadline:
+                    raise DeadlineExceeded(f"the deadline passed while {uri} was listed", object=uri)
+                objects.append(self._info(key, status))
+        except TorchCacheError:
+            raise  # ObjectNotFound is an OSError too.
+        except OSError as error:
+            raise translate(error, "list", uri) from error
+        return Listing(objects[:limit], truncated=len(objects) > limit)
+
+    def stat(self, key: str, *, deadline: float) -> ObjectInfo:
+        self._counters.add("meta")
+        try:
+            with self._root.opened(key) as file:
+                return self._info(key, os.fstat(file))
+        except TorchCacheError:
+            raise  # ObjectNotFound is an OSError too.
+        except OSError as error:
+            raise translate(error, "stat", self._root.uri_of(key)) from error
+
+    def read(self, object: ObjectInfo, range: ByteRange, *, deadline: float) -> bytearray:
+        key, uri = object.id.key, self._root.uri_of(object.id.key)
+        if not 0 <= range.start <= range.end <= object.size:
+            raise ConfigurationError(f"{uri} has {object.size} bytes, not {range}", object=uri)
+        self._counters.add("read")
+        data = bytearray(range.length)
+        try:
+            with self._root.opened(key) as file:
+                self._check_version(file, object)
+                filled = _read_into(data, file, range.start)
+                # Again: a writer in place may have begun after the first look.
+                self._check_version(file, object)
+        except TorchCacheError:
+            raise  # ObjectNotFound is an OSError too.
+        except OSError as error:
+            raise translate(error, "read", uri) from error
+        if filled != len(data):
+            raise _changed(uri)
+        self._counters.add("read", requests=0, bytes=filled)
+        return data
+
+    def write(
+        self,
+        key: str,
+        parts: Iterator[memoryview],
+        size: int,
+        *,
+        replaces: str | None,
+        deadline: float,
+    ) -> ObjectInfo:
+        self._counters.add("write")
+        uri = self._root.uri_of(key)
+        target = key.rpartition("/")[2]
+        temporary = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            with self._root.folder_of(key, create=True) as folder:
+                self._check_replaces(folder, target, replaces, uri)
+                try:
+                    status = self._fill(folder, temporary, parts, size, uri=uri, deadline=deadline)
+                    with locked(folder, uri, deadline):
+                        found = self._check_replaces(folder, target, replaces, uri)
+                        status = _set_apart(folder, temporary, status, found)
+                        _publish(folder, temporary, target, create=replaces == "")
+                    os.fsync(folder)
+                finally:
+                    _remove(folder, temporary)
+        except TorchCacheError:
+            raise  # ObjectNotFound is an OSError too.
+        except FileExistsError as error:
+            raise AlreadyExists(f"{uri} exists already", object=uri) from error
+        except OSError as error:
+            raise translate(error, "write", uri) from error
+        return self._info(key, status)
+
+    def delete(self, key: str, *, deadline: float) -> None:
+        self._counters.add("meta")
+        uri = self._root.uri_of(key)
+        try:
+            with self._root.folder_of(key, create=False) as folder, locked(folder, uri, deadline):
+                _remove(folder, key.rpartition("/")[2])
+                os.fsync(folder)
+        except TorchCacheError:
+            raise  # ObjectNotFound is an OSError too.
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise translate(error, "delete", uri) from error
+
+    def close(self) -> None:
+        pass
+
+    def _info(self, key: str, status: os.stat_result) -> ObjectInfo:
+        return ObjectInfo(ObjectId(self._name, key, version_of(status)), status.st_size)
+
+    def _check_version(self, file: int, object: ObjectInfo) -> None:
+        if version_of(os.fstat(file)) != object.id.version:
+            raise _changed(self._root.uri_of(object.id.key))
+
+    def _check_replaces(
+        self, folder: int, target: str, replaces: str | None, uri: str
+    ) -> os.stat_result | None:
+        """What is there now, if that is what `replaces` says."""
+        try:
+            found = os.stat(target, dir_fd=folder)
+        except FileNotFoundError:
+            found = None
+        if replaces == "" and found:
+            raise AlreadyExists(f"{uri} exists already", object=uri)
+        if replaces and (found is None or version_of(found) != replaces):
+            raise AlreadyExists(
+                f"{uri} is no longer at version {replaces}: another writer replaced or removed it", object=uri
+            )
+        return found
+
+    def _fill(
+        self, folder: int, name: str, parts: Iterator[memoryview], size: int, *, uri: str, deadline: float
+    ) -> os.stat_result:
+        """A synced file of the bytes of `parts`."""
+        file = os.open(
+            name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=folder
+        )
+        try:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                while len(view):
+                    if time.monotonic() >= deadline:
+                        raise DeadlineExceeded(f"the deadline passed while {uri} was written", object=uri)
+                    count = os.write(file, view[:_COPY_BYTES])
+                    self._counters.add("write", requests=0, bytes=count)
+                    view = view[count:]
+            # The kernel's own mtime is as coarse as its tick: two writes within one would share a version.
+            os.utime(file, ns=(time.time_ns(),) * 2)
+            os.fsync(file)
+            status = os.fstat(file)
+        finally:
+            os.close(file)
+        if status.st_size != size:
+            raise ConfigurationError(f"{status.st_size} bytes were given for {uri} of {size}", object=uri)
+        return status
+
+
+def _set_apart(
+    folder: int, temporary: str, status: os.stat_result, found: os.stat_result | None
+) -> os.stat_result:
+    """Makes sure that the new file's version isn't that of the file it replaces."""
+    if found is None or version_of(found) != version_of(status):
+        return status
+    os.utime(temporary, ns=(found.st_atime_ns, found.st_mtime_ns + 1), dir_fd=folder)
+    return os.stat(temporary, dir_fd=folder)
+
+
+def _publish(folder: int, temporary: str, target: str, *, create: bool) -> None:
+    if create:
+        os.link(temporary, target, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    else:
+        os.rename(temporary, target, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def _remove(folder: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except FileNotFoundError:
+        pass
+
+
+def _read_into(data: bytearray, file: int, offset: int) -> int:
+    """Fills `data` from `offset` on; how much there was."""
+    view, filled = memoryview(data), 0
+    while filled < len(view):
+        count = os.preadv(file, [view[filled:]], offset + filled)
+        if not count:
+            break
+        filled += count
+    return filled
+
+
+def _changed(uri: str) -> ObjectChanged:
+    return ObjectChanged(
+        f"{uri} was overwritten since it was listed; create the dataset again to use the new version",
+        object=uri,
+    )

@@ -1,0 +1,167 @@
+"""Files under one root, opened so that neither a key nor a symlink nor a FIFO leads or hangs anywhere else."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torchcache.errors import (
+    ConfigurationError,
+    DeadlineExceeded,
+    ObjectNotFound,
+    OutOfSpace,
+    Overloaded,
+    ServerUnavailable,
+    TorchCacheError,
+)
+from torchcache_server.understore.base import check_key, object_uri
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_LOCK_PAUSE_S = 0.005
+_SAID = {
+    errno.EACCES: "this process may not; check the permissions of the file and its folders",
+    errno.EPERM: "this process may not; check the permissions of the file and its folders",
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long for the file system",
+    errno.EISDIR: "a folder is in the way",
+    errno.ENOTDIR: "a file is in the way of a folder",
+}
+
+
+class Root:
+    """The folder that is the root of an under-store. Keys are relative to it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @property
+    def uri(self) -> str:
+        return f"file://{self.path}"
+
+    def uri_of(self, key: str) -> str:
+        return object_uri(self.uri, key)
+
+    def path_of(self, key: str) -> str:
+        """Raises ConfigurationError for a key that isn't a plain relative path."""
+        check_key(key, self.uri_of(key))
+        if "" in key.split("/"):
+            raise ConfigurationError(
+                f"the key of {self.uri_of(key)!r} has an empty segment: no file is named so"
+            )
+        return os.path.join(self.path, key)
+
+    def open(self) -> int:
+        """A descriptor of the root itself. Raises ObjectNotFound."""
+        try:
+            return os.open(self.path, _FOLDER)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ObjectNotFound(
+                f"there is no folder {self.uri}; check the under-store's URI", object=self.uri
+            ) from None
+
+    @contextmanager
+    def opened(self, key: str) -> Iterator[int]:
+        """A descriptor of the regular file `key`. Symlinks are followed as long as they end beneath the root.
+
+        Raises ObjectNotFound, ConfigurationError.
+        """
+        # O_PATH opens without effect; only once it is known to be a file, and where, is it opened for reading.
+        handle = os.open(self.path_of(key), os.O_PATH | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise ObjectNotFound(f"{self.uri_of(key)} is not a file; name one", object=self.uri_of(key))
+            self._check_beneath(handle, key)
+            file = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(handle)
+        try:
+            yield file
+        finally:
+            os.close(file)
+
+    @contextmanager
+    def folder_of(self, key: str, *, create: bool) -> Iterator[int]:
+        """A descriptor of the folder that holds `key`; with `create`, made where it is missing."""
+        *folders, _ = os.path.relpath(self.path_of(key), self.path).split("/")
+        folder = self.open()
+        try:
+            for name in folders:
+                inner = _enter(folder, name, create=create)
+                os.close(folder)
+                folder = inner
+                self._check_beneath(folder, key)
+            yield folder
+        finally:
+            os.close(folder)
+
+    def is_beneath(self, path: str) -> bool:
+        """True if `path`, resolved, lies under the root."""
+        root = os.path.realpath(self.path).rstrip("/")
+        return os.path.realpath(path).startswith(root + "/")
+
+    def _check_beneath(self, handle: int, key: str) -> None:
+        if not self.is_beneath(str(Path(f"/proc/self/fd/{handle}").readlink())):
+            raise ConfigurationError(
+                f"{self.uri_of(key)} is a symlink that leads out of {self.uri}; "
+                "configure an under-store for the place it points to",
+                object=self.uri_of(key),
+            )
+
+
+@contextmanager
+def locked(folder: int, uri: str, deadline: float) -> Iterator[None]:
+    """Holds the folder's lock, by which all writers of torchcache compare and swap. Raises DeadlineExceeded."""
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(
+                    f"the folder of {uri} was locked up to the deadline", object=uri
+                ) from None
+            time.sleep(_LOCK_PAUSE_S)
+    try:
+        yield
+    finally:
+        fcntl.flock(folder, fcntl.LOCK_UN)
+
+
+def version_of(status: os.stat_result) -> str:
+    """A file's version: size and mtime_ns."""
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def translate(error: OSError, action: str, uri: str) -> TorchCacheError:
+    """What `error`, met while doing `action` to `uri`, is to our caller."""
+    if error.errno == errno.ENOENT or (error.errno == errno.ENOTDIR and action != "write"):
+        return ObjectNotFound(f"there is no {uri}; check the name", object=uri)
+    if error.errno == errno.ELOOP:
+        return ConfigurationError(f"can't {action} {uri}: its symlinks lead in a circle", object=uri)
+    if error.errno in _SAID:
+        return ConfigurationError(f"can't {action} {uri}: {_SAID[error.errno]}", object=uri)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutOfSpace(f"can't {action} {uri}: {error.strerror}; make room in the under-store", object=uri)
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return Overloaded(f"can't {action} {uri}: {error.strerror}; raise the server's limit", object=uri)
+    return ServerUnavailable(f"can't {action} {uri}: {error.strerror}; check its file system", object=uri)
+
+
+def _enter(folder: int, name: str, *, create: bool) -> int:
+    try:
+        return os.open(name, _FOLDER, dir_fd=folder)
+    except FileNotFoundError:
+        if not create:
+            raise
+    try:
+        os.mkdir(name, dir_fd=folder)
+        os.fsync(folder)
+    except FileExistsError:
+        pass  # Another writer made it, or a file is there: opening it says which.
+    return os.open(name, _FOLDER, dir_fd=folder)

@@ -1,0 +1,150 @@
+"""The under-store S3: AWS, and every server that speaks S3 with conditional requests, by boto3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torchcache.errors import ConfigurationError, ObjectNotFound, TorchCacheError
+from torchcache.model import ByteRange, ObjectId, ObjectInfo
+from torchcache_server.understore.base import Counters, Listing
+from torchcache_server.understore.retry import RetryPolicy
+from torchcache_server.understore.s3_client import S3Calls
+from torchcache_server.understore.s3_download import Download
+from torchcache_server.understore.s3_errors import no_such_bucket
+from torchcache_server.understore.s3_names import S3Object, S3Root
+from torchcache_server.understore.s3_upload import upload
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_PAGE = 1000
+
+
+class S3UnderStore:
+    """Keys of a bucket, or of a prefix in one; with the root "s3://", keys begin with the bucket.
+
+    Versions are ETags. Endpoint, region and, without `credentials`, who asks come from boto3's own settings
+    (AWS_ENDPOINT_URL, AWS_PROFILE and so on). Folder markers (empty objects whose key ends in a slash) aren't listed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        uri: str,
+        *,
+        credentials: Mapping[str, str] | None = None,
+        policy: RetryPolicy | None = None,
+    ) -> None:
+        self._name = name
+        self._root = S3Root.parse(uri)
+        self._counters = Counters()
+        self._calls = S3Calls(self._counters, credentials, policy)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def uri(self) -> str:
+        return self._root.uri
+
+    @property
+    def counters(self) -> Counters:
+        return self._counters
+
+    def set_credentials(self, credentials: Mapping[str, str]) -> None:
+        """Uses these AWS_* variables from the next call on; empty: what boto3 finds."""
+        self._calls.clients.replace_credentials(credentials)
+
+    def list(self, prefix: str, *, start_after: str, limit: int, deadline: float) -> Listing:
+        target = self._root.locate_prefix(prefix)
+        request: dict[str, Any] = {"Bucket": target.bucket, "Prefix": target.key}
+        if start_after:
+            request["StartAfter"] = self._root.locate(start_after).key
+        objects: list[ObjectInfo] = []
+        while True:
+            request["MaxKeys"] = min(_PAGE, limit - len(objects))
+            page = self._calls.run(
+                lambda client: client.list_objects_v2(**request),
+                action="list",
+                target=target,
+                deadline=deadline,
+            )
+            objects += [
+                self._info(S3Object(target.bucket, entry["Key"]), entry["ETag"], entry["Size"])
+                for entry in page.get("Contents", [])
+                if entry["Size"] or not entry["Key"].endswith("/")
+            ]
+            if not page["IsTruncated"] or len(objects) >= limit:
+                return Listing(objects, page["IsTruncated"])
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def stat(self, key: str, *, deadline: float) -> ObjectInfo:
+        target = self._root.locate(key)
+        try:
+            found = self._calls.run(
+                lambda client: client.head_object(Bucket=target.bucket, Key=target.key),
+                action="stat",
+                target=target,
+                deadline=deadline,
+            )
+        except ObjectNotFound as error:
+            raise self._without_bucket(target, deadline) or error from error
+        return self._info(target, found["ETag"], found["ContentLength"])
+
+    def read(self, object: ObjectInfo, range: ByteRange, *, deadline: float) -> bytearray:
+        target = self._root.locate(object.id.key)
+        if not 0 <= range.start <= range.end <= object.size:
+            raise ConfigurationError(f"{target.uri} has {object.size} bytes, not {range}", object=target.uri)
+        download = Download(target, object, range, self._counters)
+
+        def attempt(client: S3Client) -> None:
+            download.attempt(client, deadline)
+
+        self._calls.run(attempt, action="read", target=target, deadline=deadline)
+        return download.buffer
+
+    def write(
+        self,
+        key: str,
+        parts: Iterator[memoryview],
+        size: int,
+        *,
+        replaces: str | None,
+        deadline: float,
+    ) -> ObjectInfo:
+        target = self._root.locate(key)
+        etag = upload(self._calls, target, parts, size, replaces=replaces, deadline=deadline)
+        return self._info(target, etag, size)
+
+    def delete(self, key: str, *, deadline: float) -> None:
+        target = self._root.locate(key)
+        self._calls.run(
+            lambda client: client.delete_object(Bucket=target.bucket, Key=target.key),
+            action="delete",
+            target=target,
+            deadline=deadline,
+        )
+
+    def close(self) -> None:
+        self._calls.clients.close()
+
+    def _info(self, target: S3Object, etag: str, size: int) -> ObjectInfo:
+        return ObjectInfo(ObjectId(self._name, self._root.relative(target), etag.strip('"')), size)
+
+    def _without_bucket(self, target: S3Object, deadline: float) -> TorchCacheError | None:
+        """A HEAD doesn't say whether key or bucket is missing: this does, if it can be found out."""
+        try:
+            self._calls.once(
+                lambda client: client.head_bucket(Bucket=target.bucket),
+                action="stat",
+                target=target,
+                deadline=deadline,
+            )
+        except ObjectNotFound:
+            endpoint = self._calls.clients.endpoint(deadline)
+            return no_such_bucket(target.uri, endpoint)
+        except TorchCacheError:
+            return None
+        return None

@@ -1,0 +1,143 @@
+"""Calls to one S3: boto3 clients made late, without retries of their own; ours around them; every request counted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
+
+from torchcache.errors import ConfigurationError, TorchCacheError
+from torchcache_server.understore.base import Counters, RequestKind
+from torchcache_server.understore.retry import Retrier, RetryPolicy
+from torchcache_server.understore.s3_errors import Action, is_credential_error, translate, without_secrets
+from torchcache_server.understore.s3_names import S3Object
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+T = TypeVar("T")
+
+CONNECTIONS = 64
+_CONNECT_S = 5.0
+_PATIENCE_S = (16.0, 4.0, 1.0)
+
+_KINDS: dict[str, RequestKind] = {
+    "GetObject": "read",
+    "PutObject": "write",
+    "CreateMultipartUpload": "write",
+    "UploadPart": "write",
+    "CompleteMultipartUpload": "write",
+    "AbortMultipartUpload": "write",
+}
+
+
+class S3Clients:
+    """One boto3 client for each patience: the longest wait for a silent server. Thread-safe.
+
+    botocore fixes its timeouts when a client is made, so a call takes the client whose patience fits its deadline.
+    """
+
+    def __init__(self, counters: Counters, credentials: Mapping[str, str] | None) -> None:
+        self._counters = counters
+        self._credentials = dict(credentials or {})
+        self._clients: dict[float, S3Client] = {}
+        self._lock = threading.Lock()
+
+    def get(self, deadline: float) -> S3Client:
+        """A client that gives up on a silent server within half the time left, so that there can be another try.
+
+        Raises ConfigurationError where boto3's settings are wrong.
+        """
+        left_s = deadline - time.monotonic()
+        patience_s = next((p for p in _PATIENCE_S if p <= left_s / 2), _PATIENCE_S[-1])
+        with self._lock:
+            client = self._clients.get(patience_s)
+            if client is None:
+                client = self._clients[patience_s] = self._make(patience_s)
+        return client
+
+    def endpoint(self, deadline: float) -> str:
+        """The endpoint, for messages."""
+        return without_secrets(self.get(deadline).meta.endpoint_url)
+
+    def replace_credentials(self, credentials: Mapping[str, str]) -> None:
+        """Calls that start from now on use `credentials`; empty: what boto3 finds."""
+        with self._lock:
+            self._credentials = dict(credentials)
+            self._clients = {}
+
+    def forget(self) -> None:
+        """The next call looks for credentials again: they may have been renewed in a file since."""
+        with self._lock:
+            self._clients = {}
+
+    def close(self) -> None:
+        with self._lock:
+            clients, self._clients = list(self._clients.values()), {}
+        for client in clients:
+            client.close()
+
+    def _make(self, patience_s: float) -> S3Client:
+        config = Config(
+            connect_timeout=min(_CONNECT_S, patience_s),
+            read_timeout=patience_s,
+            max_pool_connections=CONNECTIONS,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            response_checksum_validation="when_supported",
+            user_agent_extra="torchcache",
+        )
+        try:
+            session = boto3.session.Session(
+                aws_access_key_id=self._credentials.get("AWS_ACCESS_KEY_ID"),
+                aws_secret_access_key=self._credentials.get("AWS_SECRET_ACCESS_KEY"),
+                aws_session_token=self._credentials.get("AWS_SESSION_TOKEN"),
+            )
+            client = session.client("s3", config=config)
+        except (BotoCoreError, ValueError) as error:
+            raise ConfigurationError(
+                f"S3 can't be used as configured: {error}; check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
+            ) from error
+        client.meta.events.register("before-send.s3", self._count)
+        return client
+
+    def _count(self, *, event_name: str, **_: object) -> None:
+        """Sees every request that leaves, those included that botocore adds by itself to find a bucket's region."""
+        self._counters.add(_KINDS.get(event_name.rpartition(".")[2], "meta"))
+
+
+class S3Calls:
+    """Requests to one S3, with errors translated: `once`, or with retries: `run`. Thread-safe."""
+
+    def __init__(
+        self, counters: Counters, credentials: Mapping[str, str] | None, policy: RetryPolicy | None = None
+    ) -> None:
+        self.counters = counters
+        self.clients = S3Clients(counters, credentials)
+        self.retrier = Retrier(policy=policy, on_retry=counters.add_retry)
+
+    def run(self, send: Callable[[S3Client], T], *, action: Action, target: S3Object, deadline: float) -> T:
+        """The result of `send`, retried while that helps and `deadline` allows. Raises errors of torchcache."""
+        return self.retrier.run(
+            lambda: self.once(send, action=action, target=target, deadline=deadline),
+            uri=target.uri,
+            deadline=deadline,
+        )
+
+    def once(self, send: Callable[[S3Client], T], *, action: Action, target: S3Object, deadline: float) -> T:
+        """The result of a single `send`. Raises errors of torchcache."""
+        client = self.clients.get(deadline)
+        try:
+            return send(client)
+        except TorchCacheError:
+            raise  # Some are ValueError or OSError too.
+        except (BotoCoreError, ClientError, HTTPError, OSError, ValueError) as error:
+            if is_credential_error(error):
+                self.clients.forget()
+            endpoint = without_secrets(client.meta.endpoint_url)
+            raise translate(error, action=action, uri=target.uri, endpoint=endpoint) from error
