@@ -22,6 +22,7 @@ __all__ = [
     "ServerUnavailable",
     "TorchCacheError",
     "TransientError",
+    "UnsupportedSample",
 ]
 
 
@@ -86,6 +87,10 @@ class IntegrityError(TorchCacheError):
 
 class ConfigurationError(TorchCacheError, ValueError):
     """A wrong argument, setting, token or credential."""
+
+
+class UnsupportedSample(TorchCacheError, TypeError):
+    """A computed sample holds a value that the typed encoding has no form for."""
 
 
 class OutOfSpace(TorchCacheError):

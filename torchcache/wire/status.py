@@ -31,6 +31,7 @@ _TABLE: Final[tuple[tuple[type[TorchCacheError], grpc.StatusCode], ...]] = (
     (errors.ConfigurationError, grpc.StatusCode.UNAUTHENTICATED),
     (errors.ConfigurationError, grpc.StatusCode.PERMISSION_DENIED),
     (errors.ConfigurationError, grpc.StatusCode.UNIMPLEMENTED),
+    (errors.UnsupportedSample, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
     (errors.CheckpointError, grpc.StatusCode.ABORTED),
     (TorchCacheError, grpc.StatusCode.INTERNAL),

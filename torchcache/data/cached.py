@@ -1,0 +1,188 @@
+"""CachedDataset: a map-style dataset whose samples come from the pool."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset, IterableDataset
+
+from torchcache.connecting import connect
+from torchcache.data.computed import ComputedSamples, Encoding
+from torchcache.data.files import FileSamples
+from torchcache.data.fingerprint import fingerprint
+from torchcache.data.prefetch import Prefetch, epoch_order
+from torchcache.data.progress import progress_bar
+from torchcache.data.samples import Samples
+from torchcache.errors import ConfigurationError
+from torchcache.model import SAVE_PREFIX
+from torchcache.pool import Pool, Residency
+
+if TYPE_CHECKING:
+    from torchcache.local_pool import LocalPool
+
+Transform = Callable[[Any], Any]
+
+
+class CachedDataset(Dataset[Any]):
+    """A map-style dataset behind the cache. Give it to a DataLoader as any other.
+
+    A batch is one request to the pool, not one a sample. Pickles, forks and spawns; nothing is opened before the first
+    use in each process.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        name: str | None = None,
+        version: str | int | None = None,
+        transform: Transform | None = None,
+        encode: Callable[[Any], bytes | bytearray | memoryview] | None = None,
+        decode: Callable[[memoryview], Any] | None = None,
+        pool: str | Pool | LocalPool | None = None,
+    ) -> None:
+        """Caches what `dataset[i]` returns: computed once, then read from the pool, by this job and later ones.
+
+        Samples are nested dict, list, tuple, namedtuple and dataclass of tensors, numpy arrays, bytes, str, numbers
+        and None, stored without pickle; for others give `encode` (sample -> bytes) and `decode` (read-only memoryview
+        -> sample). `transform` runs after the cache, each time: random augmentation belongs there.
+
+        `name` says which samples these are. Its default is a fingerprint of the dataset's class and arguments. Give
+        another `version` when samples change for a reason that the fingerprint can't see. `pool` is what
+        `torchcache.connect` takes.
+
+        Raises ConfigurationError: no map-style dataset; a name is needed.
+        """
+        length = _checked_length(dataset)
+        encoding = Encoding(encode=encode, decode=decode)
+        if name is None and encode is not None:
+            raise ConfigurationError(
+                "with encode= and decode= pass name= too: functions can't be fingerprinted"
+            )
+        if name is None:
+            name = f"{type(dataset).__name__}-{length}-{fingerprint(dataset)}"
+        if not isinstance(name, str) or not name:
+            raise ConfigurationError(f"name= must be a str that isn't empty, not {name!r}")
+        label = "0" if version is None else str(version)
+        if not label or label.startswith(SAVE_PREFIX):
+            raise ConfigurationError(
+                f"version= must not be empty or start with {SAVE_PREFIX!r}, it is {label!r}"
+            )
+        self._set_up(ComputedSamples(connect(pool), dataset, name, label, encoding), transform)
+
+    @classmethod
+    def from_files(
+        cls,
+        uri: str,
+        *,
+        pattern: str = "*",
+        decode: Callable[[memoryview], Any] | None = None,
+        transform: Transform | None = None,
+        pool: str | Pool | LocalPool | None = None,
+    ) -> CachedDataset:
+        """The objects under the folder `uri`, one a sample, ordered by key, bytewise; listed once, here.
+
+        `pattern` is matched as by fnmatch against the key relative to `uri`; `*` crosses slashes. A sample is the
+        object's `bytes`, or what `decode` makes of a read-only memoryview of them; then `transform` runs on it.
+
+        Raises ConfigurationError for a bad URI or missing credentials, ObjectNotFound if the bucket doesn't exist or
+        nothing matches.
+        """
+        dataset = cls.__new__(cls)
+        dataset._set_up(FileSamples(connect(pool), uri, pattern, decode), transform)
+        return dataset
+
+    def _set_up(self, samples: Samples, transform: Transform | None) -> None:
+        self._samples = samples
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Any:
+        """Sample `index`; negative ones count from the end. Raises IndexError beyond either."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The samples of `indices`, in order. What a DataLoader calls for a batch."""
+        samples = self._samples.read([self._position(i) for i in indices])
+        return samples if self._transform is None else [self._transform(s) for s in samples]
+
+    def _position(self, index: int) -> int:
+        position, count = operator.index(index), len(self)
+        if not -count <= position < count:
+            raise IndexError(f"index {position} is out of range: the dataset has {count} samples")
+        return position % count
+
+    def __repr__(self) -> str:
+        total = self._samples.total_bytes
+        size = "" if total is None else f", {total:,} bytes"
+        return f"{type(self).__name__}({self._samples.describe()}, {len(self):,} samples{size})"
+
+    def keys(self) -> list[str]:
+        """The samples' keys relative to the URI of `from_files`, in order: for labels that stand in paths.
+
+        Raises ConfigurationError for computed samples.
+        """
+        return self._samples.keys()
+
+    def state_dict(self) -> dict[str, str | int]:
+        """Which samples these are, so that a resumed job notices if they are others. The position is the sampler's."""
+        return self._samples.identity()
+
+    def load_state_dict(self, state: dict[str, str | int]) -> None:
+        """Raises ConfigurationError if `state` is that of a dataset with other samples."""
+        now = self._samples.identity()
+        changed = [f"{k} was {state.get(k)!r}, is {v!r}" for k, v in now.items() if state.get(k) != v]
+        if changed:
+            raise ConfigurationError(
+                f"this position was saved over other samples ({'; '.join(changed)}): an index would mean another "
+                "sample. Resume with the dataset it was saved with, or start the epoch anew without this state"
+            )
+
+    def stage(self, *, progress: bool = True) -> None:
+        """Brings every sample into the pool before its use, with a progress bar on stderr unless told otherwise.
+
+        Computed samples are computed here, in this process. Raises the first error.
+        """
+        everything = range(len(self))
+        if not progress:
+            self._samples.stage(everything, on_progress=lambda *_: None, cancelled=lambda: False)
+            return
+        with progress_bar(f"stage {len(self):,} samples", len(self), self._samples.total_bytes) as advance:
+            self._samples.stage(everything, on_progress=advance, cancelled=lambda: False)
+
+    def prefetch(self, sampler: Iterable[Any], epoch: int) -> Prefetch:
+        """Stages in the background what `sampler` will give in `epoch`, in its order; returns at once.
+
+        `sampler` is a sampler or batch sampler over this dataset, a distributed one too; a copy of it is asked, after
+        `set_epoch(epoch)` if it has that. Only an order that is a function of the epoch or of a generator of the
+        sampler's own can be foreseen; with another everything is staged, in some order.
+        """
+        order = epoch_order(sampler, epoch, shared=(self, self._samples))
+        positions = [self._position(i) for i in order]
+        stage = self._samples.stage
+        return Prefetch(lambda i, advance, stop: stage(i, on_progress=advance, cancelled=stop), positions)
+
+    def residency(self) -> Residency:
+        """How much of the dataset the pool holds now."""
+        return self._samples.residency()
+
+
+def _checked_length(dataset: Any) -> int:
+    """The dataset's length. Raises ConfigurationError if it isn't map-style."""
+    kind = type(dataset).__name__
+    if isinstance(dataset, str | bytes):
+        raise ConfigurationError(
+            f"CachedDataset wraps a dataset, not {kind}: for a URI use CachedDataset.from_files"
+        )
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise ConfigurationError(
+            f"CachedDataset needs a map-style dataset, with __getitem__; {kind} has none"
+        )
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError) as error:
+        raise ConfigurationError(f"CachedDataset needs a dataset with a length; {kind} has none") from error

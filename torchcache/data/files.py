@@ -1,0 +1,149 @@
+"""Samples that are objects of an under-store: one object, one sample."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torchcache import environment
+from torchcache.data.manifest import Manifest
+from torchcache.data.samples import OnProgress, residency_of, windows
+from torchcache.errors import (
+    ConfigurationError,
+    IntegrityError,
+    ObjectChanged,
+    ObjectNotFound,
+    TorchCacheError,
+)
+from torchcache.model import Extent, ObjectInfo
+from torchcache.pool import Pool, Residency
+
+_STAGE_OBJECTS = 256
+"""Objects a call to the pool when staging: enough to keep its fills busy, few enough to follow an order."""
+
+
+class FileSamples:
+    """The objects under a URI whose keys match a pattern, as they were when this was made."""
+
+    def __init__(
+        self, pool: Pool, uri: str, pattern: str, decode: Callable[[memoryview], Any] | None = None
+    ) -> None:
+        """Lists the objects, once. Raises ConfigurationError for a bad URI, ObjectNotFound if there are none."""
+        self.uri = checked_uri(uri)
+        self._pattern = pattern
+        self._decode = decode
+        self._pool = pool
+        store, key = pool.resolve(self.uri)
+        self._prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
+        listing = _Listing(pool.list(self.uri), self._prefix, pattern)
+        self._manifest = Manifest.write(store, listing, environment.home() / "manifests")
+        if not len(self._manifest):
+            raise ObjectNotFound(_nothing_found(self.uri, pattern, listing.others), object=self.uri)
+
+    def __len__(self) -> int:
+        return len(self._manifest)
+
+    @property
+    def total_bytes(self) -> int:
+        return self._manifest.total_bytes
+
+    def read(self, indices: Sequence[int]) -> list[Any]:
+        objects = [self._manifest[i] for i in indices]
+        outcomes = self._pool.read_each([Extent(o) for o in objects], namespace=self.uri)
+        return [self._sample(o, outcome) for o, outcome in zip(objects, outcomes, strict=True)]
+
+    def _sample(self, object: ObjectInfo, outcome: memoryview | TorchCacheError) -> Any:
+        if isinstance(outcome, TorchCacheError):
+            raise self._explained(object, outcome)
+        return self._decode(outcome.toreadonly()) if self._decode else bytes(outcome)
+
+    def _explained(self, object: ObjectInfo, error: TorchCacheError) -> TorchCacheError:
+        """An object that is no longer what was listed, in the user's terms; other errors as they are."""
+        if not isinstance(error, ObjectNotFound | ObjectChanged):
+            return error
+        uri = self._pool.uri(object.id)
+        happened = "is gone" if isinstance(error, ObjectNotFound) else "has changed"
+        explained = type(error)(
+            f"{uri} {happened} since this dataset was created: create it again, from_files lists anew",
+            object=uri,
+            server=error.server,
+        )
+        explained.__cause__ = error
+        return explained
+
+    def stage(
+        self, indices: Sequence[int], *, on_progress: OnProgress, cancelled: Callable[[], bool]
+    ) -> None:
+        for window in windows(indices, _STAGE_OBJECTS):
+            if cancelled():
+                return
+            objects = [self._manifest[i] for i in window]
+            self._pool.stage(objects, namespace=self.uri, on_progress=on_progress, cancelled=cancelled)
+
+    def residency(self) -> Residency:
+        return residency_of(self._pool, self._manifest.__getitem__, len(self))
+
+    def identity(self) -> dict[str, str | int]:
+        return {
+            "files": self.uri,
+            "pattern": self._pattern,
+            "count": len(self),
+            "digest": self._manifest.digest,
+        }
+
+    def keys(self) -> list[str]:
+        """The objects' keys relative to the URI, in order."""
+        return [key.removeprefix(self._prefix) for key in self._manifest.keys()]  # noqa: SIM118 - no mapping
+
+    def describe(self) -> str:
+        return f"files={self.uri!r}, pattern={self._pattern!r}"
+
+
+class _Listing:
+    """The objects of a listing that are samples: `others` counts the rest, once it has been gone through."""
+
+    def __init__(self, objects: Iterator[ObjectInfo], prefix: str, pattern: str) -> None:
+        self._objects = objects
+        self._prefix = prefix
+        self._matches = re.compile(fnmatch.translate(pattern)).match
+        self.others = 0
+
+    def __iter__(self) -> Iterator[ObjectInfo]:
+        last = ""
+        for object in self._objects:
+            key = object.id.key
+            # Python orders strings by code point, which is the order of their UTF-8 bytes.
+            if key <= last:
+                raise IntegrityError(f"a listing came out of order: {key!r} behind {last!r}", object=key)
+            last = key
+            if key.endswith("/"):
+                continue  # a marker that consoles make for an empty folder
+            if self._matches(key.removeprefix(self._prefix)):
+                yield object
+            else:
+                self.others += 1
+
+
+def checked_uri(uri: str) -> str:
+    """`uri` without slashes at its end. Raises ConfigurationError if it can't be the URI of a folder."""
+    form = "it takes a URI as s3://bucket/folder or file:///folder"
+    if not isinstance(uri, str) or not uri.strip():
+        raise ConfigurationError(f"from_files got {uri!r} as its URI; {form}")
+    scheme, separator, rest = uri.partition("://")
+    if not separator or not scheme:
+        hint = f"; for files of this machine write file://{uri}" if uri.startswith("/") else ""
+        raise ConfigurationError(f"from_files got {uri!r}, which is no URI; {form}{hint}")
+    if not rest.strip("/"):
+        raise ConfigurationError(f"from_files got {uri!r}, which names no bucket or folder; {form}")
+    return uri.rstrip("/")
+
+
+def _nothing_found(uri: str, pattern: str, others: int) -> str:
+    if others:
+        return (
+            f"none of the {others} objects under {uri}/ match pattern={pattern!r}: it is matched against the key "
+            "behind that folder, and * crosses slashes"
+        )
+    return f"there are no objects under {uri}/ (looked for pattern={pattern!r}): is the folder's name right?"

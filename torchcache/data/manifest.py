@@ -1,0 +1,163 @@
+"""The frozen list of a dataset's objects: an Arrow IPC file that every worker maps.
+
+A million objects cost each process a few pages of page cache instead of a list of its own. The file is named by the
+digest of its rows and lies in the user's cache folder, so the ranks of a job share it; it pickles as path and digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import xxhash
+
+from torchcache.errors import ConfigurationError, IntegrityError, ObjectNotFound
+from torchcache.model import ObjectId, ObjectInfo
+
+_SCHEMA = pa.schema([("key", pa.large_string()), ("version", pa.large_string()), ("size", pa.int64())])
+_BATCH_ROWS = 65_536
+_UNUSED_S = 30 * 24 * 3600.0
+
+
+class Manifest:
+    """Objects of one under-store, in order. Opened at first use in each process; pickles."""
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self.path = path
+        self.digest = digest
+        """Hex, of the rows: equal for equal lists, whatever wrote the file."""
+        self._open: tuple[str, list[pa.RecordBatch]] | None = None
+
+    @classmethod
+    def write(cls, store: str, objects: Iterable[ObjectInfo], folder: Path) -> Manifest:
+        """Writes the list of `objects`, all of the under-store `store`, as a file in `folder`.
+
+        Files in `folder` that no dataset has opened for a month are removed. Raises ConfigurationError if `folder`
+        can't be written.
+        """
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _sweep(folder)
+            descriptor, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        except OSError as error:
+            raise ConfigurationError(
+                f"can't keep the list of a dataset's files in {folder}: {error}; let TORCHCACHE_HOME name a folder "
+                "that can be written"
+            ) from error
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                digest = _write_batches(file, store, objects)
+            path = folder / f"{digest}.arrow"
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return cls(path, digest)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Manifest, (self.path, self.digest))
+
+    def __len__(self) -> int:
+        batches = self._load()[1]
+        return (len(batches) - 1) * _BATCH_ROWS + batches[-1].num_rows if batches else 0
+
+    def __getitem__(self, index: int) -> ObjectInfo:
+        """Object number `index`, from 0; negative ones are not for here."""
+        store, batches = self._load()
+        batch, row = batches[index // _BATCH_ROWS], index % _BATCH_ROWS
+        key, version, size = (batch.column(i)[row].as_py() for i in range(3))
+        return ObjectInfo(ObjectId(store, key, version), size)
+
+    def keys(self) -> list[str]:
+        """All keys, in order."""
+        return [key for batch in self._load()[1] for key in batch.column(0).to_pylist()]
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of all sizes."""
+        return sum(int(batch.column(2).to_numpy().sum()) for batch in self._load()[1])
+
+    def _load(self) -> tuple[str, list[pa.RecordBatch]]:
+        if self._open is None:
+            self._open = _map(self.path, self.digest)
+        return self._open
+
+
+def _write_batches(file: object, store: str, objects: Iterable[ObjectInfo]) -> str:
+    """Writes the rows and returns their digest."""
+    digest = _RowsDigest(store)
+    schema = _SCHEMA.with_metadata({"store": store})
+    with pa.ipc.new_file(file, schema) as writer:
+        for batch in _batches(objects):
+            digest.update(batch)
+            writer.write_batch(batch)
+    return digest.hexdigest()
+
+
+def _batches(objects: Iterable[ObjectInfo]) -> Iterator[pa.RecordBatch]:
+    """Batches of `_BATCH_ROWS` rows; only the last may be shorter."""
+    rest = iter(objects)
+    while rows := list(islice(rest, _BATCH_ROWS)):
+        columns = [[o.id.key for o in rows], [o.id.version for o in rows], [o.size for o in rows]]
+        yield pa.RecordBatch.from_pydict(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
+
+
+class _RowsDigest:
+    """xxh3-128 over what the batches say, independent of how Arrow lays a file out."""
+
+    def __init__(self, store: str) -> None:
+        self._hash = xxhash.xxh3_128(store.encode())
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        for column in batch.columns:
+            _, first, *data = column.buffers()
+            rows = len(column)
+            if data:
+                offsets = memoryview(first).cast("q")[: rows + 1]
+                self._hash.update(offsets)
+                self._hash.update(memoryview(data[0])[: offsets[rows]] if data[0] else b"")
+            else:
+                self._hash.update(memoryview(first)[: 8 * rows])
+
+    def hexdigest(self) -> str:
+        return str(self._hash.hexdigest())
+
+
+def _map(path: Path, digest: str) -> tuple[str, list[pa.RecordBatch]]:
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        store = reader.schema.metadata[b"store"].decode()
+    except FileNotFoundError as error:
+        raise ObjectNotFound(
+            f"the dataset's list of files, {path}, is gone, or was made on another machine: create the dataset again, "
+            "on this machine",
+            object=str(path),
+        ) from error
+    except (pa.ArrowException, OSError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"the dataset's list of files, {path}, can't be read: {error}") from error
+    with contextlib.suppress(OSError):
+        os.utime(path)  # still in use: see _sweep
+    found = _RowsDigest(store)
+    for batch in batches:
+        found.update(batch)
+    if found.hexdigest() != digest:
+        raise IntegrityError(f"the dataset's list of files, {path}, is damaged: create the dataset again")
+    return store, batches
+
+
+def _sweep(folder: Path) -> None:
+    oldest = time.time() - _UNUSED_S
+    for path in folder.iterdir():
+        try:
+            if path.suffix in (".arrow", ".tmp") and path.stat().st_mtime < oldest:
+                path.unlink()
+        except OSError:
+            continue  # another process swept it first
