@@ -1,0 +1,171 @@
+"""Fills waiting for a thread and for room: first come, first served, with a bound on the bytes in memory.
+
+A fill's bytes count from the moment it starts until its data lies in the store, or, if the store had no room, until
+the last reader has let go of it. Waiting fills cost nothing, so `submit` never blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from torchcache.errors import ConfigurationError, Overloaded, ServerUnavailable
+from torchcache_server.store import StoredChunk
+
+_CLOSE_S = 5.0
+
+
+class Loan:
+    """Bytes of the queue's bound that a running fill holds. `release` may be called twice."""
+
+    def __init__(self, queue: FillQueue, bytes: int) -> None:
+        self._finalizer = weakref.finalize(self, queue._give_back, bytes)
+        self._finalizer.atexit = False
+
+    def release(self) -> None:
+        self._finalizer()
+
+    def tie_to(self, data: bytearray) -> pa.Buffer:
+        """`data` as a buffer. The loan runs until the last view of it is gone; don't release it before."""
+        buffer = pa.py_buffer(data)
+        return pa.foreign_buffer(buffer.address, buffer.size, base=(self, buffer))
+
+
+@dataclass(eq=False, slots=True)
+class Fill:
+    """One fill: queued, then running. `deadline` (time.monotonic()) is the latest of those who wait for it."""
+
+    name: str
+    bytes: int
+    work: Callable[[Loan, float], StoredChunk]
+    deadline: float
+    future: Future[StoredChunk] = field(default_factory=Future)
+
+
+class FillQueue:
+    """Runs fills on `threads` threads, `limit_bytes` at a time. Thread-safe; threads start with the first fill."""
+
+    def __init__(self, *, threads: int, limit_bytes: int) -> None:
+        if threads < 1 or limit_bytes < 1:
+            raise ConfigurationError(f"fills need threads and bytes, not {threads} and {limit_bytes}")
+        self._limit_bytes = limit_bytes
+        self._lent_bytes = 0
+        self._waiting: deque[Fill] = deque()
+        # A loan may be returned by the garbage collector, even on a thread that holds the lock: hence a lock that lets
+        # it in, and returns that are only noted down, to be counted by whoever lends.
+        self._returned: deque[int] = deque()
+        self._changed = threading.Condition(threading.RLock())
+        self._thread_count = threads
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes of running fills, and of passed-through data that is still read."""
+        with self._changed:
+            self._settle()
+            return self._lent_bytes
+
+    def submit(self, fill: Fill) -> None:
+        """Queues `fill`. Its future gets the result of `work(loan, deadline)`, or Overloaded if its turn doesn't come.
+
+        Raises ServerUnavailable after `close`.
+        """
+        fill.future.set_running_or_notify_cancel()  # Shared by its waiters: none of them may cancel it.
+        with self._changed:
+            if self._closed:
+                raise ServerUnavailable("the server is stopping")
+            self._waiting.append(fill)
+            if not self._threads:
+                self._start()
+            self._changed.notify()
+
+    def extend(self, fill: Fill, deadline: float) -> None:
+        """Lets a fill that hasn't started wait until `deadline`, if that is later than its own."""
+        with self._changed:
+            fill.deadline = max(fill.deadline, deadline)
+
+    def close(self) -> None:
+        """Fails the fills that wait, and gives the running ones a moment to end. May be called twice."""
+        with self._changed:
+            self._closed = True
+            dropped = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify_all()
+        for fill in dropped:
+            fill.future.set_exception(ServerUnavailable("the server is stopping", object=fill.name))
+        until = time.monotonic() + _CLOSE_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _start(self) -> None:
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"fill-{number}", daemon=True)
+            for number in range(self._thread_count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _serve(self) -> None:
+        while (taken := self._take()) is not None:
+            fill, loan = taken
+            if loan is None:
+                fill.future.set_exception(self._overloaded(fill))
+            else:
+                _run(fill, loan)
+            # Not to hold the result, and with it the loan, until the next fill comes.
+            del taken, fill, loan
+
+    def _take(self) -> tuple[Fill, Loan | None] | None:
+        """The first fill in the queue, with a loan once there is room, without once it is too late; None if closed."""
+        with self._changed:
+            while not self._closed:
+                self._settle()
+                if self._waiting and self._waiting[0].deadline <= time.monotonic():
+                    return self._waiting.popleft(), None
+                elif self._waiting and self._has_room(self._waiting[0]):
+                    fill = self._waiting.popleft()
+                    self._lent_bytes += fill.bytes
+                    self._changed.notify()  # There may be room for the next one too.
+                    return fill, Loan(self, fill.bytes)
+                else:
+                    first_s = self._waiting[0].deadline - time.monotonic() if self._waiting else None
+                    self._changed.wait(first_s)
+            return None
+
+    def _has_room(self, fill: Fill) -> bool:
+        """A fill that is larger than the bound runs alone."""
+        return not self._lent_bytes or self._lent_bytes + fill.bytes <= self._limit_bytes
+
+    def _overloaded(self, fill: Fill) -> Overloaded:
+        return Overloaded(
+            f"{fill.name} waited up to its deadline for other fills to end: {self._limit_bytes} bytes and "
+            f"{self._thread_count} fills at a time are the server's bounds; ask for less at a time",
+            object=fill.name,
+        )
+
+    def _settle(self) -> None:
+        while self._returned:
+            self._lent_bytes -= self._returned.popleft()
+
+    def _give_back(self, bytes: int) -> None:
+        self._returned.append(bytes)
+        with self._changed:
+            self._changed.notify()
+
+
+def _run(fill: Fill, loan: Loan) -> None:
+    try:
+        result = fill.work(loan, fill.deadline)
+    except BaseException as error:  # noqa: BLE001 - it is the waiters' to see
+        loan.release()
+        fill.future.set_exception(error)
+    else:
+        fill.future.set_result(result)

@@ -1,0 +1,170 @@
+"""Reads of chunks: from the store, else from the under-store, once for all who ask at the same time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+
+from torchcache.errors import ConfigurationError, IntegrityError, NotResident, OutOfSpace
+from torchcache.model import ByteRange, ChunkId, ObjectInfo
+from torchcache_server.cache.fill_queue import Fill, FillQueue, Loan
+from torchcache_server.store import Store, StoredChunk
+from torchcache_server.understore import UnderStore
+
+_LOG = logging.getLogger(__name__)
+
+_MIB = 1024 * 1024
+_FILL_S = 30.0
+"""What a fill may take once it has started, if those who wait have less patience: it is of use to the next."""
+
+
+class ReadThrough:
+    """Hands out chunks. Thread-safe."""
+
+    def __init__(
+        self,
+        store: Store,
+        under_stores: Mapping[str, UnderStore],
+        *,
+        fill_threads: int = 16,
+        inflight_bytes: int = 512 * _MIB,
+    ) -> None:
+        self.store = store
+        self._under_stores = under_stores
+        self._queue = FillQueue(threads=fill_threads, limit_bytes=inflight_bytes)
+        self._flights: dict[ChunkId, Fill] = {}
+        self._lock = threading.Lock()
+        self._passed_through = 0
+
+    @property
+    def passed_through(self) -> int:
+        """Chunks served without being kept, because the store had no room."""
+        return self._passed_through
+
+    def get(
+        self,
+        namespace: str,
+        object: ObjectInfo,
+        index: int,
+        *,
+        deadline: float,
+        resident_only: bool = False,
+        suspect: bool = False,
+    ) -> StoredChunk | Future[StoredChunk]:
+        """Chunk `index` of `object`: itself if it is resident, else the future of its fill. Never blocks on a fill.
+
+        The future is shared by all who asked: it can't be cancelled, and it may end after `deadline`, so give its
+        `result` a timeout. `suspect`: a reader saw a wrong checksum; the chunk is verified, and filled again if bad.
+
+        Raises NotResident for what isn't here and can't be fetched (computed samples, files of saves) or must not be
+        (`resident_only`), IntegrityError for a damaged file of a save, ConfigurationError, ServerUnavailable.
+        """
+        chunk = ChunkId(object.id, index)
+        if suspect:
+            self._verify(chunk)
+        found = self.store.lookup(chunk)
+        if found is not None:
+            return found
+        if resident_only or object.id.is_sample or object.id.is_save:
+            raise _not_resident(object)
+        return self._fly(namespace, object, chunk, deadline)
+
+    def close(self) -> None:
+        """Fails the fills that wait. May be called twice."""
+        self._queue.close()
+
+    def _verify(self, chunk: ChunkId) -> None:
+        """Takes a damaged chunk out of the store."""
+        if not self.store.contains(chunk) or self.store.verify(chunk):
+            return
+        if chunk.object.is_save:
+            # Not quarantined: it may be the only copy.
+            raise IntegrityError(
+                f"chunk {chunk.index} of {chunk.object} is damaged on this server's disk; load another checkpoint",
+                object=str(chunk.object),
+            )
+        _LOG.warning("chunk %d of %s is damaged on disk: quarantined", chunk.index, chunk.object)
+        self.store.quarantine(chunk)
+
+    def _fly(
+        self, namespace: str, object: ObjectInfo, chunk: ChunkId, deadline: float
+    ) -> StoredChunk | Future[StoredChunk]:
+        """Joins the chunk's flight, or starts one."""
+        under_store = self._under_store(object)
+        length = chunk.length(object.size)
+        with self._lock:
+            flight = self._flights.get(chunk)
+            if flight is not None:
+                self._queue.extend(flight, deadline)
+                return flight.future
+            # A flight may have landed since the look-up.
+            if self.store.contains(chunk) and (found := self.store.lookup(chunk)) is not None:
+                return found
+
+            def work(loan: Loan, until: float) -> StoredChunk:
+                return self._fill(
+                    namespace, object, chunk, under_store=under_store, loan=loan, deadline=until
+                )
+
+            flight = Fill(f"chunk {chunk.index} of {object.id}", length, work, deadline)
+            self._queue.submit(flight)
+            self._flights[chunk] = flight
+        flight.future.add_done_callback(lambda _: self._land(chunk))
+        return flight.future
+
+    def _land(self, chunk: ChunkId) -> None:
+        with self._lock:
+            self._flights.pop(chunk, None)
+
+    def _fill(
+        self,
+        namespace: str,
+        object: ObjectInfo,
+        chunk: ChunkId,
+        *,
+        under_store: UnderStore,
+        loan: Loan,
+        deadline: float,
+    ) -> StoredChunk:
+        """Fetches a chunk and stores it; where there is no room for it, hands it on as it is."""
+        start = chunk.offset
+        data = under_store.read(
+            object,
+            ByteRange(start, start + chunk.length(object.size)),
+            deadline=max(deadline, time.monotonic() + _FILL_S),
+        )
+        try:
+            stored = self.store.put(namespace, chunk, object.size, data)
+        except (OutOfSpace, OSError) as error:
+            _LOG.debug("chunk %d of %s is not kept: %s", chunk.index, object.id, error)
+            with self._lock:
+                self._passed_through += 1
+            return StoredChunk.of(loan.tie_to(data), object.size)
+        loan.release()
+        return stored
+
+    def _under_store(self, object: ObjectInfo) -> UnderStore:
+        under_store = self._under_stores.get(object.id.store)
+        if under_store is None:
+            known = ", ".join(sorted(self._under_stores)) or "none"
+            raise ConfigurationError(
+                f"this server has no under-store {object.id.store!r}, only: {known}; start it with "
+                f"--under-store {object.id.store}=URI",
+                object=str(object.id),
+            )
+        if object.size < 0:
+            raise ConfigurationError(f"the size of {object.id} is needed to read it", object=str(object.id))
+        return under_store
+
+
+def _not_resident(object: ObjectInfo) -> NotResident:
+    if object.id.is_sample:
+        what = "is a computed sample that isn't in the pool (any more); compute it again"
+    elif object.id.is_save:
+        what = "isn't held by this server (any more); read it from the under-store"
+    else:
+        what = "isn't resident, and the read was to stay within the pool; stage it first"
+    return NotResident(f"{object.id} {what}", object=str(object.id))

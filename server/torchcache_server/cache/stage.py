@@ -1,0 +1,91 @@
+"""Filling ahead of use, and saying how much is there."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from torchcache.errors import DeadlineExceeded, OutOfSpace, TorchCacheError
+from torchcache.model import ChunkId, ObjectInfo
+from torchcache_server.cache.read_through import ReadThrough
+from torchcache_server.store import Store, StoredChunk
+
+_AHEAD = 32
+"""Chunks a stage has in flight: enough to keep the fill threads busy, few enough not to bar other readers' way."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What became of one object: the bytes this stage fetched, and why it isn't held whole, if it isn't."""
+
+    filled_bytes: int
+    error: TorchCacheError | None
+
+
+def stage(
+    read_through: ReadThrough, namespace: str, objects: Sequence[ObjectInfo], *, deadline: float
+) -> list[StageResult]:
+    """Makes `objects` resident, tries each of them, and says how it went, in their order. Raises nothing for one."""
+    filled = [0] * len(objects)
+    errors: list[TorchCacheError | None] = [None] * len(objects)
+    pending: deque[tuple[int, ChunkId, Future[StoredChunk]]] = deque()
+
+    def finish() -> None:
+        number, chunk, future = pending.popleft()
+        try:
+            filled[number] += _landed(read_through.store, chunk, future, deadline)
+        except TorchCacheError as error:
+            errors[number] = errors[number] or error
+
+    for number, chunk in _chunks(objects):
+        if errors[number] is not None:
+            continue
+        try:
+            answer = read_through.get(namespace, objects[number], chunk.index, deadline=deadline)
+        except TorchCacheError as error:
+            errors[number] = error
+            continue
+        if isinstance(answer, Future):
+            pending.append((number, chunk, answer))
+        if len(pending) == _AHEAD:
+            finish()
+    while pending:
+        finish()
+    return [StageResult(*result) for result in zip(filled, errors, strict=True)]
+
+
+def resident_bytes(store: Store, objects: Sequence[ObjectInfo]) -> list[int]:
+    """Bytes of each object that are in the store, in their order. An object of unknown size counts as 0."""
+    return [
+        sum(chunk.length(object.size) for chunk in _chunks_of(object) if store.contains(chunk))
+        for object in objects
+    ]
+
+
+def _landed(store: Store, chunk: ChunkId, future: Future[StoredChunk], deadline: float) -> int:
+    """Bytes that a fill brought into the store."""
+    try:
+        size = future.result(max(0.0, deadline - time.monotonic())).payload.size
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"{chunk.object} was not staged by the deadline", object=str(chunk.object)
+        ) from None
+    if not store.contains(chunk):
+        raise OutOfSpace(
+            f"the store has no room to keep {chunk.object}; raise its capacity, or unpin or evict other data",
+            object=str(chunk.object),
+        )
+    return int(size)
+
+
+def _chunks(objects: Sequence[ObjectInfo]) -> Iterator[tuple[int, ChunkId]]:
+    for number, object in enumerate(objects):
+        for chunk in _chunks_of(object):
+            yield number, chunk
+
+
+def _chunks_of(object: ObjectInfo) -> Iterator[ChunkId]:
+    return (ChunkId(object.id, index) for index in range(object.chunk_count))
