@@ -1,0 +1,150 @@
+"""What the store's parts share: the open disk, index and space, one lock, and how segments leave.
+
+Order of locks: a namespace's `sync_lock`, the index's write transaction, `lock`, a segment's `file_lock`. `lock` guards
+the space and the counters; it is held for memory and for making a segment, never while payloads are written or synced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torchcache.errors import OutOfSpace, ServerUnavailable
+from torchcache_server.store.disk import DiskCalls
+from torchcache_server.store.eviction import choose_victims
+from torchcache_server.store.folder import StoreFolder
+from torchcache_server.store.index import Index
+from torchcache_server.store.segments import Segment
+from torchcache_server.store.space import Space
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the store was opened."""
+
+    hits: int = 0
+    misses: int = 0
+    corrupt: int = 0
+    evicted_chunks: int = 0
+
+
+class Gate:
+    """Lets calls in until it is closed, and closing wait for those inside."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._inside = 0
+        self._closed = False
+        self._condition = threading.Condition(threading.Lock())
+
+    def __enter__(self) -> None:
+        with self._condition:
+            if self._closed:
+                raise ServerUnavailable(f"the store {self._name} is closed")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._condition:
+            self._inside -= 1
+            if self._closed and not self._inside:
+                self._condition.notify_all()
+
+    def close(self) -> bool:
+        """Returns once nobody is inside; False if it was closed already."""
+        with self._condition:
+            if self._closed:
+                return False
+            self._closed = True
+            self._condition.wait_for(lambda: not self._inside)
+            return True
+
+
+@dataclass
+class Core:
+    """The open store, without its public face."""
+
+    disk: DiskCalls
+    folder: StoreFolder
+    index: Index
+    space: Space
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    counts: Counts = field(default_factory=Counts)
+    clock: itertools.count[int] = field(
+        default_factory=itertools.count
+    )  # orders uses; no wall clock is asked
+
+    def touch(self, segment: Segment) -> None:
+        """Notes that the segment's namespace is in use."""
+        namespace = self.space.namespaces.get(segment.header.namespace)
+        if namespace is not None:
+            namespace.last_used = next(self.clock)
+
+    def make_room(self, namespace: str, need_bytes: int) -> bool:
+        """Evicts at least `need_bytes` from other namespaces; False, and nothing is done, if that much can't go."""
+        with self.lock:
+            victims = choose_victims(self.space.candidates(), namespace=namespace, need_bytes=need_bytes)
+            segments = [self.space.segments[number] for number in victims or ()]
+        if victims is None:
+            return False
+        evicted = self.remove(segments, unless_in_use=True)
+        with self.lock:
+            self.counts.evicted_chunks += sum(s.chunks for s in evicted)
+        return any(s.dropped for s in segments)
+
+    def remove(self, segments: Iterable[Segment], *, unless_in_use: bool = False) -> list[Segment]:
+        """Unlinks segments; returns those that went by this call.
+
+        Who reads one has its mapping still, who writes into one finishes and finds that nothing came of it. With
+        `unless_in_use` those that are written to, pinned or kept by now are left out.
+        """
+        removed: list[Segment] = []
+        try:
+            with self.index.writing() as writer:
+                with self.lock:
+                    for segment in segments:
+                        if not segment.dropped and not (unless_in_use and self._in_use(segment)):
+                            self.space.remove(segment)
+                            removed.append(segment)
+                for segment in removed:
+                    writer.delete_segment(segment.number)
+        except OutOfSpace as error:
+            # Harmless: what points to a segment that is gone is a miss. Freeing the room is what helps now.
+            _log.warning("evicted chunks stay in the index: %s", error)
+        for segment in removed:
+            self._unlink(segment)
+        return removed
+
+    def close_if_done(self, segment: Segment) -> None:
+        """Closes a sealed segment's file once nobody writes into it; one that must be kept is synced before."""
+        with self.lock:
+            if not segment.sealed or segment.writing or segment.fd is None:
+                return
+            namespace = self.space.namespaces.get(segment.header.namespace)
+        if namespace is not None and namespace.kept and not segment.dropped:
+            # Spreads the cost of the sync that will come, and its descriptors need not pile up until then.
+            try:
+                segment.sync(self.disk)
+            except OSError as error:
+                # The segment remembers, and refuses whoever asks for durability.
+                _log.error("segment %s can't be synced: %s", segment.path, error)
+        segment.close(self.disk)
+
+    def _in_use(self, segment: Segment) -> bool:
+        return bool(segment.writing) or self.space.namespaces[segment.header.namespace].protected
+
+    def _unlink(self, segment: Segment) -> None:
+        try:
+            self.disk.unlink(segment.path)
+        except OSError as error:
+            # It is forgotten all the same: the next start finds a file that no index knows and reads it again.
+            _log.warning("segment %s can't be unlinked: %s", segment.path, error)
+        with self.lock:
+            if self.space.forget_if_empty(segment.header.namespace):
+                self.disk.remove_dir(os.path.dirname(segment.path))
+        self.close_if_done(segment)

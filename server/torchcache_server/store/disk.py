@@ -1,0 +1,203 @@
+"""The seam to the disk: every system call of the store that can lose, tear or refuse bytes.
+
+Production and tests run the same store over it; a test overrides one method to see what happens when that call fails.
+LMDB is the exception, and holds nothing that can't be rebuilt from what went through here. All methods raise OSError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+from typing import Final
+
+import pyarrow as pa
+
+Bytes = bytes | bytearray | memoryview
+
+_IOV_MAX: Final = 1024  # Linux; os.sysconf("SC_IOV_MAX") says the same everywhere it runs
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_PROT_READ: Final = 1
+_MAP_SHARED: Final = 1
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+
+class _Mapping:
+    """Owns one mapping; unmaps when the last view into it is gone.
+
+    Not `mmap.mmap`, which keeps a descriptor open for every mapping before Python 3.13: a store of some thousand
+    segments would meet the limit of open files.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._size = size
+        self._unmap = _libc.munmap  # still reachable while the interpreter is torn down
+        self.address: int | None = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, fd, 0)
+        if self.address == _MAP_FAILED:
+            self.address = None
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def __del__(self) -> None:
+        if self.address is not None:
+            self._unmap(self.address, self._size)
+
+
+class DiskCalls:
+    """The real calls. Descriptors are plain ints; paths are absolute."""
+
+    def make_dir(self, path: str) -> None:
+        """Creates one folder, for the owner alone. One that exists is fine."""
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+
+    def create(self, path: str) -> int:
+        """Opens a new file for reading and writing; one of that name, or a symlink, is refused."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def open(self, path: str) -> int:
+        """Opens an existing file for reading and writing; symlinks are refused."""
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def size(self, fd: int) -> int:
+        return os.fstat(fd).st_size
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Sets the file's size; growing leaves a hole that reads as zeros and takes no room."""
+        os.ftruncate(fd, size)
+
+    def pwritev(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+        """One call; may write less than all, as the kernel does. At most `IOV_MAX` buffers."""
+        return os.pwritev(fd, buffers, offset)
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """One call; may read less."""
+        return os.pread(fd, size, offset)
+
+    def map(self, fd: int, size: int) -> pa.Buffer:
+        """The file's first `size` bytes, mapped read-only and shared. Outlives `fd` and the file's name."""
+        mapping = _Mapping(fd, size)
+        return pa.foreign_buffer(mapping.address, size, base=mapping)
+
+    def next_data(self, fd: int, offset: int) -> int | None:
+        """First byte at or behind `offset` that is not in a hole; None if there is none."""
+        try:
+            return os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole, or the end, follows
+                return None
+            raise
+
+    def next_hole(self, fd: int, offset: int) -> int:
+        """First byte at or behind `offset` that is in a hole; the end of the file counts as one."""
+        return os.lseek(fd, offset, os.SEEK_HOLE)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def fsync_dir(self, path: str) -> None:
+        """Makes the names in a folder durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, source: str, target: str) -> None:
+        """Atomically puts `source` in the place of `target`."""
+        os.rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        """Removes a name; one that is gone is fine."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+    def remove_dir(self, path: str) -> None:
+        """Removes an empty folder; one that is gone, or isn't empty, is left alone."""
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # a new segment came in between
+                raise
+
+    def names(self, path: str) -> list[str]:
+        """Names in a folder, sorted; none for one that doesn't exist."""
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+
+
+OS: Final = DiskCalls()
+"""The disk of production."""
+
+
+def write_all(disk: DiskCalls, fd: int, buffers: Sequence[Bytes], offset: int) -> None:
+    """Writes `buffers` one behind the other from `offset`, in order, going on after short writes."""
+    for first in range(0, len(buffers), _IOV_MAX):
+        rest = list(buffers[first : first + _IOV_MAX])
+        left = sum(memoryview(b).nbytes for b in rest)
+        while left:
+            written = disk.pwritev(fd, rest, offset)
+            offset += written
+            left -= written
+            while rest and written >= memoryview(rest[0]).nbytes:
+                written -= memoryview(rest[0]).nbytes
+                del rest[0]
+            if written:
+                rest[0] = memoryview(rest[0])[written:]
+
+
+def read_file(disk: DiskCalls, path: str) -> bytes:
+    """All bytes of a small file."""
+    fd = disk.open(path)
+    try:
+        size, parts, at = disk.size(fd), [], 0
+        while at < size and (part := disk.pread(fd, size - at, at)):
+            parts.append(part)
+            at += len(part)
+        return b"".join(parts)
+    finally:
+        disk.close(fd)
+
+
+def replace_file(disk: DiskCalls, folder: str, name: str, data: Sequence[Bytes]) -> None:
+    """Puts a small file in place, whole or not at all, and durable on return: write, fsync, rename, fsync folder.
+
+    Not for two threads at a time with the same `name`. When a call fails the old file, if any, stays.
+    """
+    temporary = os.path.join(folder, f"{name}.tmp")
+    disk.unlink(temporary)
+    fd = disk.create(temporary)
+    try:
+        try:
+            write_all(disk, fd, data, 0)
+            disk.fsync(fd)
+        finally:
+            disk.close(fd)
+        disk.rename(temporary, os.path.join(folder, name))
+    except OSError:
+        disk.unlink(temporary)
+        raise
+    disk.fsync_dir(folder)

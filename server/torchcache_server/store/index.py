@@ -1,0 +1,185 @@
+"""Where each chunk lies: an LMDB database that other processes can read too.
+
+It is derived: whatever it says can be found again by reading the segments, so nothing here is synced on the way. After
+an unclean stop it is thrown away and rebuilt; after a clean one it is trusted as far as the segments bear it out.
+
+Tables: `chunks` (digest of the object, chunk index) -> (segment, offset); `members` (segment, offset) -> key in
+`chunks`, so that a segment's records can be dropped together; `segments`: what a clean stop noted of each segment.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple
+
+import lmdb
+import xxhash
+
+from torchcache.errors import OutOfSpace
+from torchcache.model import ChunkId
+
+_KEY: Final = struct.Struct(">I")
+_LOCATION: Final = struct.Struct(">QQ")  # big-endian: `members` sort by segment, then offset
+_NUMBER: Final = struct.Struct(">Q")
+_NOTE: Final = struct.Struct(">QQQ")
+
+_MIN_MAP_BYTES: Final = 1 << 32
+_MAX_MAP_BYTES: Final = 1 << 44
+_MAX_READERS: Final = 2048
+
+
+class Location(NamedTuple):
+    """A record's place: number of its segment, offset of its header in bytes."""
+
+    segment: int
+    offset: int
+
+
+class SegmentNote(NamedTuple):
+    """What a clean stop knew of a segment: end of its records in bytes, chunks in it, its namespace's last use."""
+
+    tail: int
+    chunks: int
+    last_used: int
+
+
+class _Tables(NamedTuple):
+    chunks: Any  # lmdb's handle, whose class it doesn't export
+    members: Any
+    segments: Any
+
+
+def chunk_key(chunk: ChunkId) -> bytes:
+    """The chunk's key in the index."""
+    return chunk.object.digest + _KEY.pack(chunk.index)
+
+
+def record_key(identity: bytes, index: int) -> bytes:
+    """The same, from what a record's header says: `ObjectId.encoded` and the chunk's index."""
+    return xxhash.xxh3_128_digest(identity) + _KEY.pack(index)
+
+
+class Index:
+    """The open database. Reading needs no lock; one writer at a time, others wait."""
+
+    def __init__(self, path: str, *, capacity_bytes: int) -> None:
+        """Opens or creates the database in folder `path`. Raises lmdb.Error if what lies there isn't one."""
+        # The map is address space, not disk: the file is as large as its content. Twice the capacity holds the index
+        # of records that are all payload-less, the most entries a byte of segment can ask for.
+        map_bytes = min(max(2 * capacity_bytes, _MIN_MAP_BYTES), _MAX_MAP_BYTES)
+        self._env = lmdb.open(
+            path,
+            map_size=map_bytes - map_bytes % (1 << 20),
+            max_dbs=3,
+            max_readers=_MAX_READERS,
+            max_spare_txns=64,
+            mode=0o600,
+            sync=False,
+            metasync=False,
+            meminit=False,
+            readahead=False,
+        )
+        self._env.reader_check()
+        names = (b"chunks", b"members", b"segments")
+        self._tables = _Tables(*(self._env.open_db(name) for name in names))
+
+    def get(self, key: bytes) -> Location | None:
+        """The chunk's place, or None. A damaged index knows nothing."""
+        try:
+            with self._env.begin(self._tables.chunks) as txn:
+                value = txn.get(key)
+        except lmdb.Error:
+            return None
+        return None if value is None else Location(*_LOCATION.unpack(value))
+
+    @contextmanager
+    def writing(self) -> Iterator[IndexWriter]:
+        """One transaction: all of it becomes visible at the end of the block, or nothing if that raises.
+
+        Raises OutOfSpace if the disk takes no more of the index.
+        """
+        try:
+            with self._env.begin(write=True) as txn:
+                yield IndexWriter(txn, self._tables)
+        except lmdb.Error as error:
+            raise OutOfSpace(f"the store's index can't be written: {error}; free some disk space") from error
+
+    def notes(self) -> dict[int, SegmentNote]:
+        """What the last clean stop noted, by segment."""
+        with self._env.begin(self._tables.segments) as txn:
+            return {_NUMBER.unpack(k)[0]: SegmentNote(*_NOTE.unpack(v)) for k, v in txn.cursor()}
+
+    def close(self, notes: dict[int, SegmentNote] | None) -> None:
+        """Notes the segments' state and makes the whole index durable; with None it is just closed."""
+        try:
+            if notes is not None:
+                with self.writing() as writer:
+                    writer.replace_notes(notes)
+                self._env.sync(True)
+        finally:
+            self._env.close()
+
+
+class IndexWriter:
+    """What can be done in a transaction of `Index.writing`."""
+
+    def __init__(self, txn: lmdb.Transaction, tables: _Tables) -> None:
+        self._txn = txn
+        self._chunks = tables.chunks
+        self._members = tables.members
+        self._segments = tables.segments
+
+    def get(self, key: bytes) -> Location | None:
+        """The chunk's place as this transaction sees it."""
+        value = self._txn.get(key, db=self._chunks)
+        return None if value is None else Location(*_LOCATION.unpack(value))
+
+    def put(self, key: bytes, location: Location) -> Location | None:
+        """Places a chunk; returns the place it had before, which is forgotten."""
+        before = self.get(key)
+        if before is not None:
+            self._txn.delete(_LOCATION.pack(*before), db=self._members)
+        packed = _LOCATION.pack(*location)
+        self._txn.put(key, packed, db=self._chunks)
+        self._txn.put(packed, key, db=self._members)
+        return before
+
+    def delete(self, key: bytes) -> Location | None:
+        """Forgets a chunk; returns the place it had."""
+        before = self.get(key)
+        if before is not None:
+            self._txn.delete(_LOCATION.pack(*before), db=self._members)
+            self._txn.delete(key, db=self._chunks)
+        return before
+
+    def delete_segment(self, number: int) -> int:
+        """Forgets all chunks of a segment; returns how many there were."""
+        count = 0
+        with self._txn.cursor(self._members) as cursor:
+            found = cursor.set_range(_LOCATION.pack(number, 0))
+            while found and cursor.key()[:8] == _NUMBER.pack(number):
+                place, key = cursor.item()
+                # A chunk stored again elsewhere after its old place could not be forgotten isn't this segment's.
+                if self._txn.get(key, db=self._chunks) == place:
+                    self._txn.delete(key, db=self._chunks)
+                    count += 1
+                found = cursor.delete()
+        return count
+
+    def replace_notes(self, notes: dict[int, SegmentNote]) -> None:
+        """Puts `notes` in the place of all earlier ones."""
+        self._txn.drop(self._segments, delete=False)
+        for number, note in notes.items():
+            self._txn.put(_NUMBER.pack(number), _NOTE.pack(*note), db=self._segments)
+
+
+def remove_index(path: str) -> None:
+    """Throws the database away; it must not be open."""
+    for name in ("data.mdb", "lock.mdb"):
+        try:
+            os.unlink(os.path.join(path, name))
+        except FileNotFoundError:
+            pass

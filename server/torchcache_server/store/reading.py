@@ -1,0 +1,64 @@
+"""Finding chunks, and forgetting those that are damaged."""
+
+from __future__ import annotations
+
+import logging
+
+from torchcache.errors import OutOfSpace
+from torchcache.model import ChunkId
+from torchcache_server.store.chunk import StoredChunk
+from torchcache_server.store.core import Core
+from torchcache_server.store.index import Location, chunk_key
+
+_log = logging.getLogger(__name__)
+
+
+def find(core: Core, chunk: ChunkId) -> StoredChunk | None:
+    """The chunk, its record's header checked; a record that isn't what the index says is quarantined, and a miss."""
+    key = chunk_key(chunk)
+    location = core.index.get(key)
+    if location is None:
+        return None
+    segment = core.space.segments.get(location.segment)
+    if segment is None:
+        return None
+    record = segment.record(location.offset)
+    if record is None or record.index != chunk.index or record.identity != chunk.object.encoded:
+        _forget(core, key, location)
+        return None
+    core.touch(segment)
+    return segment.chunk(location.offset, record)
+
+
+def quarantine(core: Core, chunk: ChunkId) -> None:
+    """Forgets the chunk's record, which was found damaged."""
+    key = chunk_key(chunk)
+    location = core.index.get(key)
+    if location is not None:
+        _forget(core, key, location)
+
+
+def _forget(core: Core, key: bytes, location: Location) -> None:
+    """Takes the record at `location` out, unless the chunk has been stored anew meanwhile."""
+    try:
+        with core.index.writing() as writer:
+            if writer.get(key) != location:
+                return
+            writer.delete(key)
+    except OutOfSpace as error:
+        _log.warning("a damaged chunk stays in the index: %s", error)
+    segment = core.space.segments.get(location.segment)
+    if segment is None:
+        return
+    with core.lock:
+        core.counts.corrupt += 1
+        segment.chunks -= 1
+        is_empty = segment.sealed and not segment.writing and not segment.chunks
+    _log.warning("a damaged record at %d in %s is dropped", location.offset, segment.path)
+    try:
+        # So that no rebuilt index finds it again.
+        segment.bury(core.disk, location.offset)
+    except OSError as error:
+        _log.warning("it can't be marked as dead: %s", error)
+    if is_empty:
+        core.remove([segment])

@@ -1,0 +1,183 @@
+"""Who holds how much: namespaces, their segments, and room for new records. No I/O, no locks of its own.
+
+The room that counts is what segments hold, header to tail. Behind the tail a file is a hole and takes no disk.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from torchcache.errors import ConfigurationError
+from torchcache.model import CHUNK_BYTES
+from torchcache_server.store.eviction import Candidate
+from torchcache_server.store.record import MAX_RECORD_BYTES
+from torchcache_server.store.segments import Segment
+
+DEFAULT_SEGMENT_BYTES: Final = 64 * 1024 * 1024
+MIN_SEGMENT_BYTES: Final = MAX_RECORD_BYTES + 32 * 1024
+"""Room for a segment's header and one full record."""
+
+_PAGE: Final = 4096
+_MAX_SEGMENTS: Final = 16384  # a quarter of the mappings that Linux gives a process
+
+
+def segment_size(capacity_bytes: int, segment_bytes: int | None) -> int:
+    """Bytes of a segment file: as asked, else 64 MiB, less in a small store and more in a huge one.
+
+    Raises ConfigurationError where a full record would not fit.
+    """
+    if capacity_bytes < MIN_SEGMENT_BYTES:
+        raise ConfigurationError(
+            f"a capacity of {capacity_bytes} bytes is less than one segment holds: give at least {MIN_SEGMENT_BYTES}"
+            f" bytes (a chunk of {CHUNK_BYTES} and its header)"
+        )
+    if segment_bytes is None:
+        wanted = min(DEFAULT_SEGMENT_BYTES, max(capacity_bytes // 8, MIN_SEGMENT_BYTES))
+        segment_bytes = max(wanted, capacity_bytes // _MAX_SEGMENTS)
+    if segment_bytes < MIN_SEGMENT_BYTES:
+        raise ConfigurationError(
+            f"segments of {segment_bytes} bytes are too small for a chunk: give at least {MIN_SEGMENT_BYTES} bytes"
+        )
+    if segment_bytes > capacity_bytes:
+        raise ConfigurationError(
+            f"a capacity of {capacity_bytes} bytes is less than one segment of {segment_bytes} bytes: raise the "
+            "capacity or make segments smaller"
+        )
+    return -(-segment_bytes // _PAGE) * _PAGE
+
+
+class Run(NamedTuple):
+    """Records `first` up to `last` (exclusive) of a batch, one behind the other from `offset`.
+
+    `segment` counts from the batch's first: 0 is the segment that is open now, if there is one, 1 the next, new one.
+    """
+
+    segment: int
+    offset: int
+    first: int
+    last: int
+
+
+class Layout(NamedTuple):
+    """Where a batch goes. `bytes` is what it takes in all, the headers of new segments included."""
+
+    runs: list[Run]
+    new_segments: int
+    bytes: int
+
+
+def lay_out(sizes: Sequence[int], *, tail: int, room_bytes: int, start: int, segment_bytes: int) -> Layout:
+    """Puts records of these sizes into the open segment, which has `room_bytes` from `tail` on, then into new ones.
+
+    `start` is where a new segment's first record goes. No size may be larger than a new segment's room.
+    """
+    runs: list[Run] = []
+    segment, at, end = 0, tail, tail + room_bytes
+    first = 0
+    for i, size in enumerate(sizes):
+        if at + size > end:
+            if i > first:
+                runs.append(Run(segment, at - sum(sizes[first:i]), first, i))
+            segment, at, end, first = segment + 1, start, segment_bytes, i
+        at += size
+    if len(sizes) > first:
+        runs.append(Run(segment, at - sum(sizes[first:]), first, len(sizes)))
+    return Layout(runs, segment, sum(sizes) + segment * start)
+
+
+@dataclass(slots=True, eq=False)
+class Namespace:
+    """A dataset or checkpoint, and the segments that are its own."""
+
+    name: str
+    segments: dict[int, Segment] = field(default_factory=dict)
+    open: Segment | None = None  # takes the next records
+    pinned: bool = False
+    kept: bool = False
+    last_used: int = 0
+    names_unsynced: bool = False  # files were created since the folder's last fsync
+    sync_lock: threading.Lock = field(
+        default_factory=threading.Lock
+    )  # one sync at a time: who comes later waits for its outcome
+
+    @property
+    def protected(self) -> bool:
+        return self.pinned or self.kept
+
+    @property
+    def bytes(self) -> int:
+        return sum(s.tail for s in self.segments.values())
+
+    @property
+    def chunks(self) -> int:
+        return sum(s.chunks for s in self.segments.values())
+
+
+@dataclass(slots=True)
+class Space:
+    """All namespaces and segments of a store. Guarded by the store's lock."""
+
+    capacity_bytes: int
+    segment_bytes: int
+    used_bytes: int = 0
+    namespaces: dict[str, Namespace] = field(default_factory=dict)
+    segments: dict[int, Segment] = field(default_factory=dict)
+    next_number: int = 1
+
+    def namespace(self, name: str) -> Namespace:
+        """The namespace of that name, made if there is none yet."""
+        found = self.namespaces.get(name)
+        if found is None:
+            found = self.namespaces[name] = Namespace(name)
+        return found
+
+    def add(self, segment: Segment) -> Namespace:
+        """Takes a segment in; returns its namespace."""
+        namespace = self.namespace(segment.header.namespace)
+        namespace.segments[segment.number] = segment
+        self.segments[segment.number] = segment
+        self.used_bytes += segment.tail
+        self.next_number = max(self.next_number, segment.number + 1)
+        return namespace
+
+    def remove(self, segment: Segment) -> None:
+        """Lets a segment go; its namespace stays, maybe empty."""
+        segment.dropped = True
+        segment.sealed = True
+        del self.segments[segment.number]
+        namespace = self.namespaces[segment.header.namespace]
+        del namespace.segments[segment.number]
+        if namespace.open is segment:
+            namespace.open = None
+        self.used_bytes -= segment.tail
+
+    def take(self, segment: Segment, size: int) -> None:
+        """Takes the next `size` bytes of a segment."""
+        segment.tail += size
+        if not segment.dropped:
+            self.used_bytes += size
+
+    def give_back(self, segment: Segment, offset: int, size: int) -> None:
+        """Returns what `take` took, if nobody has taken what follows."""
+        if segment.tail == offset + size and not segment.dropped:
+            segment.tail = offset
+            self.used_bytes -= size
+
+    def forget_if_empty(self, name: str) -> bool:
+        """Drops a namespace that holds nothing and has nothing to remember; says whether it has no segments."""
+        namespace = self.namespaces.get(name)
+        if namespace is None:
+            return True
+        if not namespace.segments and not namespace.protected:
+            del self.namespaces[name]
+        return not namespace.segments
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Every segment, as eviction sees it."""
+        for segment in self.segments.values():
+            namespace = self.namespaces[segment.header.namespace]
+            protected = namespace.protected or bool(segment.writing)
+            yield Candidate(segment.number, namespace.name, segment.tail, namespace.last_used, protected)
