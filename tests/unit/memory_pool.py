@@ -146,6 +146,9 @@ class MemoryPool:
         if failed:
             raise failed[0]
 
+    def resident_bytes(self, objects: Sequence[ObjectInfo]) -> Sequence[int]:
+        return [o.size if o.id in self.resident else 0 for o in objects]
+
     def residency(self, objects: Sequence[ObjectInfo]) -> Residency:
         held = [o for o in objects if o.id in self.resident]
         return Residency(

@@ -1,0 +1,387 @@
+"""The command's behaviour over a pool in memory: exit codes, JSON, and errors in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.unit.memory_pool import MemoryPool
+from torchcache.checkpoint.layout import GRANULE_BYTES
+from torchcache.checkpoint.manifest import Item, Manifest, frame_digest, payload_digests
+from torchcache.checkpoint.verification import PIECE_BYTES
+from torchcache.cli.app import run
+from torchcache.cli.output import duration_text, percent_text, size_text
+from torchcache.errors import (
+    AlreadyExists,
+    IntegrityError,
+    ObjectNotFound,
+    OutOfSpace,
+    Overloaded,
+    ServerUnavailable,
+    TorchCacheError,
+)
+from torchcache.model import ObjectId
+from torchcache.pool import SaveInfo
+
+RUN = "s3://b/run/step-1"
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> MemoryPool:
+    pool = MemoryPool()
+    for key, size in [("data/a", 1000), ("data/x/1", 500), ("data/x/2", 1500), ("top", 10)]:
+        pool.put(f"s3://b/{key}", b"." * size)
+    monkeypatch.setattr("torchcache.connecting.connect", lambda address: pool)
+    monkeypatch.setenv("TORCHCACHE_POOL", "127.0.0.1:7440")
+    return pool
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:
+    assert run([*arguments, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+# ---- all commands ----
+
+
+def test_help_and_version_come_without_the_heavy_imports() -> None:
+    script = (
+        "import sys; from torchcache.cli.app import run; assert run(sys.argv[1:]) == 0\n"
+        "heavy = {'torch', 'grpc', 'pyarrow', 'boto3', 'numpy', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for arguments in (["--help"], ["--version"], ["checkpoint", "verify", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["status"], ["stage"], ["ls"], ["checkpoint", "ls"], ["checkpoint", "verify"]]
+)
+def test_every_help_tells_the_exit_codes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*words, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Exit codes: 0 done" in text
+    assert "2 wrong usage" in text
+    assert "3 no pool runs" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ObjectNotFound("there is no such thing"), 1),
+        (OutOfSpace("full"), 1),
+        (TorchCacheError("other"), 1),
+        (ServerUnavailable("gone", server="127.0.0.1:7440"), 3),
+        (Overloaded("busy"), 3),
+    ],
+)
+def test_errors_are_one_line_and_a_code(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], error: TorchCacheError, code: int
+) -> None:
+    def fail() -> None:
+        raise error
+
+    pool.status = fail  # type: ignore[method-assign, assignment]
+    assert run(["status"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"torchcache: {error}\n"
+    assert run_json(capsys, "status", code=code)["error"] == type(error).__name__
+
+
+def test_configuration_errors_are_code_2(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["ls", "gs://bucket/x"]) == 2
+    assert capsys.readouterr().err == "torchcache: no under-store for gs://bucket/x/\n"
+
+
+def test_wrong_usage_is_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["stage"]) == 2
+    assert "Missing argument 'URI'" in capsys.readouterr().err
+    assert run(["stag", "s3://b"]) == 2
+    assert "No such command 'stag'" in capsys.readouterr().err
+
+
+def test_a_bug_is_one_line_too(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    pool.status = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
+    assert run(["status"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("torchcache: unexpected ZeroDivisionError")
+    assert err.count("\n") == 1
+    assert run(["--traceback", "status"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_code_130(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    pool.status = interrupt  # type: ignore[method-assign, assignment]
+    assert run(["status"]) == 130
+    assert capsys.readouterr().err.strip().endswith("interrupted")
+
+
+# ---- status, ls, stage ----
+
+
+def test_status_shows_servers_and_under_stores(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status"]) == 0
+    out = capsys.readouterr().out
+    for part in ("127.0.0.1:7440", "1 h 1 min", "25.0 GB", "100.0 GB", "90 %", "1.5 MB", "s3://", "7.0 MB"):
+        assert part in out
+    [server] = run_json(capsys, "status")["servers"]
+    assert server["capacity_bytes"] == 100_000_000_000
+    assert server["under_stores"][0]["read_requests"] == 7
+
+
+def test_ls_sums_folders_and_shows_what_the_pool_holds(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool.resident = {pool.stat("s3://b/data/x/2").id}
+    assert run_json(capsys, "ls", "s3://b/data") == {
+        "uri": "s3://b/data",
+        "total": {"name": "total", "objects": 3, "bytes": 3000, "resident_bytes": 1500},
+        "entries": [
+            {"name": "a", "objects": 1, "bytes": 1000, "resident_bytes": 0},
+            {"name": "x/", "objects": 2, "bytes": 2000, "resident_bytes": 1500},
+        ],
+    }
+    recursive = run_json(capsys, "ls", "-r", "s3://b/data/")
+    assert [entry["name"] for entry in recursive["entries"]] == ["a", "x/1", "x/2"]
+    assert run(["ls", "s3://b/data"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if "x/" in line] == [["x/", "2", "2.0", "kB", "75", "%"]]
+    assert [line.split() for line in lines if "total" in line] == [["total", "3", "3.0", "kB", "50", "%"]]
+
+
+def test_ls_of_an_object_and_of_nothing(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [e["name"] for e in run_json(capsys, "ls", "s3://b/top")["entries"]] == ["top"]
+    assert run(["ls", "s3://b/nothing"]) == 1
+    assert capsys.readouterr().err == "torchcache: there is nothing under s3://b/nothing\n"
+
+
+def test_ls_without_uri_shows_under_stores(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_json(capsys, "ls")["under_stores"] == [
+        {"name": "file", "uri": "file:///"},
+        {"name": "s3", "uri": "s3://"},
+    ]
+
+
+def test_stage_fetches_and_reports(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capsys, "stage", "s3://b/data", "--pattern", "x/*")
+    assert (report["objects"], report["bytes"], report["resident_bytes_before"]) == (2, 2000, 0)
+    assert report["resident_bytes"] == 2000
+    assert run(["stage", "s3://b/data"]) == 0
+    assert capsys.readouterr().out.startswith("3 objects, 3.0 kB: 1.0 kB fetched in 0.")
+    assert len(pool.resident) == 3
+
+
+def test_stage_reports_the_first_failure_after_all_were_tried(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool.errors["s3://b/data/a"] = IntegrityError("bad bytes", object="s3://b/data/a")
+    assert run(["stage", "s3://b/data"]) == 1
+    assert capsys.readouterr().err == "torchcache: bad bytes (object s3://b/data/a)\n"
+    assert len(pool.resident) == 2
+    assert run(["stage", "s3://b/data", "--pattern", "*.png"]) == 1
+    assert capsys.readouterr().err == "torchcache: there is nothing that matches '*.png' under s3://b/data\n"
+
+
+# ---- checkpoints ----
+
+
+def blob(name: str, payload: bytes, *, file: str, start: int) -> tuple[bytes, Item]:
+    """The bytes of an item with a frame around its payload, and its row in the manifest."""
+    head, tail = b"head of " + name.encode(), b"tail"
+    return head + payload + tail, Item(
+        name=name,
+        offset=None,
+        index=None,
+        kind="opaque",
+        dtype=None,
+        shape=None,
+        file=file,
+        start=start,
+        length=len(head) + len(payload) + len(tail),
+        payload_start=len(head),
+        payload_length=len(payload),
+        frame_digest=frame_digest(head, tail),
+        digests=payload_digests(memoryview(payload)),
+    )
+
+
+def save(
+    pool: MemoryPool, *, state: Any = "durable", part: str = "", sizes: tuple[int, ...] = (10, 0, 70_000)
+) -> None:
+    """A save at RUN of one file with an item of each size."""
+    name = f"{part or '__0'}_0.distcp"
+    content, items = b"", []
+    for number, size in enumerate(sizes):
+        data, item = blob(f"item{number}", bytes([number + 1]) * size, file=name, start=len(content))
+        content += data
+        items.append(item)
+    manifest = Manifest(
+        save_id="id1",
+        checkpoint=RUN,
+        created_unix_s=1.0,
+        torch="2.13",
+        torchcache="0.1.0",
+        dcp_version=None,
+        files={name: len(content)},
+        items=tuple(items),
+    ).encode()
+    key = f"run/step-1/{name}"
+    if state == "durable":
+        pool.put(f"{RUN}/{name}", content)
+        pool.put(f"{RUN}/{part}.torchcache.json", manifest)
+        pool.put(f"{RUN}/{part}.metadata", b"pickle")
+    else:
+        pool.save_files[ObjectId("s3", f"b/{key}", "save:id1")] = content
+    pool.saved["s3", "b/run/step-1", part] = SaveInfo(
+        store="s3",
+        path="b/run/step-1",
+        part=part,
+        save_id="id1",
+        state=state,
+        manifest=manifest,
+        pending_bytes=0 if state == "durable" else len(content),
+        total_bytes=len(content),
+        error=AlreadyExists("another save took over") if state == "failed" else None,
+        committed_unix_s=1.0,
+        durable_unix_s=0.0,
+    )
+
+
+def test_checkpoint_ls_merges_pool_and_storage(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    save(pool, state="committed")
+    pool.put("s3://b/run/step-0/.metadata", b"")
+    pool.put("s3://b/run/step-0/.torchcache.json", b"")
+    pool.put("s3://b/run/step-0/__0_0.distcp", b"12345")
+    pool.put("s3://b/run/torch/.metadata", b"")
+    found = run_json(capsys, "checkpoint", "ls", "s3://b/run")["checkpoints"]
+    assert [(c["uri"], c["state"]) for c in found] == [
+        ("s3://b/run/step-0", "durable"),
+        ("s3://b/run/step-1", "uploading"),
+        ("s3://b/run/torch", "stock"),
+    ]
+    assert found[0]["bytes"] == 5
+    assert found[1]["pending_bytes"] == found[1]["bytes"] > 70_000
+    assert [c["uri"] for c in run_json(capsys, "checkpoint", "ls", RUN)["checkpoints"]] == [RUN]
+
+
+def test_checkpoint_ls_shows_why_an_upload_failed(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(pool, state="failed")
+    assert run(["checkpoint", "ls", "s3://b/run"]) == 0
+    assert "another save took over" in capsys.readouterr().out
+
+
+def test_checkpoint_ls_of_none_is_no_failure(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["checkpoint", "ls", "s3://b/data"]) == 0
+    assert capsys.readouterr().out == "no checkpoints under s3://b/data\n"
+
+
+@pytest.mark.parametrize("state", ["durable", "committed", "failed"])
+@pytest.mark.parametrize("sizes", [(10, 0, 70_000), (PIECE_BYTES, PIECE_BYTES + GRANULE_BYTES + 1, 3)])
+def test_verify_reads_every_byte(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], state: str, sizes: tuple[int, ...]
+) -> None:
+    save(pool, state=state, sizes=sizes)
+    report = run_json(capsys, "checkpoint", "verify", RUN)
+    assert report["ok"]
+    assert report["items"] == 3
+    assert report["bytes"] == sum(e.length for batch in pool.reads for e in batch) > sum(sizes)
+
+
+@pytest.mark.parametrize("sizes", [(10, 0, 70_000), (PIECE_BYTES + 1, 3)])
+def test_verify_finds_any_wrong_byte(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], sizes: tuple[int, ...]
+) -> None:
+    save(pool, sizes=sizes)
+    key = "s3", "b/run/step-1/__0_0.distcp"
+    good = pool.objects[key]
+    for at in (0, 16, 30, len(good) // 2, len(good) - 1):
+        pool.objects[key] = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
+        report = run_json(capsys, "checkpoint", "verify", RUN, code=1)
+        assert not report["ok"]
+        assert len(report["faults"]) == 1
+    assert run(["checkpoint", "verify", RUN]) == 1
+    assert "bad: __0_0.distcp: " in capsys.readouterr().out
+
+
+def test_verify_finds_missing_and_short_files(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    save(pool)
+    pool.put(f"{RUN}/__0_0.distcp", b"short")
+    [fault] = run_json(capsys, "checkpoint", "verify", RUN, code=1)["faults"]
+    assert "it has 5 bytes, and the manifest says" in fault["error"]
+    pool.delete(f"{RUN}/__0_0.distcp")
+    [fault] = run_json(capsys, "checkpoint", "verify", RUN, code=1)["faults"]
+    assert "there is no" in fault["error"]
+
+
+def test_verify_refuses_a_damaged_manifest(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    save(pool)
+    key = ("s3", "b/run/step-1", "")
+    broken = pool.saved[key].manifest.replace(b"item0", b"item9")
+    pool.saved[key] = dataclasses.replace(pool.saved[key], manifest=broken)
+    assert run(["checkpoint", "verify", RUN]) == 1
+    assert "its checksum is wrong" in capsys.readouterr().err
+
+
+def test_verify_of_parts_that_ranks_committed_for_themselves(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(pool, part="__0")
+    save(pool, part="__1")
+    report = run_json(capsys, "checkpoint", "verify", RUN)
+    assert [part["part"] for part in report["parts"]] == ["__0", "__1"]
+    assert report["items"] == 6
+
+
+def test_verify_of_none_or_a_stock_checkpoint_says_so(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["checkpoint", "verify", RUN]) == 1
+    assert capsys.readouterr().err == f"torchcache: there is no committed checkpoint at {RUN}\n"
+    pool.put(f"{RUN}/.metadata", b"")
+    assert run(["checkpoint", "verify", RUN]) == 1
+    assert "saved by torch without torchcache" in capsys.readouterr().err
+
+
+def test_verify_stops_when_the_pool_is_gone(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    save(pool)
+    pool.errors[f"{RUN}/__0_0.distcp"] = ServerUnavailable("gone")
+    assert run(["checkpoint", "verify", RUN]) == 3
+
+
+# ---- texts ----
+
+
+def test_texts() -> None:
+    assert [size_text(n) for n in (0, 999, 1500, 25_000_000_000)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.5 kB",
+        "25.0 GB",
+    ]
+    assert [percent_text(f) for f in (0, 0.0001, 0.5, 0.9999, 1)] == ["0 %", "<1 %", "50 %", ">99 %", "100 %"]
+    assert [duration_text(s) for s in (0.25, 12, 61, 3700, 90_000)] == [
+        "0.2 s",
+        "12 s",
+        "1 min 1 s",
+        "1 h 1 min",
+        "1 d 1 h",
+    ]

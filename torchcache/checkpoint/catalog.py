@@ -1,0 +1,116 @@
+"""Which checkpoints there are, in the pool and in storage. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from torchcache.errors import CheckpointError, NotCommitted, ObjectNotFound
+from torchcache.model import ObjectId, ObjectInfo
+
+if TYPE_CHECKING:
+    from torchcache.pool import Pool, SaveInfo
+
+State = Literal["saving", "uploading", "durable", "failed", "stock"]
+
+STATE_OF_SAVE: Final[dict[str, State]] = {
+    "reserved": "saving",
+    "committed": "uploading",
+    "durable": "durable",
+    "failed": "failed",
+}
+
+_MANIFEST = ".torchcache.json"
+_METADATA = ".metadata"
+_DATA = ".distcp"
+
+
+@dataclass(slots=True, kw_only=True)
+class Checkpoint:
+    """One checkpoint, or with `part` what one rank committed for itself.
+
+    "saving": not committed yet. "uploading": restorable from the pool. "durable": restorable from storage. "failed":
+    restorable from the pool, and its upload met an error. "stock": in storage, saved by torch without torchcache.
+    Sizes are bytes, 0 where they are not known.
+    """
+
+    uri: str
+    part: str
+    state: State
+    save_id: str = ""
+    bytes: int = 0
+    pending_bytes: int = 0
+    error: str = ""
+
+
+def list_checkpoints(pool: Pool, uri: str) -> list[Checkpoint]:
+    """The checkpoints at and below `uri`, by URI and part. Raises ObjectNotFound if its bucket or folder is missing."""
+    folder = uri.rstrip("/")
+    saves = {(save.path, save.part): save for save in [*_save_at(pool, folder), *pool.list_saves(folder)]}
+    try:
+        found = _stored(pool, pool.list(folder + "/"))
+    except ObjectNotFound:
+        if not saves:
+            raise
+        found = {}
+    for save in saves.values():
+        where = pool.uri(ObjectId(save.store, save.path, ""))
+        stored = found.get((where, save.part))
+        found[where, save.part] = Checkpoint(
+            uri=where,
+            part=save.part,
+            state=STATE_OF_SAVE[save.state],
+            save_id=save.save_id,
+            bytes=save.total_bytes or (stored.bytes if stored else 0),
+            pending_bytes=save.pending_bytes,
+            error=str(save.error) if save.error else "",
+        )
+    return [found[key] for key in sorted(found)]
+
+
+def committed_parts(pool: Pool, uri: str) -> list[SaveInfo]:
+    """The committed save at `uri`, or those of its parts, with their manifests.
+
+    Raises NotCommitted if there is none, and CheckpointError if there is one of torch's own, without a manifest.
+    """
+    store, path = pool.resolve(uri.rstrip("/"))
+    if whole := _save_at(pool, uri.rstrip("/")):
+        return whole
+    here = [c for c in list_checkpoints(pool, uri) if pool.resolve(c.uri) == (store, path)]
+    parts = [c.part for c in here if c.part and c.state not in ("saving", "stock")]
+    if parts:
+        return [pool.get_save(store, path, part) for part in parts]
+    if any(c.state == "stock" for c in here):
+        raise CheckpointError(
+            f"{uri} was saved by torch without torchcache: there is no manifest with checksums to verify it against",
+            object=uri,
+        )
+    raise NotCommitted(f"there is no committed checkpoint at {uri}", object=uri)
+
+
+def _save_at(pool: Pool, uri: str) -> list[SaveInfo]:
+    try:
+        return [pool.get_save(*pool.resolve(uri))]
+    except NotCommitted:
+        return []
+
+
+def _stored(pool: Pool, objects: Iterable[ObjectInfo]) -> dict[tuple[str, str], Checkpoint]:
+    """Checkpoints that lie in storage, by URI and part, from all objects there."""
+    found: dict[tuple[str, str], Checkpoint] = {}
+    data_bytes: dict[str, int] = {}
+    for object in objects:
+        folder, _, name = pool.uri(object.id).rpartition("/")
+        if name.endswith(_DATA):
+            data_bytes[folder] = data_bytes.get(folder, 0) + object.size
+        for suffix in (_MANIFEST, _METADATA):
+            if name.endswith(suffix):
+                part = name.removesuffix(suffix)
+                one = found.setdefault((folder, part), Checkpoint(uri=folder, part=part, state="stock"))
+                if suffix == _MANIFEST:
+                    one.state = "durable"
+    for (folder, part), one in found.items():
+        if not part:
+            one.bytes = data_bytes.get(folder, 0)
+    return found

@@ -1,0 +1,96 @@
+"""`torchcache checkpoint`: ls, verify."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from torchcache.cli.command import EXIT_CODES, EXIT_FAILED, Session, command
+from torchcache.cli.output import duration_text, size_text
+
+if TYPE_CHECKING:
+    from torchcache.checkpoint.verification import Fault
+
+
+@click.group()
+def checkpoint() -> None:
+    """List and verify checkpoints."""
+
+
+@checkpoint.command("ls", epilog=EXIT_CODES, short_help="List checkpoints in the pool and in storage.")
+@click.argument("uri")
+@command
+def checkpoint_ls(session: Session, uri: str) -> None:
+    """List the checkpoints at and below URI, in the pool and in storage, and how far they are.
+
+    States: saving (not committed yet), uploading (safe in the pool), durable (safe in storage), failed (safe in the
+    pool; the upload met an error), stock (in storage, saved by torch without torchcache).
+    """
+    from torchcache.checkpoint.catalog import list_checkpoints
+
+    found = list_checkpoints(session.pool, uri)
+    session.output.document({"uri": uri, "checkpoints": [asdict(one) for one in found]})
+    if not found:
+        session.output.text(f"no checkpoints under {uri}")
+        return
+    session.output.table(
+        ("checkpoint", "part", "state", ">size", ">to upload", "error"),
+        [
+            (
+                one.uri,
+                one.part,
+                one.state,
+                size_text(one.bytes) if one.bytes else "-",
+                size_text(one.pending_bytes) if one.pending_bytes else "-",
+                one.error,
+            )
+            for one in found
+        ],
+    )
+
+
+@checkpoint.command("verify", epilog=EXIT_CODES, short_help="Check every byte of a checkpoint.")
+@click.argument("uri")
+@command
+def checkpoint_verify(session: Session, uri: str) -> int:
+    """Read every byte of the checkpoint at URI and check it against its manifest.
+
+    A durable checkpoint is read as it lies in storage, through the pool's cache; one that is still uploading, from the
+    pool. Exit code 1 if a byte is missing or wrong, or if there is no committed checkpoint.
+    """
+    from torchcache.checkpoint.catalog import STATE_OF_SAVE, committed_parts
+    from torchcache.checkpoint.manifest import Manifest
+    from torchcache.checkpoint.verification import verify_save
+
+    start_s = time.monotonic()
+    saves = committed_parts(session.pool, uri)
+    manifests = [Manifest.decode(save.manifest, where=uri) for save in saves]
+    items = sum(len(m.items) for m in manifests)
+    total_bytes = sum(item.length for m in manifests for item in m.items)
+    faults: list[Fault] = []
+    with session.output.progress("verifying", items=items, total_bytes=total_bytes) as advance:
+        for save, manifest in zip(saves, manifests, strict=True):
+            faults += verify_save(session.pool, save, manifest, on_progress=advance)
+    took_s = time.monotonic() - start_s
+    session.output.document(
+        {
+            "uri": uri,
+            "ok": not faults,
+            "parts": [{"part": s.part, "state": STATE_OF_SAVE[s.state], "save_id": s.save_id} for s in saves],
+            "items": items,
+            "bytes": total_bytes,
+            "seconds": round(took_s, 3),
+            "faults": [{"file": f.file, "item": f.item, "error": str(f.error)} for f in faults],
+        }
+    )
+    for fault in faults:
+        session.output.text(f"bad: {fault.file}: {fault.error}")
+    states = ", ".join(sorted({STATE_OF_SAVE[s.state] for s in saves}))
+    session.output.text(
+        f"{uri} ({states}) is {f'damaged: {len(faults)} faults' if faults else 'good'}; "
+        f"{items:,} items, {size_text(total_bytes)} read in {duration_text(took_s)}"
+    )
+    return EXIT_FAILED if faults else 0

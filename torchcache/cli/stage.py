@@ -1,0 +1,50 @@
+"""`torchcache stage`."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from torchcache.cli.command import EXIT_CODES, Session, command
+from torchcache.cli.objects import objects_under
+from torchcache.cli.output import duration_text, size_text
+
+
+@click.command(epilog=EXIT_CODES, short_help="Fetch objects into the pool ahead of use.")
+@click.argument("uri")
+@click.option(
+    "--pattern", default="*", show_default=True, help="Only objects whose path below URI matches this."
+)
+@command
+def stage(session: Session, uri: str, pattern: str) -> None:
+    """Fetch all objects under URI into the pool, ahead of use.
+
+    What the pool already holds is not fetched again, so an interrupted stage goes on where it stopped. What one object
+    fails with doesn't stop the others; the first failure is reported at the end.
+    """
+    start_s = time.monotonic()
+    objects = objects_under(session.pool, uri, pattern=pattern)
+    total_bytes = sum(o.size for o in objects)
+    before = session.pool.residency(objects)
+    with session.output.progress("staging", items=len(objects), total_bytes=total_bytes) as advance:
+        session.pool.stage(objects, namespace=uri.rstrip("/"), on_progress=advance)
+    after = session.pool.residency(objects)
+    took_s = time.monotonic() - start_s
+    session.output.document(
+        {
+            "uri": uri,
+            "objects": len(objects),
+            "bytes": total_bytes,
+            "resident_bytes_before": before.resident_bytes,
+            "resident_bytes": after.resident_bytes,
+            "seconds": round(took_s, 3),
+        }
+    )
+    fetched = after.resident_bytes - before.resident_bytes
+    session.output.text(
+        f"{len(objects):,} objects, {size_text(total_bytes)}: {size_text(max(0, fetched))} fetched in "
+        f"{duration_text(took_s)}, {size_text(after.resident_bytes)} in the pool"
+    )
+    if after.resident_bytes < total_bytes:
+        session.output.warning("the pool had no room for the rest: give its servers more --capacity")
