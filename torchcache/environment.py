@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import platformdirs
@@ -44,3 +47,11 @@ def endpoint_settings() -> dict[str, str]:
 def credentials() -> dict[str, str]:
     """The variables that say *who* asks."""
     return {name: os.environ[name] for name in CREDENTIAL_VARIABLES if name in os.environ}
+
+
+def credentials_digest(variables: Mapping[str, str]) -> str:
+    """Tells whether two processes have the same credentials without showing them: SHA-256, in hex."""
+    text = json.dumps(
+        {name: variables[name] for name in CREDENTIAL_VARIABLES if name in variables}, sort_keys=True
+    )
+    return hashlib.sha256(text.encode()).hexdigest()

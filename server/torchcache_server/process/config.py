@@ -1,0 +1,238 @@
+"""The server's settings: from command line and TOML file, checked at once, frozen."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torchcache import environment
+from torchcache.errors import ConfigurationError
+from torchcache.model import SAMPLES
+from torchcache.sizes import parse_size
+
+DEFAULT_LISTEN: Final = "127.0.0.1:7440"
+DEFAULT_DRAIN_S: Final = 60.0
+EMBEDDED_DRAIN_S: Final = 40.0
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """PEM files of the server's certificate and its private key."""
+
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """Place of an embedded server: number `index` of the pool in folder `root`."""
+
+    root: Path
+    index: int
+
+    @property
+    def folder(self) -> Path:
+        return self.root / f"server-{self.index}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """All a server needs to know. `port` 0 takes free ports; otherwise data is served on the port behind it."""
+
+    host: str
+    port: int
+    store: Path
+    capacity_bytes: int
+    under_stores: tuple[tuple[str, str], ...]  # (name, URI)
+    token_file: Path
+    tls: Tls | None = None
+    drain_s: float = DEFAULT_DRAIN_S
+    metrics_port: int | None = None
+    embedded: Embedded | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65534:
+            raise ConfigurationError(
+                f"port {self.port}: give 0, or 1 to 65534, since data takes the one behind it"
+            )
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigurationError(f"metrics port {self.metrics_port} does not exist")
+        if not 0 <= self.drain_s <= 86_400:
+            raise ConfigurationError(f"a drain of {self.drain_s} s: give 0 to 86400")
+        if not self.under_stores:
+            raise ConfigurationError("no under-store: give at least one, like --under-store s3=s3://")
+        if self.tls is None and not is_loopback(self.host):
+            raise ConfigurationError(
+                f"refusing to listen on {self.host} without TLS: the token would travel in the clear. Give --tls-cert "
+                "and --tls-key, or listen on 127.0.0.1"
+            )
+        for name, _ in self.under_stores:
+            if not _NAME.fullmatch(name) or name == SAMPLES:
+                raise ConfigurationError(
+                    f"{name!r} can't name an under-store: use lower-case letters, digits, - and _, not {SAMPLES!r}"
+                )
+
+    @property
+    def address(self) -> str:
+        """Host and control port as asked for."""
+        return host_port(self.host, self.port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def host_port(host: str, port: int) -> str:
+    """ "host:port", with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file. Raises ConfigurationError if it can't be read."""
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigurationError(f"the configuration file {path} can't be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the configuration file {path} is not TOML: {error}") from None
+
+
+def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
+    """The configuration that `settings` describe: names and values as in the TOML file.
+
+    listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, drain_s, metrics_port; an embedded
+    server has embedded (its pool's folder) and index in place of listen and store. None is the same as absent.
+    Raises ConfigurationError, also for a setting that doesn't exist.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    _refuse_unknown(given)
+    embedded = _embedded(given)
+    host, port = parse_listen("127.0.0.1:0" if embedded else _text(given, "listen", DEFAULT_LISTEN))
+    if "capacity" not in given:
+        raise ConfigurationError("no capacity: say how much the store may hold, like --capacity 100GB")
+    default_token = embedded.root / "token" if embedded else environment.token_file()
+    return ServerConfig(
+        host=host,
+        port=port,
+        store=embedded.folder / "store" if embedded else _path(given, "store"),
+        capacity_bytes=parse_size(given["capacity"]),
+        under_stores=_under_stores(given.get("under_stores", {})),
+        token_file=_path(given, "token_file") if "token_file" in given else default_token,
+        tls=_tls(given),
+        drain_s=_number(given, "drain_s", EMBEDDED_DRAIN_S if embedded else DEFAULT_DRAIN_S),
+        metrics_port=int(_number(given, "metrics_port", 0)) if "metrics_port" in given else None,
+        embedded=embedded,
+    )
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[ipv6]:port". Raises ConfigurationError."""
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not colon or not bare or not port.isascii() or not port.isdigit() or (":" in bare and host == bare):
+        raise ConfigurationError(
+            f"{text!r} is no address to listen on: write HOST:PORT, like {DEFAULT_LISTEN}"
+        )
+    return bare, int(port)
+
+
+def parse_under_stores(items: Iterable[str]) -> dict[str, str]:
+    """The table of "NAME=URI" items. Raises ConfigurationError for other forms, and for a name given twice."""
+    table: dict[str, str] = {}
+    for item in items:
+        name, equals, uri = item.partition("=")
+        if not equals or not name or not uri:
+            raise ConfigurationError(f"{item!r} is no under-store: write NAME=URI, like s3=s3://bucket")
+        if name in table:
+            raise ConfigurationError(f"the under-store {name!r} is given twice")
+        table[name] = uri
+    return table
+
+
+_SETTINGS: Final = (
+    "listen",
+    "store",
+    "capacity",
+    "under_stores",
+    "token_file",
+    "tls_cert",
+    "tls_key",
+    "drain_s",
+    "metrics_port",
+    "embedded",
+    "index",
+)
+
+
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    for name in given:
+        if name not in _SETTINGS:
+            near = difflib.get_close_matches(name, _SETTINGS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(_SETTINGS)}"
+            raise ConfigurationError(f"there is no setting {name!r}{hint}")
+
+
+def _embedded(given: Mapping[str, Any]) -> Embedded | None:
+    if "embedded" not in given:
+        if "index" in given:
+            raise ConfigurationError(
+                "index belongs to an embedded server: give its pool's folder, embedded, too"
+            )
+        return None
+    extra = sorted({"listen", "store", "tls_cert", "tls_key"} & given.keys())
+    if extra:
+        raise ConfigurationError(
+            f"an embedded server chooses its address and store itself: drop {', '.join(extra)}"
+        )
+    index = int(_number(given, "index", 0))
+    if index < 0:
+        raise ConfigurationError(f"servers are numbered from 0, not {index}")
+    return Embedded(root=_path(given, "embedded"), index=index)
+
+
+def _under_stores(table: object) -> tuple[tuple[str, str], ...]:
+    if not isinstance(table, Mapping) or not all(isinstance(uri, str) for uri in table.values()):
+        raise ConfigurationError('under_stores must be a table of names and URIs, like s3 = "s3://bucket"')
+    return tuple((str(name), uri) for name, uri in table.items())
+
+
+def _tls(given: Mapping[str, Any]) -> Tls | None:
+    if "tls_cert" not in given and "tls_key" not in given:
+        return None
+    if "tls_cert" not in given or "tls_key" not in given:
+        raise ConfigurationError("TLS needs both a certificate and its key: give --tls-cert and --tls-key")
+    return Tls(certificate=_path(given, "tls_cert"), key=_path(given, "tls_key"))
+
+
+def _text(given: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    value = given.get(name, default)
+    if not isinstance(value, str) or not value:
+        raise ConfigurationError(
+            f"{name} is missing" if value is None else f"{name} must be a text, not {value!r}"
+        )
+    return value
+
+
+def _path(given: Mapping[str, Any], name: str) -> Path:
+    value = given.get(name)
+    return (value if isinstance(value, Path) else Path(_text(given, name))).expanduser().absolute()
+
+
+def _number(given: Mapping[str, Any], name: str, default: float) -> float:
+    value = given.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigurationError(f"{name} must be a number, not {value!r}")
+    return value

@@ -1,0 +1,188 @@
+"""`python -m torchcache_server`: one server, from its start to its drained end.
+
+Exit codes: 0 stopped with nothing left to do; 1 stopped, but something is not yet in the under-store, or failed;
+2 could not start as it was told to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import click
+
+from torchcache.errors import ConfigurationError, TorchCacheError
+
+from .config import Embedded, ServerConfig, from_settings, parse_under_stores, read_toml
+from .locks import LockFile
+from .presence import clients_present, wait_until_idle
+from .server import Server
+
+OK: Final = 0
+INCOMPLETE: Final = 1
+REFUSED: Final = 2
+
+LOG_BYTES: Final = 1024 * 1024
+PREDECESSOR_S: Final = 20.0
+"""How long an embedded server waits for the one before it to be gone."""
+
+_LOG = logging.getLogger(__name__)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    help="Control port; data is served on the port behind it. [127.0.0.1:7440]",
+)
+@click.option(
+    "--store", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the cache, best on local NVMe."
+)
+@click.option("--capacity", metavar="SIZE", help="How much the store may hold, like 100GB or 64GiB.")
+@click.option(
+    "--under-store",
+    "under_store",
+    metavar="NAME=URI",
+    multiple=True,
+    help="A source, like s3=s3:// or data=file:///data. Repeatable.",
+)
+@click.option(
+    "--config",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="TOML file with the same settings; options win.",
+)
+@click.option(
+    "--token-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Secret of the pool, mode 0600; made if missing.",
+)
+@click.option(
+    "--tls-cert",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Certificate, PEM. Needed off loopback.",
+)
+@click.option("--tls-key", metavar="FILE", type=click.Path(path_type=Path), help="Its private key, PEM.")
+@click.option(
+    "--drain-s", metavar="SECONDS", type=float, help="How long to go on uploading after SIGTERM. [60]"
+)
+@click.option("--metrics-port", metavar="PORT", type=int, help="Prometheus metrics on 127.0.0.1.")
+@click.option(
+    "--embedded",
+    metavar="ROOT",
+    type=click.Path(path_type=Path),
+    help="Run as a server of the embedded pool in ROOT.",
+)
+@click.option("--index", metavar="I", type=int, help="Number of this server in the embedded pool.")
+def main(*, config: Path | None, under_store: tuple[str, ...], **options: Any) -> None:
+    """A torchcache server: holds chunks of datasets and checkpoints on local disk and serves them to a pool's clients.
+
+    SIGTERM stops it: it finishes what runs and uploads what is not yet in the under-store, then says what is left.
+    """
+    os.umask(0o077)
+    try:
+        settings = read_toml(config) if config else {}
+        settings |= {name: value for name, value in options.items() if value is not None}
+        if under_store:
+            settings["under_stores"] = parse_under_stores(under_store)
+        sys.exit(run(from_settings(settings)))
+    except (TorchCacheError, OSError) as error:
+        click.echo(f"torchcache server: {error}", err=True)
+        sys.exit(REFUSED)
+
+
+def run(config: ServerConfig) -> int:
+    """Runs a server until it is told to stop, or, embedded, until nobody needs it. Returns the exit code.
+
+    Raises TorchCacheError or OSError if it can't start.
+    """
+    stop = _stop_on_signals()
+    _raise_descriptor_limit()
+    if config.embedded is None:
+        _log_to_stderr()
+        return _serve(config, stop)
+    with _own_folder(config.embedded):
+        _log_to_stderr()
+        return _serve(config, stop)
+
+
+def _serve(config: ServerConfig, stop: threading.Event) -> int:
+    server = Server(config)
+    try:
+        print(
+            f"torchcache server {server.server_id} listening on {server.control_address} (data {server.data_port})",
+            flush=True,
+        )
+        if config.embedded is None:
+            stop.wait()
+            left = server.drain(config.drain_s)
+        else:
+            root = config.embedded.root
+            wait_until_idle(root, stop, server.leave)
+            # Who attaches now starts the next server, which waits for this one: it takes over the uploads.
+            left = server.drain(config.drain_s, abandoned=lambda: clients_present(root))
+    finally:
+        server.close()
+    for uri in left:
+        print(f"not yet in the under-store: {uri}", file=sys.stderr)
+    if left:
+        print(f"{len(left)} left; a server on the same store goes on with them", file=sys.stderr, flush=True)
+    return INCOMPLETE if left else OK
+
+
+def _own_folder(embedded: Embedded) -> LockFile:
+    """The folder of an embedded server, locked for its life, with stdout and stderr going to its log."""
+    embedded.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    log = embedded.folder / "server.log"
+    if log.exists() and log.stat().st_size > LOG_BYTES:
+        log.replace(log.with_suffix(".log.1"))
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    lock = LockFile(embedded.folder / "server.lock")
+    if not lock.wait_exclusive(PREDECESSOR_S):
+        lock.close()
+        raise ConfigurationError(f"another server runs in {embedded.folder} and doesn't end: stop it first")
+    return lock
+
+
+def _stop_on_signals() -> threading.Event:
+    """Set by the first SIGTERM or SIGINT; the second ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(INCOMPLETE)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return stop
+
+
+def _raise_descriptor_limit() -> None:
+    """Every segment is mapped and every connection is a descriptor: 1024, the usual soft limit, is few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    for name in ("boto3", "botocore", "urllib3", "s3transfer"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,99 @@
+"""Prometheus metrics, on loopback, if a port is given. Values are read when they are scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from torchcache.errors import ConfigurationError
+from torchcache_server.cache.read_through import ReadThrough
+from torchcache_server.cache.write_back import WriteBack
+from torchcache_server.service.admission import Admission
+from torchcache_server.service.counters import ServiceCounters
+from torchcache_server.store import Store
+from torchcache_server.understore.base import UnderStore
+
+Family = CounterMetricFamily | GaugeMetricFamily
+
+
+class ServerCollector(Collector):
+    """What `GetStatus` tells, as metrics named torchcache_*. Labels are under-stores' names: nothing unbounded."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        under_stores: Mapping[str, UnderStore],
+        read_through: ReadThrough,
+        write_back: WriteBack,
+        counters: ServiceCounters,
+        admission: Admission,
+    ) -> None:
+        self._store = store
+        self._under_stores = under_stores
+        self._read_through = read_through
+        self._write_back = write_back
+        self._counters = counters
+        self._admission = admission
+
+    def collect(self) -> Iterator[Family]:
+        """The families of one scrape."""
+        usage = self._store.usage()
+        served = self._counters
+        yield _gauge("store_capacity_bytes", "Bytes the store may hold", usage.capacity_bytes)
+        yield _gauge("store_used_bytes", "Bytes the store holds", usage.used_bytes)
+        yield _gauge("store_chunks", "Chunks the store holds", usage.chunks)
+        yield _gauge("store_segments", "Segment files of the store", usage.segments)
+        yield _counter("lookup_hits", "Chunks looked up and found", usage.hits)
+        yield _counter("lookup_misses", "Chunks looked up and not found", usage.misses)
+        yield _counter("corrupt_chunks", "Chunks quarantined for a wrong checksum", usage.corrupt)
+        yield _counter("evicted_chunks", "Chunks evicted", usage.evicted_chunks)
+        yield _counter(
+            "passed_through_chunks", "Chunks served without being kept", self._read_through.passed_through
+        )
+        yield _counter("read_calls", "do_get calls", served.read_calls)
+        yield _counter("write_calls", "do_put calls", served.write_calls)
+        yield _counter("served_bytes", "Bytes served by do_get", served.served_bytes)
+        yield _counter("written_bytes", "Bytes taken in by do_put", served.written_bytes)
+        yield _gauge("data_streams", "Data streams that run now", self._admission.streams)
+        yield _gauge(
+            "upload_pending_bytes", "Bytes not yet in the under-store", self._write_back.pending_bytes
+        )
+        yield from self._under_store_families()
+
+    def _under_store_families(self) -> Iterator[Family]:
+        for field, text in (
+            ("read_requests", "Requests for bytes sent to the under-store"),
+            ("read_bytes", "Bytes read from the under-store"),
+            ("write_requests", "Requests that wrote to the under-store"),
+            ("write_bytes", "Bytes written to the under-store"),
+            ("meta_requests", "Requests to the under-store that moved no object bytes"),
+            ("retries", "Requests to the under-store that were tries again"),
+        ):
+            family = CounterMetricFamily(f"torchcache_under_store_{field}", text, labels=["under_store"])
+            for name, under_store in self._under_stores.items():
+                family.add_metric([name], getattr(under_store.counters, field))
+            yield family
+
+
+def serve_metrics(port: int, collector: ServerCollector) -> WSGIServer:
+    """Serves on 127.0.0.1. Raises ConfigurationError if the port is taken."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    try:
+        server, _thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+    except OSError as error:
+        raise ConfigurationError(f"metrics can't listen on port {port}: {error.strerror}") from None
+    return server
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"torchcache_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"torchcache_{name}", text, value=value)

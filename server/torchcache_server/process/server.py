@@ -1,0 +1,179 @@
+"""One server, wired: token, under-stores, store, caches, the two ports; and its end, in order."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from importlib.metadata import version
+
+from torchcache import environment
+from torchcache.errors import ConfigurationError
+from torchcache_server import understore
+from torchcache_server.cache.read_through import ReadThrough
+from torchcache_server.cache.write_back import WriteBack
+from torchcache_server.service.admission import Admission
+from torchcache_server.service.control import ControlService, ServerFacts
+from torchcache_server.service.counters import ServiceCounters
+from torchcache_server.service.interceptors import Token
+from torchcache_server.store import Store
+from torchcache_server.understore.base import UnderStore
+from torchcache_server.understore.s3 import S3UnderStore
+
+from .config import ServerConfig, Tls, host_port
+from .endpoint import EndpointFile
+from .listeners import ControlListener, TlsPair, listen_data, stop_data
+from .metrics import ServerCollector, serve_metrics
+from .token_file import read_or_create_token
+
+_LOG = logging.getLogger(__name__)
+
+
+class Server:
+    """Serves from construction until `close`."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Raises ConfigurationError, or another TorchCacheError, with everything closed again."""
+        self.config = config
+        self.instance = secrets.token_hex(8)
+        self._admission = Admission()
+        self._stack = ExitStack()
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(self) -> None:
+        config, closing = self.config, self._stack
+        token = Token(read_or_create_token(config.token_file))
+        tls = _read_tls(config.tls) if config.tls else None
+        self._under_stores = _open_under_stores(config, closing)
+        store = Store(config.store, capacity_bytes=config.capacity_bytes)
+        closing.callback(store.close)
+        read_through = ReadThrough(store, self._under_stores)
+        closing.callback(read_through.close)
+        self._write_back = WriteBack(store, self._under_stores)
+        closing.callback(self._write_back.close)
+        counters = ServiceCounters()
+
+        self._control = ControlListener(config, token, self._admission, tls)
+        closing.callback(self._control.stop, 0)
+        self._data = listen_data(
+            config,
+            tls,
+            token=token,
+            admission=self._admission,
+            counters=counters,
+            store=store,
+            read_through=read_through,
+        )
+        closing.callback(self._stop_data)
+        if config.metrics_port is not None:
+            collector = ServerCollector(
+                under_stores=self._under_stores,
+                write_back=self._write_back,
+                admission=self._admission,
+                store=store,
+                read_through=read_through,
+                counters=counters,
+            )
+            closing.callback(serve_metrics(config.metrics_port, collector).shutdown)
+        self.server_id: str = store.server_id
+        self.data_port: int = self._data.port
+        self._endpoint = self._endpoint_file()
+        facts = ServerFacts(
+            server_id=self.server_id,
+            instance=self.instance,
+            version=version("torchcache"),
+            data_port=self.data_port,
+            store_path=config.store,
+            started_s=time.monotonic(),
+        )
+        service = ControlService(
+            facts=facts,
+            under_stores=self._under_stores,
+            write_back=self._write_back,
+            set_credentials=self._set_credentials,
+            store=store,
+            read_through=read_through,
+            counters=counters,
+        )
+        self._control.start(service)
+        if self._endpoint:
+            self._endpoint.write()
+            closing.callback(self._endpoint.remove)
+
+    @property
+    def control_address(self) -> str:
+        """ "host:port" of the control service."""
+        return host_port(self.config.host, self._control.port)
+
+    def leave(self) -> None:
+        """Takes an embedded server's endpoint away, so that nobody new comes."""
+        if self._endpoint:
+            self._endpoint.remove()
+
+    def drain(self, timeout_s: float, *, abandoned: Callable[[], bool] = lambda: False) -> list[str]:
+        """Refuses what is new, lets finish what runs and uploads what is not yet in the under-store.
+
+        Gives up after `timeout_s`, or when `abandoned` says so; returns the URIs of what is left.
+        """
+        deadline = time.monotonic() + timeout_s
+        self.leave()
+        self._control.not_serving()
+        self._admission.drain(0)
+        while True:
+            step_s = max(0.0, min(1.0, deadline - time.monotonic()))
+            running = not self._admission.drain(step_s)
+            left = self._write_back.drain(0.0 if running else step_s)
+            if not (running or left) or time.monotonic() >= deadline or abandoned():
+                return left
+
+    def close(self) -> None:
+        """Ends streams that still run, then everything."""
+        self._admission.close()
+        self._stack.close()
+
+    def _stop_data(self) -> None:
+        if not stop_data(self._data, 5.0):
+            _LOG.warning("a stream whose peer reads nothing is left behind")
+
+    def _endpoint_file(self) -> EndpointFile | None:
+        if self.config.embedded is None:
+            return None
+        fields = {
+            "control": self.control_address,
+            "data_port": self.data_port,
+            "server_id": self.server_id,
+            "instance": self.instance,
+            "credentials_digest": environment.credentials_digest(environment.credentials()),
+        }
+        return EndpointFile(self.config.embedded.folder, fields)
+
+    def _set_credentials(self, variables: Mapping[str, str]) -> None:
+        if self._endpoint is None:
+            raise ConfigurationError(
+                "only the servers of an embedded pool take credentials from their clients"
+            )
+        for under_store in self._under_stores.values():
+            if isinstance(under_store, S3UnderStore):
+                under_store.set_credentials(variables)
+        self._endpoint.write(credentials_digest=environment.credentials_digest(variables))
+
+
+def _open_under_stores(config: ServerConfig, closing: ExitStack) -> dict[str, UnderStore]:
+    opened: dict[str, UnderStore] = {}
+    for name, uri in config.under_stores:
+        opened[name] = understore.create(name, uri)
+        closing.callback(opened[name].close)
+    return opened
+
+
+def _read_tls(tls: Tls) -> TlsPair:
+    try:
+        return tls.certificate.read_bytes(), tls.key.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"the TLS file {error.filename} can't be read: {error.strerror}") from None

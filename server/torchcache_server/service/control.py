@@ -1,0 +1,303 @@
+"""The control service: protobuf in, calls of the cache, protobuf out. No decisions are made here."""
+
+# ruff: noqa: N802 - gRPC calls the methods by the names in the proto file
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import grpc
+
+from torchcache.environment import CREDENTIAL_VARIABLES
+from torchcache.errors import ConfigurationError
+from torchcache.model import ChunkId, ObjectInfo
+from torchcache.wire.status import encode_error
+from torchcache.wire.v1 import cache_pb2 as pb
+from torchcache.wire.v1 import cache_pb2_grpc
+from torchcache_server.cache.read_through import ReadThrough
+from torchcache_server.cache.stage import resident_bytes, stage
+from torchcache_server.cache.write_back import SaveKey, SaveStatus, WriteBack
+from torchcache_server.store import Store
+from torchcache_server.understore.base import UnderStore
+
+from .counters import ServiceCounters
+from .requests import (
+    DEFAULT_CALL_S,
+    KEPT_PREFIXES,
+    MAX_CALL_S,
+    object_infos,
+    object_key,
+    save_id,
+    save_part,
+    save_path,
+    saved_files,
+    timeout,
+    under_store_name,
+)
+
+MAX_PAGE: Final = 1000
+"""Objects in a page of a listing: as many as S3 gives at once, and within the bound of a control message."""
+
+_STATES: Final = {
+    "reserved": pb.SAVE_STATE_RESERVED,
+    "committed": pb.SAVE_STATE_COMMITTED,
+    "durable": pb.SAVE_STATE_DURABLE,
+    "failed": pb.SAVE_STATE_FAILED,
+}
+
+
+class CredentialsSink(Protocol):
+    """Takes new credentials of the user who started the server. Raises ConfigurationError where that isn't allowed."""
+
+    def __call__(self, variables: Mapping[str, str]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFacts:
+    """What a server says of itself."""
+
+    server_id: str
+    instance: str
+    version: str
+    data_port: int
+    store_path: Path
+    started_s: float  # time.monotonic()
+
+
+class ControlService(cache_pb2_grpc.ControlServicer):
+    """Translates; the interceptor has checked the token, and turns what is raised here into status."""
+
+    def __init__(
+        self,
+        *,
+        facts: ServerFacts,
+        store: Store,
+        under_stores: Mapping[str, UnderStore],
+        read_through: ReadThrough,
+        write_back: WriteBack,
+        counters: ServiceCounters,
+        set_credentials: CredentialsSink,
+    ) -> None:
+        self._facts = facts
+        self._store = store
+        self._under_stores = under_stores
+        self._read_through = read_through
+        self._write_back = write_back
+        self._counters = counters
+        self._set_credentials = set_credentials
+
+    # ---- the server ----
+
+    def GetInfo(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoReply:
+        facts = self._facts
+        return pb.InfoReply(
+            server_id=facts.server_id,
+            instance=facts.instance,
+            version=facts.version,
+            data_port=facts.data_port,
+            under_stores=[pb.UnderStoreInfo(name=u.name, uri=u.uri) for u in self._under_stores.values()],
+        )
+
+    def GetStatus(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:
+        usage = self._store.usage()
+        served = self._counters
+        return pb.StatusReply(
+            info=self.GetInfo(pb.InfoRequest(), context),
+            store_path=str(self._facts.store_path),
+            uptime_s=time.monotonic() - self._facts.started_s,
+            capacity_bytes=usage.capacity_bytes,
+            used_bytes=usage.used_bytes,
+            chunks=usage.chunks,
+            segments=usage.segments,
+            hits=usage.hits,
+            misses=usage.misses,
+            corrupt=usage.corrupt,
+            evicted_chunks=usage.evicted_chunks,
+            passed_through=self._read_through.passed_through,
+            served_bytes=served.served_bytes,
+            read_calls=served.read_calls,
+            write_calls=served.write_calls,
+            upload_pending_bytes=self._write_back.pending_bytes,
+            under_stores=[_counters(under_store) for under_store in self._under_stores.values()],
+            namespaces=[
+                pb.NamespaceStatus(name=n.name, bytes=n.bytes, chunks=n.chunks, pinned=n.pinned, dirty=n.kept)
+                for n in self._store.namespaces()
+            ],
+        )
+
+    def SetCredentials(
+        self, request: pb.CredentialsRequest, context: grpc.ServicerContext
+    ) -> pb.CredentialsReply:
+        unknown = sorted(set(request.variables) - set(CREDENTIAL_VARIABLES))
+        if unknown:
+            raise ConfigurationError(f"{', '.join(unknown)}: not variables that carry credentials")
+        self._set_credentials(dict(request.variables))
+        return pb.CredentialsReply()
+
+    # ---- objects ----
+
+    def ListObjects(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListReply:
+        page = self._under_store(request.store).list(
+            request.prefix,
+            start_after=request.start_after,
+            limit=min(request.limit, MAX_PAGE) if request.limit > 0 else MAX_PAGE,
+            deadline=_deadline(context),
+        )
+        return pb.ListReply(objects=[_ref(o) for o in page.objects], truncated=page.truncated)
+
+    def StatObject(self, request: pb.StatRequest, context: grpc.ServicerContext) -> pb.ObjectRef:
+        under_store = self._under_store(request.store)
+        return _ref(under_store.stat(object_key(request.key), deadline=_deadline(context)))
+
+    def DeleteObject(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteReply:
+        self._under_store(request.store).delete(object_key(request.key), deadline=_deadline(context))
+        return pb.DeleteReply()
+
+    def Stage(self, request: pb.StageRequest, context: grpc.ServicerContext) -> pb.StageReply:
+        if not request.namespace or request.namespace.startswith(KEPT_PREFIXES):
+            raise ConfigurationError(f"objects can't be staged into the namespace {request.namespace!r}")
+        objects = object_infos(request.objects)
+        results = stage(self._read_through, request.namespace, objects, deadline=_deadline(context))
+        return pb.StageReply(
+            filled_bytes=[r.filled_bytes for r in results],
+            errors=[encode_error(r.error) if r.error else "" for r in results],
+        )
+
+    def GetResidency(self, request: pb.ResidencyRequest, context: grpc.ServicerContext) -> pb.ResidencyReply:
+        objects = [sized(self._store, info) for info in object_infos(request.objects)]
+        held = resident_bytes(self._store, objects)
+        whole = [
+            i
+            for i, (o, held_) in enumerate(zip(objects, held, strict=True))
+            if is_whole(self._store, o, held_)
+        ]
+        return pb.ResidencyReply(resident_bytes=held, resident_objects=whole)
+
+    def PublishObject(self, request: pb.PublishRequest, context: grpc.ServicerContext) -> pb.PublishReply:
+        self._under_store(request.store)
+        info = self._write_back.publish(
+            request.store,
+            object_key(request.key),
+            save_id(request.write_id),
+            request.size,
+            create_only=request.create_only,
+            wait_s=min(timeout(request.wait_s), _remaining_s(context)),
+        )
+        return pb.PublishReply(done=False) if info is None else pb.PublishReply(done=True, object=_ref(info))
+
+    # ---- saves ----
+
+    def ReserveSave(self, request: pb.ReserveSaveRequest, context: grpc.ServicerContext) -> pb.LeaseReply:
+        lease_s = self._write_back.reserve(
+            self._save_key(request.save),
+            save_id(request.save.save_id),
+            writer=request.writer,
+            overwrite=request.overwrite,
+            deadline=_deadline(context),
+        )
+        return pb.LeaseReply(lease_s=lease_s)
+
+    def RenewSave(self, request: pb.RenewSaveRequest, context: grpc.ServicerContext) -> pb.LeaseReply:
+        return pb.LeaseReply(
+            lease_s=self._write_back.renew(self._save_key(request.save), save_id(request.save.save_id))
+        )
+
+    def CommitSave(self, request: pb.CommitSaveRequest, context: grpc.ServicerContext) -> pb.SaveReply:
+        status = self._write_back.commit(
+            self._save_key(request.save),
+            save_id(request.save.save_id),
+            saved_files(request.files),
+            request.metadata,
+            request.manifest,
+            overwrite=request.overwrite,
+            deadline=_deadline(context),
+        )
+        return save_reply(status)
+
+    def AbandonSave(
+        self, request: pb.AbandonSaveRequest, context: grpc.ServicerContext
+    ) -> pb.AbandonSaveReply:
+        self._write_back.abandon(self._save_key(request.save), save_id(request.save.save_id))
+        return pb.AbandonSaveReply()
+
+    def GetSave(self, request: pb.GetSaveRequest, context: grpc.ServicerContext) -> pb.SaveReply:
+        key = self._save_key(pb.SaveRef(store=request.store, path=request.path, part=request.part))
+        return save_reply(self._write_back.get(key, deadline=_deadline(context)))
+
+    def ListSaves(self, request: pb.ListSavesRequest, context: grpc.ServicerContext) -> pb.ListSavesReply:
+        self._under_store(request.store)
+        found = self._write_back.list(request.store, request.prefix, deadline=_deadline(context))
+        return pb.ListSavesReply(saves=[save_reply(status, manifest=False) for status in found])
+
+    # ---- the parts of it ----
+
+    def _under_store(self, name: str) -> UnderStore:
+        under_store = self._under_stores.get(under_store_name(name))
+        if under_store is None:
+            raise ConfigurationError(
+                f"this server has no under-store {name!r}; it has {', '.join(sorted(self._under_stores)) or 'none'}"
+            )
+        return under_store
+
+    def _save_key(self, ref: pb.SaveRef) -> SaveKey:
+        self._under_store(ref.store)
+        return SaveKey(ref.store, save_path(ref.path), save_part(ref.part))
+
+
+def save_reply(status: SaveStatus, *, manifest: bool = True) -> pb.SaveReply:
+    """A save's status on the wire."""
+    key = status.key
+    return pb.SaveReply(
+        save=pb.SaveRef(store=key.store, path=key.path, part=key.part, save_id=status.save_id),
+        state=_STATES[status.state],
+        manifest=status.manifest if manifest else b"",
+        pending_bytes=status.pending_bytes,
+        total_bytes=status.total_bytes,
+        error=encode_error(status.error) if status.error else "",
+        committed_unix_s=status.committed_unix_s,
+        durable_unix_s=status.durable_unix_s,
+    )
+
+
+def sized(store: Store, info: ObjectInfo) -> ObjectInfo:
+    """The object with its size, where only its first chunk tells it and that is held; else as it is."""
+    head = ChunkId(info.id, 0)
+    if info.size >= 0 or not store.contains(head):
+        return info
+    chunk = store.lookup(head)
+    return ObjectInfo(info.id, chunk.object_size) if chunk is not None else info
+
+
+def is_whole(store: Store, info: ObjectInfo, held_bytes: int) -> bool:
+    """Whether `held_bytes` are all of the object; an empty one is held if its one chunk, empty, is."""
+    return store.contains(ChunkId(info.id, 0)) if info.size == 0 else held_bytes >= info.size > 0
+
+
+def _ref(info: ObjectInfo) -> pb.ObjectRef:
+    return pb.ObjectRef(store=info.id.store, key=info.id.key, version=info.id.version, size=info.size)
+
+
+def _counters(under_store: UnderStore) -> pb.UnderStoreCounters:
+    counted = under_store.counters
+    return pb.UnderStoreCounters(
+        name=under_store.name,
+        read_requests=counted.read_requests,
+        read_bytes=counted.read_bytes,
+        write_requests=counted.write_requests,
+        write_bytes=counted.write_bytes,
+        meta_requests=counted.meta_requests,
+        retries=counted.retries,
+    )
+
+
+def _remaining_s(context: grpc.ServicerContext) -> float:
+    remaining_s: float | None = context.time_remaining()
+    return DEFAULT_CALL_S if remaining_s is None else min(remaining_s, MAX_CALL_S)
+
+
+def _deadline(context: grpc.ServicerContext) -> float:
+    return time.monotonic() + _remaining_s(context)

@@ -1,0 +1,128 @@
+"""The data lane: Arrow Flight. do_get streams extents out of mapped segments, do_put takes chunks in.
+
+Only translation: tickets become plans, plans become batches, errors become Flight errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.flight as fl
+
+from torchcache.errors import ConfigurationError, IntegrityError
+from torchcache.model import ChunkId, chunk_digest
+from torchcache.wire.codec import READ_SCHEMA, WRITE_SCHEMA, decode_chunks
+from torchcache.wire.v1 import cache_pb2
+from torchcache_server.cache.read_through import ReadThrough
+from torchcache_server.store import Store
+
+from .admission import Admission
+from .counters import ServiceCounters
+from .interceptors import DataAuthentication, Token, flight_errors
+from .reading import Read
+from .requests import ReadPlan, WritePlan, read_plan, write_plan
+
+GROUP_BYTES: Final = 8 * 1024 * 1024
+"""Written chunks are stored in groups of about this much: one index transaction each."""
+
+MAX_BATCH_BYTES: Final = 16 * 1024 * 1024
+
+Row = tuple[ChunkId, int, pa.Buffer]
+
+
+class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyped
+    """Serves from construction on; `port` says where. Raises pyarrow.ArrowException if the address can't be bound."""
+
+    def __init__(
+        self,
+        location: str,
+        *,
+        token: Token,
+        admission: Admission,
+        counters: ServiceCounters,
+        store: Store,
+        read_through: ReadThrough,
+        tls_certificates: list[tuple[bytes, bytes]] | None = None,
+    ) -> None:
+        self._admission = admission
+        self._counters = counters
+        self._store = store
+        self._read_through = read_through
+        super().__init__(
+            location, middleware={"token": DataAuthentication(token)}, tls_certificates=tls_certificates
+        )
+
+    def do_get(self, context: Any, ticket: Any) -> Any:
+        """Streams the pieces of a ReadRequest as batches of `codec.READ_SCHEMA`."""
+        with flight_errors("do_get"):
+            plan = read_plan(ticket.ticket)
+        return fl.GeneratorStream(READ_SCHEMA, self._batches(plan, context))
+
+    def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        """Stores the chunks of a WriteRequest; answers with a WriteReply once they have the durability asked for."""
+        with flight_errors("do_put"), self._admission.stream():
+            self._counters.add(write_calls=1)
+            if descriptor.command is None:
+                raise ConfigurationError("a write needs a descriptor with a WriteRequest as its command")
+            plan = write_plan(descriptor.command)
+            if reader.schema != WRITE_SCHEMA:
+                raise ConfigurationError(f"a write came with another schema: {reader.schema}")
+            if plan.is_save:
+                self._store.keep(plan.namespace, True)
+            written = sum(self._store_group(plan.namespace, group) for group in self._groups(plan, reader))
+            if plan.durable:
+                self._store.sync(plan.namespace)
+            self._counters.add(written_bytes=written)
+            writer.write(pa.py_buffer(cache_pb2.WriteReply(bytes=written).SerializeToString()))
+
+    def _batches(self, plan: ReadPlan, context: Any) -> Iterator[pa.RecordBatch]:
+        # The slot is taken here and not in do_get: a generator that never starts is never closed either.
+        with flight_errors("do_get"), self._admission.stream():
+            self._counters.add(read_calls=1)
+            for batch in Read(plan, self._read_through).batches():
+                self._admission.check_running()
+                self._counters.add(served_bytes=batch.nbytes)
+                yield batch
+                if context.is_cancelled():
+                    return
+
+    def _groups(self, plan: WritePlan, reader: Any) -> Iterator[list[Row]]:
+        group: list[Row] = []
+        size = 0
+        for received in reader:
+            batch = received.data
+            if batch is None:
+                continue
+            if batch.nbytes > MAX_BATCH_BYTES:
+                raise ConfigurationError(f"a batch of {batch.nbytes} bytes: {MAX_BATCH_BYTES} are allowed")
+            self._admission.check_running()
+            rows = [checked_row(plan, *row) for row in decode_chunks(batch)]
+            group += rows
+            size += sum(row[2].size for row in rows)
+            if size >= GROUP_BYTES:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    def _store_group(self, namespace: str, group: list[Row]) -> int:
+        self._store.put_many(namespace, group)
+        return sum(row[2].size for row in group)
+
+
+def checked_row(plan: WritePlan, number: int, index: int, digest: int, data: pa.Buffer) -> Row:
+    """The chunk a written row holds. Raises ConfigurationError if it is no chunk of the plan's objects, IntegrityError
+    if its bytes are not those that were sent."""
+    if number >= len(plan.objects):
+        raise ConfigurationError("a written row points to an object that the request doesn't list")
+    info = plan.objects[number]
+    chunk = ChunkId(info.id, index)
+    if index >= info.chunk_count or data.size != chunk.length(info.size):
+        raise ConfigurationError(
+            f"chunk {index} of {data.size} bytes does not fit an object of {info.size}", object=str(info.id)
+        )
+    if chunk_digest(memoryview(data)) != digest:
+        raise IntegrityError("a chunk arrived damaged: write it again", object=str(info.id))
+    return chunk, info.size, data

@@ -1,0 +1,198 @@
+"""One read: from a plan to the batches of its stream.
+
+The chunks of a request are looked up before the first batch goes out, and the fills of those that miss are started,
+so that a cold request waits for its slowest fill and not for the sum of them. How far ahead is bounded. Extents that
+are resident go first; those that wait for a fill follow in their order, as they become ready.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import pyarrow as pa
+
+from torchcache.errors import ConfigurationError, DeadlineExceeded, ObjectChanged, TorchCacheError
+from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, ObjectInfo, block_cover
+from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, Piece, encode_pieces, failed_piece
+from torchcache.wire.status import encode_error
+from torchcache_server.cache.read_through import ReadThrough
+from torchcache_server.store import StoredChunk
+
+from .interceptors import UNEXPECTED
+from .requests import ReadPlan
+
+AHEAD_CHUNKS: Final = 1024
+"""Chunks looked up before a batch goes out."""
+
+AHEAD_BYTES: Final = 32 * CHUNK_BYTES
+"""Bytes of one request that may be on their way from the under-store, or wait for the client, at a time."""
+
+_LOG = logging.getLogger(__name__)
+
+Answer: TypeAlias = StoredChunk | Future[StoredChunk] | TorchCacheError
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The part [start, end) of an object that lies in chunk `index`."""
+
+    extent: int
+    object: ObjectInfo
+    index: int
+    start: int
+    end: int
+    answer: Answer
+
+    @property
+    def length(self) -> int:
+        """Bytes of the chunk."""
+        return max(0, min(CHUNK_BYTES, self.object.size - self.index * CHUNK_BYTES))
+
+
+class Read:
+    """The pieces of one request. `batches` may be taken once."""
+
+    def __init__(self, plan: ReadPlan, read_through: ReadThrough) -> None:
+        self._plan = plan
+        self._read_through = read_through
+        self._deadline = time.monotonic() + plan.timeout_s
+        self._failed: set[int] = set()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The stream's batches. An extent that fails has a row that says so; nothing is raised for it."""
+        rows: list[Piece] = []
+        size = 0
+        for piece in self._pieces():
+            if piece is not None:
+                rows.append(piece)
+                size += piece.data.size
+            if rows and (piece is None or size >= BATCH_BYTES or len(rows) >= BATCH_ROWS):
+                yield encode_pieces(rows)
+                rows, size = [], 0
+        if rows:
+            yield encode_pieces(rows)
+
+    def _pieces(self) -> Iterator[Piece | None]:
+        """Pieces; None where the next one is not there yet, so that what is should go out."""
+        parts = self._parts()
+        waiting: deque[_Part] = deque()
+        filling_bytes = 0
+        more = True
+        while more or waiting:
+            ready: list[tuple[_Part, StoredChunk | TorchCacheError]] = []
+            while more and len(ready) + len(waiting) < AHEAD_CHUNKS and filling_bytes < AHEAD_BYTES:
+                part = next(parts, None)
+                if part is None:
+                    more = False
+                elif isinstance(part.answer, Future) or (waiting and waiting[-1].extent == part.extent):
+                    waiting.append(part)
+                    filling_bytes += part.length if isinstance(part.answer, Future) else 0
+                else:
+                    ready.append((part, part.answer))
+            for part, found in ready:
+                yield from self._piece(part, found)
+            if waiting:
+                part = waiting.popleft()
+                answer = part.answer
+                if isinstance(answer, Future):
+                    if not answer.done():
+                        yield None
+                    filling_bytes -= part.length
+                    answer = self._result(answer, part.object)
+                yield from self._piece(part, answer)
+
+    def _parts(self) -> Iterator[_Part]:
+        """Every part of every extent, its chunk looked up, or its fill started, when the part is taken."""
+        plan = self._plan
+        for extent, (number, start, asked_end) in enumerate(
+            zip(plan.object, plan.start, plan.end, strict=True)
+        ):
+            info, end = plan.objects[number], asked_end
+            head: StoredChunk | None = None
+            if info.size < 0:
+                found = self._head(info, start, end)
+                if isinstance(found, TorchCacheError):
+                    yield _Part(extent, info, 0, 0, 0, found)
+                    continue
+                head, info = found, ObjectInfo(info.id, found.object_size)
+                end = info.size if end < 0 else end
+            first = min(start, max(info.size - 1, 0)) // CHUNK_BYTES
+            for index in range(first, max(first + 1, -(-end // CHUNK_BYTES))):
+                if extent in self._failed:
+                    break
+                answer = head if head is not None and index == 0 else self._get(info, index)
+                yield _Part(extent, info, index, start, end, answer)
+
+    def _get(self, info: ObjectInfo, index: int) -> Answer:
+        try:
+            return self._read_through.get(
+                self._plan.namespace,
+                info,
+                index,
+                deadline=self._deadline,
+                resident_only=self._plan.resident_only,
+                suspect=self._plan.suspect,
+            )
+        except Exception as error:  # noqa: BLE001 - one extent's failure is not the stream's
+            return _as_ours(error, info)
+
+    def _head(self, info: ObjectInfo, start: int, end: int) -> StoredChunk | TorchCacheError:
+        """Chunk 0 of an object whose size only it tells, the extent checked against that size."""
+        answer = self._get(info, 0)
+        if isinstance(answer, Future):
+            answer = self._result(answer, info)
+        if isinstance(answer, StoredChunk) and max(start, end) > answer.object_size:
+            return ConfigurationError(
+                f"bytes {start} to {end} do not lie within the object's {answer.object_size}",
+                object=str(info.id),
+            )
+        return answer
+
+    def _result(self, future: Future[StoredChunk], info: ObjectInfo) -> StoredChunk | TorchCacheError:
+        try:
+            return future.result(max(0.0, self._deadline - time.monotonic()))
+        except TimeoutError:
+            return DeadlineExceeded("the fill did not arrive before the read's deadline", object=str(info.id))
+        except Exception as error:  # noqa: BLE001 - one extent's failure is not the stream's
+            return _as_ours(error, info)
+
+    def _piece(self, part: _Part, answer: StoredChunk | TorchCacheError) -> Iterator[Piece]:
+        """The part's piece; the error's row in its place, once an extent."""
+        if part.extent in self._failed:
+            return
+        if isinstance(answer, StoredChunk) and answer.object_size != part.object.size:
+            answer = ObjectChanged(
+                f"the object has {answer.object_size} bytes, not {part.object.size}",
+                object=str(part.object.id),
+            )
+        if isinstance(answer, TorchCacheError):
+            self._failed.add(part.extent)
+            yield failed_piece(part.extent, encode_error(answer))
+        else:
+            yield cut(part.extent, answer, part.index, part.start, part.end)
+
+
+def cut(extent: int, chunk: StoredChunk, index: int, start: int, end: int) -> Piece:
+    """The blocks of chunk `index` that cover bytes [start, end) of its object: a view, not a copy."""
+    offset = index * CHUNK_BYTES
+    length = chunk.payload.size
+    cover = block_cover(max(start - offset, 0), min(end - offset, length), length)
+    if cover.length == length:
+        return Piece(extent, chunk.object_size, offset, True, struct.pack("<Q", chunk.digest), chunk.payload)
+    digests = chunk.block_digests[cover.start // BLOCK_BYTES * 8 : -(-cover.end // BLOCK_BYTES) * 8]
+    data = chunk.payload.slice(cover.start, cover.length)
+    return Piece(extent, chunk.object_size, offset + cover.start, False, digests, data)
+
+
+def _as_ours(error: Exception, info: ObjectInfo) -> TorchCacheError:
+    if isinstance(error, TorchCacheError):
+        return error
+    _LOG.error("reading %s failed unexpectedly", info.id, exc_info=error)
+    return TorchCacheError(UNEXPECTED, object=str(info.id))

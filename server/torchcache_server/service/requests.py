@@ -1,0 +1,242 @@
+"""What a client asked for, checked: protobuf in, plans of plain values out. Pure.
+
+Everything that comes over the wire is bounds-checked here, once, so that no other module has to distrust it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from torchcache.errors import ConfigurationError
+from torchcache.model import SAVE_PREFIX, UNKNOWN_SIZE, ObjectId, ObjectInfo
+from torchcache.wire.v1 import cache_pb2
+
+MAX_EXTENTS: Final = 65_536
+MAX_OBJECTS: Final = 65_536
+MAX_KEY_BYTES: Final = 4096
+MAX_NAME_BYTES: Final = 1024
+"""Of a version and of an under-store's name."""
+
+MAX_NAMESPACE_BYTES: Final = MAX_KEY_BYTES + 2 * MAX_NAME_BYTES
+
+KEPT_PREFIXES: Final = ("save:", "put:")
+"""Namespaces of bytes that exist nowhere else yet begin so."""
+
+MAX_CALL_S: Final = 120.0
+DEFAULT_CALL_S: Final = 60.0
+"""Where the caller sets no deadline."""
+
+_PART: Final = re.compile(r"(__[0-9]{1,9})?")
+_SAVE_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """A read, column by column: extent i is bytes [start[i], end[i]) of objects[object[i]].
+
+    `end` is -1 where the object's size is unknown and the extent goes to its end.
+    """
+
+    namespace: str
+    objects: Sequence[ObjectInfo]
+    object: Sequence[int]
+    start: Sequence[int]
+    end: Sequence[int]
+    resident_only: bool
+    suspect: bool
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """A write: rows of the stream are chunks of `objects`, to be stored under `namespace`."""
+
+    namespace: str
+    objects: Sequence[ObjectInfo]
+    durable: bool
+
+    @property
+    def is_save(self) -> bool:
+        """The bytes exist nowhere else yet: eviction must not take them."""
+        return any(o.id.is_save for o in self.objects)
+
+
+def read_plan(ticket: bytes) -> ReadPlan:
+    """The read a ticket asks for. Raises ConfigurationError if it isn't one or points outside its objects."""
+    request = cache_pb2.ReadRequest()
+    _parse(request, ticket, "ticket")
+    objects = object_infos(request.objects)
+    count = len(request.object)
+    if count > MAX_EXTENTS:
+        raise ConfigurationError(
+            f"a read of {count} extents: split it, {MAX_EXTENTS} are allowed in a request"
+        )
+    if not count == len(request.offset) == len(request.length):
+        raise ConfigurationError("a read whose columns object, offset and length differ in length")
+    index = np.array(request.object, dtype=np.int64)
+    if count and int(index.max()) >= len(objects):
+        raise ConfigurationError("a read points to an object that it doesn't list")
+    start = np.array(request.offset, dtype=np.int64)
+    length = np.array(request.length, dtype=np.int64)
+    sizes = np.array([o.size for o in objects], dtype=np.int64)
+    size = sizes[index] if count else sizes[:0]
+    known = size != UNKNOWN_SIZE
+    # Compared without adding offset and length, whose sum may overflow.
+    bad = (start < 0) | (length < -1) | (known & ((start > size) | (length > size - start)))
+    bad |= ~known & (length > np.iinfo(np.int64).max - np.maximum(start, 0))
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise ConfigurationError(
+            f"bytes from {start[at]}, {length[at]} of them, do not lie within the {size[at]} bytes of the object",
+            object=str(objects[index[at]].id),
+        )
+    end = np.where(length < 0, size, start + length)
+    return ReadPlan(
+        namespace=_fill_namespace(request.namespace, objects),
+        objects=objects,
+        object=index.tolist(),
+        start=start.tolist(),
+        end=end.tolist(),
+        resident_only=request.resident_only,
+        suspect=request.suspect,
+        timeout_s=timeout(request.timeout_s),
+    )
+
+
+def write_plan(command: bytes) -> WritePlan:
+    """The write a descriptor's command announces.
+
+    Raises ConfigurationError if it isn't one, if an object's size is unknown, or if an object is neither a computed
+    sample nor a file of a save lying in its own namespace: what an under-store holds, only the server fills.
+    """
+    request = cache_pb2.WriteRequest()
+    _parse(request, command, "descriptor")
+    namespace = _bounded("namespace", request.namespace, MAX_NAMESPACE_BYTES)
+    objects = object_infos(request.objects)
+    for info in objects:
+        if info.size < 0:
+            raise ConfigurationError("a write must give the object's size", object=str(info.id))
+        if not _may_write(namespace, info.id):
+            raise ConfigurationError(
+                f"clients write samples, and files of a save into its own namespace; not this into {namespace!r}",
+                object=str(info.id),
+            )
+    return WritePlan(namespace, objects, request.durable)
+
+
+def object_infos(refs: Iterable[cache_pb2.ObjectRef]) -> list[ObjectInfo]:
+    """The objects a request names. Raises ConfigurationError."""
+    infos = [object_info(ref) for ref in refs]
+    if len(infos) > MAX_OBJECTS:
+        raise ConfigurationError(f"{len(infos)} objects in a request: split it, {MAX_OBJECTS} are allowed")
+    return infos
+
+
+def object_info(ref: cache_pb2.ObjectRef) -> ObjectInfo:
+    """The object a reference names. Raises ConfigurationError."""
+    id_ = ObjectId(
+        under_store_name(ref.store), object_key(ref.key), _bounded("version", ref.version, MAX_NAME_BYTES)
+    )
+    if ref.size < UNKNOWN_SIZE:
+        raise ConfigurationError(f"an object can't have {ref.size} bytes", object=str(id_))
+    if ref.size == UNKNOWN_SIZE and not (id_.is_sample or id_.is_save):
+        raise ConfigurationError("only the size of a sample may be left open", object=str(id_))
+    return ObjectInfo(id_, ref.size)
+
+
+def under_store_name(name: str) -> str:
+    """An under-store's name as a client gave it. Raises ConfigurationError."""
+    return _bounded("under-store", name, MAX_NAME_BYTES)
+
+
+def object_key(key: str) -> str:
+    """A key as a client gave it. Raises ConfigurationError."""
+    return _bounded("key", key, MAX_KEY_BYTES)
+
+
+def save_path(path: str) -> str:
+    """A checkpoint's folder as a client gave it. Raises ConfigurationError."""
+    if path != path.strip("/"):
+        raise ConfigurationError(f"a save's path has no slash at its ends: {path!r}")
+    return object_key(path)
+
+
+def save_part(part: str) -> str:
+    """A rank's part of a save as a client gave it, or "" for the whole. Raises ConfigurationError."""
+    if not _PART.fullmatch(part):
+        raise ConfigurationError(f"a save's part is empty or __<rank>, not {part[:80]!r}")
+    return part
+
+
+def save_id(value: str) -> str:
+    """The id of a save, or of an object's write, as a client gave it. Raises ConfigurationError."""
+    if not _SAVE_ID.fullmatch(value):
+        raise ConfigurationError(f"a save's id is 1 to 64 letters, digits, - and _, not {value[:80]!r}")
+    return value
+
+
+def saved_files(files: Sequence[cache_pb2.SavedFile]) -> list[tuple[str, int]]:
+    """Names and sizes of a save's files. Raises ConfigurationError for names that could leave the save's folder."""
+    for file in files:
+        if (
+            not file.name
+            or "/" in file.name
+            or "\0" in file.name
+            or file.name in (".", "..")
+            or file.size < 0
+        ):
+            raise ConfigurationError(f"not a file of a save: {file.name[:80]!r} of {file.size} bytes")
+    if len({file.name for file in files}) != len(files):
+        raise ConfigurationError("a save lists a file twice")
+    return [(object_key(file.name), file.size) for file in files]
+
+
+def timeout(asked_s: float) -> float:
+    """Seconds a call may take: what the caller asked, within `MAX_CALL_S`; 0 takes `DEFAULT_CALL_S`.
+
+    Raises ConfigurationError for a negative time or none at all.
+    """
+    if math.isnan(asked_s) or asked_s < 0:
+        raise ConfigurationError(f"a timeout of {asked_s} s: give a number of seconds")
+    return min(asked_s or DEFAULT_CALL_S, MAX_CALL_S)
+
+
+def _may_write(namespace: str, id_: ObjectId) -> bool:
+    if id_.is_sample:
+        return not namespace.startswith(KEPT_PREFIXES)
+    if not id_.is_save:
+        return False
+    save_id = id_.version.removeprefix(SAVE_PREFIX)
+    if namespace == f"put:{id_.store}/{id_.key}@{save_id}":
+        return True
+    folder = id_.key.rpartition("/")[0]
+    return namespace == f"save:{id_.store}/{folder}@{save_id}"
+
+
+def _parse(message: Message, data: bytes, what: str) -> None:
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise ConfigurationError(f"the {what} is not a torchcache {type(message).__name__}") from None
+
+
+def _fill_namespace(asked: str, objects: Sequence[ObjectInfo]) -> str:
+    """The namespace that fills go to: never one of bytes that must be kept, which a fill would make permanent."""
+    if not asked or asked.startswith(KEPT_PREFIXES):
+        return objects[0].id.store if objects else "none"
+    return _bounded("namespace", asked, MAX_NAMESPACE_BYTES)
+
+
+def _bounded(what: str, value: str, limit_bytes: int) -> str:
+    if not value:
+        raise ConfigurationError(f"the {what} is missing")
+    if len(value) * 4 > limit_bytes and (size := len(value.encode())) > limit_bytes:
+        raise ConfigurationError(f"a {what} of {size} bytes: {limit_bytes} are allowed")
+    return value

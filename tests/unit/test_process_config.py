@@ -1,0 +1,167 @@
+"""The server's settings: from options and from TOML, and what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torchcache_server.process.config import (
+    ServerConfig,
+    Tls,
+    from_settings,
+    parse_listen,
+    parse_under_stores,
+    read_toml,
+)
+
+from torchcache.errors import ConfigurationError
+
+MINIMAL = {"store": "/data/store", "capacity": "10GB", "under_stores": {"s3": "s3://"}}
+
+
+def test_defaults(home: Path) -> None:
+    config = from_settings(MINIMAL)
+    assert (config.host, config.port) == ("127.0.0.1", 7440)
+    assert config.store == Path("/data/store")
+    assert config.capacity_bytes == 10**10
+    assert config.token_file == home / "token"
+    assert config.drain_s == 60
+    assert config.metrics_port is None
+    assert config.embedded is None
+
+
+def test_toml_and_options_give_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(
+        """
+        listen = "10.0.0.1:9000"
+        store = "/data/store"
+        capacity = "10GB"
+        token_file = "/etc/torchcache/token"
+        tls_cert = "/etc/torchcache/cert.pem"
+        tls_key = "/etc/torchcache/key.pem"
+        drain_s = 5
+        metrics_port = 9100
+
+        [under_stores]
+        s3 = "s3://"
+        data = "file:///data"
+        """
+    )
+    options: dict[str, Any] = {
+        "listen": "10.0.0.1:9000",
+        "store": Path("/data/store"),
+        "capacity": "10GB",
+        "under_stores": parse_under_stores(["s3=s3://", "data=file:///data"]),
+        "token_file": Path("/etc/torchcache/token"),
+        "tls_cert": Path("/etc/torchcache/cert.pem"),
+        "tls_key": Path("/etc/torchcache/key.pem"),
+        "drain_s": 5.0,
+        "metrics_port": 9100,
+        "embedded": None,
+        "index": None,
+    }
+    assert from_settings(read_toml(file)) == from_settings(options)
+
+
+def test_an_embedded_server_lives_in_its_pools_folder(tmp_path: Path) -> None:
+    config = from_settings(
+        {"embedded": tmp_path, "index": 2, "capacity": 10**9, "under_stores": {"s3": "s3://"}}
+    )
+    assert (config.host, config.port) == ("127.0.0.1", 0)
+    assert config.store == tmp_path / "server-2" / "store"
+    assert config.token_file == tmp_path / "token"
+    assert config.embedded is not None
+    assert config.embedded.folder == tmp_path / "server-2"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"listen": "0.0.0.0:7440"}, "refusing to listen on 0.0.0.0 without TLS.*--tls-cert"),
+        ({"listen": "[::]:7440"}, "refusing to listen"),
+        ({"listen": "node-1:7440"}, "refusing to listen"),
+        ({"listen": "7440"}, "HOST:PORT"),
+        ({"listen": "127.0.0.1:http"}, "HOST:PORT"),
+        ({"listen": "::1:7440"}, "HOST:PORT"),
+        ({"listen": "127.0.0.1:65535"}, "the one behind it"),
+        ({"listen": 7440}, "listen must be a text"),
+        ({"tls_cert": "/cert.pem"}, "both a certificate and its key"),
+        ({"store": None}, "store is missing"),
+        ({"capacity": None}, "--capacity 100GB"),
+        ({"capacity": "lots"}, "'lots' is not a size"),
+        ({"under_stores": {}}, "--under-store s3=s3://"),
+        ({"under_stores": {"samples": "s3://"}}, "can't name an under-store"),
+        ({"under_stores": {"../x": "s3://"}}, "can't name an under-store"),
+        ({"under_stores": ["s3://"]}, "must be a table"),
+        ({"under_stores": {"s3": 3}}, "must be a table"),
+        ({"drain_s": -1}, "drain"),
+        ({"drain_s": float("nan")}, "drain"),
+        ({"drain_s": "long"}, "must be a number"),
+        ({"metrics_port": 70000}, "metrics port"),
+        ({"index": 1}, "belongs to an embedded server"),
+        ({"embedded": "/pool"}, "drop store"),
+        ({"capasity": "1GB"}, "did you mean 'capacity'"),
+        ({"colour": "red"}, "there is no setting 'colour'; there are listen"),
+    ],
+)
+def test_refusals_say_what_to_do(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        from_settings(MINIMAL | changed)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
+def test_loopback_needs_no_tls(host: str) -> None:
+    listen = f"[{host}]:1" if ":" in host else f"{host}:1"
+    assert from_settings(MINIMAL | {"listen": listen}).host == host
+
+
+def test_other_addresses_listen_with_tls() -> None:
+    config = from_settings(MINIMAL | {"listen": "0.0.0.0:1", "tls_cert": "/c.pem", "tls_key": "/k.pem"})
+    assert config.tls == Tls(certificate=Path("/c.pem"), key=Path("/k.pem"))
+
+
+def test_the_class_checks_for_itself() -> None:
+    with pytest.raises(ConfigurationError, match="without TLS"):
+        ServerConfig(
+            host="192.0.2.1",
+            port=1,
+            store=Path("/s"),
+            capacity_bytes=1,
+            under_stores=(("s3", "s3://"),),
+            token_file=Path("/t"),
+        )
+
+
+@pytest.mark.parametrize("text", ["s3", "=s3://", "s3="])
+def test_under_stores_are_name_and_uri(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="NAME=URI"):
+        parse_under_stores([text])
+
+
+def test_an_under_store_is_given_once() -> None:
+    with pytest.raises(ConfigurationError, match="'s3' is given twice"):
+        parse_under_stores(["s3=s3://a", "s3=s3://b"])
+
+
+def test_an_uri_may_hold_an_equals_sign() -> None:
+    assert parse_under_stores(["d=file:///a=b"]) == {"d": "file:///a=b"}
+
+
+def test_ipv6_addresses() -> None:
+    assert parse_listen("[::1]:7440") == ("::1", 7440)
+    assert from_settings(MINIMAL | {"listen": "[::1]:7440"}).address == "[::1]:7440"
+
+
+@pytest.mark.parametrize("content", ["listen = ", "\xff"])
+def test_a_broken_file_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"broken\.toml is not TOML"):
+        read_toml(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"none\.toml can't be read: No such file"):
+        read_toml(tmp_path / "none.toml")

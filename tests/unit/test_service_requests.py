@@ -1,0 +1,183 @@
+"""What clients ask for, checked: every way to ask for nonsense is refused before anything is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torchcache_server.service import requests
+from torchcache_server.service.requests import read_plan, save_id, saved_files, timeout, write_plan
+
+from torchcache.errors import ConfigurationError
+from torchcache.model import SAMPLES
+from torchcache.wire.v1 import cache_pb2 as pb
+
+OBJECT = pb.ObjectRef(store="s3", key="bucket/key", version="v1", size=100)
+SAMPLE = pb.ObjectRef(store=SAMPLES, key="set/7", version="1", size=-1)
+SAVED = pb.ObjectRef(store="s3", key="bucket/run/step-1/__0_0.distcp", version="save:abc", size=10)
+
+
+def ticket(**fields: Any) -> bytes:
+    defaults: dict[str, Any] = {
+        "namespace": "n",
+        "objects": [OBJECT],
+        "object": [0],
+        "offset": [0],
+        "length": [-1],
+    }
+    return pb.ReadRequest(**(defaults | fields)).SerializeToString()
+
+
+def test_a_read_is_resolved_to_ends() -> None:
+    plan = read_plan(
+        ticket(objects=[OBJECT, SAMPLE], object=[0, 0, 1], offset=[0, 90, 5], length=[-1, 10, -1])
+    )
+    assert list(zip(plan.object, plan.start, plan.end, strict=True)) == [
+        (0, 0, 100),
+        (0, 90, 100),
+        (1, 5, -1),
+    ]
+    assert plan.timeout_s == requests.DEFAULT_CALL_S
+
+
+def test_a_read_of_nothing_is_fine() -> None:
+    assert read_plan(ticket(objects=[], object=[], offset=[], length=[])).object == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"object": [1]}, "doesn't list"),
+        ({"objects": []}, "doesn't list"),
+        ({"offset": [-1]}, "do not lie within the 100 bytes"),
+        ({"offset": [101]}, "do not lie within"),
+        ({"length": [-2]}, "do not lie within"),
+        ({"length": [101]}, "do not lie within"),
+        ({"offset": [50], "length": [2**63 - 1]}, "do not lie within"),
+        ({"objects": [SAMPLE], "offset": [2**62], "length": [2**63 - 1]}, "do not lie within"),
+        ({"offset": []}, "differ in length"),
+        ({"length": [1, 2]}, "differ in length"),
+        ({"timeout_s": -1.0}, "timeout"),
+        ({"timeout_s": float("nan")}, "timeout"),
+        ({"objects": [pb.ObjectRef(store="s3", key="", version="v", size=1)]}, "the key is missing"),
+        ({"objects": [pb.ObjectRef(store="", key="k", version="v", size=1)]}, "the under-store is missing"),
+        ({"objects": [pb.ObjectRef(store="s3", key="k", version="", size=1)]}, "the version is missing"),
+        ({"objects": [pb.ObjectRef(store="s3", key="k", version="v", size=-1)]}, "only the size of a sample"),
+        ({"objects": [pb.ObjectRef(store="s3", key="k", version="v", size=-5)]}, "can't have -5 bytes"),
+        ({"objects": [pb.ObjectRef(store="s3", key="ü" * 3000, version="v", size=1)]}, "a key of 6000 bytes"),
+        ({"namespace": "n" * 10_000}, "a namespace of 10000 bytes"),
+        ({"object": [0] * 65_537, "offset": [0] * 65_537, "length": [1] * 65_537}, "split it"),
+    ],
+)
+def test_reads_that_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        read_plan(ticket(**fields))
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"hello", b"\x0a\xff\xff\xff\xff\x0f"])
+def test_what_is_no_request_is_refused(data: bytes) -> None:
+    with pytest.raises(ConfigurationError):
+        read_plan(data)
+    with pytest.raises(ConfigurationError):
+        write_plan(data)
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_make_the_parsers_fail_otherwise(data: bytes) -> None:
+    for parse in (read_plan, write_plan):
+        try:
+            parse(data)
+        except ConfigurationError:
+            pass
+
+
+@given(
+    st.integers(-(2**63), 2**63 - 1),
+    st.integers(-(2**63), 2**63 - 1),
+    st.integers(0, 2**63 - 1),
+)
+def test_extents_that_pass_lie_within_their_object(offset: int, length: int, size: int) -> None:
+    objects = [pb.ObjectRef(store="s3", key="k", version="v", size=size)]
+    inside = 0 <= offset <= size and -1 <= length <= size - offset
+    try:
+        plan = read_plan(ticket(objects=objects, offset=[offset], length=[length]))
+    except ConfigurationError:
+        assert not inside
+    else:
+        assert inside
+        assert plan.start == [offset]
+        assert plan.end == [size if length == -1 else offset + length]
+
+
+@pytest.mark.parametrize("namespace", ["", "save:s3/bucket/run@abc", "put:s3/bucket/key@abc"])
+def test_fills_never_go_where_bytes_are_kept(namespace: str) -> None:
+    assert read_plan(ticket(namespace=namespace)).namespace == "s3"
+
+
+def put(namespace: str, *objects: pb.ObjectRef) -> bytes:
+    return pb.WriteRequest(namespace=namespace, objects=objects, durable=True).SerializeToString()
+
+
+def test_writes_that_are_allowed() -> None:
+    sized = pb.ObjectRef(store=SAMPLES, key="set/7", version="1", size=5)
+    assert not write_plan(put("samples:set@1", sized)).is_save
+    assert write_plan(put("save:s3/bucket/run/step-1@abc", SAVED)).is_save
+    assert write_plan(put(f"put:s3/{SAVED.key}@abc", SAVED)).is_save
+
+
+@pytest.mark.parametrize(
+    ("namespace", "object_", "message"),
+    [
+        ("n", OBJECT, "clients write samples, and files of a save"),
+        ("save:s3/bucket/run/step-1@abc", OBJECT, "clients write samples"),
+        ("save:s3/bucket/run/step-1@other", SAVED, "into its own namespace"),
+        ("save:s3/bucket/run/step-2@abc", SAVED, "into its own namespace"),
+        ("save:posix/bucket/run/step-1@abc", SAVED, "into its own namespace"),
+        ("put:s3/bucket/other@abc", SAVED, "into its own namespace"),
+        ("n", SAVED, "into its own namespace"),
+        ("save:s3/x@y", pb.ObjectRef(store=SAMPLES, key="k", version="1", size=1), "clients write samples"),
+        ("samples:set@1", SAMPLE, "must give the object's size"),
+        ("", SAVED, "the namespace is missing"),
+    ],
+)
+def test_writes_that_are_refused(namespace: str, object_: pb.ObjectRef, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        write_plan(put(namespace, object_))
+
+
+def test_timeouts_are_bounded() -> None:
+    assert timeout(0) == requests.DEFAULT_CALL_S
+    assert timeout(5) == 5
+    assert timeout(float("inf")) == timeout(1e9) == requests.MAX_CALL_S
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".", "a\0b", "/etc/passwd"])
+def test_a_saves_files_stay_in_its_folder(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="not a file of a save"):
+        saved_files([pb.SavedFile(name=name, size=1)])
+
+
+def test_a_saves_files_are_named_once() -> None:
+    with pytest.raises(ConfigurationError, match="twice"):
+        saved_files([pb.SavedFile(name="a", size=1), pb.SavedFile(name="a", size=2)])
+
+
+@pytest.mark.parametrize("value", ["", "a@b", "a/b", "x" * 65, "ü"])
+def test_ids_are_plain(value: str) -> None:
+    with pytest.raises(ConfigurationError, match="a save's id"):
+        save_id(value)
+
+
+@pytest.mark.parametrize("part", ["0", "__", "__x", "__0/..", "_0"])
+def test_parts_are_ranks(part: str) -> None:
+    with pytest.raises(ConfigurationError, match="__<rank>"):
+        requests.save_part(part)
+
+
+def test_paths_have_no_slash_at_their_ends() -> None:
+    assert requests.save_path("bucket/run") == "bucket/run"
+    for path in ("/bucket/run", "bucket/run/", "/"):
+        with pytest.raises(ConfigurationError, match="no slash"):
+            requests.save_path(path)
