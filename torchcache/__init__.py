@@ -30,6 +30,7 @@ _HOMES = {
     "ServerUnavailable": "torchcache.errors",
     "TorchCacheError": "torchcache.errors",
     "TransientError": "torchcache.errors",
+    "UnsupportedSample": "torchcache.errors",
 }
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         ServerUnavailable,
         TorchCacheError,
         TransientError,
+        UnsupportedSample,
     )
     from torchcache.local_pool import LocalPool
     from torchcache.pool import Pool, TlsConfig
@@ -76,6 +78,7 @@ __all__ = [
     "TlsConfig",
     "TorchCacheError",
     "TransientError",
+    "UnsupportedSample",
     "__version__",
     "connect",
 ]

@@ -117,9 +117,7 @@ class CachedDataset(Dataset[Any]):
         return position % count
 
     def __repr__(self) -> str:
-        total = self._samples.total_bytes
-        size = "" if total is None else f", {total:,} bytes"
-        return f"{type(self).__name__}({self._samples.describe()}, {len(self):,} samples{size})"
+        return f"{type(self).__name__}{self._samples.describe()}"
 
     def keys(self) -> list[str]:
         """The samples' keys relative to the URI of `from_files`, in order: for labels that stand in paths.

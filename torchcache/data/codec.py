@@ -55,7 +55,7 @@ def decode(record: bytes | bytearray | memoryview) -> object:
         reader.finish()
     except (IntegrityError, ConfigurationError):
         raise
-    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, struct.error) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, SystemError, struct.error) as error:
         # numpy and torch refuse, each with errors of its own, what a damaged record makes them build.
         raise IntegrityError(f"a stored sample is malformed: {error}") from error
     return sample

@@ -190,7 +190,11 @@ class ComputedSamples:
         raise ConfigurationError("computed samples have no keys; only a dataset made by from_files has")
 
     def describe(self) -> str:
-        return f"{type(self._dataset).__name__}, name={self._name!r}, version={self._version!r}"
+        unkept = f", {self.counters.unkept:,} could not be kept" if self.counters.unkept else ""
+        return (
+            f"({type(self._dataset).__name__}, name={self._name!r}, version={self._version!r}: "
+            f"{self._length:,} samples{unkept})"
+        )
 
     def _object(self, index: int) -> ObjectInfo:
         return ObjectInfo(ObjectId(SAMPLES, f"{self._name}/{index}", self._version), UNKNOWN_SIZE)

@@ -98,7 +98,10 @@ class FileSamples:
         return [key.removeprefix(self._prefix) for key in self._manifest.keys()]  # noqa: SIM118 - no mapping
 
     def describe(self) -> str:
-        return f"files={self.uri!r}, pattern={self._pattern!r}"
+        return (
+            f".from_files({self.uri!r}, pattern={self._pattern!r}: "
+            f"{len(self):,} objects, {self.total_bytes:,} bytes)"
+        )
 
 
 class _Listing:

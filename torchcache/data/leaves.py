@@ -132,7 +132,7 @@ class LeafReader:
             )
         start, end = self._advance(dtype.itemsize, shape)
         if start == end:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(0, dtype=torch.uint8).view(dtype).reshape(shape)  # some dtypes warn when made
         if self._view:
             count = (end - start) // dtype.itemsize
             flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=start)

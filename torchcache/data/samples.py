@@ -41,7 +41,7 @@ class Samples(Protocol):
         """What each sample is called. Raises ConfigurationError if they have no names."""
 
     def describe(self) -> str:
-        """For repr: the arguments that tell this dataset from others."""
+        """For repr: what stands behind the class's name."""
 
 
 def windows(indices: Sequence[int], size: int = _WINDOW) -> Iterator[Sequence[int]]:

@@ -140,7 +140,7 @@ class TreeWriter:
 
     def _put_scalar(self, value: np.generic) -> None:
         self._put_dtype(b"g", value)
-        data = value.tobytes()
+        data = value.tobytes()[: value.dtype.itemsize]  # numpy pads its empty str
         self.tree += _U64.pack(len(data)) + data
 
     def _put_dtype(self, tag: bytes, value: np.ndarray[Any, Any] | np.generic) -> None:
