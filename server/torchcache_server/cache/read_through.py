@@ -138,7 +138,7 @@ class ReadThrough:
         )
         try:
             stored = self.store.put(namespace, chunk, object.size, data)
-        except (OutOfSpace, OSError) as error:
+        except OutOfSpace as error:
             _LOG.debug("chunk %d of %s is not kept: %s", chunk.index, object.id, error)
             with self._lock:
                 self._passed_through += 1

@@ -97,6 +97,8 @@ class S3UnderStore:
         target = self._root.locate(object.id.key)
         if not 0 <= range.start <= range.end <= object.size:
             raise ConfigurationError(f"{target.uri} has {object.size} bytes, not {range}", object=target.uri)
+        if range.length == 0 < object.size:
+            return bytearray()  # HTTP has no empty ranges.
         download = Download(target, object, range, self._counters)
 
         def attempt(client: S3Client) -> None:

@@ -52,7 +52,7 @@ class S3Root:
     def locate(self, key: str) -> S3Object:
         """Where the object `key` lies. Raises ConfigurationError for a key that can't be one."""
         located = self._split(key)
-        check_key(located.key, located.uri)
+        check_key(key if self.bucket else located.key, located.uri)
         return located
 
     def locate_prefix(self, prefix: str) -> S3Object:
