@@ -1,0 +1,130 @@
+"""Which checkpoints there are: what this server has committed, and what lies in the under-store."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from torchcache.errors import NotCommitted, ObjectNotFound, TransientError
+from torchcache_server.cache.saves import MANIFEST_NAME, Save, SaveKey, SaveStatus, status_of_manifest
+from torchcache_server.cache.slots import Slot, Slots
+from torchcache_server.cache.small_objects import read_small, stat_or_none
+from torchcache_server.understore.base import UnderStore
+
+_log = logging.getLogger(__name__)
+
+_PAGE: Final = 1000
+
+
+def status_of(slot: Slot, save: Save) -> SaveStatus:
+    """The status of the slot's save."""
+    return SaveStatus(
+        key=save.key,
+        save_id=save.save_id,
+        state=save.state,
+        manifest=save.manifest,
+        pending_bytes=slot.pending_bytes,
+        total_bytes=save.total_bytes,
+        error=save.error,
+        committed_unix_s=save.committed_unix_s,
+        durable_unix_s=save.durable_unix_s,
+    )
+
+
+class Catalogue:
+    """Answers from the pool where the pool has the newest, from the under-store else."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+
+    def get(self, under_store: UnderStore, key: SaveKey, *, deadline: float) -> SaveStatus:
+        """The checkpoint that a reader of `key` should load.
+
+        A save that another server overwrote counts only while nothing of the other is there yet. Raises NotCommitted.
+        """
+        slot = self._slots.find(key)
+        save = slot.save if slot is not None else None
+        if slot is None or save is None:
+            return self._published(under_store, key, deadline)
+        if save.is_superseded:
+            try:
+                return self._published(under_store, key, deadline)
+            except NotCommitted:
+                return status_of(slot, save)
+        if save.state != "durable" or self._still_there(under_store, save, deadline):
+            return status_of(slot, save)
+        with slot.exclusively(deadline):
+            if slot.save is save:
+                _log.info("%s was changed by somebody else: save %s is forgotten", key, save.save_id)
+                self._slots.forget_save(slot)
+        return self.get(under_store, key, deadline=deadline)
+
+    def _still_there(self, under_store: UnderStore, save: Save, deadline: float) -> bool:
+        try:
+            found = stat_or_none(under_store, save.key.manifest_key, deadline=deadline)
+        except TransientError as error:
+            # Not to know whether somebody overwrote it is better than not to resume.
+            _log.warning("%s: the pool's own copy is served, unchecked: %s", save.key, error)
+            return True
+        return found is not None and found.id.version == save.manifest_version
+
+    def _published(self, under_store: UnderStore, key: SaveKey, deadline: float) -> SaveStatus:
+        manifest = read_small(under_store, key.manifest_key, deadline=deadline)
+        if manifest is None:
+            raise NotCommitted(
+                f"there is no committed checkpoint at {under_store.uri}/{key.path}",
+                object=f"{under_store.uri}/{key.path}",
+            )
+        return status_of_manifest(key, manifest.data)
+
+    def list(self, under_store: UnderStore, prefix: str, *, deadline: float) -> list[SaveStatus]:
+        """Checkpoints whose path starts with `prefix`, those being written included, ordered by path."""
+        found: dict[SaveKey, SaveStatus] = {}
+        for slot in self._slots.all():
+            if slot.key.store == under_store.name and f"{slot.key.path}/".startswith(prefix):
+                status = self._own(slot)
+                if status is not None:
+                    found[slot.key] = status
+        published = self._list_manifests(under_store, prefix, deadline)
+        for key in [key for key, status in found.items() if status.state == "durable"]:
+            if published.get(key) != self._version(key):
+                del found[key]
+        for key in published.keys() - found.keys():
+            try:
+                found[key] = self._published(under_store, key, deadline)
+            except NotCommitted:
+                continue  # Deleted, or withdrawn, just now.
+        return [found[key] for key in sorted(found)]
+
+    def _own(self, slot: Slot) -> SaveStatus | None:
+        save, lease = slot.save, slot.lease
+        if save is not None and not save.is_superseded:
+            return status_of(slot, save)
+        if lease is not None:
+            return SaveStatus(slot.key, lease.save_id, "reserved", b"", 0, 0, None, 0.0, 0.0)
+        return None
+
+    def _version(self, key: SaveKey) -> str | None:
+        slot = self._slots.find(key)
+        return slot.save.manifest_version if slot is not None and slot.save is not None else None
+
+    def _list_manifests(self, under_store: UnderStore, prefix: str, deadline: float) -> dict[SaveKey, str]:
+        """Key and version of every published manifest under `prefix`."""
+        found: dict[SaveKey, str] = {}
+        start_after = ""
+        while True:
+            try:
+                page = under_store.list(prefix, start_after=start_after, limit=_PAGE, deadline=deadline)
+            except ObjectNotFound:
+                if self._slots.all():
+                    return found  # The bucket or folder isn't there yet; the pool's own saves are.
+                raise
+            for object in page.objects:
+                if not object.size or not object.id.key.endswith(MANIFEST_NAME):
+                    continue
+                key = SaveKey.of_manifest(under_store.name, object.id.key)
+                if key is not None:
+                    found[key] = object.id.version
+            if not page.truncated or not page.objects:
+                return found
+            start_after = page.objects[-1].id.key

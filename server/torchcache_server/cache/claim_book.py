@@ -1,0 +1,115 @@
+"""Claims, read from and written to the under-store: the I/O around claims.py."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection
+
+from torchcache.errors import AlreadyExists
+from torchcache_server.cache.claims import Claim, ClaimState, Sighting
+from torchcache_server.cache.saves import SaveKey
+from torchcache_server.cache.small_objects import read_small, stat_or_none, write_small
+from torchcache_server.understore.base import UnderStore
+
+
+class ClaimBook:
+    """What this server knows of the claims of paths it deals with. Thread-safe.
+
+    `clock` is time.monotonic; tests pass another.
+    """
+
+    def __init__(self, server_id: str, *, lease_s: float, clock: Callable[[], float]) -> None:
+        self.server_id = server_id
+        self._lease_s = lease_s
+        self._clock = clock
+        self._seen: dict[SaveKey, Sighting] = {}
+        self._lock = threading.Lock()
+
+    def look(self, under_store: UnderStore, key: SaveKey, *, deadline: float) -> Sighting | None:
+        """The claim of `key` as it stands now; None if nobody claims it."""
+        found = stat_or_none(under_store, key.claim_key, deadline=deadline)
+        with self._lock:
+            known = self._seen.get(key)
+        if found is None:
+            return self._note(key, None)
+        if known is not None and known.version == found.id.version:
+            return known
+        small = read_small(under_store, key.claim_key, deadline=deadline)
+        if small is None:
+            return self._note(key, None)
+        return self._note(key, Sighting(Claim.decode(small.data), small.version, self._clock()))
+
+    def holds(self, under_store: UnderStore, key: SaveKey, save_id: str, *, deadline: float) -> bool:
+        """Whether the claim is this server's, for this save."""
+        seen = self.look(under_store, key, deadline=deadline)
+        return seen is not None and seen.claim.server_id == self.server_id and seen.claim.save_id == save_id
+
+    def write(
+        self,
+        under_store: UnderStore,
+        key: SaveKey,
+        *,
+        save_id: str,
+        state: ClaimState,
+        writer: str,
+        replaces: str,
+        deadline: float,
+    ) -> None:
+        """Takes the claim, or changes it. Raises AlreadyExists if its version isn't `replaces` any more."""
+        claim = Claim(self.server_id, save_id, state, writer, self._lease_s)
+        version = write_small(
+            under_store, key.claim_key, claim.encode(), replaces=replaces, deadline=deadline
+        )
+        self._note(key, Sighting(claim, version, self._clock()))
+
+    def refresh(self, under_store: UnderStore, key: SaveKey, save_id: str, *, deadline: float) -> None:
+        """Tells other servers that the writer of a reserved save lives, if a lease has passed since it was told."""
+        with self._lock:
+            seen = self._seen.get(key)
+        if seen is None or self._clock() < seen.since_s + self._lease_s:
+            return
+        seen = self.look(under_store, key, deadline=deadline)
+        if seen is None or not self._is_own(seen, {save_id}) or seen.claim.state != "reserved":
+            return
+        try:
+            self._rewrite(under_store, key, seen, "reserved", deadline)
+        except AlreadyExists:
+            pass  # Taken over just now: the commit will meet it.
+
+    def release(
+        self, under_store: UnderStore, key: SaveKey, save_ids: Collection[str], *, deadline: float
+    ) -> None:
+        """Gives the claim up, if it is this server's for one of `save_ids`."""
+        seen = self.look(under_store, key, deadline=deadline)
+        if seen is None or not self._is_own(seen, save_ids):
+            return
+        try:
+            self._rewrite(under_store, key, seen, "released", deadline)
+        except AlreadyExists:
+            return  # Somebody took it over: it is theirs now.
+        under_store.delete(key.claim_key, deadline=deadline)
+        self._note(key, None)
+
+    def _rewrite(
+        self, under_store: UnderStore, key: SaveKey, seen: Sighting, state: ClaimState, deadline: float
+    ) -> None:
+        self.write(
+            under_store,
+            key,
+            save_id=seen.claim.save_id,
+            state=state,
+            writer=seen.claim.writer,
+            replaces=seen.version,
+            deadline=deadline,
+        )
+
+    def _is_own(self, seen: Sighting, save_ids: Collection[str]) -> bool:
+        return seen.claim.server_id == self.server_id and seen.claim.save_id in save_ids
+
+    def _note(self, key: SaveKey, seen: Sighting | None) -> Sighting | None:
+        with self._lock:
+            if seen is None:
+                self._seen.pop(key, None)
+            else:
+                self._seen[key] = seen
+        return seen

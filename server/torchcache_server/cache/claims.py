@@ -1,0 +1,167 @@
+"""The claim: one small object in the under-store through which servers agree who writes a path. Pure decisions.
+
+The claim is a register that is only ever changed by conditional writes, so of two servers that want it exactly one
+gets it, whatever their clocks say and however long either was asleep:
+
+- *reserved*: a save is being written into some server's pool. That server rewrites the claim every `lease_s` for as
+  long as the writer renews its lease. Who finds it unchanged for `DEAD_AFTER_LEASES` leases takes it over.
+- *committed*: the save is restorable from that server's pool and is being uploaded. Only overwriting takes it over.
+- *released*: about to be deleted. A delete can't be conditional, so whoever finds it waits as for *reserved*: by then
+  the delete is done, or its server is dead.
+
+Time is only ever measured by the observer, on its monotonic clock, as "unchanged since I first saw it".
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from torchcache.errors import AlreadyExists
+from torchcache_server.cache.saves import SaveKey
+
+DEAD_AFTER_LEASES = 3
+_WRITER_CHARACTERS = 200
+
+ClaimState = Literal["reserved", "committed", "released"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a claim says. `nonce` makes every write of it a new version, so that versions never repeat."""
+
+    server_id: str
+    save_id: str
+    state: ClaimState
+    writer: str  # host and process, for people
+    lease_s: float
+    nonce: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def encode(self) -> bytes:
+        return json.dumps({"format": 1, **asdict(self)}, indent=1).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Claim:
+        """Never fails: what can't be read is somebody's claim of unknown make, reserved by nobody we know."""
+        try:
+            fields = json.loads(data)
+            state = fields["state"]
+            return cls(
+                server_id=str(fields["server_id"]),
+                save_id=str(fields["save_id"]),
+                state=state if state in ("committed", "released") else "reserved",
+                writer=str(fields["writer"])[:_WRITER_CHARACTERS],
+                lease_s=min(max(float(fields["lease_s"]), 0.0), 3600.0),
+                nonce=str(fields["nonce"]),
+            )
+        except (ValueError, TypeError, KeyError):
+            return cls("", "", "reserved", "unknown", 10.0, "")
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A claim as it was last seen: its version, and since when (monotonic) it has not changed."""
+
+    claim: Claim
+    version: str
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Write the claim, if its version is still `replaces` ("": if there is none)."""
+
+    replaces: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Nothing to write: this server's claim covers the newcomer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Ask again at `until_s` (monotonic) at the latest."""
+
+    until_s: float
+    holder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Somebody else has the path."""
+
+    error: AlreadyExists
+
+
+def decide_reserve(
+    seen: Sighting | None,
+    *,
+    key: SaveKey,
+    server_id: str,
+    uploading: bool,
+    overwrite: bool,
+    renewed: bool,
+    now_s: float,
+) -> Take | Keep | Wait | Refuse:
+    """What a server does that wants to reserve a path of which no lease is alive in the server itself.
+
+    `uploading`: this server has a committed save of the path that isn't durable yet; its claim must stay.
+    `renewed`: the claim changed, but not its save, while the caller waited for it.
+    """
+    if seen is None:
+        return Take("")
+    claim = seen.claim
+    if claim.server_id == server_id:
+        return Keep() if uploading else Take(seen.version)
+    if claim.state == "committed":
+        if overwrite:
+            return Take(seen.version)
+        return Refuse(
+            AlreadyExists(
+                f"{key} holds a checkpoint that server {claim.server_id} has not uploaded yet (written by "
+                f"{claim.writer}): pass overwrite=True or another path",
+                object=str(key),
+            )
+        )
+    if renewed:
+        return Refuse(live_writer(key, claim.writer))
+    dead_at_s = seen.since_s + DEAD_AFTER_LEASES * claim.lease_s
+    return Take(seen.version) if now_s >= dead_at_s else Wait(dead_at_s, claim.writer)
+
+
+def decide_hold(seen: Sighting | None, *, key: SaveKey, server_id: str, save_id: str) -> Take | Keep | Refuse:
+    """What a server does that holds a path already, and goes on with save `save_id`: to commit or to upload it.
+
+    A claim that vanished may be taken again: whoever takes it now had to find it absent, and so can't have been passed
+    over. What lies at the path is looked at after this.
+    """
+    if seen is None:
+        return Take("")
+    claim = seen.claim
+    if claim.server_id != server_id:
+        return Refuse(taken_over(key, claim.writer))
+    if claim.save_id == save_id and claim.state == "committed":
+        return Keep()
+    return Take(seen.version)
+
+
+def live_writer(key: SaveKey, writer: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"another save of {key} is being written by {writer}: let it finish, or save to another path",
+        object=str(key),
+    )
+
+
+def taken_over(key: SaveKey, writer: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"the save of {key} was superseded: {writer} took the path over after this save's lease had run out or with "
+        "overwrite=True",
+        object=str(key),
+    )
+
+
+def already_there(key: SaveKey, what: str) -> AlreadyExists:
+    return AlreadyExists(f"{key} already holds {what}: pass overwrite=True or another path", object=str(key))

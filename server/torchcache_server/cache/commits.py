@@ -1,0 +1,134 @@
+"""The commit point of the pool: what must be true before a save is acknowledged, and in which order it is made true."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from torchcache.errors import AlreadyExists, CheckpointError, TorchCacheError
+from torchcache_server.cache.catalogue import status_of
+from torchcache_server.cache.claim_book import ClaimBook
+from torchcache_server.cache.claims import Refuse, Take, already_there, decide_hold
+from torchcache_server.cache.reservations import lost_lease
+from torchcache_server.cache.saves import Save, SaveKey, SaveStatus, manifest_digest
+from torchcache_server.cache.shard_source import missing_from
+from torchcache_server.cache.slots import Lease, Slot, Slots
+from torchcache_server.cache.small_objects import read_small
+from torchcache_server.store import Store
+from torchcache_server.understore.base import UnderStore
+
+_log = logging.getLogger(__name__)
+
+
+class Commits:
+    """Commits reserved saves. Thread-safe."""
+
+    def __init__(self, store: Store, slots: Slots, claims: ClaimBook, *, lease_s: float) -> None:
+        self._store = store
+        self._slots = slots
+        self._claims = claims
+        self._lease_s = lease_s
+
+    def commit(
+        self,
+        under_store: UnderStore,
+        key: SaveKey,
+        save_id: str,
+        *,
+        files: Sequence[tuple[str, int]],
+        metadata: bytes,
+        manifest: bytes,
+        deadline: float,
+    ) -> SaveStatus:
+        """See WriteBack.commit."""
+        slot = self._slots.find(key)
+        if slot is None:
+            raise lost_lease(key, None)
+        with slot.exclusively(deadline):
+            done, lease = slot.save, slot.lease
+            if done is not None and done.save_id == save_id:
+                if done.manifest != manifest:
+                    raise AlreadyExists(
+                        f"save {save_id} of {key} was committed with another manifest", object=str(key)
+                    )
+                return status_of(slot, done)
+            if lease is None or lease.save_id != save_id:
+                raise lost_lease(key, slot)
+            save = _save_of(slot, lease, files, metadata, manifest)
+            self._require_whole(save)
+            self._store.sync(save.namespace)
+            self._store.keep(save.namespace, True)
+            self._claim(under_store, save, deadline)
+            self._slots.begin_save(slot, save)
+            return status_of(slot, save)
+
+    def _require_whole(self, save: Save) -> None:
+        for name, object in save.objects.items():
+            lack = missing_from(self._store, object)
+            if lack is not None:
+                raise CheckpointError(
+                    f"{save.key} can't be committed: of its file {name} {lack}", object=str(save.key)
+                )
+
+    def _claim(self, under_store: UnderStore, save: Save, deadline: float) -> None:
+        """Tells other servers, or learns from them that the path was taken over: raises AlreadyExists.
+
+        While the under-store can't be reached, or refuses us, the pool commits alone. Then a server that can reach it
+        may still take the path over, and the upload finds out.
+        """
+        deadline = min(deadline, time.monotonic() + self._lease_s / 2)
+        try:
+            while not self._try_claim(under_store, save, deadline):
+                pass
+        except AlreadyExists:
+            raise
+        except TorchCacheError as error:
+            _log.warning("%s is committed in the pool alone for now: %s", save.key, error)
+
+    def _try_claim(self, under_store: UnderStore, save: Save, deadline: float) -> bool:
+        """False if the claim changed between look and write: look again."""
+        seen = self._claims.look(under_store, save.key, deadline=deadline)
+        decision = decide_hold(seen, key=save.key, server_id=self._claims.server_id, save_id=save.save_id)
+        if isinstance(decision, Refuse):
+            raise decision.error
+        if seen is None:
+            # Somebody removed our claim. If they published since, their checkpoint stays.
+            there = read_small(under_store, save.key.manifest_key, deadline=deadline)
+            if there is not None and manifest_digest(there.data) not in save.replaceable:
+                raise already_there(save.key, "a checkpoint that was published since this save was reserved")
+        if isinstance(decision, Take):
+            try:
+                self._claims.write(
+                    under_store,
+                    save.key,
+                    save_id=save.save_id,
+                    state="committed",
+                    writer=save.writer,
+                    replaces=decision.replaces,
+                    deadline=deadline,
+                )
+            except AlreadyExists:
+                return False
+        return True
+
+
+def _save_of(
+    slot: Slot, lease: Lease, files: Sequence[tuple[str, int]], metadata: bytes, manifest: bytes
+) -> Save:
+    replaceable = set(lease.replaceable)
+    if lease.overwrite and slot.save is not None:
+        # Its upload may have been stopped anywhere: its own manifest may be there, or what it was to overwrite.
+        replaceable |= {manifest_digest(slot.save.manifest), *slot.save.replaceable}
+    return Save(
+        key=slot.key,
+        save_id=lease.save_id,
+        files=tuple(files),
+        metadata=metadata,
+        manifest=manifest,
+        overwrite=lease.overwrite,
+        replaceable=tuple(sorted(replaceable)),
+        state="committed",
+        committed_unix_s=time.time(),
+        writer=lease.writer,
+    )

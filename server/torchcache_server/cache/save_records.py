@@ -1,0 +1,81 @@
+"""A committed save as a record of the store: a length, a header in JSON, the metadata, the manifest. Pure."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+from torchcache import errors
+from torchcache.errors import TorchCacheError
+from torchcache_server.cache.saves import Save, SaveKey
+
+_FORMAT = 1
+
+
+def encode_save(save: Save) -> bytes:
+    """The record of `save`, for `decode_save`."""
+    header: dict[str, Any] = {
+        "format": _FORMAT,
+        "key": [save.key.store, save.key.path, save.key.part],
+        "save_id": save.save_id,
+        "files": save.files,
+        "metadata_bytes": len(save.metadata),
+        "manifest_bytes": len(save.manifest),
+        "overwrite": save.overwrite,
+        "replaceable": save.replaceable,
+        "state": save.state,
+        "committed_unix_s": save.committed_unix_s,
+        "writer": save.writer,
+        "durable_unix_s": save.durable_unix_s,
+        "manifest_version": save.manifest_version,
+        "claimed": save.claimed,
+        "error": _error_fields(save.error),
+    }
+    encoded = json.dumps(header).encode()
+    return struct.pack("<I", len(encoded)) + encoded + save.metadata + save.manifest
+
+
+def decode_save(record: bytes) -> Save:
+    """Raises ValueError if `record` isn't one that this version wrote."""
+    try:
+        (header_bytes,) = struct.unpack_from("<I", record)
+        fields = json.loads(record[4 : 4 + header_bytes])
+        if fields["format"] != _FORMAT:
+            raise ValueError(f"record of format {fields['format']}")
+        middle = 4 + header_bytes + fields["metadata_bytes"]
+        end = middle + fields["manifest_bytes"]
+        if end != len(record):
+            raise ValueError(f"record of {len(record)} bytes where {end} are due")
+        return Save(
+            key=SaveKey(*fields["key"]),
+            save_id=fields["save_id"],
+            files=tuple((name, size) for name, size in fields["files"]),
+            metadata=record[4 + header_bytes : middle],
+            manifest=record[middle:end],
+            overwrite=fields["overwrite"],
+            replaceable=tuple(fields["replaceable"]),
+            state=fields["state"],
+            committed_unix_s=fields["committed_unix_s"],
+            writer=fields["writer"],
+            durable_unix_s=fields["durable_unix_s"],
+            manifest_version=fields["manifest_version"],
+            claimed=fields["claimed"],
+            error=_error_of(fields["error"]),
+        )
+    except (struct.error, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"not a save's record: {error!r}") from error
+
+
+def _error_fields(error: TorchCacheError | None) -> list[str | None] | None:
+    return None if error is None else [type(error).__name__, error.message, error.object, error.server]
+
+
+def _error_of(fields: list[str | None] | None) -> TorchCacheError | None:
+    if fields is None:
+        return None
+    name, message, object, server = fields
+    kind = getattr(errors, name or "", TorchCacheError)
+    if not (isinstance(kind, type) and issubclass(kind, TorchCacheError)):
+        kind = TorchCacheError
+    return kind(message or "", object=object, server=server)

@@ -1,0 +1,64 @@
+"""The bytes of a save or of a published object on their way out of the store: every chunk verified once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torchcache.errors import IntegrityError
+from torchcache.model import ChunkId, ObjectInfo, chunk_digest
+from torchcache_server.store import Store
+
+
+class Parts:
+    """The chunks of one object, in order. `failure` keeps what ended them, whatever the consumer makes of it."""
+
+    def __init__(self, store: Store, object: ObjectInfo, check: Callable[[], None]) -> None:
+        self._chunks = _verified_chunks(store, object, check)
+        self.failure: Exception | None = None
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self
+
+    def __next__(self) -> memoryview:
+        try:
+            return next(self._chunks)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.failure = error
+            raise
+
+
+def _verified_chunks(store: Store, object: ObjectInfo, check: Callable[[], None]) -> Iterator[memoryview]:
+    """`check` is called before every chunk and raises to stop. Raises IntegrityError if a chunk is bad or gone."""
+    if not object.size:
+        return
+    for index in range(object.chunk_count):
+        check()
+        chunk = ChunkId(object.id, index)
+        stored = store.lookup(chunk)
+        if stored is None or len(stored.payload) != chunk.length(object.size):
+            raise IntegrityError(
+                f"chunk {index} of {object.id} is gone from the store", object=str(object.id)
+            )
+        payload = memoryview(stored.payload)
+        if chunk_digest(payload) != stored.digest:
+            raise IntegrityError(
+                f"chunk {index} of {object.id} is damaged in the store, and it is the only copy: save again",
+                object=str(object.id),
+            )
+        yield payload
+
+
+def missing_from(store: Store, object: ObjectInfo) -> str | None:
+    """What keeps `object` from being whole in the store, in words; None if nothing does. Payloads aren't read."""
+    if not object.size:
+        return None
+    for index in range(object.chunk_count):
+        chunk = ChunkId(object.id, index)
+        stored = store.lookup(chunk)
+        if stored is None:
+            return f"chunk {index} of {object.chunk_count} isn't there"
+        if stored.object_size != object.size:
+            return f"it was written with {stored.object_size} bytes in all, not {object.size}"
+    return None

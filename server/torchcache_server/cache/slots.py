@@ -1,0 +1,234 @@
+"""What this server knows of each path: its lease, its save, and their records in the store.
+
+A `Slot` is guarded twice. `exclusively` admits one at a time to whatever changes the claim or the save, network and
+fsync included. The fields themselves change only under `Slots.changed`, which is held for moments: a lease can be
+renewed while its save is being committed. Records are written before the fields, so that a restart finds what was
+acknowledged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torchcache.errors import DeadlineExceeded
+from torchcache_server.cache.save_records import decode_save, encode_save
+from torchcache_server.cache.saves import SAVE_NAMESPACE, Save, SaveKey
+from torchcache_server.store import Store
+
+_log = logging.getLogger(__name__)
+
+_SAVE = b"save/"
+_LEASE = b"lease/"
+_UPLOADED = b"uploaded/"
+
+
+@dataclass(slots=True)
+class Lease:
+    """A save that is being written. Alive while its writer renews it; run out, it holds until the path is wanted."""
+
+    save_id: str
+    writer: str
+    overwrite: bool
+    replaceable: tuple[str, ...]  # manifest_digest of each manifest it may overwrite
+    expires_s: float  # monotonic
+
+
+@dataclass(slots=True)
+class Slot:
+    """One path."""
+
+    key: SaveKey
+    lease: Lease | None = None
+    save: Save | None = None
+    uploaded: dict[str, str] = field(
+        default_factory=dict
+    )  # of `save`: shard name -> version in the under-store
+    dead_leases: set[str] = field(default_factory=set)  # save ids whose claim may still be in the under-store
+    garbage: set[str] = field(
+        default_factory=set
+    )  # namespaces of replaced saves, to drop once no upload reads them
+    _exclusive: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def exclusively(self, deadline: float) -> Iterator[None]:
+        """Raises DeadlineExceeded if others are still at it at `deadline` (monotonic)."""
+        if not self._exclusive.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise DeadlineExceeded(
+                f"{self.key} is busy: a save of it is being committed", object=str(self.key)
+            )
+        try:
+            yield
+        finally:
+            self._exclusive.release()
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the committed save that aren't in the under-store yet."""
+        if self.save is None or not self.save.must_be_kept:
+            return 0
+        return sum(size for name, size in self.save.files if name not in self.uploaded)
+
+    @property
+    def namespaces(self) -> set[str]:
+        """The namespaces that are in use."""
+        ids = [holder.save_id for holder in (self.lease, self.save) if holder is not None]
+        return {self.key.namespace(save_id) for save_id in ids}
+
+
+class Slots:
+    """All slots, and their records. Writers of a slot hold it `exclusively`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._slots: dict[SaveKey, Slot] = {}
+        self.changed = threading.Condition()
+        """Guards the fields of all slots; notified when a lease or a save begins or ends."""
+        self._load()
+
+    def slot(self, key: SaveKey) -> Slot:
+        """The slot of `key`, made if need be."""
+        with self.changed:
+            return self._slots.setdefault(key, Slot(key))
+
+    def find(self, key: SaveKey) -> Slot | None:
+        with self.changed:
+            return self._slots.get(key)
+
+    def all(self) -> list[Slot]:
+        with self.changed:
+            return list(self._slots.values())
+
+    # ---- leases ----
+
+    def note_lease(self, slot: Slot, save_id: str) -> None:
+        """Remembers over restarts that a claim may come to lie in the under-store. Before it does."""
+        self._write_leases(slot, slot.dead_leases | {save_id})
+
+    def begin_lease(self, slot: Slot, lease: Lease) -> None:
+        with self.changed:
+            slot.lease = lease
+            self.changed.notify_all()
+
+    def end_lease(self, slot: Slot) -> None:
+        """The save was given up or overtaken: its bytes go; its claim is among `dead_leases` until released."""
+        with self.changed:
+            lease, slot.lease = slot.lease, None
+            if lease is None:
+                return
+            slot.dead_leases.add(lease.save_id)
+            self.changed.notify_all()
+        self.drop(slot, slot.key.namespace(lease.save_id))
+
+    def bury(self, slot: Slot, save_ids: set[str]) -> None:
+        """The claims of `save_ids` aren't in the under-store any more."""
+        left = slot.dead_leases - save_ids
+        self._write_leases(slot, left | ({slot.lease.save_id} if slot.lease else set()))
+        with self.changed:
+            slot.dead_leases = left
+
+    def _write_leases(self, slot: Slot, save_ids: set[str]) -> None:
+        record_key = _LEASE + slot.key.digest
+        if not save_ids:
+            self._store.delete_record(record_key)
+            return
+        fields = {"key": [slot.key.store, slot.key.path, slot.key.part], "save_ids": sorted(save_ids)}
+        self._store.put_record(record_key, json.dumps(fields).encode())
+
+    # ---- saves ----
+
+    def begin_save(self, slot: Slot, save: Save) -> None:
+        """The commit point of the pool: when this returns, `save` is what the path holds, over any restart."""
+        self._store.delete_record(_UPLOADED + slot.key.digest)
+        self._store.put_record(_SAVE + slot.key.digest, encode_save(save))
+        with self.changed:
+            if slot.save is not None:
+                slot.garbage.add(slot.save.namespace)
+            slot.save, slot.uploaded, slot.lease = save, {}, None
+            self.changed.notify_all()
+        self._write_leases(slot, slot.dead_leases)
+
+    def update_save(self, slot: Slot, save: Save) -> None:
+        """`save` went on: it became durable, or failed, or lost its claim."""
+        self._store.put_record(_SAVE + slot.key.digest, encode_save(save))
+        self._store.keep(save.namespace, save.must_be_kept)
+        with self.changed:
+            slot.save = save
+            self.changed.notify_all()
+        if save.state == "durable":
+            self._store.delete_record(_UPLOADED + slot.key.digest)
+
+    def forget_save(self, slot: Slot) -> None:
+        """What the under-store holds is somebody else's now."""
+        self._store.delete_record(_SAVE + slot.key.digest)
+        with self.changed:
+            if slot.save is not None:
+                slot.garbage.add(slot.save.namespace)
+            slot.save, slot.uploaded = None, {}
+            self.changed.notify_all()
+
+    def note_uploaded(self, slot: Slot, save: Save, name: str, version: str | None) -> None:
+        """Shard `name` of `save` lies in the under-store as `version` (None: not any more)."""
+        with self.changed:
+            if slot.save is None or slot.save.save_id != save.save_id:
+                return
+            if version is None:
+                slot.uploaded.pop(name, None)
+            else:
+                slot.uploaded[name] = version
+            record = json.dumps({"save_id": save.save_id, "uploaded": slot.uploaded}).encode()
+        # Two shards that end together may write their records in either order: after a restart one is uploaded again.
+        self._store.put_record(_UPLOADED + slot.key.digest, record)
+
+    def drop(self, slot: Slot, namespace: str) -> None:
+        """Drops a namespace, unless another part of the same path uses it."""
+        with self.changed:
+            used = any(namespace in other.namespaces for other in self._slots.values())
+        if not used:
+            self._store.drop(namespace)
+        with self.changed:
+            slot.garbage.discard(namespace)
+
+    # ---- start ----
+
+    def _load(self) -> None:
+        readable = self._load_saves()
+        for _, record in self._store.records(_LEASE):
+            fields = json.loads(record)
+            slot = self.slot(SaveKey(*fields["key"]))
+            # The stop may have come between the commit and the end of its lease.
+            slot.dead_leases = set(fields["save_ids"]) - ({slot.save.save_id} if slot.save else set())
+        if readable:
+            self._drop_uncommitted()
+        for slot in self.all():
+            if slot.save is not None:
+                self._store.keep(slot.save.namespace, slot.save.must_be_kept)
+
+    def _load_saves(self) -> bool:
+        readable = True
+        for record_key, record in self._store.records(_SAVE):
+            try:
+                save = decode_save(record)
+            except ValueError:
+                # Its bytes may be the only copy there is: leave everything where it is.
+                _log.exception("a committed save's record can't be read: no namespace will be dropped")
+                readable = False
+                continue
+            slot = self.slot(save.key)
+            slot.save = save
+            progress = self._store.get_record(_UPLOADED + record_key.removeprefix(_SAVE))
+            if progress is not None:
+                fields = json.loads(progress)
+                slot.uploaded = fields["uploaded"] if fields["save_id"] == save.save_id else {}
+        return readable
+
+    def _drop_uncommitted(self) -> None:
+        used = set().union(*(slot.namespaces for slot in self.all()))
+        for usage in self._store.namespaces():
+            if usage.name.startswith(SAVE_NAMESPACE) and usage.name not in used:
+                self._store.drop(usage.name)

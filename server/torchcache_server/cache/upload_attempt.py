@@ -1,0 +1,239 @@
+"""One attempt to take a committed save to the under-store: looks, asks upload_plan what to do, does it, looks again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from torchcache.errors import AlreadyExists, Overloaded, TransientError
+from torchcache.model import ObjectInfo
+from torchcache_server.cache.claim_book import ClaimBook
+from torchcache_server.cache.claims import Keep, Refuse, Sighting, Take, decide_hold
+from torchcache_server.cache.saves import Save, manifest_digest
+from torchcache_server.cache.shard_source import Parts
+from torchcache_server.cache.slots import Slot, Slots
+from torchcache_server.cache.small_objects import read_small, stat_even_empty, write_small
+from torchcache_server.cache.upload_plan import (
+    ConfirmShards,
+    Finish,
+    GiveUp,
+    PublishManifest,
+    PutMetadata,
+    Seen,
+    Step,
+    TakeClaim,
+    UploadShards,
+    Withdraw,
+    next_step,
+)
+from torchcache_server.store import Store
+from torchcache_server.understore.base import UnderStore
+
+CALL_S: Final = 60.0
+"""Deadline of a call that moves next to no bytes."""
+_SLOWEST_BYTES_S: Final = 1024 * 1024
+_STEPS: Final = 100
+"""An attempt that took so many steps is fighting with somebody: it pauses, like after a failure."""
+
+
+class Superseded(Exception):
+    """A later save of this server took the slot. No failure; never leaves the upload."""
+
+
+def call_deadline() -> float:
+    return time.monotonic() + CALL_S
+
+
+def write_deadline(size_bytes: int) -> float:
+    """When the write of so many bytes is given up, to be tried again (monotonic)."""
+    return call_deadline() + size_bytes / _SLOWEST_BYTES_S
+
+
+Manifest = Literal["absent", "ours", "replaceable", "other"]
+Metadata = Literal["absent", "ours", "other"]
+
+
+@dataclass(slots=True)
+class Attempt:
+    """Runs in one thread; the shards go up in those of `executor`. `check` raises to stop the attempt."""
+
+    store: Store
+    slots: Slots
+    claims: ClaimBook
+    under_store: UnderStore
+    executor: Executor
+    slot: Slot
+    save: Save
+    check: Callable[[], None]
+    _manifest: tuple[str, Manifest] = ("", "absent")  # version and kind, as last seen
+    _metadata: tuple[str, Metadata] = ("", "absent")
+    _confirmed: bool = False
+
+    def run(self) -> str:
+        """Returns the manifest's version in the under-store once the save is durable.
+
+        Raises Superseded, TransientError (try again), or what ended it for good.
+        """
+        for _ in range(_STEPS):
+            step = next_step(self.save, self._look())
+            if isinstance(step, Finish):
+                return self._manifest[0]
+            if isinstance(step, GiveUp):
+                raise step.error
+            try:
+                self._act(step)
+            except AlreadyExists:
+                continue  # What was seen has changed since.
+        raise Overloaded(f"{self.save.key} keeps changing while it is uploaded", object=str(self.save.key))
+
+    # ---- looking ----
+
+    def _look(self) -> Seen:
+        """Versions first, claim last: what is written later over these versions was seen while the claim was ours."""
+        self._check()
+        self._look_at_manifest()
+        self._look_at_metadata()
+        return Seen(
+            claim=self._look_at_claim(),
+            manifest=self._manifest[1],
+            metadata=self._metadata[1],
+            uploaded=frozenset(self.slot.uploaded),
+            confirmed=self._confirmed,
+        )
+
+    def _look_at_claim(self) -> Literal["ours", "vacant", "foreign"]:
+        seen = self.claims.look(self.under_store, self.save.key, deadline=call_deadline())
+        decision = self._decide_hold(seen)
+        if isinstance(decision, Take):
+            return "vacant"
+        return "foreign" if isinstance(decision, Refuse) else "ours"
+
+    def _decide_hold(self, seen: Sighting | None) -> Take | Keep | Refuse:
+        return decide_hold(
+            seen, key=self.save.key, server_id=self.claims.server_id, save_id=self.save.save_id
+        )
+
+    def _look_at_manifest(self) -> None:
+        key = self.save.key.manifest_key
+        found = stat_even_empty(self.under_store, key, deadline=call_deadline())
+        version = "" if found is None else found.id.version
+        if found is None or not found.size:
+            self._manifest = (version, "absent")
+        elif version != self._manifest[0]:
+            small = read_small(self.under_store, key, deadline=call_deadline())
+            self._manifest = (
+                (version, "absent") if small is None else (small.version, self._judge(small.data))
+            )
+
+    def _judge(self, manifest: bytes) -> Manifest:
+        if manifest == self.save.manifest:
+            return "ours"
+        return "replaceable" if manifest_digest(manifest) in self.save.replaceable else "other"
+
+    def _look_at_metadata(self) -> None:
+        key = self.save.key.metadata_key
+        found = stat_even_empty(self.under_store, key, deadline=call_deadline())
+        version = "" if found is None else found.id.version
+        if found is None or not found.size:
+            self._metadata = (version, "absent")
+        elif version != self._metadata[0]:
+            small = read_small(self.under_store, key, deadline=call_deadline())
+            ours = small is not None and small.data == self.save.metadata
+            self._metadata = (version if small is None else small.version, "ours" if ours else "other")
+
+    # ---- acting; AlreadyExists of any of these means: look again ----
+
+    def _act(self, step: Step) -> None:
+        self._check()
+        match step:
+            case TakeClaim():
+                self._take_claim()
+            case Withdraw(what="manifest"):
+                self._put(self.save.key.manifest_key, b"", replaces=self._manifest[0])
+            case Withdraw():
+                self._put(self.save.key.metadata_key, b"", replaces=self._metadata[0])
+            case UploadShards(names):
+                self._upload_shards(names)
+            case ConfirmShards():
+                self._confirm_shards()
+            case PutMetadata():
+                self._put(self.save.key.metadata_key, self.save.metadata, replaces=self._metadata[0])
+            case PublishManifest():
+                self._put(self.save.key.manifest_key, self.save.manifest, replaces=self._manifest[0])
+
+    def _put(self, key: str, data: bytes, *, replaces: str) -> None:
+        write_small(self.under_store, key, data, replaces=replaces, deadline=write_deadline(len(data)))
+
+    def _take_claim(self) -> None:
+        deadline = call_deadline()
+        with self.slot.exclusively(deadline):
+            self._check()
+            decision = self._decide_hold(self.claims.look(self.under_store, self.save.key, deadline=deadline))
+            if isinstance(decision, Take):
+                self.claims.write(
+                    self.under_store,
+                    self.save.key,
+                    save_id=self.save.save_id,
+                    state="committed",
+                    writer=self.save.writer,
+                    replaces=decision.replaces,
+                    deadline=deadline,
+                )
+
+    def _upload_shards(self, names: Sequence[str]) -> None:
+        """All of them are tried, so that one that fails doesn't hold up the others; then the gravest failure counts."""
+        self._confirmed = False
+        objects = self.save.objects
+        uploads = [self.executor.submit(self._upload_shard, name, objects[name]) for name in names]
+        failures = [failure for upload in uploads if (failure := upload.exception()) is not None]
+        if failures:
+            raise min(failures, key=_mildness)
+
+    def _upload_shard(self, name: str, object: ObjectInfo) -> None:
+        self._check()
+        key = object.id.key
+        found = stat_even_empty(self.under_store, key, deadline=call_deadline())
+        if not self.claims.holds(
+            self.under_store, self.save.key, self.save.save_id, deadline=call_deadline()
+        ):
+            return  # Seen again, and judged, by the next look.
+        parts = Parts(self.store, object, self._check)
+        try:
+            written = self.under_store.write(
+                key,
+                parts,
+                object.size,
+                replaces="" if found is None else found.id.version,
+                deadline=write_deadline(object.size),
+            )
+        except Exception:
+            if parts.failure is not None:
+                raise parts.failure from None
+            raise
+        self.slots.note_uploaded(self.slot, self.save, name, written.id.version)
+
+    def _confirm_shards(self) -> None:
+        """Catches whatever else writes to this path: a sleeping server's last write, a person with another tool."""
+        for name, version in tuple(self.slot.uploaded.items()):
+            key = f"{self.save.key.path}/{name}"
+            found = stat_even_empty(self.under_store, key, deadline=call_deadline())
+            if found is None or found.id.version != version:
+                self.slots.note_uploaded(self.slot, self.save, name, None)
+        self._confirmed = True
+
+    def _check(self) -> None:
+        self.check()
+        if self.slot.save is None or self.slot.save.save_id != self.save.save_id:
+            raise Superseded(self.save.save_id)
+
+
+def _mildness(failure: BaseException) -> int:
+    """Whatever ends the attempt for good comes first, then being superseded, then what a retry may mend."""
+    if isinstance(failure, AlreadyExists):
+        return 3
+    if isinstance(failure, TransientError):
+        return 2
+    return 1 if isinstance(failure, Superseded) else 0

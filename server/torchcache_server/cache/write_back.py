@@ -1,0 +1,283 @@
+"""The server's side of checkpoints, and of objects written through the pool.
+
+A save is reserved, written, committed, uploaded:
+
+    reserve    the path is free, or may be overwritten; nobody else writes it   lease here, claim in the under-store
+    (put)      the shards come in by Flight, into the save's namespace
+    commit     fsync, claim "committed", then the record: restorable from the pool from here on, over any restart
+    upload     behind: shards, metadata, manifest; restorable from the under-store from the manifest on; claim released
+
+The rules of each step stand where the step is: reservations.py, upload_plan.py; the claim's in claims.py.
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from torchcache.errors import (
+    ConfigurationError,
+    ServerUnavailable,
+    TorchCacheError,
+    TransientError,
+)
+from torchcache.model import ObjectInfo
+from torchcache_server.cache.catalogue import Catalogue
+from torchcache_server.cache.claim_book import ClaimBook
+from torchcache_server.cache.commits import Commits
+from torchcache_server.cache.orphans import Orphans
+from torchcache_server.cache.publish import Publisher
+from torchcache_server.cache.reservations import Reservations
+from torchcache_server.cache.saves import SaveKey, SaveStatus, check_files
+from torchcache_server.cache.slots import Slots
+from torchcache_server.cache.uploader import Uploader
+from torchcache_server.cache.work_queue import WorkQueue, retry_delay_s
+from torchcache_server.store import Store
+from torchcache_server.understore.base import UnderStore
+
+__all__ = ["SaveKey", "SaveStatus", "WriteBack"]
+
+_log = logging.getLogger(__name__)
+
+_LONGEST_RETRY_S: Final = 30.0
+_MEND_S: Final = 60.0
+"""An upload that failed for a reason that a changed setting may mend is tried so often."""
+_CLOSE_S: Final = 10.0
+
+
+class WriteBack:
+    """Saves and published objects of one server. Thread-safe; runs its own threads until `close`.
+
+    `lease_s`: a writer that hasn't renewed for so long may be taken for dead. `retry_s`: the pause after the first of
+    several failures in a row. `upload_threads` 0 runs no threads at all: a test calls `upload` and `tidy`. `clock` is
+    time.monotonic, or that and an offset.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        under_stores: Mapping[str, UnderStore],
+        *,
+        upload_threads: int = 4,
+        lease_s: float = 10.0,
+        retry_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._under_stores = dict(under_stores)
+        self._lease_s = lease_s
+        self._retry_s = retry_s
+        self._clock = clock
+        self._stopping = threading.Event()
+        self._failures: dict[SaveKey, int] = {}
+        self._slots = Slots(store)
+        self._claims = ClaimBook(store.server_id, lease_s=lease_s, clock=clock)
+        self._reservations = Reservations(self._slots, self._claims, lease_s=lease_s, clock=clock)
+        self._commits = Commits(store, self._slots, self._claims, lease_s=lease_s)
+        self._catalogue = Catalogue(self._slots)
+        self._publisher = Publisher(
+            store, threads=upload_threads, retry_s=retry_s, check_running=self._check_running
+        )
+        self._orphans = Orphans(store, clock=clock)
+        self._shard_threads = ThreadPoolExecutor(max(1, upload_threads), thread_name_prefix="shard")
+        self._uploader = Uploader(
+            store,
+            self._slots,
+            self._claims,
+            under_store_of=self._under_store,
+            executor=self._shard_threads,
+            check_running=self._check_running,
+        )
+        self._uploads: WorkQueue[SaveKey] = WorkQueue(self._work_on, threads=upload_threads, name="upload")
+        self._janitor = threading.Thread(target=self._keep_tidy, name="save-janitor", daemon=True)
+        for slot in self._slots.all():
+            self._uploads.add(slot.key)
+        if upload_threads:
+            self._janitor.start()
+
+    # ---- the calls of a writer ----
+
+    def reserve(self, key: SaveKey, save_id: str, *, writer: str, overwrite: bool, deadline: float) -> float:
+        """Reserves the path for one save; returns the lease: renew within so many seconds. May be repeated.
+
+        A writer of the same path that may be dead is waited for. Raises AlreadyExists if the path holds a checkpoint
+        and `overwrite` isn't set, or another writer is alive; DeadlineExceeded if that wasn't known in time: asking
+        again goes on with the wait.
+        """
+        key.validate()
+        if not save_id:
+            raise ConfigurationError(f"a save of {key} needs an id")
+        self._reservations.reserve(
+            self._under_store(key.store), key, save_id, writer=writer, overwrite=overwrite, deadline=deadline
+        )
+        return self._lease_s
+
+    def renew(self, key: SaveKey, save_id: str) -> float:
+        """Keeps the reservation alive for another `lease_s`, which it returns.
+
+        Raises AlreadyExists if the path was taken over, CheckpointError if the reservation isn't known.
+        """
+        self._reservations.renew(key, save_id)
+        return self._lease_s
+
+    def commit(
+        self,
+        key: SaveKey,
+        save_id: str,
+        files: Sequence[tuple[str, int]],
+        metadata: bytes,
+        manifest: bytes,
+        *,
+        overwrite: bool,
+        deadline: float,
+    ) -> SaveStatus:
+        """Makes the save what the path holds, restorable from the pool; the upload follows behind. May be repeated.
+
+        `files` are names relative to the path, and sizes; their bytes were put before. What may be overwritten was
+        settled by `reserve`. Raises AlreadyExists if the path was taken over meanwhile, CheckpointError if the
+        reservation isn't known or bytes are missing; then nothing is committed.
+        """
+        key.validate()
+        check_files(key, files, metadata, manifest)
+        status = self._commits.commit(
+            self._under_store(key.store),
+            key,
+            save_id,
+            files=files,
+            metadata=metadata,
+            manifest=manifest,
+            deadline=deadline,
+        )
+        self._uploads.add(key)
+        return status
+
+    def abandon(self, key: SaveKey, save_id: str) -> None:
+        """Gives a reserved save up, and its bytes. A committed save, or one that isn't known, is left as it is."""
+        deadline = time.monotonic() + self._lease_s
+        self._reservations.abandon(self._under_store(key.store), key, save_id, deadline=deadline)
+
+    # ---- the calls of a reader ----
+
+    def get(self, key: SaveKey, *, deadline: float) -> SaveStatus:
+        """The checkpoint at `key`: the pool's, or what lies in the under-store. Raises NotCommitted."""
+        key.validate()
+        return self._catalogue.get(self._under_store(key.store), key, deadline=deadline)
+
+    def list(self, store: str, prefix: str, *, deadline: float) -> builtins.list[SaveStatus]:
+        """Checkpoints whose path starts with `prefix`, saves that are being written included, ordered by path."""
+        return self._catalogue.list(self._under_store(store), prefix, deadline=deadline)
+
+    # ---- objects written through the pool ----
+
+    def publish(
+        self, store: str, key: str, write_id: str, size: int, *, create_only: bool, wait_s: float
+    ) -> ObjectInfo | None:
+        """Uploads an object that was put before; None if that takes longer than `wait_s`: call again.
+
+        Raises NotResident if its bytes aren't all here, AlreadyExists if it was to be created and is there.
+        """
+        return self._publisher.publish(
+            self._under_store(store), key, write_id, size, create_only=create_only, wait_s=wait_s
+        )
+
+    # ---- the server's own ----
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that are acknowledged or being published, and not in the under-store yet."""
+        return sum(slot.pending_bytes for slot in self._slots.all()) + self._publisher.pending_bytes
+
+    def retry_failed(self) -> None:
+        """Tries what failed or waits at once: a setting was changed."""
+        self._uploads.hurry()
+
+    def drain(self, timeout_s: float) -> builtins.list[str]:
+        """Waits until everything is uploaded, at most so long; returns the URIs of what isn't."""
+        deadline = time.monotonic() + timeout_s
+        self._uploads.hurry()
+        self._publisher.wait_until_idle(timeout_s)
+        with self._slots.changed:
+            self._slots.changed.wait_for(
+                lambda: not any(slot.save and slot.save.state == "committed" for slot in self._slots.all()),
+                max(0.0, deadline - time.monotonic()),
+            )
+        left = [slot.key for slot in self._slots.all() if slot.save and slot.save.must_be_kept]
+        return [self._uri(key) for key in left] + self._publisher.pending_uris()
+
+    def close(self) -> None:
+        """Stops uploading, between two chunks; what is committed goes on at the next start."""
+        self._stopping.set()
+        self._shard_threads.shutdown(wait=False, cancel_futures=True)
+        self._uploads.close(timeout_s=_CLOSE_S)
+        self._publisher.close(timeout_s=_CLOSE_S)
+        if self._janitor.is_alive():
+            self._janitor.join(_CLOSE_S)
+
+    def upload(self, key: SaveKey) -> None:
+        """One attempt to upload the save at `key`, in this thread, which no other may be making."""
+        self._uploader.attempt(self._slots.slot(key))
+
+    def tidy(self) -> None:
+        """One round of the janitor: leases of dead writers, claims of dead saves, bytes that belong to nobody."""
+        unreachable: set[str] = set()
+        used = self._publisher.namespaces
+        for slot in self._slots.all():
+            used |= slot.namespaces | slot.garbage
+            if slot.key.store in unreachable:
+                continue
+            try:
+                deadline = time.monotonic() + self._lease_s
+                self._reservations.tidy(self._under_store(slot.key.store), slot, deadline=deadline)
+            except TransientError:
+                unreachable.add(slot.key.store)
+            except TorchCacheError as error:
+                _log.warning("%s can't be tidied: %s", slot.key, error)
+        self._publisher.tidy()
+        self._orphans.sweep(used)
+
+    # ---- inside ----
+
+    def _under_store(self, name: str) -> UnderStore:
+        try:
+            return self._under_stores[name]
+        except KeyError:
+            there = ", ".join(sorted(self._under_stores)) or "none"
+            raise ConfigurationError(
+                f"this server has no under-store {name!r}; it has: {there}. Start it with --under-store {name}=URI"
+            ) from None
+
+    def _uri(self, key: SaveKey) -> str:
+        under_store = self._under_stores.get(key.store)
+        return f"{under_store.uri}/{key.path}" if under_store is not None else str(key)
+
+    def _check_running(self) -> None:
+        if self._stopping.is_set():
+            raise ServerUnavailable("the server is stopping; uploads go on when it is started again")
+
+    def _work_on(self, key: SaveKey) -> float | None:
+        """Called by the upload threads; says when to try again."""
+        try:
+            self.upload(key)
+        except TorchCacheError as error:
+            if not isinstance(error, TransientError):
+                return _MEND_S
+            _log.warning("the upload of %s is tried again: %s", key, error)
+        except Exception:  # noqa: BLE001 - logged; what is acknowledged is never given up
+            _log.exception("the upload of %s met an error nobody foresaw; it is tried again", key)
+        else:
+            self._failures.pop(key, None)
+            return None
+        self._failures[key] = self._failures.get(key, 0) + 1
+        return retry_delay_s(self._failures[key], first_s=self._retry_s, longest_s=_LONGEST_RETRY_S)
+
+    def _keep_tidy(self) -> None:
+        while not self._stopping.wait(self._lease_s / 4):
+            try:
+                self.tidy()
+            except Exception:  # noqa: BLE001 - logged; the next round may fare better
+                _log.exception("the janitor of saves met an error nobody foresaw")
