@@ -1,0 +1,241 @@
+"""From a load plan to what is fetched and where it goes: rows straight into their tensor where they can."""
+
+from __future__ import annotations
+
+import io
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
+
+from torchcache.checkpoint.frame import bytes_of, has_row_major_bytes
+from torchcache.checkpoint.layout import GRANULE_BYTES, Box, cut
+from torchcache.checkpoint.manifest import Item
+from torchcache.checkpoint.metadata import dtype_of
+from torchcache.checkpoint.source import Fetch
+from torchcache.errors import CheckpointError
+from torchcache.model import ByteRange
+
+READ_BYTES = 8 * GRANULE_BYTES
+"""At most so much is asked for in one read: what several threads share evenly."""
+
+_EXTENTS_A_READ = 1024
+
+
+class Load(ABC):
+    """A part of a plan that is fetched and finished together. `fetches` go first, in any thread; `finish` then talks to
+    the planner, in the thread that loads."""
+
+    fetches: list[Fetch]
+
+    @property
+    def fetched_bytes(self) -> int:
+        return sum(fetch.part.length for fetch in self.fetches)
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Hands what was fetched to the planner."""
+
+
+class RowsLoad(Load):
+    """A box of a tensor whose bytes lie row-major: only the bytes of the box are fetched."""
+
+    def __init__(self, item: Item, request: ReadItem, planner: LoadPlanner) -> None:
+        self._request = request
+        self._planner = planner
+        self._target = planner.resolve_tensor(request).detach()
+        self._source: torch.Tensor | None = None
+        assert item.dtype is not None and item.shape is not None  # noqa: S101 - the manifest checked it
+        dtype = dtype_of(item.dtype)
+        if item.payload_length != math.prod(item.shape) * dtype.itemsize:
+            raise CheckpointError(
+                f"{item.name!r} has {item.payload_length} bytes, too few or many for its shape"
+            )
+        box = Box(item.shape, tuple(request.storage_offsets), tuple(request.lengths))
+        if not box.fits:
+            raise CheckpointError(f"the plan asks for {box} of {item.name!r}: that isn't in the checkpoint")
+        _check_size(self._target, request)
+        reads = box.reads(dtype.itemsize)
+        self.fetches = self._plan(item, box, dtype, reads) if reads else []
+
+    def _plan(self, item: Item, box: Box, dtype: torch.dtype, reads: Sequence[ByteRange]) -> list[Fetch]:
+        target, first = self._target, reads[0].start
+        span_bytes = reads[-1].end - first
+        if (
+            span_bytes == target.nbytes
+            and target.is_cpu
+            and target.dtype == dtype
+            and has_row_major_bytes(target)
+            and target.is_contiguous()
+            and not (target.is_conj() or target.is_neg())
+        ):
+            memory = bytes_of(target)
+        else:
+            rows = torch.empty(span_bytes // dtype.itemsize, dtype=dtype, device="cpu")
+            self._source = rows.as_strided(box.lengths, box.strides)
+            memory = bytes_of(rows)
+        return [Fetch(item, part, memory[part.start - first : part.end - first]) for part in reads]
+
+    def finish(self) -> None:
+        if self._source is not None:
+            self._target.copy_(self._source)
+        self._planner.commit_tensor(self._request, self._target)
+
+
+class BlobLoad(Load):
+    """A torch.save blob of a tensor, fetched and loaded whole, for all requests that want some of it."""
+
+    def __init__(self, item: Item, requests: Sequence[ReadItem], planner: LoadPlanner) -> None:
+        self._item = item
+        self._requests = requests
+        self._planner = planner
+        self._blob = bytearray(item.payload_length)
+        self.fetches = _whole(item, self._blob)
+
+    def finish(self) -> None:
+        tensor = _load_safely(self._blob, self._item, map_location="cpu")
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(
+                f"{self._item.name!r} is a {type(tensor).__name__} in the checkpoint, no tensor"
+            )
+        for request in self._requests:
+            part = tensor
+            for dimension, (offset, length) in enumerate(
+                zip(request.storage_offsets, request.lengths, strict=True)
+            ):
+                if part.size(dimension) != length:
+                    part = part.narrow(dimension, offset, length)
+            target = self._planner.resolve_tensor(request).detach()
+            _check_size(target, request)
+            target.copy_(part)
+            self._planner.commit_tensor(request, target)
+
+
+class BytesLoad(Load):
+    """Another object than a tensor. Without `allow_pickle` the planner, which unpickles it without any precaution, gets
+    it only after torch's weights_only loader took it, and then as written anew from what that loader made."""
+
+    def __init__(self, item: Item, request: ReadItem, planner: LoadPlanner, *, allow_pickle: bool) -> None:
+        self._item = item
+        self._request = request
+        self._planner = planner
+        self._allow_pickle = allow_pickle
+        self._blob = bytearray(item.payload_length)
+        self.fetches = _whole(item, self._blob)
+
+    def finish(self) -> None:
+        content = io.BytesIO(self._blob)
+        if not self._allow_pickle:
+            value = _load_safely(self._blob, self._item, map_location=None)
+            content = io.BytesIO()
+            torch.save(value, content)
+            content.seek(0)
+        self._planner.load_bytes(self._request, content)
+
+
+def plan_loads(
+    requests: Iterable[ReadItem],
+    items: Mapping[MetadataIndex, Item],
+    planner: LoadPlanner,
+    *,
+    require: Callable[[Item], None],
+    allow_pickle: bool,
+) -> Iterator[Load]:
+    """The loads of a plan, in the order of the files. Made one by one: each may allocate what it loads into.
+
+    `require` raises for an item that can't be where it is said to be, before memory is made for it.
+    """
+    found = [(_item_of(items, request), request) for request in requests]
+    found.sort(key=lambda pair: (pair[0].file, pair[0].start))
+    blobs: dict[tuple[str, int], list[ReadItem]] = {}
+    for item, request in found:
+        if request.type == LoadItemType.TENSOR and item.kind != "tensor":
+            blobs.setdefault((item.file, item.start), []).append(request)
+    for item, request in found:
+        require(item)
+        if request.type == LoadItemType.BYTE_IO:
+            if item.kind == "tensor":
+                raise CheckpointError(f"{item.name!r} is a tensor in the checkpoint; load it into a tensor")
+            yield BytesLoad(item, request, planner, allow_pickle=allow_pickle)
+        elif item.kind == "tensor":
+            yield RowsLoad(item, request, planner)
+        elif blob := blobs.pop((item.file, item.start), None):
+            yield BlobLoad(item, blob, planner)
+
+
+def batches(loads: Iterable[Load]) -> Iterator[tuple[list[Load], list[list[Fetch]]]]:
+    """Loads in groups of about READ_BYTES, each with its fetches as reads of at most READ_BYTES."""
+    group: list[Load] = []
+    filled = 0
+    for load in loads:
+        if group and (filled + load.fetched_bytes > READ_BYTES or len(group) >= _EXTENTS_A_READ):
+            yield group, _reads(group)
+            group, filled = [], 0
+        group.append(load)
+        filled += load.fetched_bytes
+    if group:
+        yield group, _reads(group)
+
+
+def _reads(loads: Sequence[Load]) -> list[list[Fetch]]:
+    reads: list[list[Fetch]] = []
+    room = 0
+    for fetch in (fetch for load in loads for fetch in load.fetches):
+        for part in cut(fetch.part, READ_BYTES):
+            if part.length > room or len(reads[-1]) >= _EXTENTS_A_READ:
+                reads.append([])
+                room = READ_BYTES
+            start = part.start - fetch.part.start
+            reads[-1].append(Fetch(fetch.item, part, fetch.into[start : start + part.length]))
+            room -= part.length
+    return reads
+
+
+def _item_of(items: Mapping[MetadataIndex, Item], request: ReadItem) -> Item:
+    try:
+        return items[request.storage_index]
+    except KeyError:
+        raise CheckpointError(
+            f"the checkpoint's list of stored items has no {request.storage_index.fqn!r} at offset "
+            f"{request.storage_index.offset}"
+        ) from None
+
+
+def _whole(item: Item, blob: bytearray) -> list[Fetch]:
+    return [Fetch(item, ByteRange(0, len(blob)), memoryview(blob))] if blob else []
+
+
+def _check_size(target: torch.Tensor, request: ReadItem) -> None:
+    if target.size() != torch.Size(request.lengths):
+        raise CheckpointError(
+            f"{request.dest_index.fqn!r}: the plan reads {tuple(request.lengths)} into a tensor of "
+            f"{tuple(target.size())}"
+        )
+
+
+def _load_safely(blob: bytearray, item: Item, *, map_location: str | None) -> Any:
+    try:
+        return torch.load(io.BytesIO(blob), map_location=map_location, weights_only=True)
+    except Exception as error:
+        unsafe = _unsafe_globals(blob)
+        if not unsafe:
+            raise CheckpointError(
+                f"{item.name!r} can't be loaded with weights_only=True: {error}. If the checkpoint is yours and you "
+                "trust it, CacheStorageReader(..., allow_pickle=True) loads it without that check"
+            ) from error
+        raise CheckpointError(
+            f"{item.name!r} refers to {', '.join(unsafe)}, which torch's weights_only loading does not allow: refused, "
+            "and not executed. If you trust it, allow these with torch.serialization.add_safe_globals([...]), or "
+            "everything with CacheStorageReader(..., allow_pickle=True)"
+        ) from error
+
+
+def _unsafe_globals(blob: bytearray) -> list[str]:
+    try:
+        return list(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob)))
+    except Exception:  # noqa: BLE001 - it only adds names to an error
+        return []

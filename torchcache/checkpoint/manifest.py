@@ -1,0 +1,369 @@
+"""Our manifest: JSON that says what a save holds, where its bytes lie and what their checksums are. Free of torch.
+
+It lies beside torch's `.metadata` as `.torchcache.json` and is written last: whoever finds it finds a whole
+checkpoint. It carries all that `.metadata` does, so that loading needs no pickle, and a SHA-256 of itself.
+
+    {"format": "torchcache-checkpoint", "version": 1, "sha256": "...", "body": {
+      "save_id": ..., "checkpoint": URI, "created_unix_s": ..., "torch": version, "torchcache": version,
+      "dcp_version": Metadata.version, "planner_data": see `encode_plain`, "planner_data_pickled": bool,
+      "files": [[name, bytes], ...],
+      "objects": [fully qualified name, ...],
+      "tensors": {name: [dtype, requires_grad, pin_memory, memory format, size, [[offsets, sizes], ...]]},
+      "items": [[one value for each of ITEM_COLUMNS], ...]}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+import xxhash
+
+from torchcache.checkpoint.layout import GRANULE_BYTES, granules
+from torchcache.errors import IntegrityError
+from torchcache.model import ByteRange
+
+_T = TypeVar("_T")
+
+FORMAT = "torchcache-checkpoint"
+VERSION = 1
+
+ITEM_COLUMNS = (
+    "name",  # fully qualified name in the state dict
+    "offset",  # of a tensor's block within the whole tensor; null of other objects
+    "index",  # number of the block in the tensor's list, or null
+    "kind",  # "tensor", "opaque" or "bytes": see Item
+    "dtype",  # of a tensor, without "torch."; else null
+    "shape",  # of a tensor's block as stored; else null
+    "file",  # number in "files"
+    "start",  # first byte of the item in its file
+    "length",  # bytes of the item
+    "payload_start",  # first byte of the payload, in the item
+    "payload_length",  # bytes of the payload
+    "frame_digest",  # xxh3-64 (16 hex digits) of the item's bytes before and behind the payload, together
+    "digests",  # xxh3-64 of each GRANULE_BYTES of the payload, one after the other
+)
+
+Kind = Literal["tensor", "opaque", "bytes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One stored item. All offsets and lengths are bytes.
+
+    "tensor": a torch.save blob whose payload is the tensor's elements, row-major. "opaque": a torch.save blob of a
+    tensor that has no such form (sparse, quantised, a subclass). "bytes": what the planner made of another object. The
+    payload of the last two is the whole item.
+    """
+
+    name: str
+    offset: tuple[int, ...] | None
+    index: int | None
+    kind: Kind
+    dtype: str | None
+    shape: tuple[int, ...] | None
+    file: str
+    start: int
+    length: int
+    payload_start: int
+    payload_length: int
+    frame_digest: int
+    digests: tuple[int, ...]
+
+    @property
+    def payload(self) -> ByteRange:
+        """The payload's bytes in the file."""
+        return ByteRange(
+            self.start + self.payload_start, self.start + self.payload_start + self.payload_length
+        )
+
+    def verify(self, part: ByteRange, data: memoryview) -> None:
+        """Checks bytes `part` of the payload against each checksum whose granule they cover whole.
+
+        Raises IntegrityError naming the item and its file.
+        """
+        for number in range(-(-part.start // GRANULE_BYTES), len(self.digests)):
+            start = number * GRANULE_BYTES
+            end = min(start + GRANULE_BYTES, self.payload_length)
+            if end > part.end:
+                break
+            if xxhash.xxh3_64_intdigest(data[start - part.start : end - part.start]) != self.digests[number]:
+                where = self.payload.start + start
+                raise IntegrityError(
+                    f"{self.name!r} in file {self.file} does not match the checksum in the checkpoint's manifest "
+                    f"(bytes {where} to {where + end - start} of the file)"
+                )
+
+
+def payload_digests(payload: memoryview) -> tuple[int, ...]:
+    """xxh3-64 of each granule of a payload."""
+    starts = range(0, len(payload), GRANULE_BYTES)
+    return tuple(xxhash.xxh3_64_intdigest(payload[at : at + GRANULE_BYTES]) for at in starts)
+
+
+def frame_digest(head: bytes | memoryview, tail: bytes | memoryview) -> int:
+    """xxh3-64 of what lies around a payload."""
+    state = xxhash.xxh3_64(head)
+    state.update(tail)
+    return int(state.intdigest())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """A tensor as torch's TensorStorageMetadata has it: `blocks` are (offsets, sizes)."""
+
+    dtype: str
+    requires_grad: bool
+    pin_memory: bool
+    memory_format: str
+    size: tuple[int, ...]
+    blocks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What one save holds.
+
+    `planner_data` is encoded by `encode_plain`; where that can't be, it lies in `.metadata` only and
+    `planner_data_pickled` is set. Names within the state dict keep their order.
+    """
+
+    save_id: str
+    checkpoint: str
+    created_unix_s: float
+    torch: str
+    torchcache: str
+    dcp_version: str | None
+    files: dict[str, int]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    objects: tuple[str, ...] = ()
+    items: tuple[Item, ...] = ()
+    planner_data: Any = None
+    planner_data_pickled: bool = False
+
+    def encode(self) -> bytes:
+        """As JSON, ASCII only."""
+        numbers = {name: i for i, name in enumerate(self.files)}
+        body = {
+            "save_id": self.save_id,
+            "checkpoint": self.checkpoint,
+            "created_unix_s": self.created_unix_s,
+            "torch": self.torch,
+            "torchcache": self.torchcache,
+            "dcp_version": self.dcp_version,
+            "planner_data": self.planner_data,
+            "planner_data_pickled": self.planner_data_pickled,
+            "files": list(self.files.items()),
+            "objects": self.objects,
+            "tensors": {name: _tensor_row(tensor) for name, tensor in self.tensors.items()},
+            "items": [_item_row(item, numbers) for item in self.items],
+        }
+        digest = hashlib.sha256(_canonical(body)).hexdigest()
+        return _canonical({"format": FORMAT, "version": VERSION, "sha256": digest, "body": body})
+
+    @classmethod
+    def decode(cls, data: bytes, *, where: str) -> Manifest:
+        """Reads and checks a manifest. Raises IntegrityError, naming `where`, if it is damaged or makes no sense."""
+        try:
+            outer = json.loads(data)
+            _require(
+                isinstance(outer, dict) and outer.get("format") == FORMAT, "it is no manifest of torchcache"
+            )
+            _require(outer.get("version") == VERSION, f"its version {outer.get('version')!r} is unknown")
+            body = outer["body"]
+            _require(hashlib.sha256(_canonical(body)).hexdigest() == outer["sha256"], "its checksum is wrong")
+            return _manifest(body)
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError) as error:
+            raise IntegrityError(
+                f"the manifest of the checkpoint {where} can't be used: {error}; load an older checkpoint",
+                object=where,
+            ) from error
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def _tensor_row(tensor: Tensor) -> list[Any]:
+    return [
+        tensor.dtype,
+        tensor.requires_grad,
+        tensor.pin_memory,
+        tensor.memory_format,
+        tensor.size,
+        tensor.blocks,
+    ]
+
+
+def _item_row(item: Item, numbers: dict[str, int]) -> list[Any]:
+    return [
+        item.name,
+        item.offset,
+        item.index,
+        item.kind,
+        item.dtype,
+        item.shape,
+        numbers[item.file],
+        item.start,
+        item.length,
+        item.payload_start,
+        item.payload_length,
+        f"{item.frame_digest:016x}",
+        "".join(f"{digest:016x}" for digest in item.digests),
+    ]
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
+
+
+def _manifest(body: dict[str, Any]) -> Manifest:
+    files: dict[str, int] = {}
+    for name, size in body["files"]:
+        files[checked_name(name)] = _count(size)
+    _require(len(files) == len(body["files"]), "a file is named twice")
+    names = list(files)
+    return Manifest(
+        save_id=_text(body["save_id"]),
+        checkpoint=_text(body["checkpoint"]),
+        created_unix_s=float(body["created_unix_s"]),
+        torch=_text(body["torch"]),
+        torchcache=_text(body["torchcache"]),
+        dcp_version=None if body["dcp_version"] is None else _text(body["dcp_version"]),
+        files=files,
+        tensors={_text(name): _tensor(row) for name, row in body["tensors"].items()},
+        objects=tuple(map(_text, body["objects"])),
+        items=tuple(_item(row, names, files) for row in body["items"]),
+        planner_data=body["planner_data"],
+        planner_data_pickled=bool(body["planner_data_pickled"]),
+    )
+
+
+def checked_name(name: object) -> str:
+    """A file's name relative to its checkpoint. Raises ValueError for one that would lead elsewhere."""
+    text = _text(name)
+    parts = text.split("/")
+    _require(
+        not any(part in {"", ".", ".."} for part in parts) and "\0" not in text, f"bad file name {name!r}"
+    )
+    return text
+
+
+def _tensor(row: Sequence[Any]) -> Tensor:
+    dtype, requires_grad, pin_memory, memory_format, size, blocks = row
+    return Tensor(
+        dtype=_text(dtype),
+        requires_grad=bool(requires_grad),
+        pin_memory=bool(pin_memory),
+        memory_format=_text(memory_format),
+        size=_counts(size),
+        blocks=tuple((_counts(offsets), _counts(sizes)) for offsets, sizes in blocks),
+    )
+
+
+def _item(row: Sequence[Any], names: list[str], files: dict[str, int]) -> Item:
+    values = dict(zip(ITEM_COLUMNS, row, strict=True))
+    digests = bytes.fromhex(_text(values["digests"]))
+    item = Item(
+        name=_text(values["name"]),
+        offset=_optional(_counts, values["offset"]),
+        index=_optional(_count, values["index"]),
+        kind=_kind(values["kind"]),
+        dtype=_optional(_text, values["dtype"]),
+        shape=_optional(_counts, values["shape"]),
+        file=names[_count(values["file"])],
+        start=_count(values["start"]),
+        length=_count(values["length"]),
+        payload_start=_count(values["payload_start"]),
+        payload_length=_count(values["payload_length"]),
+        frame_digest=int(_text(values["frame_digest"]), 16),
+        digests=tuple(int.from_bytes(digests[i : i + 8], "big") for i in range(0, len(digests), 8)),
+    )
+    _require(item.start + item.length <= files[item.file], f"{item.name!r} reaches beyond its file")
+    _require(
+        item.payload_start + item.payload_length <= item.length, f"the payload of {item.name!r} is too long"
+    )
+    _require(
+        len(digests) == 8 * granules(item.payload_length), f"{item.name!r} has too few or many checksums"
+    )
+    if item.kind == "tensor":
+        _require(item.dtype is not None and item.shape is not None, f"{item.name!r} has no dtype or no shape")
+        elements = math.prod(item.shape or ())
+        _require(
+            item.payload_length % max(elements, 1) == 0, f"{item.name!r} is of another size than its shape"
+        )
+    return item
+
+
+def _optional(check: Callable[[Any], _T], value: Any) -> _T | None:
+    return None if value is None else check(value)
+
+
+def _text(value: object) -> str:
+    _require(isinstance(value, str), f"{value!r} stands where a text should")
+    return cast(str, value)
+
+
+def _count(value: object) -> int:
+    _require(type(value) is int and 0 <= value < 1 << 62, f"{value!r} stands where a count should")
+    return cast(int, value)
+
+
+def _counts(values: object) -> tuple[int, ...]:
+    _require(isinstance(values, list), f"{values!r} stands where a list of counts should")
+    return tuple(_count(value) for value in cast(list[Any], values))
+
+
+def _kind(value: object) -> Kind:
+    _require(value in {"tensor", "opaque", "bytes"}, f"{value!r} is no kind of item")
+    return cast(Kind, value)
+
+
+class NotPlainError(TypeError):
+    """A value that `encode_plain` has no form for."""
+
+
+def encode_plain(value: object) -> Any:
+    """`value` as JSON that `decode_plain` turns back into the same: None, bool, int, float, str, list, tuple, dict.
+
+    Tuples are {"tuple": [...]}, dicts {"dict": [[key, value], ...]}. Raises NotPlainError of anything else, subclasses
+    included.
+    """
+    kind = type(value)
+    if value is None or kind in {bool, int, float, str}:
+        return value
+    if kind is list:
+        return [encode_plain(v) for v in cast(list[Any], value)]
+    if kind is tuple:
+        return {"tuple": [encode_plain(v) for v in cast(tuple[Any, ...], value)]}
+    if kind is dict:
+        pairs = cast(dict[Any, Any], value).items()
+        return {"dict": [[encode_plain(k), encode_plain(v)] for k, v in pairs]}
+    raise NotPlainError(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def decode_plain(value: Any) -> Any:
+    """The inverse of `encode_plain`. Raises ValueError or TypeError for what it can't have made."""
+    if isinstance(value, list):
+        return [decode_plain(v) for v in value]
+    if isinstance(value, dict):
+        ((kind, content),) = value.items()
+        if kind == "tuple":
+            return tuple(decode_plain(v) for v in content)
+        _require(kind == "dict", f"{kind!r} is no kind of value")
+        return {decode_plain(k): decode_plain(v) for k, v in content}
+    return value
+
+
+def by_file(items: Sequence[Item]) -> Iterator[tuple[str, list[Item]]]:
+    """Items grouped by file, each group ordered by where its items start."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.file, []).append(item)
+    for name, group in groups.items():
+        yield name, sorted(group, key=lambda item: item.start)

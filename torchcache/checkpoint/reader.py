@@ -1,0 +1,258 @@
+"""CacheStorageReader: torch.distributed.checkpoint's StorageReader over the pool."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections import deque
+from concurrent.futures import Future as LocalFuture
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from torchcache.checkpoint.layout import metadata_name, part_name
+from torchcache.checkpoint.loading import Load, batches, plan_loads
+from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
+from torchcache.checkpoint.manifest import Item, Manifest
+from torchcache.checkpoint.metadata import StorageInfo, load_metadata, metadata_of
+from torchcache.checkpoint.source import SavedFiles, Source
+from torchcache.connecting import connect
+from torchcache.errors import CheckpointError, IntegrityError, NotCommitted, NotResident, ObjectNotFound
+from torchcache.local_pool import LocalPool
+from torchcache.model import SAVE_PREFIX, Extent, ObjectId, ObjectInfo
+from torchcache.pool import Pool, SaveInfo
+
+_READERS = min(4, os.cpu_count() or 1)
+_BATCHES_UNDER_WAY = 2 * _READERS
+
+
+class CacheStorageReader(StorageReader):
+    """Loads checkpoints through the pool: what CacheStorageWriter saved, and what FileSystemWriter did.
+
+    The pool's own committed save comes first, then the manifest in the under-store, then a stock `.metadata`, of which
+    only what stock checkpoints consist of is unpickled. Bytes come from the nearest copy, are checked against the
+    manifest's checksums, and go straight into their tensors where those are contiguous in CPU memory. Any number of
+    ranks may load, however many saved.
+
+    `path` and `pool` are as for CacheStorageWriter. Objects other than tensors must pass torch's weights_only loading;
+    `allow_pickle` hands them to the planner unchecked, which lets a checkpoint run code: only for those you trust.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        pool: str | Pool | LocalPool | None = None,
+        allow_pickle: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path: str | os.PathLike[str] = checkpoint_uri(path)
+        self.allow_pickle = allow_pickle
+        self._given_pool = pool
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pool: Pool | None = None
+        self._close()
+
+    def _close(self) -> None:
+        self._source: Source | None = None
+        self._items: dict[MetadataIndex, Item] = {}
+        self._global_error: Exception | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        given = self._given_pool.pool if isinstance(self._given_pool, LocalPool) else self._given_pool
+        return {"path": self.path, "allow_pickle": self.allow_pickle, "_given_pool": given}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __repr__(self) -> str:
+        return f"CacheStorageReader({str(self.path)!r})"
+
+    # ---- the contract, in the order torch calls it ----
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether `checkpoint_id` is a path or URI that can name a checkpoint."""
+        return looks_like_checkpoint(checkpoint_id)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The URI that is loaded from."""
+        return self.path
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begins another load, from `checkpoint_id` if given."""
+        self._close()
+        if checkpoint_id:
+            self.path = checkpoint_uri(checkpoint_id)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The checkpoint's metadata; with `rank=`, that of the part which this rank saved without collectives.
+
+        Raises NotCommitted if there is no checkpoint, IntegrityError if its manifest is damaged.
+        """
+        rank: int | None = kwargs.get("rank")
+        if rank is None:
+            self._close()
+            try:
+                return self._open("")
+            except Exception as error:
+                self._global_error = error
+                raise
+        # torch asks for a rank's part after any error. Loading it after a passing one would part this rank from the
+        # others, who load the whole: they would wait for it forever.
+        if self._global_error is not None and not isinstance(self._global_error, NotCommitted):
+            raise self._global_error
+        return self._open(part_name(rank))
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        if self._source is None:
+            self._open(part_name(kwargs["rank"]) if not kwargs.get("use_collectives", True) else "")
+        if metadata.storage_data is None:
+            raise CheckpointError("the metadata has no storage_data", object=str(self.path))
+        self._items = {index: _item(index, info) for index, info in metadata.storage_data.items()}
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fetches and hands over what the plan asks for; done when it returns.
+
+        The planner is asked from this thread alone.
+        """
+        source = self._source
+        if source is None:
+            raise CheckpointError("set_up_storage_reader has to be called first", object=str(self.path))
+        loads = plan_loads(
+            plan.items, self._items, planner, require=source.require, allow_pickle=self.allow_pickle
+        )
+        under_way: deque[tuple[list[Load], list[LocalFuture[None]]]] = deque()
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="torchcache-load") as executor:
+            try:
+                for group, reads in batches(loads):
+                    under_way.append((group, [executor.submit(source.fetch, read) for read in reads]))
+                    if len(under_way) >= _BATCHES_UNDER_WAY:
+                        _finish(*under_way.popleft())
+                while under_way:
+                    _finish(*under_way.popleft())
+            finally:
+                for _, futures in under_way:
+                    for future in futures:
+                        future.cancel()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    # ---- within ----
+
+    @property
+    def pool(self) -> Pool:
+        """The pool, connected at first use in each process."""
+        if self._pool is None:
+            self._pool = connect(self._given_pool)
+        return self._pool
+
+    def _open(self, part: str) -> Metadata:
+        uri = str(self.path)
+        store, path = self.pool.resolve(uri)
+        try:
+            info = self.pool.get_save(store, path, part)
+        except NotCommitted:
+            info = None
+        if info is None or info.state == "reserved":
+            return self._open_stock(uri, part)
+        return self._open_save(uri, info)
+
+    def _open_save(self, uri: str, info: SaveInfo) -> Metadata:
+        manifest = Manifest.decode(info.manifest, where=uri)
+        if manifest.save_id != info.save_id:
+            raise IntegrityError(f"the manifest of {uri} belongs to another save", object=uri)
+        saved = SavedFiles(
+            store=info.store,
+            path=info.path,
+            part=info.part,
+            save_id=info.save_id,
+            sizes=manifest.files,
+        )
+        self._source = Source(self.pool, uri, saved, durable=info.state == "durable")
+        return metadata_of(manifest, load_id=uuid.uuid4().hex, pickled=lambda: self._pickled(uri, info))
+
+    def _open_stock(self, uri: str, part: str) -> Metadata:
+        name = metadata_name(part)
+        try:
+            file = self.pool.stat(f"{uri}/{name}")
+            if not file.size:  # how an overwrite withdraws the old checkpoint before it writes the new one
+                raise ObjectNotFound(f"{uri}/{name} is empty", object=f"{uri}/{name}")
+        except ObjectNotFound as error:
+            raise NotCommitted(
+                f"there is no committed checkpoint at {uri}: neither a save in the pool, nor a manifest or {name} in "
+                f"the under-store ({error.message})",
+                object=uri,
+            ) from error
+        metadata = load_metadata(self._content(file, uri), where=f"{uri}/{name}")
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        assert metadata.storage_meta is not None  # noqa: S101 - narrows the type
+        metadata.storage_meta.load_id = uuid.uuid4().hex
+        self._source = Source(self.pool, uri, None, durable=True)
+        return metadata
+
+    def _pickled(self, uri: str, info: SaveInfo) -> Metadata:
+        """`.metadata` of our own save, from the pool or the under-store."""
+        name = metadata_name(info.part)
+        copy = ObjectId(info.store, f"{info.path}/{name}", f"{SAVE_PREFIX}{info.save_id}")
+        try:
+            data = self._content(ObjectInfo(copy, -1), f"save:{info.store}/{info.path}@{info.save_id}")
+        except NotResident:
+            data = self._content(self.pool.stat(f"{uri}/{name}"), uri)
+        return load_metadata(data, where=f"{uri}/{name}")
+
+    def _content(self, file: ObjectInfo, namespace: str) -> bytes:
+        return bytes(self.pool.read([Extent(file)], namespace=namespace)[0])
+
+
+def _finish(loads: list[Load], futures: list[LocalFuture[None]]) -> None:
+    for future in futures:
+        future.result()
+    for load in loads:
+        load.finish()
+
+
+def _item(index: MetadataIndex, info: object) -> Item:
+    """Items as they are; torch's own record of one as an Item whose payload is the whole blob, without checksums."""
+    if isinstance(info, Item):
+        return info
+    if not isinstance(info, StorageInfo):
+        raise CheckpointError(f"{index.fqn!r} was stored by another kind of writer: {type(info).__name__}")
+    if getattr(info, "transform_descriptors", None):
+        raise CheckpointError(
+            f"{index.fqn!r} was saved through stream extensions ({', '.join(info.transform_descriptors or ())}), "
+            "which only torch's own FileSystemReader undoes"
+        )
+    return Item(
+        name=index.fqn,
+        offset=None if index.offset is None else tuple(index.offset),
+        index=index.index,
+        kind="opaque",
+        dtype=None,
+        shape=None,
+        file=info.relative_path,
+        start=info.offset,
+        length=info.length,
+        payload_start=0,
+        payload_length=info.length,
+        frame_digest=0,
+        digests=(),
+    )

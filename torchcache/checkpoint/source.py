@@ -1,0 +1,159 @@
+"""Where a checkpoint's bytes come from: the pool's copy of the save while it has one, else the under-store's files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torchcache.checkpoint.layout import granule_cover
+from torchcache.checkpoint.manifest import Item
+from torchcache.errors import (
+    CheckpointError,
+    IntegrityError,
+    NotResident,
+    ServerUnavailable,
+    TorchCacheError,
+)
+from torchcache.model import SAVE_PREFIX, ByteRange, Extent, ObjectId, ObjectInfo
+from torchcache.pool import Pool
+
+_READ_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Bytes `part` of an item's payload, wanted in `into` (writable, as long as the part, which isn't empty)."""
+
+    item: Item
+    part: ByteRange
+    into: memoryview
+
+    def extent(self, file: ObjectInfo, part: ByteRange | None = None) -> Extent:
+        """The part, or another one, as an extent of the item's file."""
+        part = part or self.part
+        return Extent(file, self.item.payload.start + part.start, part.length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedFiles:
+    """What the pool may hold of a save: its id, and its files with their sizes in bytes."""
+
+    store: str
+    path: str
+    part: str
+    save_id: str
+    sizes: dict[str, int]
+
+    def object(self, name: str) -> ObjectInfo:
+        """A file as the writer stored it in the pool."""
+        version = f"{SAVE_PREFIX}{self.save_id}"
+        return ObjectInfo(ObjectId(self.store, f"{self.path}/{name}", version), self.sizes[name])
+
+
+class Source:
+    """The bytes of one checkpoint. Thread-safe.
+
+    `saved` is None for a checkpoint that torchcache didn't write. `durable` says whether the under-store has the files.
+    """
+
+    def __init__(self, pool: Pool, uri: str, saved: SavedFiles | None, *, durable: bool) -> None:
+        self._pool = pool
+        self._uri = uri
+        self._saved = saved
+        self._durable = durable
+        self._evicted: set[str] = set()
+        self._stored: dict[str, ObjectInfo] = {}
+
+    def fetch(self, fetches: Sequence[Fetch]) -> None:
+        """Fills the buffers of all `fetches`, in one read or two, and checks them against the manifest.
+
+        Raises IntegrityError where no good copy is found, ObjectNotFound for a file that is gone.
+        """
+        stored: list[Fetch] = []
+        resident: list[Fetch] = []
+        for fetch in fetches:
+            gone = self._saved is None or fetch.item.file in self._evicted
+            (stored if gone else resident).append(fetch)
+        if self._saved is not None and resident:
+            stored += self._fetch_saved(self._saved, resident)
+        if stored:
+            self._fetch_stored(stored)
+
+    def require(self, item: Item) -> None:
+        """Raises IntegrityError if an item reaches beyond the end of its file."""
+        size = self._stored_object(item.file).size if self._saved is None else self._saved.sizes[item.file]
+        if item.start + item.length > size:
+            raise IntegrityError(
+                f"{item.name!r} should end at byte {item.start + item.length} of {self._uri}/{item.file}, which has "
+                f"{size} bytes",
+                object=f"{self._uri}/{item.file}",
+            )
+
+    def _fetch_saved(self, saved: SavedFiles, fetches: Sequence[Fetch]) -> list[Fetch]:
+        """Reads from the pool's copy; returns those it has no good copy of."""
+        outcomes = self._pool.read_each(
+            [f.extent(saved.object(f.item.file)) for f in fetches],
+            namespace=f"save:{saved.store}/{saved.path}@{saved.save_id}",
+            into=[f.into for f in fetches],
+            timeout_s=_READ_S,
+        )
+        missing: list[Fetch] = []
+        had: set[str] = set()
+        problem: TorchCacheError | None = None
+        for fetch, outcome in zip(fetches, outcomes, strict=True):
+            try:
+                if isinstance(outcome, TorchCacheError):
+                    raise outcome
+                fetch.item.verify(fetch.part, fetch.into)
+                had.add(fetch.item.file)
+            except (NotResident, IntegrityError, ServerUnavailable) as error:
+                missing.append(fetch)
+                problem = error
+        if problem is not None:
+            self._require_durable(saved, problem)
+        self._evicted |= {f.item.file for f in missing} - had
+        return missing
+
+    def _require_durable(self, saved: SavedFiles, problem: TorchCacheError) -> None:
+        """The upload may have ended, and the pool's copy gone, since the checkpoint was opened."""
+        if not self._durable:
+            info = self._pool.get_save(saved.store, saved.path, saved.part)
+            if info.save_id != saved.save_id:
+                raise CheckpointError(
+                    f"{self._uri} was overwritten while it was being loaded; load it again", object=self._uri
+                )
+            self._durable = info.state == "durable"
+        if not self._durable:
+            raise problem
+
+    def _fetch_stored(self, fetches: Sequence[Fetch]) -> None:
+        """Reads from the under-store's files, in whole granules, so that every byte has a checksum to match."""
+        covers = [granule_cover(f.part, f.item.payload_length) if f.item.digests else f.part for f in fetches]
+        buffers = [
+            f.into if cover == f.part else memoryview(bytearray(cover.length))
+            for f, cover in zip(fetches, covers, strict=True)
+        ]
+        self._pool.read(
+            [f.extent(self._stored_object(f.item.file), c) for f, c in zip(fetches, covers, strict=True)],
+            namespace=self._uri,
+            into=buffers,
+            timeout_s=_READ_S,
+        )
+        for fetch, cover, buffer in zip(fetches, covers, buffers, strict=True):
+            fetch.item.verify(cover, buffer)
+            if buffer is not fetch.into:
+                start = fetch.part.start - cover.start
+                fetch.into[:] = buffer[start : start + fetch.part.length]
+
+    def _stored_object(self, name: str) -> ObjectInfo:
+        info = self._stored.get(name)
+        if info is None:
+            info = self._pool.stat(f"{self._uri}/{name}")
+            if self._saved is not None and info.size != self._saved.sizes[name]:
+                raise IntegrityError(
+                    f"{self._uri}/{name} has {info.size} bytes, but the checkpoint's manifest says "
+                    f"{self._saved.sizes[name]}: it was changed after it was saved",
+                    object=f"{self._uri}/{name}",
+                )
+            self._stored[name] = info
+        return info

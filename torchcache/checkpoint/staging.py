@@ -1,0 +1,112 @@
+"""From what a planner resolves to the buffers of one file: frames, tensors' own memory, and padding."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+from torchcache.checkpoint import manifest
+from torchcache.checkpoint.frame import blob_of, bytes_of, frame, has_row_major_bytes, row_major
+from torchcache.checkpoint.layout import align
+from torchcache.checkpoint.manifest import Item, frame_digest, payload_digests
+from torchcache.checkpoint.metadata import dtype_name
+from torchcache.errors import CheckpointError
+
+_GUESSED_OBJECT_BYTES = 4096
+
+
+def expected_bytes(item: WriteItem) -> int:
+    """About how many bytes an item will take, before it is resolved."""
+    if item.tensor_data is None:
+        return item.bytes_io_data.nbytes if item.bytes_io_data else _GUESSED_OBJECT_BYTES
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    """One item as bytes: head + payload + tail."""
+
+    item: WriteItem
+    kind: manifest.Kind
+    dtype: str | None
+    shape: tuple[int, ...] | None
+    head: bytes
+    payload: memoryview
+    tail: bytes
+
+    @property
+    def length(self) -> int:
+        return len(self.head) + len(self.payload) + len(self.tail)
+
+
+def _blob(item: WriteItem, data: torch.Tensor | io.BytesIO) -> _Blob:
+    name = item.index.fqn
+    if item.type == WriteItemType.BYTE_IO:
+        if not isinstance(data, io.BytesIO):
+            raise CheckpointError(
+                f"the planner resolved {name!r} to a {type(data).__name__}, not to a BytesIO"
+            )
+        return _Blob(item, "bytes", None, None, b"", data.getbuffer(), b"")
+    if not isinstance(data, torch.Tensor):
+        raise CheckpointError(f"the planner resolved {name!r} to a {type(data).__name__}, not to a tensor")
+    if not has_row_major_bytes(data):
+        return _Blob(item, "opaque", dtype_name(data.dtype), tuple(data.shape), b"", blob_of(data), b"")
+    tensor = row_major(data, name=name)
+    around = frame(tensor.dtype, tuple(tensor.shape))
+    payload = bytes_of(tensor)
+    if len(payload) != around.payload_bytes:
+        raise CheckpointError(f"torch {torch.__version__} frames {name!r} in an unknown way")
+    return _Blob(
+        item, "tensor", dtype_name(tensor.dtype), tuple(tensor.shape), around.head, payload, around.tail
+    )
+
+
+class StagedFile:
+    """One file of a save, ready to be written: `buffers` are its bytes in order, `size` their sum."""
+
+    def __init__(
+        self,
+        name: str,
+        items: Sequence[WriteItem],
+        resolve: Callable[[WriteItem], torch.Tensor | io.BytesIO],
+    ) -> None:
+        """Resolves `items`, which copies only what isn't contiguous in CPU memory."""
+        self.name = name
+        self.buffers: list[bytes | memoryview] = []
+        self.size = 0
+        self._blobs: list[tuple[int, _Blob]] = []
+        for item in items:
+            self._append(_blob(item, resolve(item)))
+
+    def _append(self, blob: _Blob) -> None:
+        start = align(self.size)
+        pieces: list[bytes | memoryview] = [bytes(start - self.size), blob.head, blob.payload, blob.tail]
+        self.buffers += [piece for piece in pieces if len(piece)]
+        self._blobs.append((start, blob))
+        self.size = start + blob.length
+
+    def describe(self) -> list[tuple[WriteItem, Item]]:
+        """What the manifest says of each item; reads every byte once, for the checksums."""
+        return [(blob.item, self._item(start, blob)) for start, blob in self._blobs]
+
+    def _item(self, start: int, blob: _Blob) -> Item:
+        index = blob.item.index
+        return Item(
+            name=index.fqn,
+            offset=None if index.offset is None else tuple(index.offset),
+            index=index.index,
+            kind=blob.kind,
+            dtype=blob.dtype,
+            shape=blob.shape,
+            file=self.name,
+            start=start,
+            length=blob.length,
+            payload_start=len(blob.head),
+            payload_length=len(blob.payload),
+            frame_digest=frame_digest(blob.head, blob.tail),
+            digests=payload_digests(blob.payload),
+        )

@@ -1,0 +1,58 @@
+"""How the ranks of a save learn its id.
+
+The coordinator draws the id while planning, and the plans take it to the other ranks as their storage_data. With plan
+caching, however, a rank whose plan didn't change throws away the plan that arrives and uses that of an earlier save,
+storage_data and all. So a ticket also remembers itself where it is unpickled: torch unpickles a rank's plan in the
+thread that goes on to call `write_data`.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+_arrived = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One rank's part in one save: `part` is empty, or this rank's own where ranks save without collectives.
+
+    `rank` names the rank's files.
+    """
+
+    uri: str
+    store: str
+    path: str
+    part: str
+    save_id: str
+    rank: int
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_arrive, (self.uri, self.store, self.path, self.part, self.save_id, self.rank))
+
+    @property
+    def namespace(self) -> str:
+        """What the save's files are stored under in the pool."""
+        return f"save:{self.store}/{self.path}@{self.save_id}"
+
+
+def _arrive(*fields: Any) -> Ticket:
+    ticket = Ticket(*fields)
+    _arrived.ticket = ticket
+    return ticket
+
+
+def forget_arrived() -> None:
+    """Before planning: what arrived in this thread belongs to an earlier save."""
+    _arrived.ticket = None
+
+
+def take_arrived(planned: object) -> Ticket | None:
+    """The ticket that arrived in this thread since `forget_arrived`, else the one in the plan (`planned`)."""
+    ticket = getattr(_arrived, "ticket", None)
+    _arrived.ticket = None
+    if ticket is not None:
+        return ticket  # type: ignore[no-any-return]
+    return planned if isinstance(planned, Ticket) else None

@@ -1,0 +1,325 @@
+"""CacheStorageWriter: torch.distributed.checkpoint's StorageWriter over the pool."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future as LocalFuture
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+import torchcache
+from torchcache.checkpoint.layout import assign_files, file_name, metadata_name, part_name
+from torchcache.checkpoint.lease import Lease, end_lease_of_thread, writer_name
+from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
+from torchcache.checkpoint.manifest import Item, Manifest
+from torchcache.checkpoint.metadata import dcp_version, describe, stock_metadata
+from torchcache.checkpoint.staging import StagedFile, expected_bytes
+from torchcache.checkpoint.ticket import Ticket, forget_arrived, take_arrived
+from torchcache.connecting import connect
+from torchcache.errors import CheckpointError, ConfigurationError, DeadlineExceeded
+from torchcache.local_pool import LocalPool
+from torchcache.model import SAVE_PREFIX, ObjectId
+from torchcache.pool import Pool
+
+Durability = Literal["pool", "store"]
+
+_WRITERS = min(4, os.cpu_count() or 1)
+_FILES_IN_FLIGHT = _WRITERS + 1
+_LEAST_BYTES_PER_S = 20e6
+_POLL_S = 0.05
+_MOST_POLL_S = 1.0
+_STALL_S = 600.0
+
+
+class _Save:
+    """What a writer knows of the save that a thread is in the middle of."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        self.rank: int | None = None
+        self.part = ""
+        self.ticket: Ticket | None = None
+        self.lease: Lease | None = None
+        self.release: weakref.finalize[[], CacheStorageWriter] | None = None
+
+    def forget_release(self) -> None:
+        if self.release is not None:
+            self.release.detach()
+
+
+class CacheStorageWriter(StorageWriter):
+    """Saves checkpoints through the pool: training waits for the pool's disks, the upload to the store runs behind.
+
+    What appears at `path` in the under-store is a stock DCP checkpoint, which FileSystemReader can load, and beside it
+    our manifest with checksums. Until the manifest is there, nobody sees the checkpoint there.
+
+    `path` is a URI ("s3://bucket/run/step-100", "file:///...") or a folder's path. `pool` is what
+    `torchcache.connect` takes. A save returns when it is restorable: from the pool, synced to its disk
+    (`durability="pool"`), or from the under-store (`"store"`). An existing checkpoint at `path` is `AlreadyExists`
+    unless `overwrite`. `replicas` and `compression` are not available yet.
+
+    One writer may serve many saves (`checkpoint_id=` gives each its path), from several threads too, and pickles.
+    Raises ConfigurationError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        pool: str | Pool | LocalPool | None = None,
+        durability: Durability = "pool",
+        replicas: int | None = None,
+        compression: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__()
+        if durability not in ("pool", "store"):
+            raise ConfigurationError(f"durability must be 'pool' or 'store', not {durability!r}")
+        if replicas not in (None, 1):
+            raise ConfigurationError(
+                f"replicas={replicas!r}: replicated saves are not available yet; pass None"
+            )
+        if compression is not None:
+            raise ConfigurationError(f"compression={compression!r} is not available yet; pass None")
+        self.path: str | os.PathLike[str] = checkpoint_uri(path)
+        self.durability: Durability = durability
+        self.overwrite = overwrite
+        self._given_pool = pool
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pool: Pool | None = None
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["_pool"], state["_local"]
+        if isinstance(self._given_pool, LocalPool):
+            state["_given_pool"] = self._given_pool.pool
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __repr__(self) -> str:
+        return f"CacheStorageWriter({str(self.path)!r}, durability={self.durability!r})"
+
+    # ---- the contract, in the order torch calls it ----
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether `checkpoint_id` is a path or URI that can name a checkpoint."""
+        return looks_like_checkpoint(checkpoint_id)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The URI saves go to."""
+        return self.path
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begins another save, at `checkpoint_id` if given."""
+        self._end_last_save()
+        if checkpoint_id:
+            self.path = self._local.path = checkpoint_uri(checkpoint_id)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=getattr(self._local, "path", self.path))
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._end_last_save()
+        save = self._local.save = _Save(self._local.__dict__.pop("path", self.path))
+        save.rank = kwargs.get("rank")
+        if not kwargs.get("use_collectives", True):
+            if save.rank is None:
+                raise ConfigurationError("a save without collectives needs to know its rank")
+            save.part = part_name(save.rank)
+
+    def _end_last_save(self) -> None:
+        end_lease_of_thread()
+        forget_arrived()
+        self._local.save = None
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Reserves the path and gives each rank its ticket. Raises AlreadyExists."""
+        save = self._current()
+        pool = self.pool
+        uri = str(save.path)
+        store, path = pool.resolve(uri)
+        save_id = uuid.uuid4().hex
+        first_rank = (save.rank or 0) if save.part else 0
+        tickets = [Ticket(uri, store, path, save.part, save_id, first_rank + i) for i in range(len(plans))]
+        lease_s = pool.reserve_save(
+            store, path, save.part, save_id, overwrite=self.overwrite, writer=writer_name()
+        )
+        save.ticket = tickets[0]
+        save.lease = Lease(pool, save.ticket, lease_s)
+        save.lease.start()
+        save.release = weakref.finalize(self, save.lease.release)
+        save.release.atexit = False
+        return [replace(plan, storage_data=ticket) for plan, ticket in zip(plans, tickets, strict=True)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes the plan's items to the pool, synced to its disk; done when it returns.
+
+        The planner is asked from this thread alone.
+        """
+        ticket = self._ticket_of(plan)
+        results: list[WriteResult] = []
+        writes: deque[LocalFuture[list[WriteResult]]] = deque()
+        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="torchcache-save") as executor:
+            try:
+                sizes = [expected_bytes(item) for item in plan.items]
+                for number, run in enumerate(assign_files(sizes, writers=_WRITERS)):
+                    items = plan.items[run.start : run.stop]
+                    staged = StagedFile(file_name(ticket.rank, number), items, planner.resolve_data)
+                    writes.append(executor.submit(self._write_file, ticket, staged))
+                    if len(writes) >= _FILES_IN_FLIGHT:
+                        results += writes.popleft().result()
+                while writes:
+                    results += writes.popleft().result()
+            finally:
+                for write in writes:
+                    write.cancel()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def _ticket_of(self, plan: SavePlan) -> Ticket:
+        own, arrived = self._current().ticket, take_arrived(plan.storage_data)
+        # The coordinator knows the save; a plan that says otherwise is a cached one of an earlier save.
+        ticket = own if own and (arrived is None or arrived.save_id != own.save_id) else arrived
+        if ticket is None:
+            raise CheckpointError("write_data was called without a plan that prepare_global_plan has seen")
+        return ticket
+
+    def _write_file(self, ticket: Ticket, file: StagedFile) -> list[WriteResult]:
+        target = ObjectId(ticket.store, f"{ticket.path}/{file.name}", f"{SAVE_PREFIX}{ticket.save_id}")
+        self.pool.write(
+            ticket.namespace, [(target, file.buffers)], durable=True, timeout_s=_time_for(file.size)
+        )
+        return [
+            WriteResult(index=item.index, size_in_bytes=entry.length, storage_data=entry)
+            for item, entry in file.describe()
+        ]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commits the save: from here on it can be loaded. Raises AlreadyExists if another writer took over."""
+        save = self._current()
+        ticket, lease = save.ticket, save.lease
+        if ticket is None or lease is None:
+            raise CheckpointError("finish was called without prepare_global_plan")
+        if lease.error is not None:
+            raise lease.error
+        items: list[Item] = [result.storage_data for of_rank in results for result in of_rank]
+        finished = stock_metadata(metadata, items, checkpoint_id=ticket.uri, save_id=ticket.save_id)
+        pickled = pickle.dumps(finished)
+        manifest = _manifest(ticket, metadata, items)
+        if manifest.planner_data_pickled:
+            self._write_metadata(ticket, pickled)
+        try:
+            self.pool.commit_save(
+                ticket.store,
+                ticket.path,
+                ticket.part,
+                ticket.save_id,
+                files=list(manifest.files.items()),
+                metadata=pickled,
+                manifest=manifest.encode(),
+                overwrite=self.overwrite,
+            )
+        finally:
+            # Even a commit that failed may have arrived: nothing is given back from here on.
+            lease.stop()
+            save.forget_release()
+        if self.durability == "store":
+            self._wait_durable(ticket)
+        # As FileSystemWriter does: dcp.save returns this object.
+        metadata.__dict__.update(finished.__dict__)
+
+    # ---- within ----
+
+    @property
+    def pool(self) -> Pool:
+        """The pool, connected at first use in each process."""
+        if self._pool is None:
+            self._pool = connect(self._given_pool)
+        return self._pool
+
+    def _current(self) -> _Save:
+        save: _Save | None = getattr(self._local, "save", None)
+        if save is None:
+            raise CheckpointError("set_up_storage_writer has to be called first, in this thread")
+        return save
+
+    def _write_metadata(self, ticket: Ticket, pickled: bytes) -> None:
+        # Planner data without a JSON form has to be loadable before the upload too.
+        key = f"{ticket.path}/{metadata_name(ticket.part)}"
+        target = ObjectId(ticket.store, key, f"{SAVE_PREFIX}{ticket.save_id}")
+        self.pool.write(ticket.namespace, [(target, [pickled])], durable=True)
+
+    def _wait_durable(self, ticket: Ticket) -> None:
+        """Until the save is in the under-store. Gives up when nothing moved for ten minutes."""
+        pause_s, pending, moved_s = _POLL_S, -1, time.monotonic()
+        while True:
+            info = self.pool.get_save(ticket.store, ticket.path, ticket.part)
+            if info.save_id != ticket.save_id:
+                raise CheckpointError(
+                    f"another save replaced {ticket.uri} while it was uploaded", object=ticket.uri
+                )
+            if info.state == "durable":
+                return
+            if info.state == "failed":
+                raise CheckpointError(
+                    f"{ticket.uri} was saved to the pool, but its upload failed: {info.error}; it loads from the "
+                    "pool, and save it again once the cause is mended",
+                    object=ticket.uri,
+                ) from info.error
+            if info.pending_bytes != pending:
+                pending, moved_s = info.pending_bytes, time.monotonic()
+            elif time.monotonic() - moved_s > _STALL_S:
+                raise DeadlineExceeded(
+                    f"{ticket.uri} is saved in the pool, but {pending} bytes have been waiting for their upload for "
+                    f"{_STALL_S:.0f} s; the pool goes on trying",
+                    object=ticket.uri,
+                )
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, _MOST_POLL_S)
+
+
+def _manifest(ticket: Ticket, metadata: Metadata, items: Sequence[Item]) -> Manifest:
+    files: dict[str, int] = {}
+    for item in items:
+        files[item.file] = max(files.get(item.file, 0), item.start + item.length)
+    return Manifest(
+        save_id=ticket.save_id,
+        checkpoint=ticket.uri,
+        created_unix_s=round(time.time(), 3),
+        torch=str(torch.__version__),
+        torchcache=torchcache.__version__,
+        dcp_version=dcp_version(),
+        files=files,
+        items=tuple(items),
+        **describe(metadata),
+    )
+
+
+def _time_for(size_bytes: int) -> float:
+    return 120.0 + size_bytes / _LEAST_BYTES_PER_S
