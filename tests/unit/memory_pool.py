@@ -53,6 +53,8 @@ class MemoryPool:
 
     def stat(self, uri: str) -> ObjectInfo:
         store, key = self.resolve(uri)
+        if self.roots[store] == "s3://" and "/" not in key:
+            raise ConfigurationError(f"{uri} names a bucket, not an object")
         if (store, key) not in self.objects:
             raise ObjectNotFound(f"there is no {uri}", object=uri)
         data = self.objects[store, key]

@@ -266,10 +266,12 @@ def save(
 
 def test_checkpoint_ls_merges_pool_and_storage(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
     save(pool, state="committed")
-    pool.put("s3://b/run/step-0/.metadata", b"")
-    pool.put("s3://b/run/step-0/.torchcache.json", b"")
+    pool.put("s3://b/run/step-0/.metadata", b"pickle")
+    pool.put("s3://b/run/step-0/.torchcache.json", b"{}")
     pool.put("s3://b/run/step-0/__0_0.distcp", b"12345")
-    pool.put("s3://b/run/torch/.metadata", b"")
+    pool.put("s3://b/run/torch/.metadata", b"pickle")
+    pool.put("s3://b/run/withdrawn/.metadata", b"")
+    pool.put("s3://b/run/withdrawn/.torchcache.json", b"")
     found = run_json(capsys, "checkpoint", "ls", "s3://b/run")["checkpoints"]
     assert [(c["uri"], c["state"]) for c in found] == [
         ("s3://b/run/step-0", "durable"),
@@ -356,7 +358,7 @@ def test_verify_of_none_or_a_stock_checkpoint_says_so(
 ) -> None:
     assert run(["checkpoint", "verify", RUN]) == 1
     assert capsys.readouterr().err == f"torchcache: there is no committed checkpoint at {RUN}\n"
-    pool.put(f"{RUN}/.metadata", b"")
+    pool.put(f"{RUN}/.metadata", b"pickle")
     assert run(["checkpoint", "verify", RUN]) == 1
     assert "saved by torch without torchcache" in capsys.readouterr().err
 

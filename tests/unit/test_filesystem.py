@@ -55,7 +55,13 @@ class TestWhatIsThere:
         info = fs.info("torchcache://s3/b/d/x.bin")
         assert (info["size"], info["type"]) == (70, "file")
         assert info["version"] == pool.stat("s3://b/d/x.bin").id.version
-        assert fs.info("s3/b/d")["type"] == fs.info("s3")["type"] == fs.info("")["type"] == "directory"
+        assert (
+            fs.info("s3/b/d")["type"]
+            == fs.info("s3/b")["type"]
+            == fs.info("s3")["type"]
+            == fs.info("")["type"]
+            == "directory"
+        )
 
     def test_exists_is_false_only_where_nothing_is(self, fs: TorchCacheFileSystem, pool: MemoryPool) -> None:
         assert [fs.exists(p) for p in ("s3/b/d", "s3/b/a.txt", "s3/b/q", "s3/other/q")] == [

@@ -105,7 +105,7 @@ def _stored(pool: Pool, objects: Iterable[ObjectInfo]) -> dict[tuple[str, str], 
         if name.endswith(_DATA):
             data_bytes[folder] = data_bytes.get(folder, 0) + object.size
         for suffix in (_MANIFEST, _METADATA):
-            if name.endswith(suffix):
+            if name.endswith(suffix) and object.size:  # an empty one was withdrawn
                 part = name.removesuffix(suffix)
                 one = found.setdefault((folder, part), Checkpoint(uri=folder, part=part, state="stock"))
                 if suffix == _MANIFEST:

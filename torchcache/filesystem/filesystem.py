@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,9 +71,13 @@ class TorchCacheFileSystem(AbstractFileSystem):  # type: ignore[misc]
         try:
             return file_entry(path, self._paths.object(path))
         except ObjectNotFound:
-            if any(True for _ in self._paths.entries(path)):
-                return folder_entry(path)
-        raise ObjectNotFound(f"there is no {self.unstrip_protocol(path)}", object=self._paths.uri(path))
+            is_folder = any(True for _ in self._paths.entries(path))
+        except ConfigurationError:
+            # A bucket is a folder, though an empty one, if it can be listed. Anything else is as wrong for a listing.
+            is_folder = any(True for _ in self._paths.entries(path)) or path.count("/") == 1
+        if not is_folder:
+            raise ObjectNotFound(f"there is no {self.unstrip_protocol(path)}", object=self._paths.uri(path))
+        return folder_entry(path)
 
     def exists(self, path: str, **kwargs: Any) -> bool:
         try:
@@ -125,9 +128,8 @@ class TorchCacheFileSystem(AbstractFileSystem):  # type: ignore[misc]
             files, folders = {}, {}
         if withdirs and (files or folders):
             files |= folders | {path: folder_entry(path)}
-        if not files:
-            with contextlib.suppress(FileNotFoundError):
-                files = {path: file_entry(path, self._paths.object(path))}
+        if not files and self.isfile(path):
+            files = {path: file_entry(path, self._paths.object(path))}
         return {name: files[name] for name in sorted(files)} if detail else sorted(files)
 
     def du(
