@@ -1,7 +1,7 @@
 """The frozen list of a dataset's objects: an Arrow IPC file that every worker maps.
 
-A million objects cost each process a few pages of page cache instead of a list of its own. The file is named by the
-digest of its rows and lies in the user's cache folder, so the ranks of a job share it; it pickles as path and digest.
+A million objects cost each process a few pages of page cache instead of a list of its own. The file is named by its
+checksum and lies in the user's cache folder, so the ranks of a job share it; it pickles as path and digests.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ _UNUSED_S = 30 * 24 * 3600.0
 class Manifest:
     """Objects of one under-store, in order. Opened at first use in each process; pickles."""
 
-    def __init__(self, path: Path, digest: str) -> None:
+    def __init__(self, path: Path, checksum: str, digest: str) -> None:
         self.path = path
+        self.checksum = checksum
+        """Hex, of the file's bytes: proves at every opening that they are the ones written."""
         self.digest = digest
-        """Hex, of the rows: equal for equal lists, whatever wrote the file."""
+        """Hex, of the rows: equal for equal lists, whatever release of Arrow wrote the file."""
         self._open: tuple[str, list[pa.RecordBatch]] | None = None
 
     @classmethod
@@ -54,15 +56,15 @@ class Manifest:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 digest = _write_batches(file, store, objects)
-            path = folder / f"{digest}.arrow"
-            temporary.replace(path)
+            checksum = _checksum(pa.memory_map(name))
+            path = temporary.replace(folder / f"{checksum}.arrow")
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        return cls(path, digest)
+        return cls(path, checksum, digest)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (Manifest, (self.path, self.digest))
+        return (Manifest, (self.path, self.checksum, self.digest))
 
     def __len__(self) -> int:
         batches = self._load()[1]
@@ -86,7 +88,7 @@ class Manifest:
 
     def _load(self) -> tuple[str, list[pa.RecordBatch]]:
         if self._open is None:
-            self._open = _map(self.path, self.digest)
+            self._open = _map(self.path, self.checksum)
         return self._open
 
 
@@ -130,27 +132,28 @@ class _RowsDigest:
         return str(self._hash.hexdigest())
 
 
-def _map(path: Path, digest: str) -> tuple[str, list[pa.RecordBatch]]:
+def _checksum(file: pa.MemoryMappedFile) -> str:
+    return str(xxhash.xxh3_128_hexdigest(file.read_buffer()))
+
+
+def _map(path: Path, checksum: str) -> tuple[str, list[pa.RecordBatch]]:
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        store = reader.schema.metadata[b"store"].decode()
+        file = pa.memory_map(str(path))
     except FileNotFoundError as error:
         raise ObjectNotFound(
             f"the dataset's list of files, {path}, is gone, or was made on another machine: create the dataset again, "
             "on this machine",
             object=str(path),
         ) from error
-    except (pa.ArrowException, OSError, TypeError, KeyError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise IntegrityError(f"the dataset's list of files, {path}, can't be read: {error}") from error
+    if _checksum(file) != checksum:
+        raise IntegrityError(f"the dataset's list of files, {path}, is damaged: create the dataset again")
     with contextlib.suppress(OSError):
         os.utime(path)  # still in use: see _sweep
-    found = _RowsDigest(store)
-    for batch in batches:
-        found.update(batch)
-    if found.hexdigest() != digest:
-        raise IntegrityError(f"the dataset's list of files, {path}, is damaged: create the dataset again")
-    return store, batches
+    reader = pa.ipc.open_file(file)
+    batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    return reader.schema.metadata[b"store"].decode(), batches
 
 
 def _sweep(folder: Path) -> None:

@@ -1,0 +1,221 @@
+"""CachedDataset.from_files over a pool in memory: what it lists, reads, and refuses."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.unit.sample_pool import SamplePool, pool
+from torchcache.data import CachedDataset
+from torchcache.errors import (
+    ConfigurationError,
+    IntegrityError,
+    ObjectChanged,
+    ObjectNotFound,
+    ServerUnavailable,
+)
+from torchcache.model import ObjectId, ObjectInfo
+
+__all__ = ["pool"]
+
+KEYS = ["a.png", "b/1.png", "b/10.png", "b/2.png", "c.txt", "ü.png", "Z.png"]
+
+
+@pytest.fixture
+def filled(pool: SamplePool) -> SamplePool:
+    for key in KEYS:
+        pool.put(f"s3://bucket/data/{key}", key.encode() * 3)
+    pool.put("s3://bucket/data/b/", b"")  # a folder's marker
+    pool.put("s3://bucket/database/x.png", b"of another folder")
+    return pool
+
+
+def from_files(pool: SamplePool, uri: str = "s3://bucket/data", **options: Any) -> CachedDataset:
+    return CachedDataset.from_files(uri, pool=pool, **options)  # type: ignore[arg-type]
+
+
+def test_samples_are_the_objects_by_key_bytewise(filled: SamplePool) -> None:
+    dataset = from_files(filled)
+    expected = sorted(KEYS, key=str.encode)
+    assert dataset.keys() == expected
+    assert len(dataset) == len(KEYS)
+    assert [dataset[i] for i in range(len(dataset))] == [key.encode() * 3 for key in expected]
+    assert all(type(sample) is bytes for sample in dataset.__getitems__([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.png", ["Z.png", "a.png", "b/1.png", "b/10.png", "b/2.png", "ü.png"]),
+        ("b/*", ["b/1.png", "b/10.png", "b/2.png"]),
+        ("b/?.png", ["b/1.png", "b/2.png"]),
+        ("[ac].*", ["a.png", "c.txt"]),
+    ],
+)
+def test_the_pattern_is_matched_against_the_relative_key(
+    filled: SamplePool, pattern: str, expected: list[str]
+) -> None:
+    assert from_files(filled, pattern=pattern).keys() == expected
+    assert from_files(filled, "s3://bucket/data/", pattern=pattern).keys() == expected
+
+
+def test_a_whole_bucket(filled: SamplePool) -> None:
+    assert "database/x.png" in from_files(filled, "s3://bucket").keys()  # noqa: SIM118 - no mapping
+
+
+def test_indices_are_those_of_a_list(filled: SamplePool) -> None:
+    dataset = from_files(filled)
+    samples = [dataset[i] for i in range(len(dataset))]
+    for index in (-1, -len(dataset), np.int64(2), torch.tensor(3)):
+        assert dataset[index] == samples[index]  # type: ignore[index]
+    for index in (len(dataset), -len(dataset) - 1):
+        with pytest.raises(IndexError, match=f"index {index} is out of range: the dataset has 7 samples"):
+            dataset[index]
+    with pytest.raises(TypeError):
+        dataset["a.png"]  # type: ignore[index]
+    assert list(dataset) == samples
+
+
+def test_a_batch_is_one_call_and_keeps_its_order(filled: SamplePool) -> None:
+    dataset = from_files(filled)
+    filled.reads.clear()
+    batch = dataset.__getitems__([3, 0, 3, -1])
+    assert batch == [dataset[3], dataset[0], dataset[3], dataset[6]]
+    assert [len(call) for call in filled.reads] == [4, 1, 1, 1, 1]
+    assert filled.namespaces == {"s3://bucket/data"}
+
+
+def test_decode_gets_a_read_only_view_and_transform_comes_last(filled: SamplePool) -> None:
+    seen: list[memoryview] = []
+
+    def decode(data: memoryview) -> int:
+        seen.append(data)
+        return len(data)
+
+    dataset = from_files(filled, decode=decode, transform=lambda size: size + 0.5)
+    assert dataset[1] == 15.5
+    assert isinstance(seen[0], memoryview)
+    assert seen[0].readonly
+    assert from_files(filled, transform=len)[1] == 15
+
+
+def test_a_data_loader_takes_it(filled: SamplePool) -> None:
+    dataset = from_files(filled, decode=lambda data: torch.tensor(len(data)))
+    assert [batch.tolist() for batch in DataLoader(dataset, batch_size=4)] == [[15, 15, 21, 24], [21, 15, 18]]
+
+
+def test_it_pickles_small(filled: SamplePool) -> None:
+    for i in range(2000):
+        filled.put(f"s3://bucket/many/{i}", b"x")
+    dataset = from_files(filled, "s3://bucket/many")
+    keys = dataset.keys()
+    filled.objects.clear()  # of the pool in memory, which pickles whole
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 2000
+    assert pickle.loads(pickled).keys() == keys
+
+
+def test_repr_says_what_it_is(filled: SamplePool) -> None:
+    text = repr(from_files(filled, pattern="b/*"))
+    assert text == "CachedDataset.from_files('s3://bucket/data', pattern='b/*': 3 objects, 66 bytes)"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("", "got '' as its URI"),
+        ("  ", "got '  ' as its URI"),
+        (None, "got None as its URI"),
+        ("bucket/data", "'bucket/data', which is no URI"),
+        ("/data/images", "for files of this machine write file:///data/images"),
+        ("://x", "is no URI"),
+        ("s3://", "names no bucket or folder"),
+        ("s3:///", "names no bucket or folder"),
+        ("gs://bucket/x", "no under-store for gs://bucket/x"),
+    ],
+)
+def test_bad_uris_are_refused(filled: SamplePool, uri: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        from_files(filled, uri)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "pattern", "message"),
+    [
+        ("s3://bucket/dat", "*", "there are no objects under s3://bucket/dat/ (looked for pattern='*')"),
+        ("s3://bucket/data", "*.jpg", "none of the 7 objects under s3://bucket/data/ match pattern='*.jpg'"),
+        ("s3://buckett/data", "*", "there is no bucket buckett"),
+    ],
+)
+def test_nothing_found_says_what_was_looked_for(
+    filled: SamplePool, uri: str, pattern: str, message: str
+) -> None:
+    with pytest.raises(ObjectNotFound) as caught:
+        from_files(filled, uri, pattern=pattern)
+    assert message in str(caught.value)
+
+
+def test_a_listing_out_of_order_is_refused(filled: SamplePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index must mean the same sample on every rank."""
+    listed = [ObjectInfo(ObjectId("s3", f"bucket/data/{k}", "v"), 1) for k in ("b", "a")]
+    monkeypatch.setattr(filled, "list", lambda uri: iter(listed))
+    with pytest.raises(IntegrityError, match="out of order"):
+        from_files(filled)
+
+
+def test_an_object_that_went_or_changed_says_so(filled: SamplePool) -> None:
+    dataset = from_files(filled)
+    filled.delete("s3://bucket/data/a.png")
+    filled.put("s3://bucket/data/c.txt", b"other")
+    with pytest.raises(
+        ObjectNotFound, match=r"s3://bucket/data/a\.png is gone since.*create it again"
+    ) as gone:
+        dataset.__getitems__([0, 1])
+    assert gone.value.object == "s3://bucket/data/a.png"
+    with pytest.raises(ObjectChanged, match=r"s3://bucket/data/c\.txt has changed since.*create it again"):
+        dataset[5]
+
+
+def test_other_errors_come_as_they_are(filled: SamplePool) -> None:
+    dataset = from_files(filled)
+    filled.errors["s3://bucket/data/a.png"] = ServerUnavailable("S3 is away", object="s3://bucket/data/a.png")
+    with pytest.raises(ServerUnavailable, match="S3 is away"):
+        dataset[1]
+
+
+def test_stage_and_residency(filled: SamplePool, capfd: pytest.CaptureFixture[str]) -> None:
+    dataset = from_files(filled)
+    assert dataset.residency().fraction == 0.0
+    dataset.stage(progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert dataset.residency().fraction == 1.0
+    dataset.stage()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "7/7 samples, 129 bytes of 129 bytes" in err
+
+
+def test_staging_raises_what_it_met(filled: SamplePool) -> None:
+    dataset = from_files(filled)
+    filled.errors["s3://bucket/data/a.png"] = ObjectNotFound("gone", object="s3://bucket/data/a.png")
+    with pytest.raises(ObjectNotFound, match="gone"):
+        dataset.stage(progress=False)
+    assert dataset.residency().resident_objects == 6  # the others are there
+
+
+def test_a_position_over_other_files_is_refused(filled: SamplePool) -> None:
+    state = from_files(filled).state_dict()
+    from_files(filled).load_state_dict(state)
+    filled.put("s3://bucket/data/new.png", b"x")
+    with pytest.raises(ConfigurationError, match="count was 7, is 8"):
+        from_files(filled).load_state_dict(state)
+    filled.delete("s3://bucket/data/new.png")
+    filled.put("s3://bucket/data/a.png", b"other bytes")
+    with pytest.raises(ConfigurationError, match="digest was"):
+        from_files(filled).load_state_dict(state)

@@ -1,0 +1,184 @@
+"""Prefetch: the order foreseen is the one the sampler gives, and foreseeing changes nothing."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Sampler, SequentialSampler
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+from tests.unit.sample_pool import SamplePool, pool
+from torchcache.data import CachedDataset, Prefetch
+from torchcache.data.prefetch import epoch_order
+from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError
+
+__all__ = ["pool"]
+
+DATA = list(range(50))
+
+
+class Unforeseeable(Sampler[int]):
+    """Draws from all global generators."""
+
+    def __iter__(self) -> Iterator[int]:
+        draws = int(torch.randint(50, ())), random.randrange(50), int(np.random.randint(50))
+        return iter(draws)
+
+
+def distributed(kind: type[Any], rank: int = 0) -> Any:
+    return kind(DATA, num_replicas=2, rank=rank, shuffle=True, seed=3)
+
+
+@pytest.mark.parametrize("kind", [DistributedSampler, StatefulDistributedSampler])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_distributed_sampler_is_asked_for_the_epoch_and_left_where_it_was(
+    kind: type[Any], rank: int
+) -> None:
+    sampler = distributed(kind, rank)
+    sampler.set_epoch(1)
+    foreseen = epoch_order(sampler, 2, ())
+    assert sampler.epoch == 1
+    sampler.set_epoch(2)
+    assert foreseen == list(sampler)
+
+
+def test_a_batch_sampler_is_asked_through() -> None:
+    inner = distributed(DistributedSampler)
+    foreseen = epoch_order(BatchSampler(inner, 4, drop_last=False), 5, ())
+    inner.set_epoch(5)
+    assert foreseen == list(inner)
+
+
+def test_a_sampler_with_its_own_generator_gives_what_it_would_have() -> None:
+    sampler = RandomSampler(DATA, generator=torch.Generator().manual_seed(7))
+    foreseen = epoch_order(sampler, 0, ())
+    assert foreseen == list(sampler)
+    assert foreseen != list(sampler)
+
+
+@pytest.mark.parametrize("sampler", [RandomSampler(DATA), Unforeseeable()], ids=["random", "global"])
+def test_the_global_generators_are_put_back(sampler: Any) -> None:
+    def draw() -> tuple[Any, ...]:
+        return int(torch.randint(2**40, ())), random.random(), float(np.random.random())
+
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    expected = draw()
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    epoch_order(sampler, 0, ())
+    assert draw() == expected
+
+
+def test_an_index_drawn_twice_is_staged_once() -> None:
+    sampler = RandomSampler(
+        DATA, replacement=True, num_samples=200, generator=torch.Generator().manual_seed(1)
+    )
+    foreseen = epoch_order(sampler, 0, ())
+    assert len(foreseen) == len(set(foreseen))
+    assert set(foreseen) == set(sampler)
+
+
+class Uncopyable:
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("cannot be copied")
+
+    def __len__(self) -> int:
+        return 5
+
+
+def test_the_dataset_is_not_copied_with_the_sampler() -> None:
+    assert epoch_order(SequentialSampler(Uncopyable()), 0, ()) == [0, 1, 2, 3, 4]
+    held = SequentialSampler(DATA)
+    held.extra = Uncopyable()  # type: ignore[attr-defined]
+    assert epoch_order(held, 0, (held.extra,)) == DATA  # type: ignore[attr-defined]
+    with pytest.raises(ConfigurationError, match="can't copy the sampler"):
+        epoch_order(held, 0, ())
+
+
+class Stage:
+    """Stages on command, one index a step."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.staged: list[int] = []
+        self.steps = threading.Semaphore(0)
+        self.error = error
+
+    def __call__(
+        self, indices: Sequence[int], advance: Callable[[int, int], None], cancelled: Callable[[], bool]
+    ) -> None:
+        for index in indices:
+            self.steps.acquire()
+            if cancelled():
+                return
+            if self.error:
+                raise self.error
+            self.staged.append(index)
+            advance(1, 10)
+
+
+def test_it_runs_in_the_background_and_counts() -> None:
+    stage = Stage()
+    handle = Prefetch(stage, [4, 2, 7])
+    assert not handle.done()
+    assert handle.wait(0.01) is False
+    assert repr(handle) == "Prefetch(0 of 3 samples, 0 bytes, running)"
+    stage.steps.release(3)
+    assert handle.wait() is True
+    assert handle.done()
+    assert stage.staged == [4, 2, 7]
+    assert (handle.total, handle.staged, handle.staged_bytes) == (3, 3, 30)
+    assert repr(handle) == "Prefetch(3 of 3 samples, 30 bytes, done)"
+
+
+def test_it_can_be_cancelled() -> None:
+    stage = Stage()
+    handle = Prefetch(stage, range(100))
+    handle.cancel()
+    assert repr(handle).endswith("cancelled)")
+    stage.steps.release(100)
+    assert handle.wait() is True
+    assert handle.staged == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(ServerUnavailable("away"), ServerUnavailable), (KeyError("of the user"), TorchCacheError)],
+)
+def test_wait_raises_what_it_met(
+    error: Exception, expected: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(error)
+    stage.steps.release()
+    with pytest.raises(expected, match=str(error.args[0])):
+        Prefetch(stage, [1]).wait()
+    assert "prefetch stopped" in caplog.text
+
+
+def test_a_dataset_prefetches_in_the_samplers_order(pool: SamplePool) -> None:
+    for i in range(50):
+        pool.put(f"s3://b/d/{i:02d}", bytes(i))
+    order: list[int] = []
+    stage = pool.stage
+    pool.stage = lambda objects, **options: (
+        order.extend(o.size for o in objects),
+        stage(objects, **options),
+    )[1]  # type: ignore[method-assign]
+    dataset = CachedDataset.from_files("s3://b/d", pool=pool)  # type: ignore[arg-type]
+    sampler = DistributedSampler(dataset, num_replicas=2, rank=1, seed=5)
+    handle = dataset.prefetch(sampler, 3)
+    assert handle.wait()
+    sampler.set_epoch(3)
+    assert order == list(sampler)
+    assert (handle.staged, handle.staged_bytes) == (25, sum(order))
+    assert dataset.residency().resident_objects == 25
+
+
+def test_computed_samples_are_prefetched_too(pool: SamplePool) -> None:
+    dataset = CachedDataset([10, 11, 12], pool=pool)  # type: ignore[arg-type]
+    assert dataset.prefetch(SequentialSampler(dataset), 0).wait()
+    assert dataset.residency().fraction == 1.0
