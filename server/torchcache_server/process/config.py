@@ -19,6 +19,7 @@ from torchcache.sizes import parse_size
 DEFAULT_LISTEN: Final = "127.0.0.1:7440"
 DEFAULT_DRAIN_S: Final = 60.0
 EMBEDDED_DRAIN_S: Final = 40.0
+DEFAULT_IDLE_S: Final = 15.0
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
@@ -36,6 +37,7 @@ class Embedded:
 
     root: Path
     index: int
+    idle_s: float = DEFAULT_IDLE_S  # it ends after so long without a client
 
     @property
     def folder(self) -> Path:
@@ -114,7 +116,7 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
     """The configuration that `settings` describe: names and values as in the TOML file.
 
     listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, drain_s, metrics_port; an embedded
-    server has embedded (its pool's folder) and index in place of listen and store. None is the same as absent.
+    server has embedded (its pool's folder), index and idle_s in place of listen and store. None is the same as absent.
     Raises ConfigurationError, also for a setting that doesn't exist.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -174,6 +176,7 @@ _SETTINGS: Final = (
     "metrics_port",
     "embedded",
     "index",
+    "idle_s",
 )
 
 
@@ -187,10 +190,9 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
 
 def _embedded(given: Mapping[str, Any]) -> Embedded | None:
     if "embedded" not in given:
-        if "index" in given:
-            raise ConfigurationError(
-                "index belongs to an embedded server: give its pool's folder, embedded, too"
-            )
+        for name in ("index", "idle_s"):
+            if name in given:
+                raise ConfigurationError(f"{name} belongs to an embedded server: give its pool's folder, too")
         return None
     extra = sorted({"listen", "store", "tls_cert", "tls_key"} & given.keys())
     if extra:
@@ -200,7 +202,10 @@ def _embedded(given: Mapping[str, Any]) -> Embedded | None:
     index = int(_number(given, "index", 0))
     if index < 0:
         raise ConfigurationError(f"servers are numbered from 0, not {index}")
-    return Embedded(root=_path(given, "embedded"), index=index)
+    idle_s = _number(given, "idle_s", DEFAULT_IDLE_S)
+    if not 0 < idle_s <= 86_400:
+        raise ConfigurationError(f"an idle time of {idle_s} s: give more than 0, up to 86400")
+    return Embedded(root=_path(given, "embedded"), index=index, idle_s=idle_s)
 
 
 def _under_stores(table: object) -> tuple[tuple[str, str], ...]:

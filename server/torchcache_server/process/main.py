@@ -22,7 +22,7 @@ from torchcache.errors import ConfigurationError, TorchCacheError
 
 from .config import Embedded, ServerConfig, from_settings, parse_under_stores, read_toml
 from .locks import LockFile
-from .presence import clients_present, wait_until_idle
+from .presence import POLL_S, clients_present, wait_until_idle
 from .server import Server
 
 OK: Final = 0
@@ -83,6 +83,9 @@ _LOG = logging.getLogger(__name__)
     help="Run as a server of the embedded pool in ROOT.",
 )
 @click.option("--index", metavar="I", type=int, help="Number of this server in the embedded pool.")
+@click.option(
+    "--idle-s", metavar="SECONDS", type=float, help="Embedded: end after so long without a client. [15]"
+)
 def main(*, config: Path | None, under_store: tuple[str, ...], **options: Any) -> None:
     """A torchcache server: holds chunks of datasets and checkpoints on local disk and serves them to a pool's clients.
 
@@ -126,8 +129,8 @@ def _serve(config: ServerConfig, stop: threading.Event) -> int:
             stop.wait()
             left = server.drain(config.drain_s)
         else:
-            root = config.embedded.root
-            wait_until_idle(root, stop, server.leave)
+            root, idle_s = config.embedded.root, config.embedded.idle_s
+            wait_until_idle(root, stop, server.leave, idle_s=idle_s, poll_s=min(POLL_S, idle_s / 5))
             # Who attaches now starts the next server, which waits for this one: it takes over the uploads.
             left = server.drain(config.drain_s, abandoned=lambda: clients_present(root))
     finally:

@@ -17,7 +17,6 @@ from typing import Final
 
 from .locks import LockFile
 
-IDLE_S: Final = 15.0
 POLL_S: Final = 2.0
 _LOG = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def wait_until_idle(
     stopping: threading.Event,
     leave: Callable[[], None],
     *,
-    idle_s: float = IDLE_S,
+    idle_s: float,
     poll_s: float = POLL_S,
 ) -> bool:
     """Returns True once no process used the pool for `idle_s`, after calling `leave` under `pool.lock`: so whoever

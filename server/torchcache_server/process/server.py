@@ -116,20 +116,22 @@ class Server:
         if self._endpoint:
             self._endpoint.remove()
 
-    def drain(self, timeout_s: float, *, abandoned: Callable[[], bool] = lambda: False) -> list[str]:
+    def drain(self, timeout_s: float, *, abandoned: Callable[[], bool] | None = None) -> list[str]:
         """Refuses what is new, lets finish what runs and uploads what is not yet in the under-store.
 
-        Gives up after `timeout_s`, or when `abandoned` says so; returns the URIs of what is left.
+        Gives up after `timeout_s`, or when `abandoned`, asked every second, says so. Returns the URIs of what is left.
         """
         deadline = time.monotonic() + timeout_s
         self.leave()
         self._control.not_serving()
-        self._admission.drain(0)
+        self._admission.begin_drain()
         while True:
-            step_s = max(0.0, min(1.0, deadline - time.monotonic()))
-            running = not self._admission.drain(step_s)
-            left = self._write_back.drain(0.0 if running else step_s)
-            if not (running or left) or time.monotonic() >= deadline or abandoned():
+            until = deadline if abandoned is None else min(deadline, time.monotonic() + 1.0)
+            finished = self._admission.wait_until_idle(until - time.monotonic())
+            left = self._write_back.drain(max(0.0, until - time.monotonic()))
+            now = time.monotonic()
+            # Back before its time: what is left, if anything, isn't going to be uploaded by waiting.
+            if (finished and now < until) or now >= deadline or (abandoned is not None and abandoned()):
                 return left
 
     def close(self) -> None:
@@ -162,6 +164,7 @@ class Server:
             if isinstance(under_store, S3UnderStore):
                 under_store.set_credentials(variables)
         self._endpoint.write(credentials_digest=environment.credentials_digest(variables))
+        self._write_back.retry_failed()
 
 
 def _open_under_stores(config: ServerConfig, closing: ExitStack) -> dict[str, UnderStore]:

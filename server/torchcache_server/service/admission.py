@@ -1,4 +1,4 @@
-"""How much runs at once, and whether anything may still start: shared by both services."""
+"""What runs, how much of it at once, and whether anything may still start: shared by both services."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Admission:
     def __init__(self, max_streams: int = MAX_STREAMS) -> None:
         self._max_streams = max_streams
         self._streams = 0
+        self._calls = 0
         self._changed = threading.Condition()
         self._state: Literal["open", "draining", "closed"] = "open"
 
@@ -30,15 +31,11 @@ class Admission:
         """Streams that run now."""
         return self._streams
 
-    @property
-    def is_open(self) -> bool:
-        return self._state == "open"
-
     @contextmanager
     def stream(self) -> Iterator[None]:
         """Around one data stream. Raises Overloaded above the bound, ServerUnavailable when draining."""
         with self._changed:
-            self.check_open()
+            self._check_open()
             if self._streams >= self._max_streams:
                 raise Overloaded(f"the server has {self._streams} streams open, as many as it may: try again")
             self._streams += 1
@@ -49,8 +46,20 @@ class Admission:
                 self._streams -= 1
                 self._changed.notify_all()
 
-    def check_open(self) -> None:
-        """Before a call that begins something. Raises ServerUnavailable when draining."""
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around one control call that begins something. Raises ServerUnavailable when draining."""
+        with self._changed:
+            self._check_open()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+    def _check_open(self) -> None:
         if self._state != "open":
             raise ServerUnavailable("the server is shutting down")
 
@@ -59,11 +68,16 @@ class Admission:
         if self._state == "closed":
             raise ServerUnavailable("the server shut down before this stream ended")
 
-    def drain(self, timeout_s: float) -> bool:
-        """Refuses new streams and waits for those that run; True if none is left."""
+    def begin_drain(self) -> None:
+        """Refuses what is new from now on."""
         with self._changed:
-            self._state = "draining"
-            return self._changed.wait_for(lambda: not self._streams, timeout_s)
+            if self._state == "open":
+                self._state = "draining"
+
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """Waits for what runs; False if something still does after `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._streams or self._calls), max(0.0, timeout_s))
 
     def close(self) -> None:
         """Ends the streams that still run, at their next batch."""

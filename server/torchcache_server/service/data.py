@@ -80,13 +80,15 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
     def _batches(self, plan: ReadPlan, context: Any) -> Iterator[pa.RecordBatch]:
         # The slot is taken here and not in do_get: a generator that never starts is never closed either.
         with flight_errors("do_get"), self._admission.stream():
-            self._counters.add(read_calls=1)
-            for batch in Read(plan, self._read_through).batches():
-                self._admission.check_running()
-                self._counters.add(served_bytes=batch.nbytes)
-                yield batch
-                if context.is_cancelled():
-                    return
+            read = Read(plan, self._read_through)
+            try:
+                for batch in read.batches():
+                    self._admission.check_running()
+                    yield batch
+                    if context.is_cancelled():
+                        return
+            finally:
+                self._counters.add(read_calls=1, served_bytes=read.sent_bytes)
 
     def _groups(self, plan: WritePlan, reader: Any) -> Iterator[list[Row]]:
         group: list[Row] = []

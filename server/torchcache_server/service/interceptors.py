@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
 import grpc
@@ -84,9 +84,8 @@ class ControlInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # g
     ) -> Callable[[Any, grpc.ServicerContext], Any]:
         def call(request: Any, context: grpc.ServicerContext) -> Any:
             try:
-                if method not in ALWAYS:
-                    self._admission.check_open()
-                return behaviour(request, context)
+                with nullcontext() if method in ALWAYS else self._admission.call():
+                    return behaviour(request, context)
             except TorchCacheError as error:
                 context.abort(status_code(error), encode_error(error))
             except Exception:  # noqa: BLE001 - logged, and told without its text

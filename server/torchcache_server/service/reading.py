@@ -64,6 +64,8 @@ class Read:
         self._read_through = read_through
         self._deadline = time.monotonic() + plan.timeout_s
         self._failed: set[int] = set()
+        self.sent_bytes = 0
+        """Of payload, in the batches taken so far."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The stream's batches. An extent that fails has a row that says so; nothing is raised for it."""
@@ -74,9 +76,11 @@ class Read:
                 rows.append(piece)
                 size += piece.data.size
             if rows and (piece is None or size >= BATCH_BYTES or len(rows) >= BATCH_ROWS):
+                self.sent_bytes += size
                 yield encode_pieces(rows)
                 rows, size = [], 0
         if rows:
+            self.sent_bytes += size
             yield encode_pieces(rows)
 
     def _pieces(self) -> Iterator[Piece | None]:
