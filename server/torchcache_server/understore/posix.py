@@ -202,11 +202,16 @@ class PosixUnderStore:
 def _set_apart(
     folder: int, temporary: str, status: os.stat_result, found: os.stat_result | None
 ) -> os.stat_result:
-    """Makes sure that the new file's version isn't that of the file it replaces."""
-    if found is None or version_of(found) != version_of(status):
+    """Makes the new file younger than the one it replaces, so that no version comes twice, whatever the clock does."""
+    if found is None or found.st_mtime_ns < status.st_mtime_ns:
         return status
-    os.utime(temporary, ns=(found.st_atime_ns, found.st_mtime_ns + 1), dir_fd=folder)
-    return os.stat(temporary, dir_fd=folder)
+    file = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+        os.fsync(file)
+        return os.fstat(file)
+    finally:
+        os.close(file)
 
 
 def _publish(folder: int, temporary: str, target: str, *, create: bool) -> None:

@@ -37,20 +37,19 @@ class RetryBudget:
     """At most `tokens` retries in stock; a success gives back a tenth of one. Thread-safe."""
 
     def __init__(self, tokens: int = 100) -> None:
-        self._limit = float(tokens)
-        self._tokens = float(tokens)
+        self._limit_tenths = self._tenths = 10 * tokens
         self._lock = threading.Lock()
 
     def take(self) -> bool:
         with self._lock:
-            if self._tokens < 1:
+            if self._tenths < 10:
                 return False
-            self._tokens -= 1
+            self._tenths -= 10
             return True
 
     def succeeded(self) -> None:
         with self._lock:
-            self._tokens = min(self._limit, self._tokens + 0.1)
+            self._tenths = min(self._limit_tenths, self._tenths + 1)
 
 
 class Retrier:

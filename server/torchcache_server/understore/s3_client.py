@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CONNECTIONS = 64
+_AWS = (".amazonaws.com", ".amazonaws.com.cn")
 _CONNECT_S = 5.0
 _PATIENCE_S = (16.0, 4.0, 1.0)
 
@@ -104,11 +106,22 @@ class S3Clients:
                 f"S3 can't be used as configured: {error}; check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
             ) from error
         client.meta.events.register("before-send.s3", self._count)
+        if not (urlsplit(client.meta.endpoint_url).hostname or "").endswith(_AWS):
+            client.meta.events.register("before-call.s3", _stay)
         return client
 
     def _count(self, *, event_name: str, **_: object) -> None:
         """Sees every request that leaves, those included that botocore adds by itself to find a bucket's region."""
         self._counters.add(_KINDS.get(event_name.rpartition(".")[2], "meta"))
+
+
+def _stay(*, context: dict[str, Any], **_: object) -> None:
+    """Has botocore take a redirect for an error.
+
+    It follows one by looking for the bucket's region, and recurses without end if that request is redirected as well.
+    At AWS, whose answers name the region, it may: that leads to no host but AWS's own.
+    """
+    context.get("s3_redirect", {})["redirected"] = True
 
 
 class S3Calls:
