@@ -85,7 +85,7 @@ class Core:
         if namespace is not None:
             namespace.last_used = next(self.clock)
 
-    def make_room(self, namespace: str, need_bytes: int) -> bool:
+    def make_room(self, namespace: str | None, need_bytes: int) -> bool:
         """Evicts at least `need_bytes` from other namespaces; False, and nothing is done, if that much can't go."""
         with self.lock:
             victims = choose_victims(self.space.candidates(), namespace=namespace, need_bytes=need_bytes)
@@ -146,5 +146,8 @@ class Core:
             _log.warning("segment %s can't be unlinked: %s", segment.path, error)
         with self.lock:
             if self.space.forget_if_empty(segment.header.namespace):
-                self.disk.remove_dir(os.path.dirname(segment.path))
+                try:
+                    self.disk.remove_dir(os.path.dirname(segment.path))
+                except OSError as error:
+                    _log.warning("an empty folder stays: %s", error)
         self.close_if_done(segment)

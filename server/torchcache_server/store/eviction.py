@@ -22,8 +22,10 @@ class Candidate:
     protected: bool  # pinned, kept, or being written to
 
 
-def choose_victims(candidates: Iterable[Candidate], *, namespace: str, need_bytes: int) -> list[int] | None:
-    """Segments whose going gives at least `need_bytes` to `namespace`, in the order they should go.
+def choose_victims(
+    candidates: Iterable[Candidate], *, namespace: str | None, need_bytes: int
+) -> list[int] | None:
+    """Segments whose going gives at least `need_bytes` to `namespace` (None: to nobody), in the order they should go.
 
     Takes no more of them than needed. None if there isn't enough that may go: then nothing should, in vain.
     """

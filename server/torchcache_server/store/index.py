@@ -119,6 +119,8 @@ class Index:
                 with self.writing() as writer:
                     writer.replace_notes(notes)
                 self._env.sync(True)
+        except lmdb.Error as error:
+            raise OutOfSpace(f"the store's index can't be synced: {error}") from error
         finally:
             self._env.close()
 

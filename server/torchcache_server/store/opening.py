@@ -53,7 +53,10 @@ def _open_index(folder: StoreFolder, capacity_bytes: int) -> tuple[Index, dict[i
         except lmdb.Error as error:
             _log.warning("the index of %s is damaged and rebuilt: %s", folder.path, error)
     remove_index(folder.index)
-    return Index(folder.index, capacity_bytes=capacity_bytes), {}
+    try:
+        return Index(folder.index, capacity_bytes=capacity_bytes), {}
+    except lmdb.Error as error:
+        raise OutOfSpace(f"its index can't be made: {error}") from error
 
 
 def _load_segments(core: Core, notes: dict[int, SegmentNote]) -> None:

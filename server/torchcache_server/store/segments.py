@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import secrets
 import threading
@@ -28,6 +29,8 @@ from torchcache_server.store.record import (
 )
 
 SUFFIX: Final = ".segment"
+
+_log = logging.getLogger(__name__)
 
 
 def folder_name(namespace: str) -> str:
@@ -162,7 +165,11 @@ class Segment:
         with self.file_lock:
             if self.fd is not None:
                 fd, self.fd = self.fd, None
-                disk.close(fd)
+                try:
+                    disk.close(fd)
+                except OSError as error:
+                    # Only an fsync promises anything; what it couldn't write shows there.
+                    _log.warning("segment %s: close says %s", self.path, error)
 
 
 def new_header(namespace: str, number: int, file_bytes: int) -> SegmentHeader:

@@ -78,7 +78,7 @@ class Store:
         self._gate = Gate(str(path))
         self.server_id = folder.server_id
         over = space.used_bytes - capacity_bytes
-        if over > 0 and not self._core.make_room("", over):
+        if over > 0 and not self._core.make_room(None, over):
             _log.warning("the store %s holds %d bytes more than its capacity, and may evict none", path, over)
 
     # ---- chunks ----

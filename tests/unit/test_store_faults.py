@@ -1,0 +1,267 @@
+"""Each call to the disk fails in turn: an error of ours that says so, and nothing that was good is lost."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from tests.unit.store_parts import (
+    CAPACITY,
+    MIB,
+    SEAM,
+    FailingDisk,
+    FullDisk,
+    ShortWrites,
+    chunk,
+    crash_image,
+    fill,
+    held,
+    payload,
+)
+from torchcache.errors import ConfigurationError, OutOfSpace, TorchCacheError
+from torchcache_server.store import DiskCalls, Store
+
+CODES = [errno.EIO, errno.ENOSPC]  # what the store tells apart: full, and all else
+
+
+def open_store(path: Path, disk: DiskCalls, capacity: int = CAPACITY) -> Store:
+    return Store(path, capacity_bytes=capacity, disk=disk)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("call", SEAM)
+def test_every_call_may_fail_while_running(tmp_path: Path, call: str, code: int) -> None:
+    disk = FailingDisk()
+    store = open_store(tmp_path / "s", disk, 24 * MIB)
+    fill(store, "a", range(8), MIB)
+    store.keep("a", True)
+    fill(store, "b", range(20, 26), MIB)
+    disk.fail(call, code)
+    for step in (
+        lambda: fill(store, "c", range(30, 42), MIB),  # makes segments, evicts b
+        lambda: fill(store, "a", range(100, 106), MIB),
+        lambda: store.sync("a"),
+        lambda: store.pin("a", True),
+        lambda: store.put_record(b"k", b"v"),
+        lambda: store.get_record(b"k"),
+        lambda: store.delete_record(b"k"),
+        lambda: store.quarantine(chunk(25)),
+        lambda: store.drop("c"),
+    ):
+        try:
+            step()
+        except TorchCacheError as error:
+            assert error.message  # noqa: PT017
+    assert all(held(store, n, MIB) for n in range(8)), "what is kept is untouched"
+    disk.mend()
+    fill(store, "d", range(200, 203), MIB)
+    assert all(held(store, n, MIB) for n in range(200, 203)), "it works again once the disk does"
+    assert store.usage().used_bytes == sum(n.bytes for n in store.namespaces())
+    store.close()
+    store = open_store(tmp_path / "s", disk, 24 * MIB)
+    assert all(held(store, n, MIB) for n in range(8))
+    store.close()
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("call", SEAM)
+def test_every_call_may_fail_while_opening(tmp_path: Path, call: str, code: int) -> None:
+    store = open_store(tmp_path / "live", DiskCalls())
+    fill(store, "a", range(20))
+    store.keep("a", True)
+    store.put_record(b"k", b"v")
+    image = crash_image(tmp_path / "live", tmp_path / "image")
+    store.close()
+    disk = FailingDisk()
+    disk.fail(call, code)
+    try:
+        open_store(image, disk).close()
+    except ConfigurationError as error:
+        assert str(image) in str(error)  # noqa: PT017
+    disk.mend()
+    store = open_store(image, disk)
+    assert all(held(store, n) for n in range(20))
+    assert store.get_record(b"k") == b"v"
+    assert [(n.name, n.kept) for n in store.namespaces()] == [("a", True)]
+    store.close()
+
+
+def test_short_writes_are_continued(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "s", ShortWrites())
+    fill(store, "a", range(3), 50_000)
+    store.put_record(b"k", b"v" * 5000)
+    image = crash_image(tmp_path / "s", tmp_path / "image")
+    store.close()
+    store = open_store(image, DiskCalls())
+    assert all(held(store, n, 50_000) for n in range(3))
+    assert store.get_record(b"k") == b"v" * 5000
+    store.close()
+
+
+# ---- a full disk ----
+
+
+def test_a_full_disk_evicts_others_and_goes_on(tmp_path: Path) -> None:
+    """F10: the disk is smaller than the capacity said."""
+    store = open_store(tmp_path, FullDisk(30 * MIB), capacity=256 * MIB)
+    fill(store, "a", range(10), MIB)
+    for n in range(100, 125):
+        fill(store, "b", range(n, n + 1), MIB)
+    assert all(held(store, n, MIB) for n in range(100, 125))
+    assert not any(store.contains(chunk(n)) for n in range(10))
+    assert store.usage().evicted_chunks == 10
+    store.close()
+
+
+def test_a_full_disk_with_nothing_to_evict_says_so(tmp_path: Path) -> None:
+    """F10, F11: nothing is half stored, and what was there is there."""
+    store = open_store(tmp_path, FullDisk(12 * MIB), capacity=256 * MIB)
+    store.keep("a", True)
+    fill(store, "a", range(10), MIB)
+    before = store.usage()
+    with pytest.raises(OutOfSpace, match="takes no more"):
+        fill(store, "b", range(100, 103), MIB)
+    after = store.usage()
+    assert after.chunks == 10
+    assert after.used_bytes - before.used_bytes < 1000, "the room it took is given back"
+    assert not any(store.contains(chunk(n)) for n in range(100, 103))
+    fill(store, "b", range(100, 101), MIB)
+    assert held(store, 100, MIB)
+    store.close()
+
+
+# ---- sync ----
+
+
+def test_sync_orders_files_before_names(tmp_path: Path) -> None:
+    """I2: bytes, then the file, then its folder and the folder's name; once, and nothing twice."""
+    order: list[str] = []
+
+    class Recorder(FailingDisk):
+        def _called(self, call: str, *arguments: object) -> None:
+            if call in ("pwritev", "fsync", "fsync_dir"):
+                order.append(call)
+
+    store = open_store(tmp_path, Recorder())
+    fill(store, "a", range(3))
+    order.clear()
+    store.sync("a")
+    assert order == ["fsync", "fsync_dir", "fsync_dir"]
+    store.sync("a")
+    store.sync("unknown")
+    assert order == ["fsync", "fsync_dir", "fsync_dir"]
+    fill(store, "a", range(3, 4))
+    store.sync("a")
+    assert order[3:] == ["pwritev", "fsync"]
+    store.close()
+
+
+def test_sync_covers_every_segment(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk)
+    fill(store, "a", range(20), MIB)
+    disk.calls.clear()
+    store.sync("a")
+    assert disk.calls["fsync"] == store.usage().segments >= 3
+    store.close()
+
+
+def test_full_segments_of_what_is_kept_are_synced_on_the_way(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk)
+    store.keep("a", True)
+    disk.calls.clear()
+    fill(store, "a", range(20), MIB)
+    assert disk.calls["fsync"] == store.usage().segments - 1
+    store.sync("a")
+    assert disk.calls["fsync"] == store.usage().segments
+    store.close()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_failed_fsync_is_never_tried_again(tmp_path: Path, kept: bool) -> None:
+    """F13: the namespace can't become durable any more, until it is dropped and written anew."""
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk)
+    if kept:
+        store.keep("a", True)
+    disk.fail("fsync", errno.EIO, times=1, path_has=".segment")
+    fill(store, "a", range(20), MIB)
+    for _ in range(2):
+        with pytest.raises(TorchCacheError, match="can't make 'a' durable.*Input/output error"):
+            store.sync("a")
+    fsyncs = disk.calls["fsync"]
+    with pytest.raises(TorchCacheError):
+        store.sync("a")
+    assert disk.calls["fsync"] == fsyncs
+    fill(store, "b", range(100, 103))
+    store.sync("b")
+    store.drop("a")
+    fill(store, "a", range(20), MIB)
+    store.sync("a")
+    assert held(store, 5, MIB)
+    store.close()
+
+
+def test_a_failed_fsync_for_lack_of_room_says_so(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk)
+    fill(store, "a", range(3))
+    disk.fail("fsync", errno.ENOSPC)
+    with pytest.raises(OutOfSpace, match="No space left"):
+        store.sync("a")
+    store.close()
+
+
+def test_a_failed_fsync_of_the_folder_is_no_durability(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk)
+    fill(store, "a", range(3))
+    disk.fail("fsync_dir", errno.EIO, times=1)
+    with pytest.raises(TorchCacheError, match="durable"):
+        store.sync("a")
+    store.close()
+
+
+def test_a_flag_that_cannot_be_noted_does_not_hold(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk)
+    disk.fail("fsync", errno.EIO)
+    with pytest.raises(TorchCacheError, match="is to be kept"):
+        store.keep("a", True)
+    assert store.namespaces() == []
+    disk.mend()
+    store.keep("a", True)
+    assert [n.kept for n in store.namespaces()] == [True]
+    store.close()
+
+
+def test_after_a_restart_everything_kept_is_synced_again(tmp_path: Path) -> None:
+    """The last server may have died before its sync: none may be taken for granted."""
+    store = open_store(tmp_path / "live", DiskCalls())
+    store.keep("a", True)
+    fill(store, "a", range(20), MIB)
+    image = crash_image(tmp_path / "live", tmp_path / "image")
+    store.close()
+    disk = FailingDisk()
+    store = open_store(image, disk)
+    disk.calls.clear()
+    store.sync("a")
+    assert (disk.calls["fsync"], disk.calls["fsync_dir"]) == (store.usage().segments, 2)
+    store.close()
+
+
+def test_a_failed_stop_is_an_unclean_one(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk)
+    fill(store, "a", range(10))
+    disk.fail("fsync", errno.EIO)
+    store.close()
+    assert not (tmp_path / "clean").exists()
+    store = open_store(tmp_path, DiskCalls())
+    assert [bytes(c.payload) for n in range(10) if (c := store.lookup(chunk(n)))] == [
+        payload(n) for n in range(10)
+    ]
+    store.close()
