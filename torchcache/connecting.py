@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torchcache.local_pool import LocalPool
+from torchcache import environment
+from torchcache.embedded import EmbeddedMembers
+from torchcache.errors import ConfigurationError
+from torchcache.lanes.access import Access, TlsConfig
+from torchcache.local_pool import LocalPool, default_root
 from torchcache.pool.client import Pool
-from torchcache.pool.members import TlsConfig
+from torchcache.pool.members import StaticMembers, parse_address
 
 
 def connect(
@@ -20,4 +24,22 @@ def connect(
     `TORCHCACHE_TOKEN_FILE`, or of `token` in `TORCHCACHE_HOME`). `tls` is a TlsConfig, or the path of the PEM file
     with the authority that signed the servers' certificates. Raises ConfigurationError.
     """
-    raise NotImplementedError
+    if isinstance(pool, Pool | LocalPool):
+        if token is not None or tls is not None:
+            raise ConfigurationError("token= and tls= belong to an address: a pool object has its own")
+        return pool if isinstance(pool, Pool) else pool.pool
+    address = pool if pool is not None else environment.pool_address()
+    if address is None:
+        if token is not None or tls is not None:
+            raise ConfigurationError(
+                "token= and tls= need the address of a pool: pass pool=, or set TORCHCACHE_POOL"
+            )
+        return Pool(EmbeddedMembers(root=default_root()))
+    if not isinstance(address, str):
+        raise ConfigurationError(f"pool={address!r}: give an address like host:7440, a Pool or a LocalPool")
+    access = Access(
+        token=token,
+        token_file=environment.token_file() if token is None else None,
+        tls=TlsConfig(ca=tls) if isinstance(tls, str) else tls,
+    )
+    return Pool(StaticMembers(endpoints=parse_address(address), access=access))

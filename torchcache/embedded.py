@@ -1,1 +1,311 @@
-"""The embedded pool on disk and in processes: who uses it, who serves it."""
+"""The embedded pool on disk and in processes: who uses it, who serves it.
+
+A pool lives in one folder. Every process that uses it holds `clients.lock` there, shared, for as long as it lives;
+whoever attaches holds `pool.lock` while it looks which servers run and starts those that do not. Each server holds
+the `server.lock` of its own folder and says in `endpoint.json` where it listens. The kernel frees locks with their
+process, so that SIGKILL of any of them leaves nothing stale.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torchcache import environment
+from torchcache.errors import ConfigurationError, ServerUnavailable
+from torchcache.lanes.access import Access
+from torchcache.lanes.connections import connections
+from torchcache.pool.control import ControlClient
+from torchcache.pool.members import Endpoint, parse_address
+from torchcache.server_process import ServerProcess, start_server
+from torchcache.wire.v1 import cache_pb2
+
+ATTACH_S: Final = 45.0
+"""How long attaching may take: a server that is just leaving is waited for by the one that follows it."""
+
+STOP_S: Final = 45.0
+"""How long a server may take to stop: it drains its uploads first."""
+
+_POLL_S: Final = 0.01
+_SHARE_OF_DISK: Final = 10
+_LEAST_BYTES: Final = 1024**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedMembers:
+    """The servers of the embedded pool in folder `root`, started when they are needed.
+
+    `servers` and `capacity_bytes` (of all servers together) None take what runs, or one server and a tenth of the
+    disk's free bytes.
+    """
+
+    root: Path
+    servers: int | None = None
+    capacity_bytes: int | None = None
+    embedded: bool = True
+
+    @property
+    def description(self) -> str:
+        return str(self.root)
+
+    @property
+    def access(self) -> Access:
+        return Access(token_file=self.root / "token")
+
+    def resolve(self, *, deadline: float) -> Sequence[Endpoint]:
+        """Attaches this process to the pool; see `MemberSource.resolve`."""
+        with connections.call():  # a fork in between would leave the child half attached
+            found = attach(self, min(deadline, time.monotonic() + ATTACH_S))
+            endpoints = [parse_address(fields["control"])[0] for fields in found]
+            for endpoint, fields in zip(endpoints, found, strict=True):
+                self._send_credentials(endpoint, fields, deadline)
+        return endpoints
+
+    def _send_credentials(self, endpoint: Endpoint, fields: Mapping[str, Any], deadline: float) -> None:
+        """Another process may have started the server, with credentials that have run out since."""
+        ours = environment.credentials()
+        if not ours or fields.get("credentials_digest") == environment.credentials_digest(ours):
+            return
+        request = cache_pb2.CredentialsRequest(variables=ours)
+        ControlClient(endpoint.address, self.access).call("SetCredentials", request, deadline=deadline)
+
+
+def attach(pool: EmbeddedMembers, deadline: float) -> list[dict[str, Any]]:
+    """Marks this process as a user of the pool and starts what does not run; returns the servers' endpoint files.
+
+    Raises ConfigurationError if the folder can't be used or runs with another number of servers, ServerUnavailable if
+    a server does not start.
+    """
+    make_folder(pool.root)
+    with pool_lock(pool.root, deadline):
+        presence.hold(pool.root)
+        count = _count(pool)
+        folders = [pool.root / f"server-{index}" for index in range(count)]
+        starting = [_start(pool, index, count) if not running(f) else None for index, f in enumerate(folders)]
+        return [_ready(folder, child, deadline) for folder, child in zip(folders, starting, strict=True)]
+
+
+def make_folder(root: Path) -> None:
+    """Makes the pool's folder. Raises ConfigurationError if that can't be, or if it is another user's."""
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = root.stat().st_uid
+    except OSError as error:
+        raise ConfigurationError(
+            f"the pool's folder {root} can't be made ({error.strerror}): set TORCHCACHE_HOME, or pass root="
+        ) from error
+    if owner != os.geteuid():
+        raise ConfigurationError(
+            f"the pool's folder {root} belongs to another user (uid {owner}): set TORCHCACHE_HOME, or pass root="
+        )
+
+
+@contextmanager
+def pool_lock(root: Path, deadline: float) -> Iterator[None]:
+    """Holds `pool.lock`. Raises ServerUnavailable if another process keeps it until the deadline."""
+    descriptor = _open_lock(root / "pool.lock")
+    try:
+        while not _lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() >= deadline:
+                raise ServerUnavailable(f"another process has been attaching to the pool {root} for too long")
+            time.sleep(_POLL_S)
+        yield
+    finally:
+        # Not by closing alone: a child forked meanwhile would keep the lock.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def running(folder: Path) -> bool:
+    """Whether a server lives in `folder` and has said where."""
+    return _locked(folder / "server.lock") and read_endpoint(folder) is not None
+
+
+def read_endpoint(folder: Path) -> dict[str, Any] | None:
+    """What the server in `folder` says of itself; None if nothing readable."""
+    try:
+        fields = json.loads((folder / "endpoint.json").read_text())
+        return fields if isinstance(fields, dict) and isinstance(fields.get("control"), str) else None
+    except (OSError, ValueError):
+        return None
+
+
+def default_capacity_bytes(root: Path) -> int:
+    """A tenth of what the disk has free, counting what the pool itself holds; at least 1 GiB if that much is free."""
+    held = sum(
+        found.st_blocks * 512
+        for path in root.glob("server-*/**/*")
+        if stat.S_ISREG((found := path.lstat()).st_mode)
+    )
+    free = shutil.disk_usage(root).free + held
+    return min(free, max(free // _SHARE_OF_DISK, _LEAST_BYTES))
+
+
+def _count(pool: EmbeddedMembers) -> int:
+    """The number of servers: of those that run, else what was asked for. Under `pool.lock`."""
+    alive = sum(_locked(path) for path in pool.root.glob("server-*/server.lock"))
+    described = pool.root / "pool.json"
+    if alive:
+        try:
+            count = int(json.loads(described.read_text())["servers"])
+        except (OSError, ValueError, KeyError, TypeError):
+            count = alive
+        if pool.servers is not None and pool.servers != count:
+            raise ConfigurationError(
+                f"the pool {pool.root} runs with {count} servers, not {pool.servers}: ask for as many, or wait until "
+                "nobody uses it"
+            )
+        return count
+    count = pool.servers or 1
+    temporary = described.with_suffix(".new")
+    temporary.write_text(json.dumps({"servers": count}))
+    temporary.replace(described)
+    return count
+
+
+def _start(pool: EmbeddedMembers, index: int, count: int) -> ServerProcess:
+    folder = pool.root / f"server-{index}"
+    child = presence.child(folder)
+    if child is None or not child.alive:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        (folder / "endpoint.json").unlink(missing_ok=True)  # of a server that was killed
+        capacity = (pool.capacity_bytes or default_capacity_bytes(pool.root)) // count
+        child = start_server(pool.root, index, capacity_bytes=capacity, log=folder / "server.log")
+        presence.adopt(folder, child)
+    return child
+
+
+def _ready(folder: Path, child: ServerProcess | None, deadline: float) -> dict[str, Any]:
+    while True:
+        if running(folder) and (fields := read_endpoint(folder)) is not None:
+            return fields
+        if child is not None and not child.alive:
+            raise child.failure()
+        if time.monotonic() >= deadline:
+            reason = child.failure().message if child is not None else f"see {folder / 'server.log'}"
+            raise ServerUnavailable(f"the embedded server in {folder} did not get ready in time: {reason}")
+        time.sleep(_POLL_S)
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(f"the lock file {path} can't be opened: {error.strerror}") from error
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _locked(path: Path) -> bool:
+    """Whether a living process holds the lock."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+class Presence:
+    """The pools this process uses, and the servers it started. Used inside `connections.call()` only.
+
+    A forked child shares its parent's lock: the pool is in use until both have ended. The parent's servers are not
+    its to wait for.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[Path, int] = {}
+        self._children: dict[Path, ServerProcess] = {}
+
+    def hold(self, root: Path) -> None:
+        """Holds the pool's `clients.lock`, for the life of this process. Under `pool.lock`."""
+        path = root / "clients.lock"
+        held = self._held.get(root)
+        if held is not None and _same_file(held, path):
+            return
+        descriptor = _open_lock(path)
+        if not _lock(descriptor, fcntl.LOCK_SH):
+            os.close(descriptor)
+            raise ServerUnavailable(f"the pool {root} is being closed by somebody who doesn't hold its lock")
+        self._held[root] = descriptor
+        if held is not None:
+            os.close(held)
+
+    def leave(self, root: Path) -> bool:
+        """Gives the pool's `clients.lock` up. True if nobody uses the pool now. Under `pool.lock`."""
+        held = self._held.pop(root, None)
+        if held is not None:
+            os.close(held)  # children forked from here keep theirs
+        return not _locked_shared(root / "clients.lock")
+
+    def child(self, folder: Path) -> ServerProcess | None:
+        """The server this process started in `folder`, if it did."""
+        return self._children.get(folder)
+
+    def adopt(self, folder: Path, child: ServerProcess) -> None:
+        """Remembers a server that this process started."""
+        self._children[folder] = child
+
+    def children(self, root: Path) -> list[ServerProcess]:
+        """The servers this process started in the pool, no longer remembered."""
+        return [self._children.pop(folder) for folder in list(self._children) if folder.parent == root]
+
+    def forget_children(self) -> None:
+        """After a fork, in the child."""
+        self._children.clear()
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def _locked_shared(path: Path) -> bool:
+    """Whether a living process holds the lock, shared or not."""
+    descriptor = _open_lock(path)
+    try:
+        return not _lock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
+
+
+presence: Final = Presence()
+os.register_at_fork(after_in_child=presence.forget_children)
+
+
+def release(root: Path) -> None:
+    """This process leaves the pool; the servers it started are stopped if nobody else uses it.
+
+    Raises ServerUnavailable if one does not stop.
+    """
+    if not root.is_dir():
+        return
+    with connections.call(), pool_lock(root, time.monotonic() + ATTACH_S):
+        if not presence.leave(root):
+            return
+        children = presence.children(root)
+        for child in children:
+            child.terminate()
+    # Without the lock, and outside the gate: a server that sees nobody attach uploads what is left before it ends.
+    deadline = time.monotonic() + STOP_S
+    for child in children:
+        child.wait(deadline)

@@ -1,11 +1,28 @@
-"""The embedded pool: servers on this machine, started when first needed, shared by all processes of the user."""
+"""The embedded pool as users meet it: servers on this machine, shared by all processes of the user."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 from pathlib import Path
 from types import TracebackType
 
+from torchcache import environment
+from torchcache.embedded import ATTACH_S, EmbeddedMembers, release
+from torchcache.errors import ConfigurationError
 from torchcache.pool.client import Pool
+from torchcache.sizes import parse_size
+
+
+def default_root() -> Path:
+    """The folder of the embedded pool of this user, on this machine, for the S3 that the environment names.
+
+    Pools of different endpoints, profiles and regions are kept apart.
+    """
+    settings = json.dumps(environment.endpoint_settings(), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    return environment.home().expanduser().absolute() / "pools" / digest
 
 
 class LocalPool:
@@ -19,20 +36,32 @@ class LocalPool:
     def __init__(
         self, root: Path | str | None = None, capacity: int | str | None = None, servers: int = 1
     ) -> None:
-        raise NotImplementedError
+        if isinstance(servers, bool) or not isinstance(servers, int) or not 1 <= servers <= 64:
+            raise ConfigurationError(f"servers={servers!r}: a local pool has 1 to 64 servers")
+        self._source = EmbeddedMembers(
+            root=Path(root).expanduser().absolute() if root is not None else default_root(),
+            servers=servers,
+            capacity_bytes=parse_size(capacity) if capacity is not None else None,
+        )
+        self._pool = Pool(self._source)
+
+    def __repr__(self) -> str:
+        return f"LocalPool({str(self._source.root)!r})"
 
     @property
     def pool(self) -> Pool:
         """The pool; its servers start at first use."""
-        raise NotImplementedError
+        return self._pool
 
     @property
     def address(self) -> str:
         """`host:port,...` of the running servers; starts them."""
-        raise NotImplementedError
+        endpoints = self._source.resolve(deadline=time.monotonic() + ATTACH_S)
+        return ",".join(endpoint.address for endpoint in endpoints)
 
     def __enter__(self) -> Pool:
-        raise NotImplementedError
+        self._source.resolve(deadline=time.monotonic() + ATTACH_S)
+        return self._pool
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -40,5 +69,6 @@ class LocalPool:
         self.close()
 
     def close(self) -> None:
-        """Stops the servers unless another process uses them; the contents stay."""
-        raise NotImplementedError
+        """Stops the servers this process started, unless another process uses them; the contents stay."""
+        self._pool.close()
+        release(self._source.root)

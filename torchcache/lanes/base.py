@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import pyarrow as pa
+
 from torchcache.errors import TorchCacheError
-from torchcache.model import Extent, ObjectId
+from torchcache.model import Extent, ObjectInfo
 
 Buffer = bytes | bytearray | memoryview
 """What callers hand over: contiguous bytes."""
 
 Outcome = memoryview | TorchCacheError
 """Of one extent: its bytes, or why not."""
+
+Row = tuple[int, int, pa.Buffer]
+"""A chunk to write: the place of its object in the call, the number of the chunk in the object, its bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +55,16 @@ class Lane(Protocol):
     def write(
         self,
         namespace: str,
-        objects: Sequence[tuple[ObjectId, Sequence[Buffer]]],
+        objects: Sequence[ObjectInfo],
+        rows: Iterable[Row],
         *,
         durable: bool,
         deadline: float,
     ) -> int:
-        """Stores whole objects in one call; returns the bytes acknowledged."""
+        """Stores chunks of `objects`, whose sizes are known, in one call; returns the bytes acknowledged.
+
+        `objects` are distinct. Raises what the server or the wire met.
+        """
+
+    def close(self) -> None:
+        """Closes this process's connection; the next call opens another."""

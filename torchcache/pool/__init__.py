@@ -1,7 +1,7 @@
 """The client's side of a pool: ranges in, buffers out."""
 
+from torchcache.lanes.access import TlsConfig
 from torchcache.pool.client import Pool
-from torchcache.pool.members import TlsConfig
 from torchcache.pool.reports import (
     NamespaceStatus,
     PoolStatistics,

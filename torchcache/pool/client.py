@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from torchcache.errors import TorchCacheError
-from torchcache.lanes.base import Buffer
+from torchcache.lanes.base import Buffer, ReadOptions
 from torchcache.model import Extent, ObjectId, ObjectInfo
+from torchcache.pool import staging
+from torchcache.pool.farewell import farewell
 from torchcache.pool.members import MemberSource
-from torchcache.pool.reports import PoolStatistics, Residency, SaveInfo, ServerStatus
+from torchcache.pool.objects import Objects
+from torchcache.pool.reads import Reading
+from torchcache.pool.reports import PoolStatistics, Residency, SaveInfo, ServerStatus, server_status
+from torchcache.pool.saves import Saves
+from torchcache.pool.session import Session
+from torchcache.pool.writes import Writing
+from torchcache.wire.v1 import cache_pb2
+
+STATUS_S = 30.0
 
 
 class Pool:
     """A pool of cache servers. Made by `torchcache.connect`.
 
     Pickles, forks and spawns safely: nothing opens before the first use in each process. All methods are
-    thread-safe, keep their deadline, and raise only errors of `torchcache.errors`.
+    thread-safe, keep their deadline, and raise only errors of `torchcache.errors`: ServerUnavailable, Overloaded and
+    DeadlineExceeded once trying again did not help, ConfigurationError for wrong arguments and a refused token.
     """
 
     def __init__(self, source: MemberSource) -> None:
         self._source = source
+        self._sessions: dict[int, Session] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Pool, (self._source,))
@@ -31,6 +45,16 @@ class Pool:
     def address(self) -> str:
         """What the pool was connected by: the servers' addresses, or the embedded pool's folder."""
         return self._source.description
+
+    def _session(self) -> Session:
+        """This process's session. After a fork the parent's is left behind, with the locks its threads held."""
+        pid = os.getpid()
+        session = self._sessions.get(pid)
+        if session is None:
+            session = self._sessions.setdefault(pid, Session(self._source))
+            for other in [key for key in self._sessions if key != pid]:
+                self._sessions.pop(other, None)
+        return session
 
     # ---- data ----
 
@@ -47,7 +71,12 @@ class Pool:
         `namespace` is the dataset or checkpoint that what is fetched is stored under. `into` holds one writable
         buffer an extent, at least as long. Raises the error of the first extent that failed.
         """
-        raise NotImplementedError
+        views: list[memoryview] = []
+        for outcome in self.read_each(extents, namespace=namespace, into=into, timeout_s=timeout_s):
+            if isinstance(outcome, TorchCacheError):
+                raise outcome
+            views.append(outcome)
+        return views
 
     def read_each(
         self,
@@ -60,9 +89,13 @@ class Pool:
     ) -> list[memoryview | TorchCacheError]:
         """As `read`, with an error in the place of each extent that failed.
 
-        With `resident_only` what the pool does not hold is `NotResident` instead of fetched.
+        With `resident_only` what the pool does not hold is `NotResident` instead of fetched. A view keeps the batch
+        it came in alive, about 2 MiB: copy what is to be kept for long.
         """
-        raise NotImplementedError
+        if not extents:
+            return []
+        options = ReadOptions(namespace=namespace, resident_only=resident_only)
+        return Reading(self._session(), extents, into, options, time.monotonic() + timeout_s).run()
 
     def write(
         self,
@@ -74,34 +107,36 @@ class Pool:
     ) -> None:
         """Stores computed samples or files of a save; each object is the concatenation of its buffers.
 
-        `durable` acknowledges only after fsync. Writing an object again changes nothing.
+        `durable` acknowledges only after fsync. `timeout_s` bounds each call of about 64 MiB. Writing an object again
+        changes nothing. Raises OutOfSpace when the store has no room left that it may free.
         """
-        raise NotImplementedError
+        if objects:
+            Writing(self._session(), namespace, durable=durable, timeout_s=timeout_s).run(objects)
 
     # ---- objects of the under-stores ----
 
     def resolve(self, uri: str) -> tuple[str, str]:
         """The (under-store name, key) of a URI. Raises ConfigurationError, naming the under-stores there are."""
-        raise NotImplementedError
+        return Objects(self._session()).resolve(uri)
 
     def uri(self, object: ObjectId) -> str:
-        """The URI of an object; `samples/...` of a computed sample, which has none, is its id."""
-        raise NotImplementedError
+        """The URI of an object; `samples/<key>` of a computed sample, which has none."""
+        return Objects(self._session()).uri(object)
 
     def stat(self, uri: str) -> ObjectInfo:
         """The object's version and size now. Raises ObjectNotFound."""
-        raise NotImplementedError
+        return Objects(self._session()).stat(uri)
 
     def delete(self, uri: str) -> None:
         """Removes an object from the under-store; absent is fine."""
-        raise NotImplementedError
+        Objects(self._session()).delete(uri)
 
     def publish(self, uri: str, data: Sequence[Buffer], *, create_only: bool = False) -> ObjectInfo:
         """Writes an object through to the under-store; it is there when the call returns.
 
         Raises AlreadyExists if `create_only` and something is there.
         """
-        raise NotImplementedError
+        return Objects(self._session()).publish(uri, data, create_only=create_only)
 
     def stage(
         self,
@@ -116,11 +151,16 @@ class Pool:
         `on_progress` gets (objects, bytes) just done, in the caller's thread; `cancelled` is asked between batches.
         Raises the first error, after all were tried.
         """
-        raise NotImplementedError
+        if objects:
+            staging.Staging(self._session(), namespace).run(objects, on_progress, cancelled)
 
     def residency(self, objects: Sequence[ObjectInfo]) -> Residency:
         """How much of `objects` the pool holds now."""
-        raise NotImplementedError
+        return staging.residency(self._session(), objects)
+
+    def resident_bytes(self, objects: Sequence[ObjectInfo]) -> Sequence[int]:
+        """Of each of `objects` how many bytes the pool holds now; 0 of computed samples, whose size is unknown."""
+        return staging.resident_bytes(self._session(), objects)
 
     # ---- saves of checkpoints; see wire/v1/cache.proto ----
 
@@ -128,11 +168,14 @@ class Pool:
         self, store: str, path: str, part: str, save_id: str, *, overwrite: bool, writer: str
     ) -> float:
         """Claims `path` for a save; returns the lease in seconds, to be renewed within. Raises AlreadyExists."""
-        raise NotImplementedError
+        ref = cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
+        return Saves(self._session()).reserve(ref, overwrite=overwrite, writer=writer)
 
     def renew_save(self, store: str, path: str, part: str, save_id: str) -> float:
         """Renews the lease and returns it, in seconds. Raises AlreadyExists if another save took over."""
-        raise NotImplementedError
+        return Saves(self._session()).renew(
+            cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
+        )
 
     def commit_save(
         self,
@@ -148,35 +191,48 @@ class Pool:
         timeout_s: float = 120.0,
     ) -> SaveInfo:
         """Commits a save whose `files` (name relative to `path`, size in bytes) were written durably."""
-        raise NotImplementedError
+        info = Saves(self._session()).commit(
+            cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id),
+            files=files,
+            metadata=metadata,
+            manifest=manifest,
+            overwrite=overwrite,
+            timeout_s=timeout_s,
+        )
+        if self._source.embedded and info.state == "committed":
+            farewell.expect(self, store, path, part, save_id)
+        return info
 
     def abandon_save(self, store: str, path: str, part: str, save_id: str) -> None:
         """Gives up a reservation and what was written under it."""
-        raise NotImplementedError
+        Saves(self._session()).abandon(cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id))
 
     def get_save(self, store: str, path: str, part: str = "") -> SaveInfo:
         """The committed save at `path`. Raises NotCommitted."""
-        raise NotImplementedError
+        return Saves(self._session()).get(store, path, part)
 
     def list_saves(self, uri: str) -> list[SaveInfo]:
-        """The saves under the folder `uri`, without manifests."""
-        raise NotImplementedError
+        """The saves under the folder `uri`, by path, without manifests."""
+        session = self._session()
+        store, prefix = Objects(session).resolve(uri)
+        return [*Saves(session).list(store, prefix)]
 
     # ---- the pool itself ----
 
     def status(self) -> list[ServerStatus]:
-        """How every server is. Raises ServerUnavailable if none can be reached."""
-        raise NotImplementedError
+        """How every server is. Raises ServerUnavailable if one that answered before no longer does."""
+        asked = self._session().ask_each("GetStatus", cache_pb2.StatusRequest(), timeout_s=STATUS_S)
+        return [server_status(one.reply, one.member.address) for one in asked]
 
     def statistics(self) -> PoolStatistics:
         """What this process asked of the pool so far."""
-        raise NotImplementedError
+        return self._session().statistics()
 
     def close(self) -> None:
-        """Closes this process's connections; the next use opens them again."""
-        raise NotImplementedError
+        """Closes this process's connections to the pool; the next use opens them again."""
+        self._session().close()
 
     # Last, because its name hides the type within the class.
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         """Every object under the folder `uri`, by key, bytewise, fetched page by page."""
-        raise NotImplementedError
+        return Objects(self._session()).list(uri)

@@ -1,60 +1,34 @@
-"""Who serves a pool: addresses as people write them, and what opens a server's door."""
+"""Who serves a pool: addresses as people write them, what the servers say of themselves, and who is down."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from torchcache.errors import ConfigurationError
+from torchcache.lanes.access import Access
+from torchcache.lanes.base import Lane
+from torchcache.placement import rendezvous_order
+from torchcache.pool.control import ControlClient
 
-DEFAULT_PORT = 7440
+DEFAULT_PORT: Final = 7440
 
-
-@dataclass(frozen=True, kw_only=True)
-class TlsConfig:
-    """How to reach servers over TLS. Paths are of PEM files.
-
-    `ca` verifies the servers (None: the machine's own authorities); `certificate` and `key` prove who we are, where
-    the servers ask for it.
-    """
-
-    ca: Path | str | None = None
-    certificate: Path | str | None = None
-    key: Path | str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.certificate is None) != (self.key is None):
-            raise ConfigurationError("TLS: certificate and key belong together, give both or neither")
-        for path in (self.ca, self.certificate, self.key):
-            if path is not None and not Path(path).is_file():
-                raise ConfigurationError(f"TLS: there is no file {path}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Access:
-    """What opens the door of a pool's servers.
-
-    The token is `token`, else the content of `token_file`, read when first needed: only the file's name pickles.
-    """
-
-    token: str | None = field(default=None, repr=False)
-    token_file: Path | None = None
-    tls: TlsConfig | None = None
+DOWN_S: Final = 2.0
+"""How long a server that could not be reached is asked last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """One server's doors. `data_port` 0 and an empty `server_id` are not known yet: the server tells them."""
+    """One server's control door."""
 
     host: str
     port: int
-    data_port: int = 0
-    server_id: str = ""
 
     @property
     def address(self) -> str:
-        """`host:port` of the control door: how users, messages and statistics name the server."""
+        """`host:port`: how users, messages and statistics name the server."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -66,14 +40,128 @@ class MemberSource(Protocol):
         """How messages name the pool: its address, or the embedded pool's folder."""
 
     @property
-    def access(self) -> Access: ...
+    def access(self) -> Access:
+        """What opens its servers' doors."""
 
     @property
     def embedded(self) -> bool:
         """Whether the pool lives only as long as somebody on this machine uses it."""
 
-    def resolve(self, *, deadline: float) -> list[Endpoint]:
+    def resolve(self, *, deadline: float) -> Sequence[Endpoint]:
         """The servers now. Called again when one could not be reached; may start what is missing.
 
         `deadline` is a time.monotonic() value.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticMembers:
+    """The servers an address lists."""
+
+    endpoints: tuple[Endpoint, ...]
+    access: Access = field(default_factory=Access)
+    embedded: bool = False
+
+    @property
+    def description(self) -> str:
+        return ",".join(e.address for e in self.endpoints)
+
+    def resolve(self, *, deadline: float) -> Sequence[Endpoint]:
+        """Always the same; see `MemberSource.resolve`."""
+        return self.endpoints
+
+
+@dataclass(frozen=True, slots=True)
+class UnderStoreName:
+    """An under-store as a server names it; `root` ends with a slash, and a URI is root + key."""
+
+    name: str
+    root: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """One server that answered."""
+
+    server_id: str
+    control: ControlClient
+    lane: Lane
+    under_stores: tuple[UnderStoreName, ...]
+
+    @property
+    def address(self) -> str:
+        return self.control.address
+
+    def close(self) -> None:
+        """Closes this process's connections to it."""
+        self.control.close()
+        self.lane.close()
+
+
+@dataclass(frozen=True)
+class Members:
+    """The servers of a pool as last seen. `missing` are addresses that did not answer."""
+
+    by_id: dict[str, Member]
+    missing: tuple[str, ...] = ()
+    seen_at: float = field(default_factory=time.monotonic)
+
+
+class Ordering:
+    """Rendezvous order with the servers that are down moved to the end. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._down_until: dict[str, float] = {}
+
+    def down(self, server_id: str) -> None:
+        """The server could not be reached just now."""
+        self._down_until[server_id] = time.monotonic() + DOWN_S
+
+    def up(self, server_id: str) -> None:
+        """The server answered."""
+        self._down_until.pop(server_id, None)
+
+    @staticmethod
+    def owner(key: bytes, members: Members) -> str:
+        """The server that owns `key`, down or not."""
+        return rendezvous_order(key, list(members.by_id))[0]
+
+    def order(self, key: bytes, members: Members) -> list[str]:
+        """Server ids to ask for `key`, best first."""
+        order = rendezvous_order(key, list(members.by_id))
+        if not self._down_until or len(order) < 2:
+            return order
+        now = time.monotonic()
+        return sorted(order, key=lambda server: self._down_until.get(server, 0.0) > now)  # stable
+
+
+def parse_address(text: str) -> tuple[Endpoint, ...]:
+    """The servers of "host:7440,host:7440"; the port may be left out, an IPv6 address stands in brackets.
+
+    Raises ConfigurationError.
+    """
+    if "://" in text:
+        scheme = text.partition("://")[0]
+        if scheme in ("etcd", "dns"):
+            raise ConfigurationError(
+                f"{text!r}: {scheme}:// addresses are not supported yet; list the servers, like host:7440,host:7440"
+            )
+        raise ConfigurationError(f"{text!r} is no pool address: write host:7440, or host:7440,host:7440")
+    endpoints = tuple(_parse_endpoint(item.strip(), text) for item in text.split(","))
+    if len(set(endpoints)) != len(endpoints):
+        raise ConfigurationError(f"{text!r} names a server twice")
+    return endpoints
+
+
+def _parse_endpoint(item: str, text: str) -> Endpoint:
+    host, colon, port = item.rpartition(":") if not item.endswith("]") else (item, "", "")
+    if not colon:
+        host, port = item, str(DEFAULT_PORT)
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    valid = host and bracketed == (":" in host) and not any(c.isspace() or c in "/@[]" for c in host)
+    if not valid or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigurationError(
+            f"{item!r} in the pool address {text!r} is no server: write host:7440 or [::1]:7440"
+        )
+    return Endpoint(host=host, port=int(port))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from torchcache.errors import TorchCacheError
+from torchcache.wire.v1 import cache_pb2
 
 SaveState = Literal["reserved", "committed", "durable", "failed"]
 
@@ -120,3 +121,43 @@ class SaveInfo:
     error: TorchCacheError | None
     committed_unix_s: float
     durable_unix_s: float
+
+
+def server_status(reply: cache_pb2.StatusReply, address: str) -> ServerStatus:
+    """The status a reply tells of."""
+    uris = {store.name: store.uri for store in reply.info.under_stores}
+    stores = tuple(
+        UnderStoreStatus(
+            name=u.name,
+            uri=uris.get(u.name, ""),
+            read_requests=u.read_requests,
+            read_bytes=u.read_bytes,
+            write_requests=u.write_requests,
+            write_bytes=u.write_bytes,
+            meta_requests=u.meta_requests,
+            retries=u.retries,
+        )
+        for u in reply.under_stores
+    )
+    namespaces = tuple(
+        NamespaceStatus(name=n.name, bytes=n.bytes, chunks=n.chunks, pinned=n.pinned, dirty=n.dirty)
+        for n in reply.namespaces
+    )
+    same = {name: getattr(reply, name) for name in _SAME}
+    return ServerStatus(
+        address=address,
+        server_id=reply.info.server_id,
+        instance=reply.info.instance,
+        version=reply.info.version,
+        under_stores=stores,
+        namespaces=namespaces,
+        **same,
+    )
+
+
+_SAME = tuple(
+    field.name
+    for field in fields(ServerStatus)
+    if field.name in cache_pb2.StatusReply.DESCRIPTOR.fields_by_name
+    and field.name not in ("under_stores", "namespaces")
+)

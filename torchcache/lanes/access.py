@@ -1,0 +1,71 @@
+"""What opens a server's door: the token, and TLS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from torchcache.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsConfig:
+    """How to reach servers over TLS. Paths are of PEM files.
+
+    `ca` verifies the servers (None: the machine's own authorities); `certificate` and `key` prove who we are, where
+    the servers ask for it.
+    """
+
+    ca: Path | str | None = None
+    certificate: Path | str | None = None
+    key: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ConfigurationError("TLS: certificate and key belong together, give both or neither")
+        for path in (self.ca, self.certificate, self.key):
+            if path is not None and not Path(path).is_file():
+                raise ConfigurationError(f"TLS: there is no file {path}")
+
+    def contents(self) -> tuple[bytes | None, bytes | None, bytes | None]:
+        """The PEM texts: authority, certificate, key."""
+        ca, certificate, key = (
+            Path(path).read_bytes() if path is not None else None
+            for path in (self.ca, self.certificate, self.key)
+        )
+        return ca, certificate, key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What opens the doors of a pool's servers.
+
+    The token is `token`, else the content of `token_file`, read when it is first needed: only the file's name pickles.
+    """
+
+    token: str | None = field(default=None, repr=False)
+    token_file: Path | None = None
+    tls: TlsConfig | None = None
+
+    def bearer(self) -> str | None:
+        """The value of the `authorization` header; None without a token, which the server then refuses to serve."""
+        token = self.token
+        if token is None and self.token_file is not None:
+            try:
+                token = self.token_file.read_text().strip()
+            except FileNotFoundError:
+                return None
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigurationError(
+                    f"the token file {self.token_file} can't be read: {error}"
+                ) from error
+        return f"Bearer {token}" if token else None
+
+    def channel_credentials(self) -> grpc.ChannelCredentials | None:
+        """For grpcio; None means no TLS."""
+        if self.tls is None:
+            return None
+        ca, certificate, key = self.tls.contents()
+        return grpc.ssl_channel_credentials(ca, key, certificate)

@@ -1,0 +1,129 @@
+"""From the pieces a server sends to the bytes an extent asked for. Pure, and trusts no peer.
+
+Every piece is verified against its checksums, must continue where the last one ended, stay inside its chunk, and speak
+of an object of the size we know. One piece becomes a view into what came; several are put together in one buffer.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from torchcache.errors import ConfigurationError, IntegrityError, TorchCacheError
+from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, UNKNOWN_SIZE, Extent
+from torchcache.wire.codec import Piece
+from torchcache.wire.status import decode_error
+
+
+def check_piece(piece: Piece, object_size: int) -> None:
+    """Raises IntegrityError unless the piece lies within one chunk of an object of `object_size` bytes."""
+    length = piece.data.size
+    in_chunk = piece.offset % CHUNK_BYTES
+    chunk_length = min(CHUNK_BYTES, object_size - (piece.offset - in_chunk))
+    good = (
+        piece.object_size == object_size
+        and 0 <= piece.offset <= object_size
+        and in_chunk + length <= max(chunk_length, 0)
+        and (in_chunk == 0 and length == chunk_length if piece.whole else piece.offset % BLOCK_BYTES == 0)
+    )
+    if not good:
+        raise IntegrityError(
+            f"a piece of {length} bytes at {piece.offset} does not fit an object of {object_size} bytes"
+        )
+
+
+class Assembly:
+    """One extent on its way. `into`, if given, is filled; else memory is taken only where pieces must be joined."""
+
+    __slots__ = ("_buffer", "_end", "_extent", "_into", "_position", "_size", "_view", "error")
+
+    def __init__(self, extent: Extent, into: memoryview | None) -> None:
+        self._extent = extent
+        self._into = into
+        self._size = extent.object.size
+        self._end = -1 if self._size == UNKNOWN_SIZE and extent.length < 0 else extent.end
+        self._position = extent.offset
+        self._view: memoryview | None = None
+        self._buffer: memoryview | None = None
+        self.error: TorchCacheError | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Every byte came."""
+        return self.error is None and self._view is not None and self._position == self._end
+
+    def add(self, piece: Piece, server: str) -> None:
+        """Takes one piece; a bad one becomes the extent's error, and the rest is ignored."""
+        if self.error is not None:
+            return
+        if piece.error is not None:
+            self.error = decode_error(piece.error, server=server)
+            return
+        try:
+            piece.verify()
+            self._place(piece)
+        except (IntegrityError, ConfigurationError) as error:
+            self.error = type(error)(error.message, object=str(self._extent.object.id), server=server)
+
+    def _place(self, piece: Piece) -> None:
+        if self._size == UNKNOWN_SIZE:
+            self._learn_size(piece.object_size)
+        check_piece(piece, self._size)
+        first = self._view is None
+        end = min(self._end, piece.offset + piece.data.size)
+        if (
+            first and self._position == self._end
+        ):  # nothing was asked for: the piece only shows that the object is there
+            self._view = self._into[:0] if self._into is not None else memoryview(b"")
+            return
+        if not piece.offset <= self._position < end:
+            raise IntegrityError(
+                f"a piece at {piece.offset} came where byte {self._position} of {self._end} was due"
+            )
+        part = memoryview(piece.data)[self._position - piece.offset : end - piece.offset]
+        if first and end == self._end and self._into is None:
+            self._view = part.toreadonly()
+        else:
+            self._join(part)
+        self._position = end
+
+    def _learn_size(self, size: int) -> None:
+        if size < 0:
+            raise IntegrityError(f"a piece says that its object has {size} bytes")
+        self._size = size
+        if self._extent.length < 0:
+            self._end = size
+        if not self._extent.offset <= self._end <= size:
+            raise ConfigurationError(
+                f"bytes {self._extent.offset} to {self._end} were asked of an object of {size} bytes"
+            )
+
+    def _join(self, part: memoryview) -> None:
+        start = self._extent.offset
+        if self._buffer is None:
+            length = self._end - start
+            if self._into is None:
+                # Arrow's pool hands out pages it has used before, and does not clear them.
+                self._buffer = memoryview(pa.allocate_buffer(length)).cast("B")
+            elif len(self._into) < length:
+                raise ConfigurationError(
+                    f"{length} bytes don't fit the buffer of {len(self._into)} given for them"
+                )
+            else:
+                self._buffer = self._into[:length]
+            self._view = self._buffer if self._into is not None else self._buffer.toreadonly()
+        at = self._position - start
+        self._buffer[at : at + len(part)] = part
+
+    def outcome(self, failure: TorchCacheError | None, server: str) -> memoryview | TorchCacheError:
+        """The bytes, or the extent's own error, or what ended the stream (`failure`) before it was complete."""
+        if self.complete and self._view is not None:
+            return self._view
+        if self.error is not None:
+            return self.error
+        if failure is not None:
+            return failure
+        return IntegrityError(
+            f"the answer ended at byte {self._position} of {self._end}",
+            object=str(self._extent.object.id),
+            server=server,
+        )

@@ -1,0 +1,234 @@
+"""The flight lane: Arrow Flight do_get and do_put. Always available."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.flight as fl
+
+from torchcache.errors import DeadlineExceeded, IntegrityError, TorchCacheError
+from torchcache.lanes.access import Access
+from torchcache.lanes.assembly import Assembly
+from torchcache.lanes.base import Outcome, ReadOptions, Row
+from torchcache.lanes.connections import Connections, connections
+from torchcache.model import Extent, ObjectInfo, chunk_digest
+from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, WRITE_SCHEMA, decode_pieces, encode_chunks
+from torchcache.wire.status import error_from_flight
+from torchcache.wire.v1 import cache_pb2
+
+CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
+    ("grpc.use_local_subchannel_pool", 1),  # closing a channel closes its connection, shared with nobody
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+"""Of data and control channels alike."""
+
+MAX_BATCH_BYTES: Final = 16 * 1024 * 1024
+"""The largest message a server may send. Batches are closed at 2 MiB and hold at most one chunk more."""
+
+
+class FlightLane:
+    """Reads and writes through one server's Flight port. `server` is how errors name the server."""
+
+    name = "flight"
+
+    def __init__(
+        self, host: str, port: int, *, server: str, access: Access, registry: Connections = connections
+    ) -> None:
+        self._location = (host, port)
+        self._server = server
+        self._access = access
+        self._connections = registry
+        self._key = ("flight", host, port, access)
+
+    def read(
+        self,
+        extents: Sequence[Extent],
+        into: Sequence[memoryview | None],
+        options: ReadOptions,
+        *,
+        deadline: float,
+    ) -> list[Outcome]:
+        """See `Lane.read`."""
+        assemblies = [Assembly(extent, buffer) for extent, buffer in zip(extents, into, strict=True)]
+        failure: TorchCacheError | None = None
+        try:
+            self._stream(assemblies, read_request(extents, options, deadline), deadline)
+        except TorchCacheError as error:
+            failure = error
+        except (pa.ArrowException, OSError) as error:
+            failure = foreign(error, self._server)
+        return [assembly.outcome(failure, self._server) for assembly in assemblies]
+
+    def _stream(
+        self, assemblies: Sequence[Assembly], request: cache_pb2.ReadRequest, deadline: float
+    ) -> None:
+        """One do_get. No reference to the client or the stream may outlive the call, not even in a traceback."""
+        with self._connections.call():
+            client = reader = None
+            try:
+                client = self._connections.channel(self._key, self._open)
+                reader = client.do_get(fl.Ticket(request.SerializeToString()), self._options(deadline))
+                for received in reader:
+                    if received.data is not None:
+                        self._take(assemblies, received.data)
+            except BaseException:
+                if reader is not None:
+                    reader.cancel()
+                raise
+            finally:
+                del client, reader
+
+    def _take(self, assemblies: Sequence[Assembly], batch: pa.RecordBatch) -> None:
+        server = self._server
+        for piece in decode_pieces(batch):
+            if piece.extent >= len(assemblies):
+                raise IntegrityError(
+                    f"the answer speaks of extent {piece.extent}, which was not asked for", server=server
+                )
+            assemblies[piece.extent].add(piece, server)
+
+    def write(
+        self,
+        namespace: str,
+        objects: Sequence[ObjectInfo],
+        rows: Iterable[Row],
+        *,
+        durable: bool,
+        deadline: float,
+    ) -> int:
+        """See `Lane.write`."""
+        refs, _ = object_refs(objects)
+        request = cache_pb2.WriteRequest(namespace=namespace, objects=refs, durable=durable)
+        try:
+            sent, reply = self._put(request, rows, deadline)
+        except (pa.ArrowException, OSError) as error:
+            raise foreign(error, self._server) from without_frames(error)
+        if reply is None or cache_pb2.WriteReply.FromString(reply).bytes != sent:
+            raise IntegrityError(
+                f"a write of {sent} bytes to {namespace} was not acknowledged", server=self._server
+            )
+        return sent
+
+    def _put(
+        self, request: cache_pb2.WriteRequest, rows: Iterable[Row], deadline: float
+    ) -> tuple[int, bytes | None]:
+        """One do_put: the bytes sent, and the server's answer."""
+        with self._connections.call():
+            client = writer = reader = None
+            try:
+                client = self._connections.channel(self._key, self._open)
+                descriptor = fl.FlightDescriptor.for_command(request.SerializeToString())
+                writer, reader = client.do_put(descriptor, WRITE_SCHEMA, self._options(deadline))
+                sent = 0
+                try:
+                    for batch, size in _batches(rows):
+                        writer.write_batch(batch)
+                        sent += size
+                    writer.done_writing()
+                    answer = reader.read()
+                finally:
+                    writer.close()  # raises what the server says, in place of "the stream is broken"
+                return sent, None if answer is None else bytes(answer)
+            finally:
+                del client, writer, reader
+
+    def close(self) -> None:
+        """See `Lane.close`."""
+        self._connections.drop(self._key)
+
+    def _open(self) -> fl.FlightClient:
+        host, port = self._location
+        options: list[tuple[str, int | str]] = [
+            *CHANNEL_OPTIONS,
+            ("grpc.max_receive_message_length", MAX_BATCH_BYTES),
+        ]
+        if self._access.tls is None:
+            return fl.FlightClient(fl.Location.for_grpc_tcp(host, port), generic_options=options)
+        ca, certificate, key = self._access.tls.contents()
+        return fl.FlightClient(
+            fl.Location.for_grpc_tls(host, port),
+            tls_root_certs=ca,
+            cert_chain=certificate,
+            private_key=key,
+            generic_options=options,
+        )
+
+    def _options(self, deadline: float) -> fl.FlightCallOptions:
+        bearer = self._access.bearer()
+        headers = [(b"authorization", bearer.encode())] if bearer else []
+        return fl.FlightCallOptions(timeout=remaining(deadline, self._server), headers=headers)
+
+
+def read_request(extents: Sequence[Extent], options: ReadOptions, deadline: float) -> cache_pb2.ReadRequest:
+    """The ticket's message: every object once, the extents column by column."""
+    refs, index = object_refs([e.object for e in extents])
+    return cache_pb2.ReadRequest(
+        namespace=options.namespace,
+        objects=refs,
+        object=index,
+        offset=[e.offset for e in extents],
+        length=[e.length for e in extents],
+        resident_only=options.resident_only,
+        suspect=options.suspect,
+        timeout_s=max(0.001, deadline - time.monotonic()),
+    )
+
+
+def object_refs(objects: Sequence[ObjectInfo]) -> tuple[list[cache_pb2.ObjectRef], list[int]]:
+    """References of the distinct `objects`, and the place of each object among them."""
+    places: dict[ObjectInfo, int] = {}
+    refs: list[cache_pb2.ObjectRef] = []
+    index = []
+    for info in objects:
+        id_ = info.id
+        place = places.setdefault(info, len(refs))
+        if place == len(refs):
+            refs.append(
+                cache_pb2.ObjectRef(store=id_.store, key=id_.key, version=id_.version, size=info.size)
+            )
+        index.append(place)
+    return refs, index
+
+
+def remaining(deadline: float, server: str) -> float:
+    """Seconds left of a call's deadline. Raises DeadlineExceeded if there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlineExceeded("the deadline passed before the server was asked", server=server)
+    return left
+
+
+def foreign(error: Exception, server: str) -> TorchCacheError:
+    """Ours, for an error of pyarrow's."""
+    if type(error) in (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowSerializationError) and not getattr(
+        error, "extra_info", None
+    ):
+        mapped: TorchCacheError = IntegrityError(f"the server's answer can't be read: {error}", server=server)
+    else:
+        mapped = error_from_flight(error, server=server)
+    mapped.__cause__ = without_frames(error)
+    return mapped
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error, without the frames it passed: they hold channels, which must not outlive their call."""
+    error.__context__ = None
+    return error.with_traceback(None)
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Batches of WRITE_SCHEMA with their payload in bytes."""
+    held: list[tuple[int, int, int, pa.Buffer]] = []
+    size = 0
+    for number, index, data in rows:
+        held.append((number, index, chunk_digest(memoryview(data)), data))
+        size += data.size
+        if size >= BATCH_BYTES or len(held) >= BATCH_ROWS:
+            yield encode_chunks(held), size
+            held, size = [], 0
+    if held:
+        yield encode_chunks(held), size

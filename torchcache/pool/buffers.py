@@ -1,0 +1,111 @@
+"""The memory that reads land in, and the cutting of what is written. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import pyarrow as pa
+
+from torchcache.errors import ConfigurationError
+from torchcache.lanes.base import Buffer, Row
+from torchcache.model import CHUNK_BYTES, UNKNOWN_SIZE, Extent, ObjectId, ObjectInfo
+
+CALL_BYTES: Final = 64 * 1024 * 1024
+"""Payload of one write call; the last chunk may exceed it."""
+
+CALL_OBJECTS: Final = 16_384
+
+
+def flat(buffer: Buffer) -> memoryview:
+    """The bytes of a contiguous buffer. Raises ConfigurationError if it is not contiguous."""
+    view = memoryview(buffer)
+    if not view.c_contiguous:
+        raise ConfigurationError("a buffer must be contiguous: copy it first")
+    # An empty view of several dimensions can't be cast.
+    return (
+        view if view.format == "B" and view.ndim == 1 else view.cast("B") if view.nbytes else memoryview(b"")
+    )
+
+
+def targets(extents: Sequence[Extent], into: Sequence[memoryview] | None) -> list[memoryview | None]:
+    """The buffers to fill, as writable bytes, one an extent; None where the caller gave none.
+
+    Raises ConfigurationError for another number of buffers, one that is read-only or one that is too short.
+    """
+    if into is None:
+        return [None] * len(extents)
+    if len(into) != len(extents):
+        raise ConfigurationError(f"{len(into)} buffers were given for {len(extents)} extents")
+    return [_target(extent, buffer) for extent, buffer in zip(extents, into, strict=True)]
+
+
+def _target(extent: Extent, buffer: memoryview) -> memoryview:
+    if buffer.readonly and buffer.nbytes:
+        raise ConfigurationError("a buffer to read into is read-only", object=str(extent.object.id))
+    view = flat(buffer)
+    if extent.length >= 0 or extent.object.size != UNKNOWN_SIZE:
+        length = extent.end - extent.offset
+        if len(view) < length:
+            raise ConfigurationError(
+                f"{length} bytes don't fit the buffer of {len(view)} given for them",
+                object=str(extent.object.id),
+            )
+    return view
+
+
+def allocate(length: int) -> memoryview:
+    """Writable memory of `length` bytes, not cleared: Arrow's pool hands out pages that were used before."""
+    return memoryview(pa.allocate_buffer(length)).cast("B") if length else memoryview(bytearray())
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCall:
+    """What one do_put carries. `rows` point into `objects`."""
+
+    objects: list[ObjectInfo]
+    rows: list[Row]
+
+
+def write_calls(objects: Sequence[tuple[ObjectId, Sequence[Buffer]]]) -> Iterator[WriteCall]:
+    """The chunks of `objects`, in calls of about `CALL_BYTES`. A large object spans several."""
+    call = WriteCall([], [])
+    size = 0
+    for id_, parts in objects:
+        views = [flat(part) for part in parts]
+        info = ObjectInfo(id_, sum(len(view) for view in views))
+        place = -1
+        for index, data in enumerate(chunks(views)):
+            if size and (size + data.size > CALL_BYTES or len(call.objects) >= CALL_OBJECTS):
+                yield call
+                call, size, place = WriteCall([], []), 0, -1
+            if place < 0:
+                place = len(call.objects)
+                call.objects.append(info)
+            call.rows.append((place, index, data))
+            size += data.size
+    if call.rows:
+        yield call
+
+
+def chunks(views: Sequence[memoryview]) -> Iterator[pa.Buffer]:
+    """The concatenation of `views` in chunks. Only a chunk that spans several views is copied; nothing is one chunk."""
+    held: list[memoryview] = []
+    held_bytes = 0
+    for view in views:
+        at = 0
+        while at < len(view):
+            part = view[at : at + CHUNK_BYTES - held_bytes]
+            held.append(part)
+            held_bytes += len(part)
+            at += len(part)
+            if held_bytes == CHUNK_BYTES:
+                yield _joined(held)
+                held, held_bytes = [], 0
+    if held or not any(len(view) for view in views):
+        yield _joined(held)
+
+
+def _joined(parts: Sequence[memoryview]) -> pa.Buffer:
+    return pa.py_buffer(parts[0] if len(parts) == 1 else b"".join(parts))

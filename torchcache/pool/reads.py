@@ -1,0 +1,172 @@
+"""Reading: one call a server for all it owns, side by side; what fails there is asked of the next."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from torchcache.errors import ServerUnavailable, TorchCacheError
+from torchcache.lanes.base import Outcome, ReadOptions
+from torchcache.model import Extent
+from torchcache.placement import placement_key
+from torchcache.pool.buffers import allocate, targets
+from torchcache.pool.retry import Retry
+from torchcache.pool.routing import Part, advance, check_extent, next_step, placed
+from torchcache.pool.session import Session
+
+CALL_EXTENTS: Final = 16_384
+"""Extents in one call. Well below what a server takes."""
+
+
+class Reading:
+    """One read: its parts still open, and the outcomes there are."""
+
+    def __init__(
+        self,
+        session: Session,
+        extents: Sequence[Extent],
+        into: Sequence[memoryview] | None,
+        options: ReadOptions,
+        deadline: float,
+    ) -> None:
+        for extent in extents:
+            check_extent(extent)
+        self._session = session
+        self._extents = extents
+        self._into = targets(extents, into)
+        self._options = options
+        self._deadline = deadline
+        self._retry = Retry(session.budget, deadline)
+        self._members = session.first_members(self._retry, deadline)
+        self._outcomes: list[Outcome | None] = [None] * len(extents)
+        self._shared: set[int] = set()  # extents that several servers deliver parts of
+
+    def run(self) -> list[Outcome]:
+        """Every extent's bytes, or the error it ended with."""
+        parts = self._plan()
+        while parts:
+            parts = self._follow_up(parts, self._ask(parts))
+        outcomes = [outcome for outcome in self._outcomes if outcome is not None]
+        good = [outcome for outcome in outcomes if isinstance(outcome, memoryview)]
+        self._session.count(extents=len(good), read_bytes=sum(map(len, good)))
+        return outcomes
+
+    def _order(self, key: bytes) -> list[str]:
+        return self._session.ordering.order(key, self._members)
+
+    def _plan(self) -> list[Part]:
+        if len(self._members.by_id) == 1:
+            only = tuple(self._members.by_id)
+            pairs = enumerate(zip(self._extents, self._into, strict=True))
+            return [Part(number, extent, into, only) for number, (extent, into) in pairs]
+        parts: list[Part] = []
+        for number, (extent, into) in enumerate(zip(self._extents, self._into, strict=True)):
+            runs = placed(extent, self._order)
+            if len(runs) == 1:
+                parts.append(Part(number, extent, into, runs[0][1]))
+            else:
+                parts += self._share(number, runs)
+        return parts
+
+    def _share(self, number: int, runs: Sequence[tuple[Extent, Sequence[str]]]) -> list[Part]:
+        """The parts of an extent that several servers deliver, into one buffer."""
+        extent, into = self._extents[number], self._into[number]
+        length = extent.end - extent.offset
+        whole = allocate(length) if into is None else into[:length]
+        self._shared.add(number)
+        self._outcomes[number] = whole.toreadonly() if into is None else whole
+        parts = []
+        for run, order in runs:
+            at = run.offset - extent.offset
+            parts.append(Part(number, run, whole[at : at + run.length], order))
+        return parts
+
+    def _ask(self, parts: Sequence[Part]) -> list[tuple[Part, Outcome]]:
+        """One call a server (and one more for what is suspect there), side by side."""
+        groups: dict[tuple[str, bool], list[Part]] = {}
+        for part in parts:
+            groups.setdefault((part.server, part.suspect), []).append(part)
+        calls = [
+            group[at : at + CALL_EXTENTS]
+            for group in groups.values()
+            for at in range(0, len(group), CALL_EXTENTS)
+        ]
+        answers: list[list[Outcome]] = [[] for _ in calls]
+
+        def ask(number: int) -> None:
+            answers[number] = self._call(calls[number])
+
+        threads = [
+            threading.Thread(target=ask, args=(number,), daemon=True) for number in range(1, len(calls))
+        ]
+        for thread in threads:
+            thread.start()
+        ask(0)
+        for thread in threads:
+            thread.join()
+        return [
+            pair
+            for call, answer in zip(calls, answers, strict=True)
+            for pair in zip(call, answer, strict=True)
+        ]
+
+    def _call(self, parts: Sequence[Part]) -> list[Outcome]:
+        server, suspect = parts[0].server, parts[0].suspect
+        member = self._members.by_id[server]
+        options = ReadOptions(
+            namespace=self._options.namespace, resident_only=self._options.resident_only, suspect=suspect
+        )
+        self._session.count(read_calls=1, suspects=len(parts) if suspect else 0)
+        try:
+            outcomes = member.lane.read(
+                [part.extent for part in parts],
+                [part.into for part in parts],
+                options,
+                deadline=self._deadline,
+            )
+        except (
+            TorchCacheError
+        ) as error:  # nothing could be asked: the process may not, or the token can't be read
+            return [error] * len(parts)
+        if isinstance(outcomes[-1], ServerUnavailable):  # what ended the stream reaches the last extent
+            self._session.ordering.down(server)
+        else:
+            self._session.ordering.up(server)
+            self._session.budget.earn()
+        return outcomes
+
+    def _follow_up(self, parts: Sequence[Part], answers: Sequence[tuple[Part, Outcome]]) -> list[Part]:
+        """Lands what came, and returns the parts to ask again."""
+        again: list[Part] = []
+        waiting: dict[int, TorchCacheError] = {}
+        for part, outcome in answers:
+            if isinstance(outcome, memoryview):
+                if part.number not in self._shared:
+                    self._outcomes[part.number] = outcome
+                continue
+            step = next_step(part, outcome)
+            if step == "final" or time.monotonic() >= self._deadline:
+                self._outcomes[part.number] = outcome
+                continue
+            if step == "wait":
+                waiting[part.number] = outcome
+            advance(part, step)
+            again.append(part)
+        if waiting:
+            self._wait(again, waiting)
+        return [part for part in again if not isinstance(self._outcomes[part.number], TorchCacheError)]
+
+    def _wait(self, again: Sequence[Part], waiting: dict[int, TorchCacheError]) -> None:
+        """Pauses and looks anew who serves; where that is not worth it, the extents fail with their errors."""
+        first = next(iter(waiting.values()))
+        if not self._session.wait(self._retry, first, self._members, self._deadline):
+            for number, error in waiting.items():
+                self._outcomes[number] = error
+            return
+        self._members = self._session.current or self._members
+        for part in again:
+            order = self._order(placement_key(part.extent.object.id, part.extent.offset))
+            if order != list(part.order):
+                part.order, part.turn = order, 0

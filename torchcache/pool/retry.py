@@ -1,0 +1,83 @@
+"""When to try again: only transient errors, with growing pauses, never beyond the deadline, within a budget."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torchcache.errors import TorchCacheError, TransientError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """At most `attempts` tries; pauses double from `first_s` to `most_s`, each shortened at random by up to half.
+
+    Together about four seconds: a server that restarts is waited for.
+    """
+
+    attempts: int = 8
+    first_s: float = 0.05
+    most_s: float = 2.0
+
+    def pause_s(self, tries: int, chance: float) -> float:
+        """The pause after `tries` failed tries; `chance` in [0, 1) is the jitter."""
+        return min(self.most_s, self.first_s * 2.0 ** (tries - 1)) * (1.0 - chance / 2)
+
+
+class RetryBudget:
+    """Keeps retries from multiplying an outage: every good call earns a part of a retry, up to `most`. Thread-safe."""
+
+    def __init__(self, most: float = 64.0, earned: float = 0.5) -> None:
+        self._most = most
+        self._earned = earned
+        self._left = most
+        self._lock = threading.Lock()
+
+    def earn(self) -> None:
+        """A call succeeded."""
+        with self._lock:
+            self._left = min(self._most, self._left + self._earned)
+
+    def spend(self) -> bool:
+        """Whether one more retry is allowed; if so it is taken."""
+        with self._lock:
+            if self._left < 1:
+                return False
+            self._left -= 1
+            return True
+
+
+class Retry:
+    """The tries of one call. `again` pauses and says whether to make another."""
+
+    def __init__(
+        self,
+        budget: RetryBudget,
+        deadline: float,
+        *,
+        policy: RetryPolicy = RetryPolicy(),
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._budget = budget
+        self._deadline = deadline
+        self._policy = policy
+        self._sleep = sleep
+        self._clock = clock
+        self._chance = chance
+        self._tries = 0
+
+    def again(self, error: TorchCacheError) -> bool:
+        """After a try that failed with `error`. False: raise it."""
+        self._tries += 1
+        if not isinstance(error, TransientError) or self._tries >= self._policy.attempts:
+            return False
+        pause = self._policy.pause_s(self._tries, self._chance())
+        if self._clock() + pause >= self._deadline or not self._budget.spend():
+            return False
+        self._sleep(pause)
+        return True

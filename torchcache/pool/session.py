@@ -1,0 +1,204 @@
+"""A pool within one process: its servers, its statistics, and how a call is tried on them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
+from torchcache.lanes.flight import FlightLane
+from torchcache.pool.control import ControlClient
+from torchcache.pool.members import Endpoint, Member, Members, MemberSource, Ordering, UnderStoreName
+from torchcache.pool.reports import PoolStatistics
+from torchcache.pool.retry import Retry, RetryBudget
+from torchcache.wire.v1 import cache_pb2
+
+INFO_S: Final = 5.0
+"""How long one server may take to say who it is."""
+
+LOOK_AGAIN_S: Final = 5.0
+"""How often servers that did not answer are asked again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A control call's reply, and the server that gave it."""
+
+    member: Member
+    reply: Any
+
+
+class Session:
+    """One process's live state of a pool. Thread-safe; never used in another process than the one that made it."""
+
+    def __init__(self, source: MemberSource) -> None:
+        self.source = source
+        self.budget = RetryBudget()
+        self.ordering = Ordering()
+        self._lock = threading.Lock()
+        self._resolving = threading.Lock()
+        self._members: Members | None = None
+        self._counts: Counter[str] = Counter()
+        self._lanes: dict[str, str] = {}
+
+    # ---- statistics ----
+
+    def count(self, **counts: int) -> None:
+        """Adds to the statistics."""
+        with self._lock:
+            self._counts.update(counts)
+
+    def statistics(self) -> PoolStatistics:
+        """See `Pool.statistics`."""
+        with self._lock:
+            return PoolStatistics(lanes=dict(self._lanes), **self._counts)
+
+    # ---- members ----
+
+    def members(self, deadline: float) -> Members:
+        """The servers, found out at first use. Raises ServerUnavailable if none answers."""
+        found = self._members
+        if found is None or (found.missing and time.monotonic() - found.seen_at > LOOK_AGAIN_S):
+            return self.refresh(found, deadline)
+        return found
+
+    def first_members(self, retry: Retry, deadline: float) -> Members:
+        """`members`, tried again while the pool can't be reached."""
+        while True:
+            try:
+                return self.members(deadline)
+            except TransientError as error:
+                if not self.wait(retry, error, None, deadline):
+                    raise
+
+    @property
+    def current(self) -> Members | None:
+        """The servers as last seen."""
+        return self._members
+
+    def refresh(self, seen: Members | None, deadline: float) -> Members:
+        """Asks anew who serves, unless another thread has done so since `seen`."""
+        with self._resolving:
+            if self._members is not None and self._members is not seen:
+                return self._members
+            found = self._find(deadline)
+            before, self._members = self._members, found
+        addresses = {member.address for member in found.by_id.values()}
+        for member in before.by_id.values() if before else ():
+            if member.address not in addresses:
+                member.close()
+        with self._lock:
+            self._lanes |= {member.address: member.lane.name for member in found.by_id.values()}
+        return found
+
+    def _find(self, deadline: float) -> Members:
+        by_id: dict[str, Member] = {}
+        missing: list[str] = []
+        failure: TransientError | None = None
+        for endpoint in self.source.resolve(deadline=deadline):
+            try:
+                member = self._meet(endpoint, deadline)
+                by_id[member.server_id] = member
+            except TransientError as error:
+                missing.append(endpoint.address)
+                failure = error
+        if not by_id:
+            reason = f": {failure.message}" if failure else ""
+            raise ServerUnavailable(
+                f"no server of the pool {self.source.description} can be reached{reason}",
+                server=", ".join(missing) or None,
+            )
+        return Members(by_id, tuple(missing))
+
+    def _meet(self, endpoint: Endpoint, deadline: float) -> Member:
+        access = self.source.access
+        control = ControlClient(endpoint.address, access)
+        until = min(deadline, time.monotonic() + INFO_S)
+        info = control.call("GetInfo", cache_pb2.InfoRequest(), deadline=until)
+        stores = tuple(
+            UnderStoreName(s.name, s.uri if s.uri.endswith("/") else s.uri + "/") for s in info.under_stores
+        )
+        lane = FlightLane(endpoint.host, info.data_port, server=endpoint.address, access=access)
+        return Member(info.server_id, control, lane, stores)
+
+    # ---- control calls ----
+
+    def ask(
+        self, method: str, request: Any, *, key: bytes, timeout_s: float, only_owner: bool = False
+    ) -> Asked:
+        """One control call to the owner of `key`; unless `only_owner`, to the next if it can't be reached.
+
+        Tried again while the error is transient, the deadline far and the budget not spent.
+        """
+        deadline = time.monotonic() + timeout_s
+        retry = Retry(self.budget, deadline)
+        while True:
+            members: Members | None = None
+            try:
+                members = self.members(deadline)
+                owner = [self.ordering.owner(key, members)]
+                order = owner if only_owner else self.ordering.order(key, members)
+                return self._ask_in_order(members, order, method, request, deadline)
+            except TransientError as error:
+                if not self.wait(retry, error, members, deadline):
+                    raise
+
+    def _ask_in_order(
+        self, members: Members, order: Sequence[str], method: str, request: Any, deadline: float
+    ) -> Asked:
+        for server in order:
+            try:
+                return self.ask_member(members.by_id[server], method, request, deadline)
+            except ServerUnavailable as error:
+                failure = error
+        raise failure
+
+    def ask_member(self, member: Member, method: str, request: Any, deadline: float) -> Asked:
+        """One control call to one server, once."""
+        self.count(control_calls=1)
+        try:
+            reply = member.control.call(method, request, deadline=deadline)
+        except ServerUnavailable:
+            self.ordering.down(member.server_id)
+            raise
+        self.ordering.up(member.server_id)
+        self.budget.earn()
+        return Asked(member, reply)
+
+    def ask_each(self, method: str, request: Any, *, timeout_s: float) -> Iterator[Asked]:
+        """One control call to every server. Raises the error of one that does not answer, after retries."""
+        deadline = time.monotonic() + timeout_s
+        retry = Retry(self.budget, deadline)
+        members = self.first_members(retry, deadline)
+        left = list(members.by_id)
+        while left:
+            try:
+                yield self.ask_member(members.by_id[left[0]], method, request, deadline)
+                left.pop(0)
+            except TransientError as error:
+                if not self.wait(retry, error, members, deadline):
+                    raise
+                members = self._members or members
+                left = [server for server in left if server in members.by_id]
+
+    def wait(self, retry: Retry, error: TorchCacheError, members: Members | None, deadline: float) -> bool:
+        """Whether to try again after `error`; if so it has paused, and looked anew who serves."""
+        if not retry.again(error):
+            return False
+        self.count(retries=1)
+        if isinstance(error, ServerUnavailable) and members is not None:
+            try:
+                self.refresh(members, deadline)
+            except TransientError:
+                pass  # the next try meets it again
+        return True
+
+    def close(self) -> None:
+        """Forgets the servers and closes the connections to them."""
+        members, self._members = self._members, None
+        for member in members.by_id.values() if members else ():
+            member.close()

@@ -1,0 +1,87 @@
+"""Writing: objects to their owners, cut into calls of bounded size, several servers side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from torchcache.errors import ServerUnavailable, TransientError
+from torchcache.lanes.base import Buffer
+from torchcache.model import ObjectId
+from torchcache.placement import placement_key
+from torchcache.pool.buffers import WriteCall, write_calls
+from torchcache.pool.members import Members
+from torchcache.pool.retry import Retry
+from torchcache.pool.session import Session
+
+Objects = Sequence[tuple[ObjectId, Sequence[Buffer]]]
+
+
+class Writing:
+    """One write. `timeout_s` bounds each of its calls."""
+
+    def __init__(self, session: Session, namespace: str, *, durable: bool, timeout_s: float) -> None:
+        self._session = session
+        self._namespace = namespace
+        self._durable = durable
+        self._timeout_s = timeout_s
+
+    def run(self, objects: Objects) -> None:
+        """Stores `objects`. Raises the first error; what was stored by then stays."""
+        deadline = time.monotonic() + self._timeout_s
+        members = self._session.first_members(Retry(self._session.budget, deadline), deadline)
+        by_owner: dict[str, list[tuple[ObjectId, Sequence[Buffer]]]] = {}
+        for id_, parts in objects:
+            owner = self._session.ordering.owner(placement_key(id_, 0), members)
+            by_owner.setdefault(owner, []).append((id_, parts))
+        if len(by_owner) <= 1:
+            for group in by_owner.values():
+                self._write_group(group)
+            return
+        with ThreadPoolExecutor(len(by_owner)) as threads:
+            for done in [threads.submit(self._write_group, group) for group in by_owner.values()]:
+                done.result()
+
+    def _write_group(self, objects: Objects) -> None:
+        for call in write_calls(objects):
+            self._write_call(call)
+
+    def _write_call(self, call: WriteCall) -> None:
+        """One do_put, tried again while its error is transient.
+
+        A computed sample may go to the next server when its owner can't be reached; a file of a save may not, since
+        all of a save must lie on the server that commits it.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        retry = Retry(self._session.budget, deadline)
+        first = call.objects[0].id
+        while True:
+            members = self._session.first_members(retry, deadline)
+            try:
+                self._try_in_order(call, members, self._order(first, members), deadline)
+                return
+            except TransientError as error:
+                if not self._session.wait(retry, error, members, deadline):
+                    raise
+
+    def _order(self, id_: ObjectId, members: Members) -> list[str]:
+        ordering, key = self._session.ordering, placement_key(id_, 0)
+        return [ordering.owner(key, members)] if id_.is_save else ordering.order(key, members)
+
+    def _try_in_order(self, call: WriteCall, members: Members, order: Sequence[str], deadline: float) -> None:
+        for server in order:
+            self._session.count(write_calls=1)
+            try:
+                written = members.by_id[server].lane.write(
+                    self._namespace, call.objects, call.rows, durable=self._durable, deadline=deadline
+                )
+            except ServerUnavailable as error:
+                self._session.ordering.down(server)
+                failure = error
+                continue
+            self._session.ordering.up(server)
+            self._session.budget.earn()
+            self._session.count(written_bytes=written)
+            return
+        raise failure
