@@ -103,10 +103,13 @@ class Connections:
 
     def drop(self, key: Hashable) -> None:
         """Closes a channel, if it is open: the next use opens another. Calls that still use it fail."""
-        with self._changed:
+        if key not in self._open:
+            return
+        with self.call():
             channel = self._open.pop(key, None)
-        if channel is not None:
-            channel.close()
+            if channel is not None:
+                channel.close()
+            del channel
 
     def close(self) -> None:
         """Closes every channel."""
