@@ -103,7 +103,7 @@ class FailingDisk(DiskCalls):
 
 
 def _name_of(argument: Any) -> str:
-    return argument if isinstance(argument, str) else os.readlink(f"/proc/self/fd/{argument}")
+    return argument if isinstance(argument, str) else str(Path(f"/proc/self/fd/{argument}").readlink())
 
 
 SEAM = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-
 from torchcache_server.store.eviction import Candidate, choose_victims
 
 NAMES = ("a", "b", "c", "d")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import lmdb
 import pytest
+from torchcache_server.store import DiskCalls, Store, index
+from torchcache_server.store.index import Index
 
 from tests.unit.store_parts import (
     CAPACITY,
@@ -21,7 +26,6 @@ from tests.unit.store_parts import (
     payload,
 )
 from torchcache.errors import ConfigurationError, OutOfSpace, TorchCacheError
-from torchcache_server.store import DiskCalls, Store
 
 CODES = [errno.EIO, errno.ENOSPC]  # what the store tells apart: full, and all else
 
@@ -53,7 +57,7 @@ def test_every_call_may_fail_while_running(tmp_path: Path, call: str, code: int)
         try:
             step()
         except TorchCacheError as error:
-            assert error.message  # noqa: PT017
+            assert error.message
     assert all(held(store, n, MIB) for n in range(8)), "what is kept is untouched"
     disk.mend()
     fill(store, "d", range(200, 203), MIB)
@@ -79,7 +83,7 @@ def test_every_call_may_fail_while_opening(tmp_path: Path, call: str, code: int)
     try:
         open_store(image, disk).close()
     except ConfigurationError as error:
-        assert str(image) in str(error)  # noqa: PT017
+        assert str(image) in str(error)
     disk.mend()
     store = open_store(image, disk)
     assert all(held(store, n) for n in range(20))
@@ -190,7 +194,7 @@ def test_a_failed_fsync_is_never_tried_again(tmp_path: Path, kept: bool) -> None
     disk.fail("fsync", errno.EIO, times=1, path_has=".segment")
     fill(store, "a", range(20), MIB)
     for _ in range(2):
-        with pytest.raises(TorchCacheError, match="can't make 'a' durable.*Input/output error"):
+        with pytest.raises(TorchCacheError, match=r"can't make 'a' durable.*Input/output error"):
             store.sync("a")
     fsyncs = disk.calls["fsync"]
     with pytest.raises(TorchCacheError):
@@ -264,4 +268,56 @@ def test_a_failed_stop_is_an_unclean_one(tmp_path: Path) -> None:
     assert [bytes(c.payload) for n in range(10) if (c := store.lookup(chunk(n)))] == [
         payload(n) for n in range(10)
     ]
+    store.close()
+
+
+# ---- the index, which is LMDB's and not behind the seam: its failures are scripted ----
+
+
+def test_an_index_that_cannot_be_made_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise lmdb.DiskError("No space left on device")
+
+    monkeypatch.setattr(lmdb, "open", refuse)
+    with pytest.raises(ConfigurationError, match="its index can't be made: No space left"):
+        open_store(tmp_path, DiskCalls())
+    monkeypatch.undo()
+    open_store(tmp_path, DiskCalls()).close()
+
+
+def test_an_index_that_fails_stores_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path, DiskCalls(), 24 * MIB)
+    fill(store, "a", range(8), MIB)
+    fill(store, "b", range(20, 26), MIB)
+    before = store.usage()
+
+    @contextmanager
+    def full(_: Index) -> Iterator[None]:
+        raise OutOfSpace("the store's index can't be written: MDB_MAP_FULL")
+        yield
+
+    monkeypatch.setattr(Index, "writing", full)
+    with pytest.raises(OutOfSpace, match="MAP_FULL"):
+        fill(store, "c", range(30, 32), MIB)
+    assert store.usage().used_bytes - before.used_bytes < 1000, "the room it took is given back"
+    monkeypatch.undo()
+    fill(store, "c", range(30, 40), MIB)
+    assert all(held(store, n, MIB) for n in range(30, 40))
+    store.close()
+
+
+def test_a_small_map_is_no_trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real MDB_MAP_FULL: fills fail as a full disk does, and what is there can be read and dropped."""
+    monkeypatch.setattr(index, "_MAX_MAP_BYTES", 1 << 20)
+    store = open_store(tmp_path, DiskCalls())
+    stored = 0
+    with pytest.raises(OutOfSpace, match="MAP_FULL"):
+        for n in range(0, 100_000, 1000):
+            store.put_many("a", [(chunk(m), 1, b"x") for m in range(n, n + 1000)])
+            stored += 1000
+    assert stored >= 2000
+    assert all(store.lookup(chunk(n)) for n in range(stored))
+    assert not store.contains(chunk(stored))
+    store.drop("a")
+    assert store.usage().used_bytes == 0
     store.close()

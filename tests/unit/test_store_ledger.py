@@ -6,10 +6,10 @@ import errno
 from pathlib import Path
 
 import pytest
-
-from tests.unit.store_parts import FailingDisk, flip_bit
 from torchcache_server.store import OS
 from torchcache_server.store.ledger import Ledger
+
+from tests.unit.store_parts import FailingDisk, flip_bit
 
 
 def test_values_are_there_for_the_next_one(tmp_path: Path) -> None:

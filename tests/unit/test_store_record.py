@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from torchcache.model import BLOCK_BYTES, CHUNK_BYTES
 from torchcache_server.store.record import (
     ALIGN_BYTES,
     RecordHeader,
@@ -16,6 +14,8 @@ from torchcache_server.store.record import (
     padding,
     record_bytes,
 )
+
+from torchcache.model import BLOCK_BYTES, CHUNK_BYTES
 
 NONCES = st.integers(0, 2**64 - 1)
 NONCE = 0x1234_5678_9ABC_DEF0

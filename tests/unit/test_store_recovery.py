@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torchcache_server.store import Store
 
 from tests.unit.store_parts import (
     CAPACITY,
@@ -20,7 +21,6 @@ from tests.unit.store_parts import (
     segment_files,
 )
 from torchcache.model import BLOCK_BYTES, ChunkId, ObjectId
-from torchcache_server.store import Store
 
 SIZE = 40_000  # three blocks
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import lmdb
 
+from torchcache.errors import OutOfSpace
 from torchcache_server.store.core import Core
 from torchcache_server.store.disk import DiskCalls
 from torchcache_server.store.folder import StoreFolder
