@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from torchcache_server.cache.fill_queue import Fill, FillQueue, Loan
+from torchcache_server.store import StoredChunk
+
+from torchcache.errors import ConfigurationError, Overloaded, ServerUnavailable
+
+
+@contextmanager
+def queue_of(threads: int, limit_bytes: int) -> Iterator[FillQueue]:
+    queue = FillQueue(threads=threads, limit_bytes=limit_bytes)
+    yield queue
+    queue.close()
+
+
+class Held:
+    """A fill that runs until it is let go. `passes_through`: its result keeps the loan."""
+
+    def __init__(self, size: int = 1, *, passes_through: bool = False, timeout_s: float = 30.0) -> None:
+        self.started = threading.Event()
+        self.go = threading.Event()
+        self._passes_through = passes_through
+        self.fill = Fill("it", size, self._work, time.monotonic() + timeout_s)
+
+    def _work(self, loan: Loan, deadline: float) -> StoredChunk:
+        self.started.set()
+        assert self.go.wait(30)
+        if self._passes_through:
+            return StoredChunk.of(loan.tie_to(bytearray(self.fill.bytes)), self.fill.bytes)
+        loan.release()
+        return StoredChunk.of(bytes(self.fill.bytes), self.fill.bytes)
+
+
+def test_bounds_the_bytes_of_running_fills() -> None:
+    with queue_of(threads=4, limit_bytes=10) as queue:
+        first, second, third = Held(6), Held(4), Held(1)
+        for held in (first, second, third):
+            queue.submit(held.fill)
+        assert first.started.wait(30)
+        assert second.started.wait(30)
+        assert queue.in_flight_bytes == 10
+        assert not third.started.is_set()
+        second.go.set()
+        assert third.started.wait(30)
+        for held in (first, third):
+            held.go.set()
+            held.fill.future.result(30)
+        assert queue.in_flight_bytes == 0
+
+
+def test_is_first_come_first_served() -> None:
+    """A small fill doesn't overtake a large one for ever."""
+    with queue_of(threads=4, limit_bytes=10) as queue:
+        first, large, small = Held(5), Held(10), Held(1)
+        for held in (first, large, small):
+            queue.submit(held.fill)
+        assert first.started.wait(30)
+        small.go.set()
+        first.go.set()
+        assert large.started.wait(30)
+        assert not small.started.is_set()
+        large.go.set()
+        assert small.fill.future.result(30).object_size == 1
+
+
+def test_a_fill_above_the_bound_runs_alone() -> None:
+    with queue_of(threads=2, limit_bytes=10) as queue:
+        held = Held(11)
+        held.go.set()
+        queue.submit(held.fill)
+        assert held.fill.future.result(30).object_size == 11
+
+
+def test_bytes_that_pass_through_count_until_their_last_reader_lets_go() -> None:
+    with queue_of(threads=2, limit_bytes=10) as queue:
+        first, second = Held(10, passes_through=True), Held(1)
+        first.go.set()
+        second.go.set()
+        queue.submit(first.fill)
+        view = first.fill.future.result(30).payload.slice(3, 2)
+        del first
+        queue.submit(second.fill)
+        assert queue.in_flight_bytes == 10
+        assert not second.started.is_set()
+        assert view.to_pybytes() == b"\0\0"
+        del view
+        gc.collect()
+        assert second.fill.future.result(30).object_size == 1
+
+
+def test_a_fill_whose_turn_does_not_come_is_overloaded() -> None:
+    with queue_of(threads=1, limit_bytes=10) as queue:
+        first, late = Held(), Held(timeout_s=0.01)
+        queue.submit(first.fill)
+        assert first.started.wait(30)
+        queue.submit(late.fill)
+        time.sleep(0.02)
+        first.go.set()
+        with pytest.raises(Overloaded, match=r"it waited up to its deadline .* ask for less"):
+            late.fill.future.result(30)
+        assert not late.started.is_set()
+
+
+def test_one_that_waits_for_room_is_told_at_its_deadline() -> None:
+    with queue_of(threads=2, limit_bytes=1) as queue:
+        first, late = Held(), Held(timeout_s=0.05)
+        queue.submit(first.fill)
+        assert first.started.wait(30)
+        queue.submit(late.fill)
+        with pytest.raises(Overloaded):
+            late.fill.future.result(30)
+        first.go.set()
+
+
+def test_a_waiter_with_more_patience_extends_the_wait() -> None:
+    with queue_of(threads=1, limit_bytes=10) as queue:
+        first, late = Held(), Held(timeout_s=0.01)
+        queue.submit(first.fill)
+        assert first.started.wait(30)
+        queue.submit(late.fill)
+        queue.extend(late.fill, time.monotonic() + 30)
+        time.sleep(0.02)
+        late.go.set()
+        first.go.set()
+        assert late.fill.future.result(30).object_size == 1
+
+
+def test_a_fill_that_fails_returns_its_bytes() -> None:
+    def work(loan: Loan, deadline: float) -> StoredChunk:
+        raise KeyError("broken")
+
+    with queue_of(threads=1, limit_bytes=10) as queue:
+        fill = Fill("it", 10, work, time.monotonic() + 30)
+        queue.submit(fill)
+        with pytest.raises(KeyError, match="broken"):
+            fill.future.result(30)
+        assert queue.in_flight_bytes == 0
+
+
+def test_nobody_can_cancel_what_others_wait_for() -> None:
+    with queue_of(threads=1, limit_bytes=10) as queue:
+        first, second = Held(), Held()
+        queue.submit(first.fill)
+        queue.submit(second.fill)
+        assert not second.fill.future.cancel()
+        first.go.set()
+        second.go.set()
+        assert second.fill.future.result(30).object_size == 1
+
+
+def test_closing_fails_what_waits_and_ends_what_runs() -> None:
+    queue = FillQueue(threads=1, limit_bytes=10)
+    first, second = Held(), Held()
+    queue.submit(first.fill)
+    assert first.started.wait(30)
+    queue.submit(second.fill)
+    first.go.set()
+    queue.close()
+    assert first.fill.future.result(30).object_size == 1
+    ended = second.fill.future.exception(30)
+    assert ended is None or isinstance(ended, ServerUnavailable)
+    with pytest.raises(ServerUnavailable, match="stopping"):
+        queue.submit(Held().fill)
+    queue.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fill-")]
+
+
+@pytest.mark.parametrize(("threads", "limit_bytes"), [(0, 1), (1, 0)])
+def test_refuses_bounds_that_let_nothing_through(threads: int, limit_bytes: int) -> None:
+    with pytest.raises(ConfigurationError):
+        FillQueue(threads=threads, limit_bytes=limit_bytes)

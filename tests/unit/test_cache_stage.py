@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torchcache_server.cache.read_through import ReadThrough
+from torchcache_server.cache.stage import StageResult, resident_bytes, stage
+from torchcache_server.store import Store
+
+from tests.unit.scripted_under_store import ScriptedUnderStore, object_of
+from torchcache.errors import (
+    ConfigurationError,
+    DeadlineExceeded,
+    NotResident,
+    ObjectChanged,
+    OutOfSpace,
+)
+from torchcache.model import CHUNK_BYTES, ChunkId, ObjectId, ObjectInfo
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path / "store", capacity_bytes=64 * MIB)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def source() -> ScriptedUnderStore:
+    return ScriptedUnderStore()
+
+
+@pytest.fixture
+def reads(store: Store, source: ScriptedUnderStore) -> Iterator[ReadThrough]:
+    read_through = ReadThrough(store, {"s3": source})  # type: ignore[dict-item]
+    yield read_through
+    source.answer.set()
+    read_through.close()
+
+
+def soon() -> float:
+    return time.monotonic() + 30
+
+
+def test_makes_objects_resident_and_says_what_it_fetched(
+    reads: ReadThrough, source: ScriptedUnderStore, store: Store
+) -> None:
+    objects = [object_of(10, "a"), object_of(2 * CHUNK_BYTES + 1, "b"), object_of(0, "c")]
+    assert resident_bytes(store, objects) == [0, 0, 0]
+    results = stage(reads, "data", objects, deadline=soon())
+    assert results == [StageResult(object.size, None) for object in objects]
+    assert resident_bytes(store, objects) == [object.size for object in objects]
+    assert len(source.reads) == 5
+
+
+def test_fetches_only_what_is_missing(reads: ReadThrough, source: ScriptedUnderStore, store: Store) -> None:
+    object = object_of(CHUNK_BYTES + 7)
+    store.put("data", ChunkId(object.id, 0), object.size, bytes(CHUNK_BYTES))
+    assert resident_bytes(store, [object]) == [CHUNK_BYTES]
+    assert stage(reads, "data", [object], deadline=soon()) == [StageResult(7, None)]
+    assert stage(reads, "data", [object], deadline=soon()) == [StageResult(0, None)]
+    assert len(source.reads) == 1
+
+
+def test_stages_more_than_it_has_under_way_at_a_time(reads: ReadThrough, source: ScriptedUnderStore) -> None:
+    objects = [object_of(10, f"key-{number}") for number in range(200)]
+    assert stage(reads, "data", objects, deadline=soon()) == [StageResult(10, None)] * 200
+    assert len(source.reads) == 200
+
+
+def test_one_failure_stops_no_other(reads: ReadThrough) -> None:
+    objects = [
+        object_of(10, "a"),
+        ObjectInfo(ObjectId("gcs", "b", "v"), 2 * CHUNK_BYTES),
+        ObjectInfo(ObjectId("samples", "c", "v"), 10),
+        object_of(10, "d"),
+    ]
+    first, unknown, sample, last = stage(reads, "data", objects, deadline=soon())
+    assert first == last == StageResult(10, None)
+    assert isinstance(unknown.error, ConfigurationError)
+    assert isinstance(sample.error, NotResident)
+
+
+def test_says_why_an_object_is_not_there(reads: ReadThrough, source: ScriptedUnderStore) -> None:
+    source.error = ObjectChanged("it changed")
+    (result,) = stage(reads, "data", [object_of(3 * CHUNK_BYTES)], deadline=soon())
+    assert result.filled_bytes == 0
+    assert isinstance(result.error, ObjectChanged)
+
+
+def test_says_that_there_was_no_room(reads: ReadThrough, store: Store) -> None:
+    store.keep("kept", True)
+    with pytest.raises(OutOfSpace):
+        for number in range(1000):
+            store.put("kept", ChunkId(ObjectId("s3", f"kept-{number}", "v"), 0), 4 * MIB, bytes(4 * MIB))
+    (result,) = stage(reads, "data", [object_of(4 * MIB)], deadline=soon())
+    assert result.filled_bytes == 0
+    assert isinstance(result.error, OutOfSpace)
+    assert "raise its capacity" in result.error.message
+
+
+def test_ends_by_its_deadline(reads: ReadThrough, source: ScriptedUnderStore) -> None:
+    source.answer.clear()
+    objects = [object_of(10, f"key-{number}") for number in range(100)]
+    results = stage(reads, "data", objects, deadline=time.monotonic() + 0.05)
+    assert {type(result.error) for result in results} == {DeadlineExceeded}
