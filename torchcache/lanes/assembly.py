@@ -79,7 +79,8 @@ class Assembly:
             raise IntegrityError(
                 f"a piece at {piece.offset} came where byte {self._position} of {self._end} was due"
             )
-        part = memoryview(piece.data)[self._position - piece.offset : end - piece.offset]
+        # Arrow's buffers count in signed bytes, which Python will not assign to its own.
+        part = memoryview(piece.data).cast("B")[self._position - piece.offset : end - piece.offset]
         if first and end == self._end and self._into is None:
             self._view = part.toreadonly()
         else:
