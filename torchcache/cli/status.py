@@ -13,7 +13,7 @@ from torchcache.errors import ServerUnavailable
 
 if TYPE_CHECKING:
     from torchcache.cli.output import Output
-    from torchcache.pool import NamespaceStatus, ServerStatus
+    from torchcache.pool import NamespaceStatus, Pool, ServerStatus
 
 
 @click.command(epilog=EXIT_CODES, short_help="Show how the pool's servers are.")
@@ -23,17 +23,29 @@ def status(session: Session) -> None:
 
     Never starts a pool: exit code 3 if none runs. Counters run since each server started.
     """
-    if session.uses_embedded_pool:
-        from torchcache.embedded import is_running
-
-        if not is_running():
-            raise ServerUnavailable(
-                "no embedded pool of yours runs on this machine: the first program to use it starts it"
-            )
-    servers = session.pool.status()
+    servers = (_running_embedded_pool() if session.uses_embedded_pool else session.pool).status()
     session.output.document({"servers": [dataclasses.asdict(server) for server in servers]})
     if not session.output.as_json:
         _show(session.output, servers)
+
+
+def _running_embedded_pool() -> Pool:
+    """The embedded pool as it runs, without attaching to it: that would start it. Raises ServerUnavailable."""
+    from torchcache.embedded import read_endpoint, running
+    from torchcache.lanes.access import Access
+    from torchcache.local_pool import default_root
+    from torchcache.pool import Pool
+    from torchcache.pool.members import StaticMembers, parse_address
+
+    root = default_root()
+    found = [read_endpoint(folder) for folder in sorted(root.glob("server-*")) if running(folder)]
+    addresses = [fields["control"] for fields in found if fields]
+    if not addresses:
+        raise ServerUnavailable(
+            "no embedded pool runs here for these S3 settings; the first program to use one starts it"
+        )
+    endpoints = parse_address(",".join(addresses))
+    return Pool(StaticMembers(endpoints=endpoints, access=Access(token_file=root / "token")))
 
 
 def _show(output: Output, servers: list[ServerStatus]) -> None:

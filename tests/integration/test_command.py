@@ -1,0 +1,131 @@
+"""The command as a process of its own, over the embedded pool and a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import torchcache as tc
+from examples.seaweedfs import SeaweedFS
+
+
+def torchcache(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "torchcache.cli", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def torchcache_json(*arguments: str, code: int = 0) -> Any:
+    return json.loads(torchcache(*arguments, "--json", code=code).stdout)
+
+
+def one_line(text: str) -> str:
+    """The one line that `text` is."""
+    assert text.count("\n") == 1, text
+    return text.strip()
+
+
+def test_status_starts_no_pool(home: Path) -> None:
+    done = torchcache("status", code=3)
+    assert one_line(done.stderr).startswith("torchcache: no embedded pool runs here")
+    assert not list(home.rglob("server.lock"))
+    assert torchcache_json("status", code=3)["error"] == "ServerUnavailable"
+
+
+def test_a_pool_that_is_not_there_is_code_3() -> None:
+    done = torchcache("status", "--pool", "127.0.0.1:1", code=3)
+    assert "127.0.0.1:1" in one_line(done.stderr)
+
+
+def test_a_wrong_address_is_code_2() -> None:
+    assert "etcd" in one_line(torchcache("ls", "--pool", "etcd://x/y", code=2).stderr)
+
+
+def test_serve_is_the_server() -> None:
+    done = torchcache("serve", "--help")
+    for option in ("--listen", "--store", "--capacity", "--under-store"):
+        assert option in done.stdout
+    done = torchcache(
+        "serve", "--listen", "0.0.0.0:7440", "--store", "/nowhere", "--under-store", "s3=s3://", code=2
+    )
+    assert done.stderr
+
+
+def test_stage_ls_and_status(s3: SeaweedFS) -> None:
+    bucket = s3.make_bucket()
+    for key in ("data/1/a", "data/1/b", "data/2/c"):
+        s3.client.put_object(Bucket=bucket, Key=key, Body=key.encode() * 1000)
+    uri = f"s3://{bucket}/data"
+    report = torchcache_json("stage", uri, "--pattern", "1/*")
+    assert (report["objects"], report["bytes"], report["resident_bytes"]) == (2, 16_000, 16_000)
+    listing = torchcache_json("ls", uri)
+    assert listing["entries"] == [
+        {"name": "1/", "objects": 2, "bytes": 16_000, "resident_bytes": 16_000},
+        {"name": "2/", "objects": 1, "bytes": 8_000, "resident_bytes": 0},
+    ]
+    assert "24.0 kB fetched" not in torchcache("stage", uri).stdout
+    [server] = torchcache_json("status")["servers"]
+    [s3_counts] = [u for u in server["under_stores"] if u["name"] == "s3"]
+    assert (s3_counts["read_requests"], s3_counts["read_bytes"]) == (3, 24_000)
+    assert uri in [n["name"] for n in server["namespaces"]]
+    human = torchcache("status").stdout
+    assert uri in human
+    assert "s3://" in human
+
+
+def test_bad_input_is_one_line(s3: SeaweedFS) -> None:
+    bucket = s3.make_bucket()
+    for words in (["ls"], ["stage"], ["checkpoint", "ls"]):
+        done = torchcache(*words, "s3://no-such-bucket-here/x", code=1)
+        assert "no-such-bucket-here" in one_line(done.stderr)
+    done = torchcache("stage", f"s3://{bucket}/empty", code=1)
+    assert f"s3://{bucket}/empty" in one_line(done.stderr)
+    assert "gs://x" in one_line(torchcache("ls", "gs://x/y", code=2).stderr)
+    assert f"s3://{bucket}/none" in one_line(
+        torchcache("checkpoint", "verify", f"s3://{bucket}/none", code=1).stderr
+    )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_checkpoints_are_listed_and_verified(s3: SeaweedFS, tmp_path: Path) -> None:
+    bucket = s3.make_bucket()
+    uri = f"s3://{bucket}/run/step-1"
+    state = {"w": torch.randn(300, 400), "big": torch.randn(5_000_000), "step": 1}
+    dcp.save(state, storage_writer=tc.CacheStorageWriter(uri, durability="store"), no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path / "stock", no_dist=True)
+    [found] = torchcache_json("checkpoint", "ls", f"s3://{bucket}/run")["checkpoints"]
+    assert (found["uri"], found["state"], found["pending_bytes"]) == (uri, "durable", 0)
+    assert found["bytes"] > 20_000_000
+    report = torchcache_json("checkpoint", "verify", uri)
+    assert report["ok"]
+    assert report["bytes"] > 20_000_000
+    assert "is good" in torchcache("checkpoint", "verify", uri).stdout
+
+    [shard] = [
+        o["Key"] for o in s3.client.list_objects_v2(Bucket=bucket)["Contents"] if o["Key"].endswith(".distcp")
+    ]
+    body = bytearray(s3.client.get_object(Bucket=bucket, Key=shard)["Body"].read())
+    body[len(body) // 2] ^= 1
+    s3.client.put_object(Bucket=bucket, Key=shard, Body=bytes(body))
+    damaged = torchcache_json("checkpoint", "verify", uri, code=1)
+    assert not damaged["ok"]
+    [fault] = damaged["faults"]
+    assert fault["item"] == "big"
+
+    stock = f"file://{tmp_path}/stock"
+    assert torchcache_json("checkpoint", "ls", stock)["checkpoints"][0]["state"] == "stock"
+    assert "without torchcache" in one_line(torchcache("checkpoint", "verify", stock, code=1).stderr)
