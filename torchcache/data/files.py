@@ -20,9 +20,6 @@ from torchcache.errors import (
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, Residency
 
-_STAGE_OBJECTS = 256
-"""Objects a call to the pool when staging: enough to keep its fills busy, few enough to follow an order."""
-
 
 class FileSamples:
     """The objects under a URI whose keys match a pattern, as they were when this was made."""
@@ -76,7 +73,7 @@ class FileSamples:
     def stage(
         self, indices: Sequence[int], *, on_progress: OnProgress, cancelled: Callable[[], bool]
     ) -> None:
-        for window in windows(indices, _STAGE_OBJECTS):
+        for window in windows(indices):
             if cancelled():
                 return
             objects = [self._manifest[i] for i in window]

@@ -1,0 +1,204 @@
+"""CachedDataset.from_files over a real embedded pool and a real S3: the ways it can go wrong, staging, resuming."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+import torchcache as tc
+from examples.seaweedfs import SeaweedFS, environment
+from torchcache.pool import Residency
+
+FILES = 48
+
+
+def payload(index: int) -> bytes:
+    return np.random.default_rng(index).bytes(500 + 13 * index)
+
+
+def key(index: int) -> str:
+    return f"{index % 4}/{index:03d}.bin"
+
+
+ORDER = sorted(range(FILES), key=key)
+
+
+def decode(data: memoryview) -> torch.Tensor:
+    assert data.readonly
+    return torch.tensor([len(data), sum(data[:10])])
+
+
+@pytest.fixture
+def bucket(s3: SeaweedFS) -> str:
+    name = s3.make_bucket()
+    for i in range(FILES):
+        s3.client.put_object(Bucket=name, Key=f"data/{key(i)}", Body=payload(i))
+    s3.client.put_object(Bucket=name, Key="database/other.bin", Body=b"of another folder")
+    return name
+
+
+def reads(pool: tc.Pool) -> int:
+    return sum(store.read_requests for server in pool.status() for store in server.under_stores)
+
+
+def test_samples_are_the_objects_in_order(bucket: str) -> None:
+    with tc.LocalPool() as pool:
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data/", pattern="*.bin", pool=pool)
+        assert dataset.keys() == [key(i) for i in ORDER]
+        assert dataset.__getitems__(range(FILES)) == [payload(i) for i in ORDER]
+        assert dataset[-1] == payload(ORDER[-1])
+        assert repr(dataset).startswith(
+            f"CachedDataset.from_files('s3://{bucket}/data', pattern='*.bin': 48 objects"
+        )
+        one = tc.CachedDataset.from_files(f"s3://{bucket}/data", pattern="3/*", pool=pool)
+        assert len(one) == FILES // 4
+        assert one.residency().fraction == 1.0  # what one dataset fetched serves the other
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_beside_a_used_pool(bucket: str, method: str) -> None:
+    """The parent reads before, while and after its workers do."""
+    with tc.LocalPool() as pool:
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", decode=decode, pool=pool)
+        expected = [[len(payload(i)), sum(payload(i)[:10])] for i in ORDER]
+        assert dataset[0].tolist() == expected[0]
+        loader = DataLoader(
+            dataset, batch_size=8, num_workers=2, multiprocessing_context=method, persistent_workers=True
+        )
+        for _ in range(2):
+            seen = []
+            for batch in loader:
+                seen += batch.tolist()
+                assert dataset[1].tolist() == expected[1]
+            assert seen == expected
+
+
+def test_staged_files_need_no_s3(bucket: str, capfd: pytest.CaptureFixture[str]) -> None:
+    total = sum(len(payload(i)) for i in range(FILES))
+    with tc.LocalPool() as pool:
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", pool=pool)
+        assert dataset.residency() == Residency(
+            objects=FILES, resident_objects=0, bytes=total, resident_bytes=0
+        )
+        dataset.stage(progress=True)
+        assert "48/48 samples" in capfd.readouterr().err
+        assert dataset.residency().fraction == 1.0
+        before = reads(pool)
+        assert before == FILES
+        dataset.__getitems__(range(FILES))
+        dataset.stage(progress=False)
+        assert reads(pool) == before
+
+
+def test_prefetch_fetches_this_epochs_samples(bucket: str) -> None:
+    with tc.LocalPool() as pool:
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", pool=pool)
+        sampler = RandomSampler(dataset, num_samples=20, generator=torch.Generator().manual_seed(3))
+        handle = dataset.prefetch(sampler, 0)
+        assert handle.wait(60)
+        wanted = list(sampler)
+        assert handle.staged == handle.total == len(set(wanted))
+        before = reads(pool)
+        dataset.__getitems__(wanted)
+        assert reads(pool) == before
+        assert handle.staged_bytes == sum(len(payload(ORDER[i])) for i in set(wanted))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_resumes_at_the_right_sample(bucket: str, workers: int) -> None:
+    with tc.LocalPool() as pool:
+
+        def make() -> StatefulDataLoader[Any]:
+            torch.manual_seed(5)
+            dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", decode=decode, pool=pool)
+            return StatefulDataLoader(dataset, batch_size=4, shuffle=True, num_workers=workers)
+
+        whole = [batch.tolist() for batch in make()]
+        interrupted, before = make(), []
+        for batch in interrupted:
+            before.append(batch.tolist())
+            if len(before) == 5:
+                break
+        state = pickle.loads(pickle.dumps(interrupted.state_dict()))
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert before + [batch.tolist() for batch in resumed] == whole
+
+
+def test_an_object_that_vanished_or_changed(s3: SeaweedFS, bucket: str) -> None:
+    with tc.LocalPool() as pool:
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", pool=pool)
+        kept = dataset[2]
+        for index in (0, 2):
+            s3.client.delete_object(Bucket=bucket, Key=f"data/{dataset.keys()[index]}")
+        s3.client.put_object(Bucket=bucket, Key=f"data/{dataset.keys()[1]}", Body=b"other bytes")
+        with pytest.raises(
+            tc.ObjectNotFound, match=rf"s3://{bucket}/data/0/000.bin is gone since.*create it again"
+        ):
+            dataset[0]
+        with pytest.raises(
+            tc.ObjectChanged, match=rf"s3://{bucket}/data/0/004.bin has changed since.*create it"
+        ):
+            dataset[1]
+        assert dataset[2] == kept  # what the pool holds is of the version listed
+
+
+def test_an_error_in_a_worker_reaches_the_user_with_its_type(s3: SeaweedFS, bucket: str) -> None:
+    with tc.LocalPool() as pool:
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", pool=pool)
+        s3.client.delete_object(Bucket=bucket, Key=f"data/{dataset.keys()[0]}")
+        with pytest.raises(tc.ObjectNotFound, match="is gone since this dataset was created"):
+            list(DataLoader(dataset, batch_size=4, num_workers=1))
+
+
+def test_nothing_there(bucket: str) -> None:
+    with tc.LocalPool() as pool:
+        with pytest.raises(
+            tc.ObjectNotFound, match=rf"no objects under s3://{bucket}/dat/ \(looked for pattern="
+        ):
+            tc.CachedDataset.from_files(f"s3://{bucket}/dat", pool=pool)
+        with pytest.raises(
+            tc.ObjectNotFound, match=r"none of the 48 objects under .*/data/ match pattern='\*.png'"
+        ):
+            tc.CachedDataset.from_files(f"s3://{bucket}/data", pattern="*.png", pool=pool)
+        with pytest.raises(tc.ObjectNotFound, match="no-such-bucket"):
+            tc.CachedDataset.from_files("s3://no-such-bucket/data", pool=pool)
+        with pytest.raises(tc.ConfigurationError, match="got '' as its URI"):
+            tc.CachedDataset.from_files("", pool=pool)
+        with pytest.raises(tc.ConfigurationError, match=r"gs://bucket/data.*s3://"):
+            tc.CachedDataset.from_files("gs://bucket/data", pool=pool)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "credential"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "refuse"),
+    ],
+    ids=["missing", "wrong"],
+)
+def test_bad_credentials(bucket: str, variables: dict[str, str | None], message: str) -> None:
+    with environment(variables), tc.LocalPool() as pool:
+        with pytest.raises(tc.ConfigurationError) as caught:
+            tc.CachedDataset.from_files(f"s3://{bucket}/data", pool=pool)
+        assert message in str(caught.value).lower()
+        assert "AWS_" in str(caught.value)  # what to set
+
+
+def test_files_of_this_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for i in range(5):
+        (folder / f"{i}").mkdir(parents=True)
+        (folder / f"{i}" / "x.bin").write_bytes(payload(i))
+    with tc.LocalPool() as pool:
+        dataset = tc.CachedDataset.from_files(f"file://{folder}", pool=pool)
+        for _ in range(2):
+            assert dataset.__getitems__(range(5)) == [payload(i) for i in range(5)]
+        assert reads(pool) == 5
