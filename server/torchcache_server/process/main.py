@@ -30,7 +30,10 @@ INCOMPLETE: Final = 1
 REFUSED: Final = 2
 
 LOG_BYTES: Final = 1024 * 1024
-PREDECESSOR_S: Final = 20.0
+CLOSE_S: Final = 30.0
+"""After the drain the process ends within this, whatever some thread may wait for."""
+
+PREDECESSOR_S: Final = 40.0
 """How long an embedded server waits for the one before it to be gone."""
 
 _LOG = logging.getLogger(__name__)
@@ -133,13 +136,20 @@ def _serve(config: ServerConfig, stop: threading.Event) -> int:
             wait_until_idle(root, stop, server.leave, idle_s=idle_s, poll_s=min(POLL_S, idle_s / 5))
             # Who attaches now starts the next server, which waits for this one: it takes over the uploads.
             left = server.drain(config.drain_s, abandoned=lambda: clients_present(root))
-    finally:
+    except BaseException:
         server.close()
+        raise
     for uri in left:
         print(f"not yet in the under-store: {uri}", file=sys.stderr)
     if left:
         print(f"{len(left)} left; a server on the same store goes on with them", file=sys.stderr, flush=True)
-    return INCOMPLETE if left else OK
+    code = INCOMPLETE if left else OK
+    watchdog = threading.Timer(CLOSE_S, os._exit, (code,))
+    watchdog.daemon = True
+    watchdog.start()
+    if not server.close():
+        os._exit(code)  # everything of ours is closed; a thread inside gRPC would not let the process end
+    return code
 
 
 def _own_folder(embedded: Embedded) -> LockFile:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
+from typing import Final
 
 from torchcache import environment
 from torchcache.errors import ConfigurationError
@@ -28,6 +30,9 @@ from .listeners import ControlListener, TlsPair, listen_data, stop_data
 from .metrics import ServerCollector, serve_metrics
 from .token_file import read_or_create_token
 
+STOP_S: Final = 2.0
+"""What streams may take to notice that the server closes: at their next batch."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,6 +45,7 @@ class Server:
         self.instance = secrets.token_hex(8)
         self._admission = Admission()
         self._stack = ExitStack()
+        self._stuck = False
         try:
             self._open()
         except BaseException:
@@ -134,19 +140,22 @@ class Server:
             if (finished and now < until) or now >= deadline or (abandoned is not None and abandoned()):
                 return left
 
-    def close(self) -> None:
-        """Ends streams that still run, then everything."""
+    def close(self) -> bool:
+        """Ends streams that still run, then everything. False if a stream is stuck, which would keep the process."""
         self._admission.close()
         self._stack.close()
+        return not self._stuck
 
     def _stop_data(self) -> None:
-        if not stop_data(self._data, 5.0):
+        self._stuck = not stop_data(self._data, STOP_S)
+        if self._stuck:
             _LOG.warning("a stream whose peer reads nothing is left behind")
 
     def _endpoint_file(self) -> EndpointFile | None:
         if self.config.embedded is None:
             return None
         fields = {
+            "pid": os.getpid(),
             "control": self.control_address,
             "data_port": self.data_port,
             "server_id": self.server_id,

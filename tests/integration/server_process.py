@@ -1,0 +1,159 @@
+"""A real `python -m torchcache_server` for tests, and the plainest client of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import pyarrow as pa
+import pyarrow.flight as fl
+from torchcache_server.process.token_file import read_token
+
+from torchcache.model import ObjectInfo, chunk_digest
+from torchcache.wire.codec import WRITE_SCHEMA, Piece, decode_pieces, encode_chunks
+from torchcache.wire.v1 import cache_pb2 as pb
+from torchcache.wire.v1 import cache_pb2_grpc
+
+READY = re.compile(r"torchcache server (\S+) listening on (\S+) \(data (\d+)\)\n")
+START_S = 30
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "torchcache_server", *map(str, arguments)]
+
+
+def refused(*arguments: object, environment: Mapping[str, str] | None = None) -> str:
+    """Starts a server that must refuse to; returns what it said."""
+    ended = subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        env=os.environ | (environment or {}),
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+class ServerProcess:
+    """A server that runs from entering to leaving, when it is killed if it still does."""
+
+    def __init__(self, *arguments: object, token_file: Path) -> None:
+        self._arguments = arguments
+        self._token_file = token_file
+
+    def __enter__(self) -> ServerProcess:
+        self.process = subprocess.Popen(
+            command(*self._arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        match = READY.fullmatch(line)
+        if match is None:
+            raise AssertionError(f"the server did not start: {line}{self.process.communicate()[1]}")
+        self.server_id, self.address = match[1], match[2]
+        self.data_port = int(match[3])
+        self.client = PlainClient(self.address, self.data_port, read_token(self._token_file))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.client.close()
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 30) -> tuple[int, str]:
+        """Signals the server and waits for its end: exit code and stderr."""
+        self.process.send_signal(number)
+        _, stderr = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, stderr
+
+
+class PlainClient:
+    """Calls by hand, so that what the server does is seen as it is."""
+
+    def __init__(self, address: str, data_port: int, token: str, *, roots: bytes | None = None) -> None:
+        self.token = token
+        host = address.rpartition(":")[0]
+        if roots is None:
+            self.channel = grpc.insecure_channel(address)
+            self.flight = fl.connect(f"grpc://{host}:{data_port}")
+        else:
+            self.channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(roots))
+            self.flight = fl.connect(f"grpc+tls://{host}:{data_port}", tls_root_certs=roots)
+        self.stub: Any = cache_pb2_grpc.ControlStub(self.channel)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self.channel.close()
+        self.flight.close()
+
+    def call(self, method: str, request: Any, timeout_s: float = 20) -> Any:
+        return getattr(self.stub, method)(request, timeout=timeout_s, metadata=self.metadata)
+
+    @property
+    def metadata(self) -> Sequence[tuple[str, str]]:
+        return [("authorization", f"Bearer {self.token}")]
+
+    @property
+    def options(self) -> Any:
+        return fl.FlightCallOptions(headers=[(b"authorization", f"Bearer {self.token}".encode())], timeout=30)
+
+    def status(self) -> Any:
+        return self.call("GetStatus", pb.StatusRequest())
+
+    def list(self, store: str, prefix: str = "") -> Any:
+        return self.call("ListObjects", pb.ListRequest(store=store, prefix=prefix)).objects
+
+    def open(self, refs: Sequence[Any], **more: Any) -> Any:
+        """The Flight reader of the whole of some objects."""
+        request = pb.ReadRequest(
+            namespace="n",
+            objects=refs,
+            object=range(len(refs)),
+            offset=[0] * len(refs),
+            length=[-1] * len(refs),
+            **more,
+        )
+        return self.flight.do_get(fl.Ticket(request.SerializeToString()), self.options)
+
+    def read(self, refs: Sequence[Any], **more: Any) -> list[bytes | str]:
+        """Contents of some objects, verified, or the error text in the place of one."""
+        return assemble(
+            len(refs), (p for chunk in self.open(refs, **more) for p in decode_pieces(chunk.data))
+        )
+
+    def put(self, namespace: str, info: ObjectInfo, data: bytes) -> None:
+        """Writes an object of one chunk, durably."""
+        ref = pb.ObjectRef(store=info.id.store, key=info.id.key, version=info.id.version, size=info.size)
+        request = pb.WriteRequest(namespace=namespace, objects=[ref], durable=True)
+        descriptor = fl.FlightDescriptor.for_command(request.SerializeToString())
+        writer, metadata = self.flight.do_put(descriptor, WRITE_SCHEMA, self.options)
+        writer.write_batch(encode_chunks([(0, 0, chunk_digest(data), pa.py_buffer(data))]))
+        writer.done_writing()
+        assert pb.WriteReply.FromString(metadata.read().to_pybytes()).bytes == len(data)
+        writer.close()
+
+
+def assemble(count: int, pieces: Iterable[Piece]) -> list[bytes | str]:
+    parts = [bytearray() for _ in range(count)]
+    errors: dict[int, str] = {}
+    for piece in pieces:
+        if piece.error is not None:
+            errors[piece.extent] = piece.error
+            continue
+        piece.verify()
+        assert piece.offset == len(parts[piece.extent])
+        parts[piece.extent] += memoryview(piece.data)
+    return [errors.get(i) or bytes(part) for i, part in enumerate(parts)]
