@@ -5,7 +5,7 @@ checkpoint. It carries all that `.metadata` does, so that loading needs no pickl
 
     {"format": "torchcache-checkpoint", "version": 1, "sha256": "...", "body": {
       "save_id": ..., "checkpoint": URI, "created_unix_s": ..., "torch": version, "torchcache": version,
-      "dcp_version": Metadata.version, "planner_data": see `encode_plain`, "planner_data_pickled": bool,
+      "dcp_version": Metadata.version, "planner_data": see `encode_plain`, "pickled_bytes": int,
       "files": [[name, bytes], ...],
       "objects": [fully qualified name, ...],
       "tensors": {name: [dtype, requires_grad, pin_memory, memory format, size, [[offsets, sizes], ...]]},
@@ -128,8 +128,8 @@ class Tensor:
 class Manifest:
     """What one save holds.
 
-    `planner_data` is encoded by `encode_plain`; where that can't be, it lies in `.metadata` only and
-    `planner_data_pickled` is set. Names within the state dict keep their order.
+    `planner_data` is encoded by `encode_plain`; where that can't be, it lies in `.metadata` only, whose size is then
+    `pickled_bytes` (else 0). Names within the state dict keep their order.
     """
 
     save_id: str
@@ -143,7 +143,7 @@ class Manifest:
     objects: tuple[str, ...] = ()
     items: tuple[Item, ...] = ()
     planner_data: Any = None
-    planner_data_pickled: bool = False
+    pickled_bytes: int = 0
 
     def encode(self) -> bytes:
         """As JSON, ASCII only."""
@@ -156,7 +156,7 @@ class Manifest:
             "torchcache": self.torchcache,
             "dcp_version": self.dcp_version,
             "planner_data": self.planner_data,
-            "planner_data_pickled": self.planner_data_pickled,
+            "pickled_bytes": self.pickled_bytes,
             "files": list(self.files.items()),
             "objects": self.objects,
             "tensors": {name: _tensor_row(tensor) for name, tensor in self.tensors.items()},
@@ -240,7 +240,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         objects=tuple(map(_text, body["objects"])),
         items=tuple(_item(row, names, files) for row in body["items"]),
         planner_data=body["planner_data"],
-        planner_data_pickled=bool(body["planner_data_pickled"]),
+        pickled_bytes=_count(body["pickled_bytes"]),
     )
 
 

@@ -198,8 +198,8 @@ def index_of(item: Item) -> MetadataIndex:
     return MetadataIndex(item.name, item.offset, item.index)
 
 
-def describe(metadata: Metadata) -> dict[str, Any]:
-    """The fields of a Manifest that come from Metadata."""
+def describe(metadata: Metadata, *, pickled: bytes) -> dict[str, Any]:
+    """The fields of a Manifest that come from Metadata; `pickled` is what `.metadata` will hold."""
     tensors: dict[str, Tensor] = {}
     objects = []
     for name, entry in metadata.state_dict_metadata.items():
@@ -211,7 +211,7 @@ def describe(metadata: Metadata) -> dict[str, Any]:
     try:
         described["planner_data"] = encode_plain(metadata.planner_data)
     except NotPlainError:
-        described["planner_data_pickled"] = True
+        described["pickled_bytes"] = len(pickled)
     return described
 
 
@@ -252,9 +252,7 @@ def metadata_of(manifest: Manifest, *, load_id: str, pickled: Callable[[], Metad
     """
     entries: dict[str, Any] = {name: _entry(tensor) for name, tensor in manifest.tensors.items()}
     entries |= {name: dcp.BytesStorageMetadata() for name in manifest.objects}
-    planner_data = (
-        pickled().planner_data if manifest.planner_data_pickled else decode_plain(manifest.planner_data)
-    )
+    planner_data = pickled().planner_data if manifest.pickled_bytes else decode_plain(manifest.planner_data)
     metadata = Metadata(
         state_dict_metadata=entries,
         planner_data=planner_data,

@@ -100,7 +100,7 @@ class CacheStorageReader(StorageReader):
         """
         rank: int | None = kwargs.get("rank")
         if rank is None:
-            self._close()
+            self._source = self._global_error = None
             try:
                 return self._open("")
             except Exception as error:
@@ -187,7 +187,10 @@ class CacheStorageReader(StorageReader):
             sizes=manifest.files,
         )
         self._source = Source(self.pool, uri, saved, durable=info.state == "durable")
-        return metadata_of(manifest, load_id=uuid.uuid4().hex, pickled=lambda: self._pickled(uri, info))
+        pickled_bytes = manifest.pickled_bytes
+        return metadata_of(
+            manifest, load_id=uuid.uuid4().hex, pickled=lambda: self._pickled(uri, info, pickled_bytes)
+        )
 
     def _open_stock(self, uri: str, part: str) -> Metadata:
         name = metadata_name(part)
@@ -209,12 +212,12 @@ class CacheStorageReader(StorageReader):
         self._source = Source(self.pool, uri, None, durable=True)
         return metadata
 
-    def _pickled(self, uri: str, info: SaveInfo) -> Metadata:
+    def _pickled(self, uri: str, info: SaveInfo, size: int) -> Metadata:
         """`.metadata` of our own save, from the pool or the under-store."""
         name = metadata_name(info.part)
         copy = ObjectId(info.store, f"{info.path}/{name}", f"{SAVE_PREFIX}{info.save_id}")
         try:
-            data = self._content(ObjectInfo(copy, -1), f"save:{info.store}/{info.path}@{info.save_id}")
+            data = self._content(ObjectInfo(copy, size), f"save:{info.store}/{info.path}@{info.save_id}")
         except NotResident:
             data = self._content(self.pool.stat(f"{uri}/{name}"), uri)
         return load_metadata(data, where=f"{uri}/{name}")

@@ -231,8 +231,8 @@ class CacheStorageWriter(StorageWriter):
         items: list[Item] = [result.storage_data for of_rank in results for result in of_rank]
         finished = stock_metadata(metadata, items, checkpoint_id=ticket.uri, save_id=ticket.save_id)
         pickled = pickle.dumps(finished)
-        manifest = _manifest(ticket, metadata, items)
-        if manifest.planner_data_pickled:
+        manifest = _manifest(ticket, metadata, items, pickled)
+        if manifest.pickled_bytes:
             self._write_metadata(ticket, pickled)
         try:
             self.pool.commit_save(
@@ -304,7 +304,7 @@ class CacheStorageWriter(StorageWriter):
             pause_s = min(pause_s * 1.5, _MOST_POLL_S)
 
 
-def _manifest(ticket: Ticket, metadata: Metadata, items: Sequence[Item]) -> Manifest:
+def _manifest(ticket: Ticket, metadata: Metadata, items: Sequence[Item], pickled: bytes) -> Manifest:
     files: dict[str, int] = {}
     for item in items:
         files[item.file] = max(files.get(item.file, 0), item.start + item.length)
@@ -317,7 +317,7 @@ def _manifest(ticket: Ticket, metadata: Metadata, items: Sequence[Item]) -> Mani
         dcp_version=dcp_version(),
         files=files,
         items=tuple(items),
-        **describe(metadata),
+        **describe(metadata, pickled=pickled),
     )
 
 
