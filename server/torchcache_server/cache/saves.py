@@ -143,9 +143,20 @@ class Save:
     def wants_upload(self) -> bool:
         return self.state == "committed" or self.may_mend
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the upload will go on by itself, up to the release of the claim."""
+        return self.state == "committed" or (self.state == "durable" and self.claimed)
+
     def durable(self, manifest_version: str, now_unix_s: float) -> Save:
+        """The metadata isn't needed any more: it is in the under-store."""
         return replace(
-            self, state="durable", manifest_version=manifest_version, durable_unix_s=now_unix_s, error=None
+            self,
+            state="durable",
+            metadata=b"",
+            manifest_version=manifest_version,
+            durable_unix_s=now_unix_s,
+            error=None,
         )
 
     def failed(self, error: TorchCacheError) -> Save:

@@ -203,7 +203,7 @@ class WriteBack:
         self._publisher.wait_until_idle(timeout_s)
         with self._slots.changed:
             self._slots.changed.wait_for(
-                lambda: not any(slot.save and slot.save.state == "committed" for slot in self._slots.all()),
+                lambda: not any(slot.save and slot.save.is_under_way for slot in self._slots.all()),
                 max(0.0, deadline - time.monotonic()),
             )
         left = [slot.key for slot in self._slots.all() if slot.save and slot.save.must_be_kept]
@@ -237,10 +237,22 @@ class WriteBack:
                 unreachable.add(slot.key.store)
             except TorchCacheError as error:
                 _log.warning("%s can't be tidied: %s", slot.key, error)
+        self._forget_evicted()
         self._publisher.tidy()
         self._orphans.sweep(used)
 
     # ---- inside ----
+
+    def _forget_evicted(self) -> None:
+        """Of a durable save that eviction has taken, the under-store tells as much as its record."""
+        resident = {usage.name for usage in self._store.namespaces()}
+        for slot in self._slots.all():
+            save = slot.save
+            if save is None or save.state != "durable" or save.claimed or save.namespace in resident:
+                continue
+            with slot.exclusively(time.monotonic() + self._lease_s):
+                if slot.save is save:
+                    self._slots.forget_save(slot)
 
     def _under_store(self, name: str) -> UnderStore:
         try:

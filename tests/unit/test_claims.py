@@ -1,0 +1,111 @@
+"""Claims: who may take a path from whom."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torchcache_server.cache.claims import (
+    DEAD_AFTER_LEASES,
+    Claim,
+    ClaimState,
+    Keep,
+    Refuse,
+    Sighting,
+    Take,
+    Wait,
+    decide_hold,
+    decide_reserve,
+)
+from torchcache_server.cache.saves import SaveKey
+
+KEY = SaveKey("s3", "run/step-1")
+LEASE_S = 10.0
+SEEN_S = 100.0
+DEAD_S = SEEN_S + DEAD_AFTER_LEASES * LEASE_S
+
+
+def sighting(server_id: str = "other", state: ClaimState = "reserved", save_id: str = "s") -> Sighting:
+    return Sighting(Claim(server_id, save_id, state, "somebody", LEASE_S), "v1", SEEN_S)
+
+
+def decide(
+    seen: Sighting | None,
+    *,
+    uploading: bool = False,
+    overwrite: bool = False,
+    renewed: bool = False,
+    now_s: float,
+) -> Take | Keep | Wait | Refuse:
+    return decide_reserve(
+        seen,
+        key=KEY,
+        server_id="me",
+        uploading=uploading,
+        overwrite=overwrite,
+        renewed=renewed,
+        now_s=now_s,
+    )
+
+
+def test_what_nobody_claims_is_created() -> None:
+    assert decide(None, now_s=0.0) == Take("")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("state", ["reserved", "released"])
+def test_the_living_are_waited_for_and_the_dead_replaced(state: ClaimState, overwrite: bool) -> None:
+    seen = sighting(state=state)
+    assert decide(seen, overwrite=overwrite, now_s=DEAD_S - 0.1) == Wait(DEAD_S, "somebody")
+    assert decide(seen, overwrite=overwrite, now_s=DEAD_S) == Take("v1")
+    assert isinstance(decide(seen, overwrite=overwrite, renewed=True, now_s=DEAD_S), Refuse)
+
+
+def test_committed_saves_yield_only_to_overwriting() -> None:
+    seen = sighting(state="committed")
+    assert isinstance(decide(seen, now_s=DEAD_S * 9), Refuse)
+    assert decide(seen, overwrite=True, now_s=SEEN_S) == Take("v1")
+
+
+@pytest.mark.parametrize("state", ["reserved", "released", "committed"])
+def test_a_servers_own_claim_is_its_to_change(state: ClaimState) -> None:
+    assert decide(sighting("me", state), now_s=SEEN_S) == Take("v1")
+    assert decide(sighting("me", state), uploading=True, now_s=SEEN_S) == Keep()
+
+
+def test_who_holds_a_path_goes_on_unless_another_took_it() -> None:
+    def hold(seen: Sighting | None) -> Take | Keep | Refuse:
+        return decide_hold(seen, key=KEY, server_id="me", save_id="s")
+
+    assert hold(None) == Take("")
+    assert hold(sighting("me", "reserved")) == Take("v1")
+    assert hold(sighting("me", "committed")) == Keep()
+    assert hold(sighting("me", "committed", save_id="the one before")) == Take("v1")
+    for state in ("reserved", "released", "committed"):
+        assert isinstance(hold(sighting(state=state)), Refuse)  # type: ignore[arg-type]
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_somebodys_claim(data: bytes) -> None:
+    claim = Claim.decode(data)
+    assert claim.server_id == ""
+    assert claim.state == "reserved"
+
+
+@given(
+    st.builds(
+        Claim,
+        server_id=st.text(max_size=20),
+        save_id=st.text(max_size=20),
+        state=st.sampled_from(["reserved", "committed", "released"]),
+        writer=st.text(max_size=200),
+        lease_s=st.floats(0.0, 3600.0),
+    )
+)
+def test_a_claim_reads_as_it_was_written(claim: Claim) -> None:
+    assert Claim.decode(claim.encode()) == claim
+
+
+def test_no_two_writes_of_a_claim_are_equal() -> None:
+    """Else a version would come back, and a conditional write with it."""
+    assert len({Claim("me", "s", "reserved", "w", 1.0).encode() for _ in range(100)}) == 100

@@ -1,0 +1,206 @@
+"""Two writers of one path in two servers, whose stores share nothing but the under-store (F31)."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from torchcache_server.cache.claims import DEAD_AFTER_LEASES
+from write_back_world import (
+    KEY,
+    Bucket,
+    Killed,
+    Server,
+    always_whole,
+    assert_settled,
+    published,
+)
+
+from torchcache.errors import AlreadyExists, DeadlineExceeded, NotCommitted
+
+
+def test_another_servers_live_writer_keeps_its_path() -> None:
+    bucket = Bucket()
+    a, b = Server(bucket, "a", lease_s=0.5), Server(bucket, "b", lease_s=0.5)
+    a.reserve("first")
+    stop = threading.Event()
+
+    def look_after() -> None:
+        while not stop.wait(0.05):
+            a.write_back.renew(KEY, "first")
+            a.write_back.tidy()
+
+    thread = threading.Thread(target=look_after)
+    thread.start()
+    try:
+        with pytest.raises(
+            AlreadyExists, match="another save of s3/run/step-1 is being written by writer of first"
+        ):
+            b.reserve("second", overwrite=True)
+    finally:
+        stop.set()
+        thread.join()
+    a.put("first")
+    a.commit("first")
+    a.upload()
+    assert_settled(bucket, "first")
+
+
+def test_another_servers_dead_writer_is_waited_for_over_several_calls() -> None:
+    bucket = Bucket()
+    a, b = Server(bucket, "a", lease_s=100.0), Server(bucket, "b", lease_s=1.0)
+    a.reserve("first")
+    with pytest.raises(DeadlineExceeded, match="reserved by writer of first"):
+        b.reserve("second", wait_s=0.01)
+    b.clock_ahead_s = DEAD_AFTER_LEASES * 100.0
+    b.reserve("second", wait_s=5.0 + b.clock_ahead_s)
+    a.put("first")
+    with pytest.raises(AlreadyExists, match="writer of second took the path over"):
+        a.commit("first")
+    b.put("second")
+    b.commit("second")
+    b.upload()
+    a.write_back.abandon(KEY, "first")
+    a.write_back.tidy()
+    assert_settled(bucket, "second")
+    assert a.state() == b.state() == "durable second"
+
+
+def test_another_servers_committed_save_is_there_to_stay() -> None:
+    bucket = Bucket()
+    a, b = Server(bucket, "a"), Server(bucket, "b")
+    a.save("first")
+    with pytest.raises(
+        AlreadyExists, match=r"server a has not uploaded yet.*pass overwrite=True or another path"
+    ):
+        b.reserve("second")
+    with pytest.raises(NotCommitted):
+        b.state()
+
+
+def test_overwriting_another_servers_committed_save_ends_its_upload() -> None:
+    bucket = Bucket()
+    always_whole(bucket)
+    a, b = Server(bucket, "a"), Server(bucket, "b")
+    a.save("first")
+    b.save("second", overwrite=True)
+    a.upload()
+    assert a.state() == "failed first"
+    assert not a.store.kept
+    with pytest.raises(AlreadyExists, match="superseded"):
+        raise a.write_back.get(KEY, deadline=1e18).error or AssertionError
+    b.upload()
+    a.upload()
+    assert_settled(bucket, "second")
+    assert a.state() == "durable second"
+    a.restart()
+    a.upload()
+    assert a.state() == "durable second"
+
+
+def test_of_two_servers_at_any_interleaving_one_wins() -> None:
+    """B runs whole, from reserve to durable, at each point of A's save; A goes on behind it and mends nothing."""
+    outcomes = set()
+    for at in range(1, 200):
+        bucket = Bucket()
+        always_whole(bucket)
+        a, b = Server(bucket, "a"), Server(bucket, "b")
+        won: list[str] = []
+
+        def rival(b: Server = b, won: list[str] = won) -> None:
+            try:
+                b.save("second")
+            except AlreadyExists:
+                return
+            won.append("second")
+            b.upload()
+
+        a.gate.trap_at, a.gate.trap = at, rival
+        try:
+            a.save("first")
+            won.append("first")
+            a.upload()
+        except AlreadyExists:
+            pass
+        if a.gate.calls < at:
+            break
+        assert len(won) == 1, f"at {at}: {won}"
+        a.write_back.abandon(KEY, "first")
+        a.write_back.tidy()
+        assert_settled(bucket, won[0])
+        assert a.state() == f"durable {won[0]}"
+        outcomes.update(won)
+    assert outcomes == {"first", "second"}
+
+
+def test_an_overwriting_server_wins_over_a_zombie_at_any_point() -> None:
+    """A, itself overwriting, sleeps at any point of its save; B overwrites; A wakes up and must not touch B's."""
+    acknowledged = 0
+    for at in range(1, 300):
+        bucket = Bucket()
+        a, b = Server(bucket, "a"), Server(bucket, "b")
+        a.save("old")
+        a.upload()
+        always_whole(bucket)
+        start = a.gate.calls
+        granted: list[str] = []
+        overtaken: list[str] = []
+
+        def rival(b: Server = b, granted: list[str] = granted, overtaken: list[str] = overtaken) -> None:
+            overtaken += granted
+            b.save("second", overwrite=True)
+            b.upload()
+            assert published(b.bucket) == "second"
+
+        a.gate.trap_at, a.gate.trap = start + at, rival
+        try:
+            a.reserve("first", overwrite=True)
+            granted.append("first")
+            a.put("first")
+            a.commit("first")
+            acknowledged += 1
+        except AlreadyExists:
+            pass
+        a.upload()
+        if a.gate.calls < start + at:
+            break
+        a.write_back.abandon(KEY, "first")
+        a.write_back.tidy()
+        b.write_back.tidy()
+        last = published(bucket)
+        assert last == "second" or not overtaken
+        assert_settled(bucket, last)
+        assert a.state() == b.state() == f"durable {last}"
+    assert at > 60
+    assert acknowledged > 20
+
+
+def test_a_server_killed_at_any_point_leaves_the_path_to_another() -> None:
+    for at in range(1, 300):
+        bucket = Bucket()
+        always_whole(bucket)
+        a, b = Server(bucket, "a"), Server(bucket, "b")
+        a.gate.trap_at, a.gate.trap = at, a.gate.kill
+        acknowledged = False
+        try:
+            a.save("first")
+            acknowledged = True
+            a.upload()
+            break
+        except Killed:
+            pass
+        try:
+            b.save("second")
+        except AlreadyExists:
+            b.save("second", overwrite=True)
+        else:
+            assert not acknowledged, "an acknowledged save was overtaken unasked"
+        b.upload()
+        b.write_back.tidy()
+        assert_settled(bucket, "second")
+        a.restart()
+        a.upload()
+        a.write_back.tidy()
+        assert_settled(bucket, "second")
+        assert a.state() == "durable second"
+    assert at > 30
