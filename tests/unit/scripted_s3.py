@@ -183,6 +183,9 @@ class _Server(ThreadingHTTPServer):
         except OSError:
             pass  # Reset already.
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hung up, or a line that closed the connection: part of the play."""
+
 
 class ScriptedS3:
     """The server. `script`: what the next requests meet; `always`: what all others do."""

@@ -24,6 +24,7 @@ class ScriptedUnderStore:
         self.answer.set()
         self.error: TorchCacheError | None = None
         self.reads: list[tuple[str, ByteRange]] = []
+        self.deadlines: list[float] = []
         self.under_way = 0
         self.most_under_way = 0
         self._changed = threading.Condition()
@@ -31,6 +32,7 @@ class ScriptedUnderStore:
     def read(self, object: ObjectInfo, range: ByteRange, *, deadline: float) -> bytearray:
         with self._changed:
             self.reads.append((object.id.key, range))
+            self.deadlines.append(deadline)
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
             self._changed.notify_all()

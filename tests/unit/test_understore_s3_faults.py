@@ -184,7 +184,7 @@ def test_a_whole_object_that_breaks_off_starts_again(s3: S3UnderStore, fake: Scr
 def test_a_stall_is_waited_out_on_another_connection(s3: S3UnderStore, fake: ScriptedS3, line: Line) -> None:
     """F24."""
     fake.script = [line]
-    assert read(s3, WHOLE, timeout_s=3.0) == DATA
+    assert read(s3, WHOLE, timeout_s=7.0) == DATA
     assert s3.counters.read_requests == 2
 
 
