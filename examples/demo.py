@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -114,16 +115,16 @@ class Pass:
 
 def read_all(pool: tc.Pool, dataset: Any, what: str) -> Pass:
     """Reads every sample once, in shuffled batches as a DataLoader would."""
-    from examples.train_digits import source_reads
+    from examples.train_digits import fetched
 
     order = random.Random(what).sample(range(len(dataset)), len(dataset))
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-    requests, received = source_reads(pool)
+    requests, received = fetched(pool)
     started, total = time.perf_counter(), 0
     for batch in tracked(batches, len(batches), what):
         total += sum(len(sample) for sample in dataset.__getitems__(batch))
     seconds = time.perf_counter() - started
-    now_requests, now_received = source_reads(pool)
+    now_requests, now_received = fetched(pool)
     return Pass(seconds, total, now_requests - requests, now_received - received)
 
 
@@ -145,9 +146,10 @@ def train(data: str, run_uri: str, run: Run, *, what: str, total: int, kill_at: 
     """Runs the training script as a process of its own; with `kill_at`, SIGKILLs it right after that step."""
     command = [sys.executable, "-m", "examples.train_digits", data, run_uri, "--events"]
     command += [f"--epochs={EPOCHS}", f"--width={WIDTH}", f"--save-every={SAVE_EVERY}"]
-    with progress() as bar:
+    with progress() as bar, ExitStack() as stack:
         task = bar.add_task(what, total=total, completed=run.last_step, note="")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        log = stack.enter_context((FOLDER / "train.log").open("a"))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None
         for line in process.stdout:
             note(json.loads(line), run)
@@ -158,7 +160,7 @@ def train(data: str, run_uri: str, run: Run, *, what: str, total: int, kill_at: 
         process.stdout.close()
         code = process.wait()
     if kill_at is None and code:
-        raise DemoFailed(f"the training process ended with code {code}")
+        raise DemoFailed(f"the training process ended with code {code}; see {FOLDER / 'train.log'}")
 
 
 def note(event: dict[str, Any], run: Run) -> None:

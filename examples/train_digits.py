@@ -138,10 +138,10 @@ class Events:
             print(event, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()))
 
 
-def source_reads(pool: tc.Pool) -> tuple[int, int]:
-    """(requests, bytes) for data that the pool has sent to S3 so far."""
-    stores = [store for server in pool.status() for store in server.under_stores]
-    return sum(s.read_requests for s in stores), sum(s.read_bytes for s in stores)
+def fetched(pool: tc.Pool) -> tuple[int, int]:
+    """(requests, bytes) of data that the pool has fetched from S3 for readers so far."""
+    servers = pool.status()
+    return sum(s.filled_chunks for s in servers), sum(s.filled_bytes for s in servers)
 
 
 def save(trainer: Trainer, uri: str, events: Events) -> None:
@@ -169,14 +169,14 @@ def train(trainer: Trainer, run_uri: str, *, epochs: int, save_every: int, event
     resume(trainer, run_uri, events)
     while trainer.epoch < epochs:
         trainer.sampler.set_epoch(trainer.epoch)
-        started, (requests, read) = time.perf_counter(), source_reads(pool)
+        started, (requests, read) = time.perf_counter(), fetched(pool)
         loss = float("nan")
         for images, labels in trainer.loader:
             loss = trainer.train_step(images, labels)
             events("step", step=trainer.step, loss=loss)
             if trainer.step % save_every == 0:
                 save(trainer, f"{run_uri}/step-{trainer.step}", events)
-        now_requests, now_read = source_reads(pool)
+        now_requests, now_read = fetched(pool)
         events(
             "epoch",
             epoch=trainer.epoch + 1,

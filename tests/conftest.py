@@ -6,9 +6,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from examples.seaweedfs import SeaweedFS, environment
+
+# A slow machine is no failure.
+hypothesis.settings.register_profile("torchcache", deadline=None)
+hypothesis.settings.load_profile("torchcache")
 
 _NO_ACCOUNT = {
     "AWS_CONFIG_FILE": os.devnull,

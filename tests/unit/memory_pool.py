@@ -212,6 +212,8 @@ def server_status(roots: dict[str, str]) -> ServerStatus:
         corrupt=0,
         evicted_chunks=0,
         passed_through=0,
+        filled_chunks=0,
+        filled_bytes=0,
         served_bytes=5_000_000_000,
         read_calls=40,
         write_calls=4,

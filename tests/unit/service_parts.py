@@ -80,6 +80,8 @@ class ScriptedReadThrough:
         self.arguments: Counter[tuple[str, bool, bool]] = Counter()
         self.filling = threading.Condition()
         self.passed_through = 0
+        self.filled_chunks = 0
+        self.filled_bytes = 0
 
     def get(
         self,

@@ -55,6 +55,8 @@ class ServerStatus:
     corrupt: int
     evicted_chunks: int
     passed_through: int
+    filled_chunks: int
+    filled_bytes: int
     served_bytes: int
     read_calls: int
     write_calls: int

@@ -38,11 +38,23 @@ class ReadThrough:
         self._flights: dict[ChunkId, Fill] = {}
         self._lock = threading.Lock()
         self._passed_through = 0
+        self._filled_chunks = 0
+        self._filled_bytes = 0
 
     @property
     def passed_through(self) -> int:
         """Chunks served without being kept, because the store had no room."""
         return self._passed_through
+
+    @property
+    def filled_chunks(self) -> int:
+        """Chunks fetched from under-stores."""
+        return self._filled_chunks
+
+    @property
+    def filled_bytes(self) -> int:
+        """Bytes fetched from under-stores."""
+        return self._filled_bytes
 
     def get(
         self,
@@ -136,6 +148,9 @@ class ReadThrough:
             ByteRange(start, start + chunk.length(object.size)),
             deadline=max(deadline, time.monotonic() + _FILL_S),
         )
+        with self._lock:
+            self._filled_chunks += 1
+            self._filled_bytes += len(data)
         try:
             stored = self.store.put(namespace, chunk, object.size, data)
         except OutOfSpace as error:

@@ -55,6 +55,8 @@ class ServerCollector(Collector):
         yield _counter(
             "passed_through_chunks", "Chunks served without being kept", self._read_through.passed_through
         )
+        yield _counter("filled_chunks", "Chunks fetched for readers", self._read_through.filled_chunks)
+        yield _counter("filled_bytes", "Bytes fetched for readers", self._read_through.filled_bytes)
         yield _counter("read_calls", "do_get calls", served.read_calls)
         yield _counter("write_calls", "do_put calls", served.write_calls)
         yield _counter("served_bytes", "Bytes served by do_get", served.served_bytes)

@@ -118,6 +118,8 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             corrupt=usage.corrupt,
             evicted_chunks=usage.evicted_chunks,
             passed_through=self._read_through.passed_through,
+            filled_chunks=self._read_through.filled_chunks,
+            filled_bytes=self._read_through.filled_bytes,
             served_bytes=served.served_bytes,
             read_calls=served.read_calls,
             write_calls=served.write_calls,

@@ -131,7 +131,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces")
+    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "filled_chunks", "filled_bytes", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STORE_PATH_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +144,8 @@ class StatusReply(_message.Message):
     CORRUPT_FIELD_NUMBER: _ClassVar[int]
     EVICTED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     PASSED_THROUGH_FIELD_NUMBER: _ClassVar[int]
+    FILLED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    FILLED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_CALLS_FIELD_NUMBER: _ClassVar[int]
     WRITE_CALLS_FIELD_NUMBER: _ClassVar[int]
@@ -162,13 +164,15 @@ class StatusReply(_message.Message):
     corrupt: int
     evicted_chunks: int
     passed_through: int
+    filled_chunks: int
+    filled_bytes: int
     served_bytes: int
     read_calls: int
     write_calls: int
     upload_pending_bytes: int
     under_stores: _containers.RepeatedCompositeFieldContainer[UnderStoreCounters]
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStatus]
-    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ...) -> None: ...
+    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., filled_chunks: _Optional[int] = ..., filled_bytes: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ("store", "prefix", "start_after", "limit")
