@@ -38,6 +38,7 @@ class MemoryPool:
         return root + object.key if root.endswith("/") else f"{root}/{object.key}"
 
     def resolve(self, uri: str) -> tuple[str, str]:
+        uri = f"file://{uri}" if uri.startswith("/") else uri
         for store, root in sorted(self.roots.items(), key=lambda item: -len(item[1])):
             prefix = root if root.endswith("/") else root + "/"
             if uri.startswith(prefix):
@@ -63,7 +64,7 @@ class MemoryPool:
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         store, key = self.resolve(uri if uri.endswith("/") else uri + "/")
         bucket = key.partition("/")[0]
-        if self.roots[store].endswith("/") and not any(
+        if self.roots[store] == "s3://" and not any(
             s == store and k.startswith(bucket + "/") for s, k in self.objects
         ):
             raise ObjectNotFound(f"there is no bucket {bucket}", object=uri)

@@ -150,6 +150,8 @@ def test_ls_sums_folders_and_shows_what_the_pool_holds(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool.resident = {pool.stat("s3://b/data/x/2").id}
+    pool.put("s3://b/data/", b"")
+    pool.put("s3://b/data/marker/", b"")
     assert run_json(capsys, "ls", "s3://b/data") == {
         "uri": "s3://b/data",
         "total": {"name": "total", "objects": 3, "bytes": 3000, "resident_bytes": 1500},
@@ -164,6 +166,14 @@ def test_ls_sums_folders_and_shows_what_the_pool_holds(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if "x/" in line] == [["x/", "2", "2.0", "kB", "75", "%"]]
     assert [line.split() for line in lines if "total" in line] == [["total", "3", "3.0", "kB", "50", "%"]]
+
+
+def test_ls_takes_a_path_of_the_file_system(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    pool.put("file:///data/a", b"1")
+    pool.put("file:///data/x/a", b"1")
+    listing = run_json(capsys, "ls", "-r", "/data")
+    assert [entry["name"] for entry in listing["entries"]] == ["a", "x/a"]
+    assert [e["name"] for e in run_json(capsys, "ls", "/data/x/a")["entries"]] == ["a"]
 
 
 def test_ls_of_an_object_and_of_nothing(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,6 +361,16 @@ def test_verify_of_parts_that_ranks_committed_for_themselves(
     report = run_json(capsys, "checkpoint", "verify", RUN)
     assert [part["part"] for part in report["parts"]] == ["__0", "__1"]
     assert report["items"] == 6
+
+
+def test_verify_of_one_that_is_still_being_saved_says_so(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(pool, state="reserved")
+    assert run(["checkpoint", "verify", RUN]) == 1
+    assert "no committed checkpoint" in capsys.readouterr().err
+    [found] = run_json(capsys, "checkpoint", "ls", RUN)["checkpoints"]
+    assert found["state"] == "saving"
 
 
 def test_verify_of_none_or_a_stock_checkpoint_says_so(

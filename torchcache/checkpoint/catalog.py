@@ -75,7 +75,7 @@ def committed_parts(pool: Pool, uri: str) -> list[SaveInfo]:
     Raises NotCommitted if there is none, and CheckpointError if there is one of torch's own, without a manifest.
     """
     store, path = pool.resolve(uri.rstrip("/"))
-    if whole := _save_at(pool, uri.rstrip("/")):
+    if whole := [save for save in _save_at(pool, uri.rstrip("/")) if save.state != "reserved"]:
         return whole
     here = [c for c in list_checkpoints(pool, uri) if pool.resolve(c.uri) == (store, path)]
     parts = [c.part for c in here if c.part and c.state not in ("saving", "stock")]
@@ -90,8 +90,11 @@ def committed_parts(pool: Pool, uri: str) -> list[SaveInfo]:
 
 
 def _save_at(pool: Pool, uri: str) -> list[SaveInfo]:
+    store, path = pool.resolve(uri)
+    if not path:  # the root of an under-store is no checkpoint
+        return []
     try:
-        return [pool.get_save(*pool.resolve(uri))]
+        return [pool.get_save(store, path)]
     except NotCommitted:
         return []
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from torchcache.cli.command import EXIT_CODES, Session, command
-from torchcache.cli.objects import objects_under
+from torchcache.cli.objects import folder_uri, objects_under
 from torchcache.cli.output import percent_text, size_text
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def ls(session: Session, uri: str | None, *, recursive: bool) -> None:
 
 def list_entries(pool: Pool, uri: str, *, recursive: bool) -> tuple[list[Entry], Entry]:
     """The children of `uri`, or with `recursive` all objects below it, by name; and their total."""
-    folder = uri.rstrip("/") + "/"
+    folder = folder_uri(pool, uri)
     objects = objects_under(pool, uri)
     entries: dict[str, Entry] = {}
     total = Entry("total")

@@ -6,10 +6,15 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from torchcache.errors import ObjectNotFound
+from torchcache.model import ObjectId, ObjectInfo
 
 if TYPE_CHECKING:
-    from torchcache.model import ObjectInfo
     from torchcache.pool import Pool
+
+
+def folder_uri(pool: Pool, uri: str) -> str:
+    """The folder `uri` as the pool writes it, with a slash at the end: a path of the file system gets its scheme."""
+    return pool.uri(ObjectId(*pool.resolve(uri.rstrip("/") + "/"), ""))
 
 
 def objects_under(pool: Pool, uri: str, *, pattern: str = "*") -> list[ObjectInfo]:
@@ -17,8 +22,10 @@ def objects_under(pool: Pool, uri: str, *, pattern: str = "*") -> list[ObjectInf
 
     Raises ObjectNotFound if there is none.
     """
-    folder = uri.rstrip("/") + "/"
-    objects = [o for o in pool.list(folder) if fnmatchcase(pool.uri(o.id).removeprefix(folder), pattern)]
+    folder = folder_uri(pool, uri)
+    found = ((object, pool.uri(object.id).removeprefix(folder)) for object in pool.list(folder))
+    # A key that ends in a slash is a folder's marker.
+    objects = [o for o, path in found if not path.endswith("/") and path and fnmatchcase(path, pattern)]
     if objects:
         return objects
     if pattern == "*" and not uri.endswith("/"):

@@ -7,7 +7,7 @@ import time
 import click
 
 from torchcache.cli.command import EXIT_CODES, Session, command
-from torchcache.cli.objects import objects_under
+from torchcache.cli.objects import folder_uri, objects_under
 from torchcache.cli.output import duration_text, size_text
 
 
@@ -28,7 +28,7 @@ def stage(session: Session, uri: str, pattern: str) -> None:
     total_bytes = sum(o.size for o in objects)
     before = session.pool.residency(objects)
     with session.output.progress("staging", items=len(objects), total_bytes=total_bytes) as advance:
-        session.pool.stage(objects, namespace=uri.rstrip("/"), on_progress=advance)
+        session.pool.stage(objects, namespace=folder_uri(session.pool, uri).rstrip("/"), on_progress=advance)
     after = session.pool.residency(objects)
     took_s = time.monotonic() - start_s
     session.output.document(
@@ -41,10 +41,11 @@ def stage(session: Session, uri: str, pattern: str) -> None:
             "seconds": round(took_s, 3),
         }
     )
-    fetched = after.resident_bytes - before.resident_bytes
+    fetched = max(0, after.resident_bytes - before.resident_bytes)
+    count = f"{len(objects):,} object{'' if len(objects) == 1 else 's'}"
     session.output.text(
-        f"{len(objects):,} objects, {size_text(total_bytes)}: {size_text(max(0, fetched))} fetched in "
-        f"{duration_text(took_s)}, {size_text(after.resident_bytes)} in the pool"
+        f"{count}, {size_text(total_bytes)}: {size_text(fetched)} fetched in {duration_text(took_s)}, "
+        f"{size_text(after.resident_bytes)} in the pool"
     )
     if after.resident_bytes < total_bytes:
         session.output.warning("the pool had no room for the rest: give its servers more --capacity")
