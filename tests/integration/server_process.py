@@ -103,8 +103,8 @@ class PlainClient:
         return getattr(self.stub, method)(request, timeout=timeout_s, metadata=self.metadata)
 
     @property
-    def metadata(self) -> Sequence[tuple[str, str]]:
-        return [("authorization", f"Bearer {self.token}")]
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.token}"),)
 
     @property
     def options(self) -> Any:
@@ -113,7 +113,7 @@ class PlainClient:
     def status(self) -> Any:
         return self.call("GetStatus", pb.StatusRequest())
 
-    def list(self, store: str, prefix: str = "") -> Any:
+    def objects(self, store: str, prefix: str = "") -> Any:
         return self.call("ListObjects", pb.ListRequest(store=store, prefix=prefix)).objects
 
     def open(self, refs: Sequence[Any], **more: Any) -> Any:

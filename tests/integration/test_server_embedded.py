@@ -77,7 +77,8 @@ class Pool:
         return PlainClient(fields["control"], fields["data_port"], read_token(self.root / "token"))
 
     def end(self) -> None:
-        for process in [*self.clients, *self.servers]:
+        processes: list[subprocess.Popen[Any]] = [*self.clients, *self.servers]
+        for process in processes:
             process.kill()
             process.wait()
         for client in self.clients:

@@ -68,7 +68,7 @@ def test_it_serves_what_the_under_store_has_and_then_asks_it_no_more(
     start: Callable[..., ServerProcess],
 ) -> None:
     with start() as server:
-        refs = server.client.list("file")
+        refs = server.client.objects("file")
         assert [r.key for r in refs] == sorted(FILES)
         assert server.client.read(refs) == [FILES[r.key] for r in refs]
         (counted,) = server.client.status().under_stores
@@ -85,7 +85,7 @@ def test_it_serves_what_the_under_store_has_and_then_asks_it_no_more(
 
 def test_what_was_filled_is_there_after_a_restart(start: Callable[..., ServerProcess]) -> None:
     with start() as server:
-        refs = server.client.list("file")
+        refs = server.client.objects("file")
         server.client.read(refs)
         first = server.client.call("GetInfo", pb.InfoRequest())
         assert server.stop()[0] == 0
@@ -97,7 +97,7 @@ def test_what_was_filled_is_there_after_a_restart(start: Callable[..., ServerPro
 
 def test_staging_and_samples(start: Callable[..., ServerProcess]) -> None:
     with start() as server:
-        refs = server.client.list("file")
+        refs = server.client.objects("file")
         reply = server.client.call("Stage", pb.StageRequest(namespace="set", objects=refs))
         assert list(reply.filled_bytes) == [r.size for r in refs]
         assert list(reply.errors) == ["", "", ""]
@@ -117,7 +117,7 @@ def test_staging_and_samples(start: Callable[..., ServerProcess]) -> None:
 
 def test_a_source_that_changed_is_told(start: Callable[..., ServerProcess], source: Path) -> None:
     with start() as server:
-        refs = server.client.list("file")
+        refs = server.client.objects("file")
         (source / "a.bin").write_bytes(b"other")
         (source / "large.bin").unlink()
         got = dict(zip((r.key for r in refs), server.client.read(refs), strict=True))
@@ -208,10 +208,14 @@ def test_a_toml_file_does_the_same(tmp_path: Path, home: Path, source: Path) -> 
         """
     )
     with ServerProcess("--config", config, token_file=tmp_path / "token") as server:
-        assert len(server.client.list("file")) == 3
+        assert len(server.client.objects("file")) == 3
         assert server.client.status().capacity_bytes == 10**9
     with ServerProcess("--config", config, "--capacity", "2GB", token_file=tmp_path / "token") as server:
         assert server.client.status().capacity_bytes == 2 * 10**9, "options win over the file"
+
+
+def unknown(client: PlainClient, method: str) -> Any:
+    return client.channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
 
 
 @pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer wrong"),), (("authorization", ""),)])
@@ -221,7 +225,7 @@ def test_control_needs_the_token(start: Callable[..., ServerProcess], metadata: 
         for call, request in (
             (server.client.stub.GetInfo, pb.InfoRequest()),
             (health.Check, health_pb2.HealthCheckRequest()),
-            (server.client.channel.unary_unary("/torchcache.v1.Control/Nothing"), b""),
+            (unknown(server.client, "/torchcache.v1.Control/Nothing"), b""),
         ):
             with pytest.raises(grpc.RpcError) as caught:
                 call(request, timeout=10, metadata=metadata)
@@ -237,7 +241,7 @@ def test_unknown_methods_are_denied_and_errors_keep_their_class(start: Callable[
         client = server.client
         for method in ("/torchcache.v1.Control/Nothing", "/grpc.health.v1.Health/Watch", "/x.Y/Z"):
             with pytest.raises(grpc.RpcError) as caught:
-                client.channel.unary_unary(method)(b"", timeout=10, metadata=client.metadata)
+                unknown(client, method)(b"", timeout=10, metadata=client.metadata)
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
         for request, message in (
             (("StatObject", pb.StatRequest(store="file", key="none")), "none"),
@@ -270,7 +274,7 @@ def test_health_and_metrics(start: Callable[..., ServerProcess]) -> None:
             request = health_pb2.HealthCheckRequest(service=service)
             reply = health.Check(request, timeout=10, metadata=server.client.metadata)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
-        server.client.read(server.client.list("file"))
+        server.client.read(server.client.objects("file"))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
             text = response.read().decode()
         assert "torchcache_store_capacity_bytes 1e+09" in text
@@ -285,7 +289,7 @@ def test_a_stream_that_runs_is_finished_and_new_calls_are_refused(
     data = bytes(range(251)) * (HUGE_BYTES // 251)
     (source / "huge.bin").write_bytes(data)
     with start() as server:
-        refs = server.client.list("file", "huge")
+        refs = server.client.objects("file", "huge")
         reader = server.client.open(refs)
         pieces = list(decode_pieces(reader.read_chunk().data))
         server.process.send_signal(number)
@@ -293,7 +297,7 @@ def test_a_stream_that_runs_is_finished_and_new_calls_are_refused(
         assert isinstance(refusal, ServerUnavailable)
         assert server.client.status().info.server_id == server.server_id, "status is answered to the end"
         with pytest.raises(grpc.RpcError) as caught:
-            server.client.list("file")
+            server.client.objects("file")
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         pieces += [p for chunk in reader for p in decode_pieces(chunk.data)]
         assert assemble(1, pieces) == [data]
@@ -315,7 +319,7 @@ def test_a_stream_that_nobody_reads_does_not_keep_it_beyond_the_drain(
 ) -> None:
     (source / "huge.bin").write_bytes(bytes(HUGE_BYTES))
     with start("--drain-s", 0.5) as server:
-        reader = server.client.open(server.client.list("file", "huge"))
+        reader = server.client.open(server.client.objects("file", "huge"))
         reader.read_chunk()
         code, _ = server.stop()
         assert code == 0
@@ -412,7 +416,7 @@ def test_an_object_is_published_and_deleted(start: Callable[..., ServerProcess],
 def test_a_second_signal_ends_it_at_once(start: Callable[..., ServerProcess], source: Path) -> None:
     (source / "huge.bin").write_bytes(bytes(HUGE_BYTES))
     with start("--drain-s", 600) as server:
-        reader = server.client.open(server.client.list("file", "huge"))
+        reader = server.client.open(server.client.objects("file", "huge"))
         reader.read_chunk()
         server.process.send_signal(signal.SIGTERM)
         assert isinstance(_refusal_of_a_read(server.client, []), ServerUnavailable)

@@ -13,8 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import pyarrow as pa
 
@@ -35,17 +34,17 @@ AHEAD_BYTES: Final = 32 * CHUNK_BYTES
 """Bytes of one request that may be on their way from the under-store, or wait for the client, at a time."""
 
 _LOG = logging.getLogger(__name__)
+_DIGEST: Final = struct.Struct("<Q")
 
 Answer: TypeAlias = StoredChunk | Future[StoredChunk] | TorchCacheError
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The part [start, end) of an object that lies in chunk `index`."""
+class _Part(NamedTuple):
+    """The part [start, end) of an object that lies in chunk number `chunk`."""
 
     extent: int
     object: ObjectInfo
-    index: int
+    chunk: int
     start: int
     end: int
     answer: Answer
@@ -53,7 +52,7 @@ class _Part:
     @property
     def length(self) -> int:
         """Bytes of the chunk."""
-        return max(0, min(CHUNK_BYTES, self.object.size - self.index * CHUNK_BYTES))
+        return max(0, min(CHUNK_BYTES, self.object.size - self.chunk * CHUNK_BYTES))
 
 
 class Read:
@@ -85,7 +84,7 @@ class Read:
 
     def _pieces(self) -> Iterator[Piece | None]:
         """Pieces; None where the next one is not there yet, so that what is should go out."""
-        parts = self._parts()
+        parts, failed = self._parts(), self._failed
         waiting: deque[_Part] = deque()
         filling_bytes = 0
         more = True
@@ -101,7 +100,8 @@ class Read:
                 else:
                     ready.append((part, part.answer))
             for part, found in ready:
-                yield from self._piece(part, found)
+                if part.extent not in failed:
+                    yield self._piece(part, found)
             if waiting:
                 part = waiting.popleft()
                 answer = part.answer
@@ -110,7 +110,8 @@ class Read:
                         yield None
                     filling_bytes -= part.length
                     answer = self._result(answer, part.object)
-                yield from self._piece(part, answer)
+                if part.extent not in failed:
+                    yield self._piece(part, answer)
 
     def _parts(self) -> Iterator[_Part]:
         """Every part of every extent, its chunk looked up, or its fill started, when the part is taken."""
@@ -167,10 +168,8 @@ class Read:
         except Exception as error:  # noqa: BLE001 - one extent's failure is not the stream's
             return _as_ours(error, info)
 
-    def _piece(self, part: _Part, answer: StoredChunk | TorchCacheError) -> Iterator[Piece]:
-        """The part's piece; the error's row in its place, once an extent."""
-        if part.extent in self._failed:
-            return
+    def _piece(self, part: _Part, answer: StoredChunk | TorchCacheError) -> Piece:
+        """The part's piece; the error's row in its place."""
         if isinstance(answer, StoredChunk) and answer.object_size != part.object.size:
             answer = ObjectChanged(
                 f"the object has {answer.object_size} bytes, not {part.object.size}",
@@ -178,18 +177,19 @@ class Read:
             )
         if isinstance(answer, TorchCacheError):
             self._failed.add(part.extent)
-            yield failed_piece(part.extent, encode_error(answer))
-        else:
-            yield cut(part.extent, answer, part.index, part.start, part.end)
+            return failed_piece(part.extent, encode_error(answer))
+        return cut(part.extent, answer, part.chunk, part.start, part.end)
 
 
 def cut(extent: int, chunk: StoredChunk, index: int, start: int, end: int) -> Piece:
     """The blocks of chunk `index` that cover bytes [start, end) of its object: a view, not a copy."""
     offset = index * CHUNK_BYTES
     length = chunk.payload.size
+    if start <= offset and end >= offset + length:
+        return Piece(extent, chunk.object_size, offset, True, _DIGEST.pack(chunk.digest), chunk.payload)
     cover = block_cover(max(start - offset, 0), min(end - offset, length), length)
     if cover.length == length:
-        return Piece(extent, chunk.object_size, offset, True, struct.pack("<Q", chunk.digest), chunk.payload)
+        return Piece(extent, chunk.object_size, offset, True, _DIGEST.pack(chunk.digest), chunk.payload)
     digests = chunk.block_digests[cover.start // BLOCK_BYTES * 8 : -(-cover.end // BLOCK_BYTES) * 8]
     data = chunk.payload.slice(cover.start, cover.length)
     return Piece(extent, chunk.object_size, offset + cover.start, False, digests, data)
