@@ -169,6 +169,16 @@ def test_a_damaged_record_is_a_miss_and_takes_no_other_along(
     assert resident(image) == list(range(10))
 
 
+def test_a_torn_payload_is_left_out(crashed: Path) -> None:
+    """F1, F4: without waiting for a reader to find it."""
+    (file,) = segment_files(crashed)
+    zero_last_block(file, find_payload(file, payload(4, SIZE)))
+    store = open_store(crashed)
+    assert not store.contains(chunk(4))
+    assert (store.usage().chunks, store.usage().corrupt) == (9, 0)
+    store.close()
+
+
 @pytest.mark.parametrize("clean", [True, False])
 def test_truncation_at_every_record(crashed: Path, clean: bool) -> None:
     """F7: what was cut off is a miss, what lies before it stays."""
