@@ -9,7 +9,7 @@ from torchcache.errors import NotCommitted, ObjectNotFound, TransientError
 from torchcache_server.cache.saves import MANIFEST_NAME, Save, SaveKey, SaveStatus, status_of_manifest
 from torchcache_server.cache.slots import Slot, Slots
 from torchcache_server.cache.small_objects import read_small, stat_or_none
-from torchcache_server.understore.base import UnderStore
+from torchcache_server.understore.base import UnderStore, object_uri
 
 _log = logging.getLogger(__name__)
 
@@ -71,10 +71,8 @@ class Catalogue:
     def _published(self, under_store: UnderStore, key: SaveKey, deadline: float) -> SaveStatus:
         manifest = read_small(under_store, key.manifest_key, deadline=deadline)
         if manifest is None:
-            raise NotCommitted(
-                f"there is no committed checkpoint at {under_store.uri}/{key.path}",
-                object=f"{under_store.uri}/{key.path}",
-            )
+            uri = object_uri(under_store.uri, key.path)
+            raise NotCommitted(f"there is no committed checkpoint at {uri}", object=uri)
         return status_of_manifest(key, manifest.data)
 
     def list(self, under_store: UnderStore, prefix: str, *, deadline: float) -> list[SaveStatus]:

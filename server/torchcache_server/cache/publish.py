@@ -19,7 +19,7 @@ from torchcache_server.cache.shard_source import Parts, missing_from
 from torchcache_server.cache.upload_attempt import write_deadline
 from torchcache_server.cache.work_queue import WorkQueue, retry_delay_s
 from torchcache_server.store import Store
-from torchcache_server.understore.base import UnderStore
+from torchcache_server.understore.base import UnderStore, object_uri
 
 _REMEMBERED_S: Final = 600.0
 """So long a finished write answers a repeated call."""
@@ -36,6 +36,10 @@ class _Write:
     done_s: float | None = None
     published: ObjectInfo | None = None
     error: TorchCacheError | None = None
+
+    @property
+    def uri(self) -> str:
+        return object_uri(self.under_store.uri, self.object.id.key)
 
     @property
     def namespace(self) -> str:
@@ -101,11 +105,7 @@ class Publisher:
 
     def pending_uris(self) -> list[str]:
         with self._changed:
-            return [
-                f"{write.under_store.uri}/{write.object.id.key}"
-                for write in self._writes.values()
-                if write.done_s is None
-            ]
+            return [write.uri for write in self._writes.values() if write.done_s is None]
 
     def wait_until_idle(self, timeout_s: float) -> None:
         self._queue.hurry()
@@ -131,9 +131,8 @@ class Publisher:
         lack = missing_from(self._store, write.object)
         if lack is not None:
             raise NotResident(
-                f"{write.under_store.uri}/{write.object.id.key} can't be published: {lack}. If the server was "
-                "restarted meanwhile: write it again",
-                object=f"{write.under_store.uri}/{write.object.id.key}",
+                f"{write.uri} can't be published: {lack}. If the server was restarted meanwhile: write it again",
+                object=write.uri,
             )
         self._writes[write.object.id] = write
         self._queue.add(write.object.id)

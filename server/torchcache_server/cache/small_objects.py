@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torchcache.errors import ObjectChanged, ObjectNotFound, Overloaded
 from torchcache.model import ByteRange, ObjectInfo
-from torchcache_server.understore.base import UnderStore
+from torchcache_server.understore.base import UnderStore, object_uri
 
 _ATTEMPTS = 5
 
@@ -47,7 +47,7 @@ def read_small(under_store: UnderStore, key: str, *, deadline: float) -> SmallOb
         except (ObjectChanged, ObjectNotFound):
             continue
         return SmallObject(bytes(data), found.id.version)
-    raise Overloaded("an object changes faster than it can be read", object=f"{under_store.uri}/{key}")
+    raise Overloaded("an object changes faster than it can be read", object=object_uri(under_store.uri, key))
 
 
 def write_small(under_store: UnderStore, key: str, data: bytes, *, replaces: str, deadline: float) -> str:

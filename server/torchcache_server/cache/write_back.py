@@ -38,7 +38,7 @@ from torchcache_server.cache.slots import Slots
 from torchcache_server.cache.uploader import Uploader
 from torchcache_server.cache.work_queue import WorkQueue, retry_delay_s
 from torchcache_server.store import Store
-from torchcache_server.understore.base import UnderStore
+from torchcache_server.understore.base import UnderStore, object_uri
 
 __all__ = ["SaveKey", "SaveStatus", "WriteBack"]
 
@@ -265,7 +265,7 @@ class WriteBack:
 
     def _uri(self, key: SaveKey) -> str:
         under_store = self._under_stores.get(key.store)
-        return f"{under_store.uri}/{key.path}" if under_store is not None else str(key)
+        return object_uri(under_store.uri, key.path) if under_store is not None else str(key)
 
     def _check_running(self) -> None:
         if self._stopping.is_set():
