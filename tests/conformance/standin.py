@@ -180,7 +180,9 @@ class StandIn:
                 under_stores=[cache_pb2.UnderStoreInfo(name=n, uri=u) for n, u in stores],
             )
         if method == "ListObjects":
-            keys = sorted(k for k in self.script.objects if k.store == request.store)
+            keys = sorted(
+                (k for k in self.script.objects if k.store == request.store), key=lambda k: k.key.encode()
+            )
             found = [k for k in keys if k.key.startswith(request.prefix) and k.key > request.start_after]
             page = found[: min(request.limit, 3)]
             return cache_pb2.ListReply(objects=[self._ref(k) for k in page], truncated=len(page) < len(found))

@@ -85,8 +85,8 @@ class Session:
         with self._resolving:
             if self._members is not None and self._members is not seen:
                 return self._members
-            found = self._find(deadline)
-            before, self._members = self._members, found
+            before = self._members
+            found = self._members = self._find(deadline, before)
         addresses = {member.address for member in found.by_id.values()}
         for member in before.by_id.values() if before else ():
             if member.address not in addresses:
@@ -95,7 +95,9 @@ class Session:
             self._lanes |= {member.address: member.lane.name for member in found.by_id.values()}
         return found
 
-    def _find(self, deadline: float) -> Members:
+    def _find(self, deadline: float, before: Members | None) -> Members:
+        """Meets every server. One that was met before keeps its place while it is away: owners must not change."""
+        known = {member.address: member for member in before.by_id.values()} if before else {}
         by_id: dict[str, Member] = {}
         missing: list[str] = []
         failure: TransientError | None = None
@@ -106,6 +108,9 @@ class Session:
             except TransientError as error:
                 missing.append(endpoint.address)
                 failure = error
+                if member_before := known.get(endpoint.address):
+                    by_id[member_before.server_id] = member_before
+                    self.ordering.down(member_before.server_id)
         if not by_id:
             reason = f": {failure.message}" if failure else ""
             raise ServerUnavailable(
@@ -119,6 +124,8 @@ class Session:
         control = ControlClient(endpoint.address, access)
         until = min(deadline, time.monotonic() + INFO_S)
         info = control.call("GetInfo", cache_pb2.InfoRequest(), deadline=until)
+        self.count(control_calls=1)
+        self.ordering.up(info.server_id)
         stores = tuple(
             UnderStoreName(s.name, s.uri if s.uri.endswith("/") else s.uri + "/") for s in info.under_stores
         )

@@ -1,0 +1,149 @@
+"""The gate between calls and forks. Real forks with live gRPC are in tests/integration/test_processes.py."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from torchcache.errors import ConfigurationError
+from torchcache.lanes import connections as module
+from torchcache.lanes.connections import Connections
+
+
+class Channel:
+    def __init__(self) -> None:
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def quiet() -> list[str]:
+    return []
+
+
+def in_thread(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_one_channel_a_key_until_it_is_dropped() -> None:
+    registry = Connections(quiet)
+    with registry.call():
+        first = registry.channel("a", Channel)
+        assert registry.channel("a", Channel) is first
+        assert registry.channel("b", Channel) is not first
+    registry.drop("a")
+    assert first.closed
+    with registry.call():
+        assert registry.channel("a", Channel) is not first
+
+
+def test_a_fork_closes_every_channel() -> None:
+    registry = Connections(quiet)
+    with registry.call():
+        channels = [registry.channel(key, Channel) for key in range(3)]
+    registry.before_fork()
+    assert all(channel.closed for channel in channels)
+    registry.after_fork_in_parent()
+    with registry.call():
+        assert not registry.channel(0, Channel).closed
+
+
+def test_a_fork_waits_for_calls_in_flight_and_holds_new_ones_back() -> None:
+    registry = Connections(quiet)
+    entered, leave = threading.Event(), threading.Event()
+    events: list[str] = []
+
+    def first_call() -> None:
+        with registry.call():
+            entered.set()
+            leave.wait()
+            events.append("first call ends")
+
+    def fork() -> None:
+        registry.before_fork()
+        events.append("fork")
+        registry.after_fork_in_parent()
+
+    def second_call() -> None:
+        with registry.call():
+            events.append("second call")
+
+    caller = in_thread(first_call)
+    entered.wait()
+    forker = in_thread(fork)
+    while not registry._forking:
+        time.sleep(0.001)
+    late = in_thread(second_call)
+    leave.set()
+    for thread in (caller, forker, late):
+        thread.join(10)
+    assert events == ["first call ends", "fork", "second call"]
+
+
+def test_a_call_within_a_call_passes_a_waiting_fork() -> None:
+    registry = Connections(quiet)
+    with registry.call():
+        forker = in_thread(registry.before_fork)
+        while not registry._forking:
+            time.sleep(0.001)
+        with registry.call():
+            pass
+    forker.join(10)
+    assert not forker.is_alive()
+
+
+def test_the_child_starts_anew() -> None:
+    registry = Connections(quiet)
+    with registry.call():
+        registry.channel("a", Channel)
+    registry.before_fork()
+    registry.after_fork_in_child()
+    with registry.call():
+        assert not registry.channel("a", Channel).closed
+
+
+def test_a_child_that_would_hang_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F29: gRPC of somebody else lives in the parent; its child's calls would never end."""
+    monkeypatch.setattr(module, "THREAD_WAIT_S", 0.01)
+    registry = Connections(lambda: ["event_engine"])
+    registry.before_fork()
+    registry.after_fork_in_child()
+    with pytest.raises(ConfigurationError, match="spawn or forkserver"), registry.call():
+        pass
+    registry._threads = quiet
+    registry.before_fork()
+    registry.after_fork_in_child()
+    with pytest.raises(ConfigurationError, match="event_engine"), registry.call():
+        pass
+
+
+def test_a_call_that_does_not_end_does_not_hold_the_fork_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "CALL_WAIT_S", 0.01)
+    registry = Connections(quiet)
+    entered, leave = threading.Event(), threading.Event()
+
+    def call() -> None:
+        with registry.call():
+            entered.set()
+            leave.wait()
+
+    caller = in_thread(call)
+    entered.wait()
+    registry.before_fork()
+    registry.after_fork_in_parent()
+    assert "calls in flight" in caplog.text
+    with registry.call():
+        pass  # the parent goes on
+    leave.set()
+    caller.join(10)
+    registry.after_fork_in_child()
+    with pytest.raises(ConfigurationError, match="calls in flight"), registry.call():
+        pass

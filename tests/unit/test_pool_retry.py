@@ -1,0 +1,69 @@
+"""When a call is made again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchcache.errors import DeadlineExceeded, ObjectNotFound, Overloaded, ServerUnavailable, TorchCacheError
+from torchcache.pool.retry import Retry, RetryBudget, RetryPolicy
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def retry(clock: Clock, *, lasts_s: float = 60.0, budget: RetryBudget | None = None) -> Retry:
+    return Retry(
+        budget or RetryBudget(), clock.now + lasts_s, sleep=clock.sleep, clock=clock, chance=lambda: 0.0
+    )
+
+
+def tries(one: Retry, error: TorchCacheError) -> int:
+    count = 1
+    while one.again(error):
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("kind", [ServerUnavailable, Overloaded, DeadlineExceeded])
+def test_transient_errors_are_tried_again_a_bounded_number_of_times(kind: type[TorchCacheError]) -> None:
+    clock = Clock()
+    assert tries(retry(clock), kind("later")) == RetryPolicy().attempts
+    assert 2.0 < clock.now - 100.0 < 10.0  # long enough for a server to restart
+
+
+def test_final_errors_are_not() -> None:
+    assert tries(retry(Clock()), ObjectNotFound("never")) == 1
+
+
+def test_no_pause_goes_beyond_the_deadline() -> None:
+    clock = Clock()
+    tries(retry(clock, lasts_s=0.5), ServerUnavailable("down"))
+    assert clock.now <= 100.5
+
+
+@given(st.integers(1, 30), st.floats(0, 0.999))
+def test_pauses_grow_to_a_bound(count: int, chance: float) -> None:
+    policy = RetryPolicy()
+    pause = policy.pause_s(count, chance)
+    assert policy.first_s / 2 <= pause <= policy.most_s
+    assert pause <= policy.pause_s(count, 0.0) <= policy.pause_s(count + 1, 0.0)
+
+
+def test_an_outage_spends_the_budget_and_good_calls_earn_it_back() -> None:
+    budget = RetryBudget(most=3, earned=0.5)
+    clock = Clock()
+    assert tries(retry(clock, budget=budget), ServerUnavailable("down")) == 4
+    assert tries(retry(clock, budget=budget), ServerUnavailable("down")) == 1
+    budget.earn()
+    budget.earn()
+    assert tries(retry(clock, budget=budget), ServerUnavailable("down")) == 2
