@@ -111,6 +111,17 @@ def test_prefetch_fetches_this_epochs_samples(bucket: str) -> None:
         assert handle.staged_bytes == sum(len(payload(ORDER[i])) for i in set(wanted))
 
 
+def test_prefetch_goes_on_while_workers_are_forked_and_read(bucket: str) -> None:
+    with tc.LocalPool() as pool:
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", decode=decode, pool=pool)
+        for _ in range(3):
+            handle = dataset.prefetch(RandomSampler(dataset), 0)
+            loader = DataLoader(dataset, batch_size=8, num_workers=2, multiprocessing_context="fork")
+            assert sum(len(batch) for batch in loader) == FILES
+            assert handle.wait(60)
+        assert reads(pool) == FILES  # whoever asked first: nothing was fetched twice
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stateful_loader_resumes_at_the_right_sample(bucket: str, workers: int) -> None:
     with tc.LocalPool() as pool:

@@ -55,3 +55,8 @@ class Outer:
 
 class TupleChild(tuple[int, ...]):
     pass
+
+
+class Overlong(Pair):
+    def __new__(cls, *values: Any) -> Overlong:
+        return tuple.__new__(cls, values)

@@ -18,7 +18,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.utils.data import default_collate
 
-from tests.unit.sample_classes import Box, Colour, Content, Derived, Frozen, Outer, Pair, Point, TupleChild
+from tests.unit.sample_classes import (
+    Box,
+    Colour,
+    Content,
+    Derived,
+    Frozen,
+    Outer,
+    Overlong,
+    Pair,
+    Point,
+    TupleChild,
+)
 from torchcache.data import codec
 from torchcache.data.leaves import DTYPES
 from torchcache.errors import ConfigurationError, UnsupportedSample
@@ -244,6 +255,7 @@ def itself() -> Any:
         ({"p": Path("x")}, "sample['p']", "PosixPath"),
         ({"t": TupleChild()}, "sample['t']", "TupleChild"),
         ({"d": Derived(2)}, "sample['d']", "attributes besides its fields, which would be lost: twice"),
+        ({"p": Overlong(1, 2, 3)}, "sample['p']", "3 items for 2 fields"),
         ({"d": Content(2)}, "sample['d']", "container"),
         ({(1, frozenset()): 1}, "sample", "key of type tuple"),
         ({"t": torch.nn.Parameter(torch.ones(1))}, "sample['t']", "Parameter"),

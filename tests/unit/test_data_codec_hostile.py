@@ -119,18 +119,18 @@ def test_hostile_records_are_refused_in_little_memory(name: str) -> None:
     assert peak < 1_000_000
 
 
-@pytest.mark.parametrize("length", range(len(RECORD)))
-def test_every_truncation_is_refused(length: int) -> None:
-    with pytest.raises(IntegrityError):
-        codec.decode(RECORD[:length])
+def test_every_truncation_is_refused() -> None:  # F7
+    for length in range(len(RECORD)):
+        with pytest.raises(IntegrityError):
+            codec.decode(RECORD[:length])
 
 
-@pytest.mark.parametrize("length", range(24, len(RECORD)))
-def test_every_truncation_that_tells_its_length_is_refused(length: int) -> None:
-    cut = bytearray(RECORD[:length])
-    struct.pack_into("<Q", cut, 16, length)
-    with pytest.raises(IntegrityError):
-        codec.decode(bytes(cut))
+def test_every_truncation_that_tells_its_length_is_refused() -> None:
+    for length in range(24, len(RECORD)):
+        cut = bytearray(RECORD[:length])
+        struct.pack_into("<Q", cut, 16, length)
+        with pytest.raises(IntegrityError):
+            codec.decode(bytes(cut))
 
 
 def outcome(data: bytes) -> Any:

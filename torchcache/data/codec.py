@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from torchcache.data.leaves import Leaf, LeafReader, align
-from torchcache.data.tree import TreeReader, TreeWriter
+from torchcache.data.tree_reader import TreeReader
+from torchcache.data.tree_writer import TreeWriter
 from torchcache.errors import ConfigurationError, IntegrityError
 
 _MAGIC = b"TCS1"

@@ -65,10 +65,14 @@ def tensor_leaf(tensor: torch.Tensor) -> Leaf:
     plain = tensor.resolve_conj().resolve_neg()
     carrier = _CARRIERS[plain.element_size()]
     source = plain.view(carrier)
-    return Leaf(
-        source.numel() * source.element_size(),
-        lambda target: target.view(carrier).reshape(source.shape).copy_(source),
-    )
+
+    def copy_to(target: torch.Tensor) -> None:
+        if source.is_contiguous():
+            np.copyto(target.numpy(), tensor_bytes(source))  # torch would start threads for it
+        else:
+            target.view(carrier).reshape(source.shape).copy_(source)
+
+    return Leaf(source.numel() * source.element_size(), copy_to)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -157,10 +161,12 @@ class LeafReader:
 
     def _advance(self, item_bytes: int, shape: tuple[int, ...]) -> tuple[int, int]:
         # The product over the dimensions without the zeros bounds the strides too.
-        if len(shape) > _MAX_DIMENSIONS or math.prod(n for n in shape if n) * item_bytes > _MAX_BYTES:
+        size = math.prod(shape) * item_bytes
+        bound = size or math.prod(filter(None, shape)) * item_bytes
+        if len(shape) > _MAX_DIMENSIONS or bound > _MAX_BYTES:
             raise IntegrityError("a stored sample has a tensor of impossible shape")
         start = align(self._position)
-        end = start + math.prod(shape) * item_bytes
+        end = start + size
         if end > len(self._memory):
             raise IntegrityError("a stored sample is shorter than the tensors it lists")
         self._position = end

@@ -35,6 +35,8 @@ def problem(value: object, fields: dict[str, Any]) -> str | None:
         return "its class can't be found by name; define it at the top level of a module"
     if not is_namedtuple(value) and isinstance(value, _CONTAINERS):
         return "its class is a container besides its fields, whose content would be lost"
+    if isinstance(value, tuple) and len(value) != len(fields):
+        return f"it has {len(value)} items for {len(fields)} fields"
     extra = sorted(set(getattr(value, "__dict__", ())) - set(fields))
     if extra:
         return f"it has attributes besides its fields, which would be lost: {', '.join(extra)}"
