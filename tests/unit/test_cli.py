@@ -198,6 +198,19 @@ def test_stage_fetches_and_reports(pool: MemoryPool, capsys: pytest.CaptureFixtu
     assert len(pool.resident) == 3
 
 
+def test_long_work_shows_its_progress_on_a_terminal(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert run(["stage", "s3://b/data"]) == 0
+    out, err = capsys.readouterr()
+    assert "staging" in err
+    assert "3/3" in err
+    assert "staging" not in out
+    save(pool)
+    assert run_json(capsys, "checkpoint", "verify", RUN)["ok"]
+
+
 def test_stage_reports_the_first_failure_after_all_were_tried(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str]
 ) -> None:
