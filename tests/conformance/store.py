@@ -117,6 +117,18 @@ class StoreContract:
             store.put("a", long, 1, b"x")
         assert store.usage().chunks == 0
 
+    def test_refuses_a_namespace_that_no_header_holds(self, open_store: Callable[[], Store]) -> None:
+        store = open_store()
+        for call in (lambda n: store.put(n, chunk(1), 1, b"x"), lambda n: store.keep(n, True)):
+            with pytest.raises(ConfigurationError, match="is too long"):
+                call("n" * 20_000)
+        longest = "n" * 16 * 1024
+        store.put(longest, chunk(1), 1, b"x")
+        store.keep(longest, True)
+        store.close()
+        store = open_store()
+        assert [(n.name, n.chunks, n.kept) for n in store.namespaces()] == [(longest, 1, True)]
+
     def test_quarantine_forgets_and_counts(self, store: Store) -> None:
         store.put("a", chunk(1), 3, b"abc")
         store.quarantine(chunk(1))

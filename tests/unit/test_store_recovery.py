@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torchcache_server.store import Store
 
 from tests.unit.store_parts import (
     CAPACITY,
+    FailingDisk,
     chunk,
     crash_image,
     fill,
@@ -236,6 +238,28 @@ def test_a_quarantined_chunk_does_not_come_back(tmp_path: Path) -> None:
     image = crash_image(tmp_path / "live", tmp_path / "image")
     store.close()
     assert resident(image) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("between", [0, 9], ids=["same segment", "another segment"])
+def test_of_two_records_of_a_chunk_the_later_counts(tmp_path: Path, between: int) -> None:
+    """The earlier was found damaged, but could not be marked as dead."""
+    disk = FailingDisk()
+    store = Store(tmp_path / "live", capacity_bytes=CAPACITY, disk=disk)
+    fill(store, "n", range(10), SIZE)
+    (file,) = segment_files(tmp_path / "live")
+    flip_payload(file, find_payload(file, payload(3, SIZE)))
+    disk.fail("open", errno.EIO)
+    store.quarantine(chunk(3))
+    disk.mend()
+    fill(store, "n", range(100, 100 + between), 1 << 20)
+    fill(store, "n", range(3, 4), SIZE)
+    image = crash_image(tmp_path / "live", tmp_path / "image")
+    store.close()
+    store = open_store(image)
+    assert held(store, 3, SIZE)
+    assert store.usage().chunks == 10 + between
+    assert len(segment_files(image)) == 1 + bool(between)
+    store.close()
 
 
 def test_a_record_inside_a_payload_is_not_found(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from torchcache_server.store.record import (
     padding,
 )
 from torchcache_server.store.segments import Segment, folder_name, new_header
-from torchcache_server.store.space import Layout, Namespace, lay_out
+from torchcache_server.store.space import Layout, Namespace, check_name, lay_out
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
@@ -84,6 +84,7 @@ def draft(chunk: ChunkId, object_size: int, payload: Payload) -> Draft:
 
 def append(core: Core, namespace: str, drafts: Sequence[Draft]) -> list[StoredChunk]:
     """Stores the drafts in one index transaction. Raises OutOfSpace, and then none of them is stored."""
+    check_name(namespace)
     reserved = _reserve(core, namespace, drafts)
     try:
         try:

@@ -1,7 +1,7 @@
 """What the store's parts share: the open disk, index and space, one lock, and how segments leave.
 
 Order of locks: a namespace's `sync_lock`, the index's write transaction, `lock`, a segment's `file_lock`. `lock` guards
-the space and the counters; it is held for memory and for making a segment, never while payloads are written or synced.
+the space; it is held for memory and for making a segment, never while payloads are written or synced.
 """
 
 from __future__ import annotations
@@ -26,12 +26,27 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Counts:
-    """Since the store was opened."""
+    """Since the store was opened. Its lock is held for nothing else, so that no look-up waits for a disk."""
 
     hits: int = 0
     misses: int = 0
     corrupt: int = 0
     evicted_chunks: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def looked_up(self, chunk: object | None) -> None:
+        """Counts a hit, or a miss for None."""
+        with self._lock:
+            if chunk is None:
+                self.misses += 1
+            else:
+                self.hits += 1
+
+    def add(self, *, corrupt: int = 0, evicted_chunks: int = 0) -> None:
+        """Counts damaged and evicted chunks."""
+        with self._lock:
+            self.corrupt += corrupt
+            self.evicted_chunks += evicted_chunks
 
 
 class Gate:
@@ -93,8 +108,7 @@ class Core:
         if victims is None:
             return False
         evicted = self.remove(segments, unless_in_use=True)
-        with self.lock:
-            self.counts.evicted_chunks += sum(s.chunks for s in evicted)
+        self.counts.add(evicted_chunks=sum(s.chunks for s in evicted))
         return any(s.dropped for s in segments)
 
     def remove(self, segments: Iterable[Segment], *, unless_in_use: bool = False) -> list[Segment]:

@@ -162,10 +162,10 @@ def write_all(disk: DiskCalls, fd: int, buffers: Sequence[Bytes], offset: int) -
             written = disk.pwritev(fd, rest, offset)
             offset += written
             left -= written
-            while rest and written >= memoryview(rest[0]).nbytes:
+            while left and written >= memoryview(rest[0]).nbytes:
                 written -= memoryview(rest[0]).nbytes
                 del rest[0]
-            if written:
+            if left and written:
                 rest[0] = memoryview(rest[0])[written:]
 
 

@@ -13,7 +13,7 @@ from torchcache.errors import OutOfSpace, TorchCacheError
 from torchcache_server.store.core import Core
 from torchcache_server.store.ledger import Ledger
 from torchcache_server.store.segments import folder_name
-from torchcache_server.store.space import Namespace
+from torchcache_server.store.space import Namespace, check_name
 
 _KEPT: Final = "kept"
 _PINNED: Final = "pinned"
@@ -42,7 +42,8 @@ class Flags:
             namespace.kept, namespace.pinned = _KEPT in words, _PINNED in words
 
     def set(self, name: str, *, kept: bool | None = None, pinned: bool | None = None) -> None:
-        """Changes the flags that are given. Raises OutOfSpace, TorchCacheError: nothing has changed then."""
+        """Changes the flags that are given. Raises OutOfSpace, TorchCacheError: nothing has changed."""
+        check_name(name)
         with self._lock:
             with self._core.lock:
                 found = self._core.space.namespaces.get(name)

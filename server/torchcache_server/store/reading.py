@@ -50,8 +50,8 @@ def _forget(core: Core, key: bytes, location: Location) -> None:
     segment = core.space.segments.get(location.segment)
     if segment is None:
         return
+    core.counts.add(corrupt=1)
     with core.lock:
-        core.counts.corrupt += 1
         segment.chunks -= 1
         is_empty = segment.sealed and not segment.writing and not segment.chunks
     _log.warning("a damaged record at %d in %s is dropped", location.offset, segment.path)

@@ -17,7 +17,10 @@ from torchcache_server.store.record import MAX_RECORD_BYTES
 from torchcache_server.store.segments import Segment
 
 DEFAULT_SEGMENT_BYTES: Final = 64 * 1024 * 1024
-MIN_SEGMENT_BYTES: Final = MAX_RECORD_BYTES + 32 * 1024
+MAX_NAME_BYTES: Final = 16 * 1024
+"""Longest name of a namespace."""
+
+MIN_SEGMENT_BYTES: Final = MAX_RECORD_BYTES + 2 * MAX_NAME_BYTES
 """Room for a segment's header and one full record."""
 
 _PAGE: Final = 4096
@@ -36,7 +39,7 @@ def segment_size(capacity_bytes: int, segment_bytes: int | None) -> int:
         )
     if segment_bytes is None:
         wanted = min(DEFAULT_SEGMENT_BYTES, max(capacity_bytes // 8, MIN_SEGMENT_BYTES))
-        segment_bytes = max(wanted, capacity_bytes // _MAX_SEGMENTS)
+        segment_bytes = max(wanted, -(-capacity_bytes // _MAX_SEGMENTS))
     if segment_bytes < MIN_SEGMENT_BYTES:
         raise ConfigurationError(
             f"segments of {segment_bytes} bytes are too small for a chunk: give at least {MIN_SEGMENT_BYTES} bytes"
@@ -47,6 +50,14 @@ def segment_size(capacity_bytes: int, segment_bytes: int | None) -> int:
             "capacity or make segments smaller"
         )
     return -(-segment_bytes // _PAGE) * _PAGE
+
+
+def check_name(namespace: str) -> None:
+    """Raises ConfigurationError for a namespace that no segment's header can hold."""
+    if len(namespace.encode()) > MAX_NAME_BYTES:
+        raise ConfigurationError(
+            f"the namespace {namespace[:100]}… is too long: at most {MAX_NAME_BYTES} bytes are possible"
+        )
 
 
 class Run(NamedTuple):

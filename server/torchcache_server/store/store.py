@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,16 +66,16 @@ class Store:
         """
         space = Space(capacity_bytes, segment_size(capacity_bytes, segment_bytes))
         folder = StoreFolder(path, disk)
-        try:
-            self._core = open_core(folder, disk, space)
-            self._flags = Flags(self._core, Ledger(disk, folder.flags))
-            self._records = Ledger(disk, folder.records)
-        except (OSError, OutOfSpace) as error:
-            folder.unlock()
-            raise ConfigurationError(f"the store {path} can't be opened: {error}") from error
-        except BaseException:
-            folder.unlock()
-            raise
+        with ExitStack() as undo:
+            undo.callback(folder.unlock)
+            try:
+                self._core = open_core(folder, disk, space)
+                undo.callback(self._core.index.close, None)
+                self._flags = Flags(self._core, Ledger(disk, folder.flags))
+                self._records = Ledger(disk, folder.records)
+            except (OSError, OutOfSpace) as error:
+                raise ConfigurationError(f"the store {path} can't be opened: {error}") from error
+            undo.pop_all()
         self._gate = Gate(str(path))
         self.server_id = folder.server_id
         over = space.used_bytes - capacity_bytes
@@ -90,11 +91,7 @@ class Store:
         """
         with self._gate:
             found = find(self._core, chunk)
-            with self._core.lock:
-                if found is None:
-                    self._core.counts.misses += 1
-                else:
-                    self._core.counts.hits += 1
+            self._core.counts.looked_up(found)
             return found
 
     def contains(self, chunk: ChunkId) -> bool:
