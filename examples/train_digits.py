@@ -77,10 +77,10 @@ class Trainer:
         self.dataset = LabelledDigits(data_uri)
         # An order that is a function of (seed, epoch) alone: a resumed run draws the same one.
         self.sampler = StatefulDistributedSampler(
-            self.dataset, num_replicas=1, rank=0, shuffle=True, seed=seed, drop_last=True
+            self.dataset, num_replicas=1, rank=0, shuffle=True, seed=seed
         )
         self.loader = StatefulDataLoader(
-            self.dataset, batch_size=batch_size, sampler=self.sampler, num_workers=workers, drop_last=True
+            self.dataset, batch_size=batch_size, sampler=self.sampler, num_workers=workers
         )
         self.step = 0
         self.epoch = 0
