@@ -305,3 +305,13 @@ def test_another_size_than_the_readers_is_another_object(
     info, data = held(store, "k", 100)
     store.chunks[ChunkId(info.id, 0)] = StoredChunk.of(data, 200)
     assert isinstance(read(source, [(info, 0, 100)]).result(0), ObjectChanged)
+
+
+def test_what_is_held_goes_out_while_the_rest_is_not_yet_looked_up(
+    store: MemoryStore, source: ScriptedReadThrough
+) -> None:
+    info, _ = held(store, "k", 1_000_000)
+    batches = Read(plan([(info, 0, info.size)] * 12), source).batches()  # type: ignore[arg-type]
+    assert next(batches).num_rows == 3
+    assert len(source.asked) == 3
+    assert sum(b.num_rows for b in batches) == 9

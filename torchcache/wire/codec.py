@@ -10,8 +10,10 @@ A write's stream has the schema `WRITE_SCHEMA`, one row a chunk.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -85,22 +87,23 @@ def failed_piece(extent: int, error: str) -> Piece:
     return Piece(extent, 0, 0, False, b"", EMPTY, error)
 
 
+_VIEW: Final = struct.Struct("<I4sII")  # size, first four bytes, number of the variadic buffer, offset in it
+_INLINE_VIEW: Final = struct.Struct("<I12s")
+
+
 def binary_view_array(buffers: Sequence[pa.Buffer]) -> pa.Array:
     """An array of type binary_view whose row i is `buffers[i]`, without copying those longer than 12 bytes.
 
     Layout: https://arrow.apache.org/docs/format/Columnar.html#variable-size-binary-view-layout
     """
-    views = np.zeros((len(buffers), 4), dtype="<u4")
+    views = bytearray()
     variadic: list[pa.Buffer] = []
-    inline = views.view(np.uint8)
-    for row, buffer in enumerate(buffers):
+    for buffer in buffers:
         size = buffer.size
-        views[row, 0] = size
         if size <= 12:
-            inline[row, 4 : 4 + size] = np.frombuffer(buffer, dtype=np.uint8)
+            views += _INLINE_VIEW.pack(size, bytes(buffer))
         else:
-            inline[row, 4:8] = np.frombuffer(buffer, dtype=np.uint8, count=4)
-            views[row, 2] = len(variadic)
+            views += _VIEW.pack(size, bytes(memoryview(buffer)[:4]), len(variadic), 0)
             variadic.append(buffer)
     return pa.Array.from_buffers(pa.binary_view(), len(buffers), [None, pa.py_buffer(views), *variadic])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -186,6 +187,15 @@ def _open_under_stores(config: ServerConfig, closing: ExitStack) -> dict[str, Un
 
 def _read_tls(tls: Tls) -> TlsPair:
     try:
+        # gRPC would only say that the port can't be bound.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls.certificate, tls.key, password=lambda: b"")
         return tls.certificate.read_bytes(), tls.key.read_bytes()
+    except ssl.SSLError as error:
+        raise ConfigurationError(
+            f"{tls.certificate} and {tls.key} are no TLS certificate and its unencrypted key, PEM: {error}"
+        ) from None
     except OSError as error:
-        raise ConfigurationError(f"the TLS file {error.filename} can't be read: {error.strerror}") from None
+        raise ConfigurationError(
+            f"the TLS files {tls.certificate} and {tls.key} can't be read: {error.strerror}"
+        ) from None

@@ -1,8 +1,9 @@
 """One read: from a plan to the batches of its stream.
 
-The chunks of a request are looked up before the first batch goes out, and the fills of those that miss are started,
-so that a cold request waits for its slowest fill and not for the sum of them. How far ahead is bounded. Extents that
-are resident go first; those that wait for a fill follow in their order, as they become ready.
+As long as what is asked for is resident, a batch goes out as soon as it is full, so that the client works on it while
+the next one is looked up. From the first chunk that misses on, all the rest are looked up before anything goes out
+and their fills started, so that a cold request waits for its slowest fill and not for the sum of them. How far ahead is
+bounded. Resident extents go first; those that wait for a fill follow in their order, as they become ready.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ class Read:
         more = True
         while more or waiting:
             ready: list[tuple[_Part, StoredChunk | TorchCacheError]] = []
+            ready_bytes = 0
             while more and len(ready) + len(waiting) < AHEAD_CHUNKS and filling_bytes < AHEAD_BYTES:
+                if ready_bytes >= BATCH_BYTES and not waiting:
+                    break
                 part = next(parts, None)
                 if part is None:
                     more = False
@@ -99,6 +103,7 @@ class Read:
                     filling_bytes += part.length if isinstance(part.answer, Future) else 0
                 else:
                     ready.append((part, part.answer))
+                    ready_bytes += part.length
             for part, found in ready:
                 if part.extent not in failed:
                     yield self._piece(part, found)
