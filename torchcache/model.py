@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import cached_property
 
 import xxhash
 
@@ -20,6 +19,8 @@ STRIPE_BYTES = STRIPE_CHUNKS * CHUNK_BYTES
 
 UNKNOWN_SIZE = -1
 """Size of an object whose size only its stored record tells: a computed sample."""
+
+_U32 = struct.Struct("<I").pack
 
 SAMPLES = "samples"
 """Reserved under-store name of computed samples. Nothing stands behind it: a miss is a miss."""
@@ -43,13 +44,19 @@ class ObjectId:
     def __str__(self) -> str:
         return f"{self.store}/{self.key}@{self.version}"
 
-    @cached_property
+    @property
     def encoded(self) -> bytes:
         """The three fields, each behind its length (u32 little-endian): equal only for equal ids."""
-        fields = [f.encode() for f in (self.store, self.key, self.version)]
-        return b"".join(struct.pack("<I", len(f)) + f for f in fields)
+        # Kept in the instance by hand: functools.cached_property takes a lock, and this is asked for every chunk read.
+        known: bytes | None = self.__dict__.get("_encoded")
+        if known is None:
+            store, key, version = self.store.encode(), self.key.encode(), self.version.encode()
+            sizes = len(store), len(key), len(version)
+            known = b"%b%b%b%b%b%b" % (_U32(sizes[0]), store, _U32(sizes[1]), key, _U32(sizes[2]), version)
+            self.__dict__["_encoded"] = known
+        return known
 
-    @cached_property
+    @property
     def digest(self) -> bytes:
         """16 bytes, xxh3-128 of `encoded`. Finds a record; the record's header proves it is the right one."""
         return xxhash.xxh3_128_digest(self.encoded)
