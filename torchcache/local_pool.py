@@ -12,6 +12,7 @@ from torchcache import environment
 from torchcache.embedded import ATTACH_S, EmbeddedMembers, release
 from torchcache.errors import ConfigurationError
 from torchcache.pool.client import Pool
+from torchcache.pool.farewell import farewell
 from torchcache.sizes import parse_size
 
 
@@ -69,6 +70,11 @@ class LocalPool:
         self.close()
 
     def close(self) -> None:
-        """Stops the servers this process started, unless another process uses them; the contents stay."""
+        """Stops the servers this process started, unless another process uses them; the contents stay.
+
+        They first upload what is not yet in the under-store, for up to 40 seconds; what is left then, the next start
+        goes on with.
+        """
         self._pool.close()
+        farewell.forget(self._pool.address)
         release(self._source.root)

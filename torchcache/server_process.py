@@ -13,6 +13,9 @@ from typing import Any, Final
 from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError
 
 UNDER_STORES: Final = ("s3=s3://", "file=file:///")
+IDLE_S: Final = 15.0
+"""How long a server lives on when no process uses its pool."""
+
 REFUSED: Final = 2
 """The server's exit code when its settings are wrong: starting it again would not help."""
 
@@ -87,6 +90,7 @@ def start_server(root: Path, index: int, *, capacity_bytes: int, log: Path) -> S
         *("--embedded", str(root)),
         *("--index", str(index)),
         *("--capacity", str(capacity_bytes)),
+        *("--idle-s", str(IDLE_S)),
     ]
     for under_store in UNDER_STORES:
         command += ["--under-store", under_store]

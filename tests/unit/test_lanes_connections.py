@@ -21,8 +21,8 @@ class Channel:
         self.closed = True
 
 
-def quiet() -> list[str]:
-    return []
+def quiet() -> dict[str, str]:
+    return {}
 
 
 def in_thread(work: Callable[[], None]) -> threading.Thread:
@@ -108,19 +108,55 @@ def test_the_child_starts_anew() -> None:
         assert not registry.channel("a", Channel).closed
 
 
-def test_a_child_that_would_hang_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+FOREIGN = {"17": "event_engine"}
+
+
+def forked(registry: Connections) -> None:
+    registry.before_fork()
+    registry.after_fork_in_child()
+
+
+def test_a_child_that_would_hang_is_told_so() -> None:
     """F29: gRPC of somebody else lives in the parent; its child's calls would never end."""
-    monkeypatch.setattr(module, "THREAD_WAIT_S", 0.01)
-    registry = Connections(lambda: ["event_engine"])
-    registry.before_fork()
-    registry.after_fork_in_child()
-    with pytest.raises(ConfigurationError, match="spawn or forkserver"), registry.call():
-        pass
+    registry = Connections(lambda: FOREIGN, works=lambda: False)
+    forked(registry)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=r"event_engine.*spawn or forkserver"), registry.call():
+            pass
     registry._threads = quiet
-    registry.before_fork()
-    registry.after_fork_in_child()
+    forked(registry)  # its own children are no better off
     with pytest.raises(ConfigurationError, match="event_engine"), registry.call():
         pass
+
+
+def test_another_copy_of_grpc_does_no_harm() -> None:
+    tried: list[bool] = []
+
+    def works() -> bool:
+        tried.append(True)
+        return True
+
+    registry = Connections(lambda: FOREIGN, works)
+    forked(registry)
+    for _ in range(2):
+        with registry.call():
+            pass
+    assert tried == [True]
+
+
+def test_a_fork_waits_for_its_own_threads_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "THREAD_WAIT_S", 60.0)
+    threads = dict(FOREIGN)
+    registry = Connections(lambda: dict(threads), works=lambda: True)
+    with registry.call():
+        registry.channel("a", Channel)
+    threads["18"] = "grpc_shutdown"
+    forker = in_thread(registry.before_fork)
+    forker.join(0.05)
+    assert forker.is_alive()
+    del threads["18"]
+    forker.join(10)
+    assert not forker.is_alive()
 
 
 def test_a_call_that_does_not_end_does_not_hold_the_fork_for_ever(
@@ -139,7 +175,7 @@ def test_a_call_that_does_not_end_does_not_hold_the_fork_for_ever(
     entered.wait()
     registry.before_fork()
     registry.after_fork_in_parent()
-    assert "calls in flight" in caplog.text
+    assert "calls were in flight" in caplog.text
     with registry.call():
         pass  # the parent goes on
     leave.set()

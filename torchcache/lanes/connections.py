@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, Protocol, TypeVar, cast
 
 from torchcache.errors import ConfigurationError
+from torchcache.lanes.fork_probe import grpc_works
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ THREAD_WAIT_S: Final = 1.0
 _GRPC_THREADS: Final = ("event_engine", "grpc_", "lifeguard")
 """How the names of gRPC's threads begin. The last to go may be `grpc_shutdown`, which holds the lock of grpc_init."""
 
+_IN_FLIGHT: Final = "calls in flight"
 _TASKS: Final = Path("/proc/self/task")
 
 
@@ -42,16 +44,16 @@ class Closable(Protocol):
 C = TypeVar("C", bound=Closable)
 
 
-def grpc_threads() -> list[str]:
-    """Names of gRPC's own threads in this process."""
-    names = []
+def grpc_threads() -> dict[str, str]:
+    """gRPC's own threads in this process: names by thread id."""
+    names = {}
     for task in _TASKS.iterdir() if _TASKS.is_dir() else ():
         try:
             name = (task / "comm").read_text().strip()
         except OSError:  # ended meanwhile
             continue
         if name.startswith(_GRPC_THREADS):
-            names.append(name)
+            names[task.name] = name
     return names
 
 
@@ -61,15 +63,23 @@ class Connections:
     A channel may be used, and a reference to it held, only inside `call()`.
     """
 
-    def __init__(self, threads: Callable[[], list[str]] = grpc_threads) -> None:
+    def __init__(
+        self,
+        threads: Callable[[], dict[str, str]] = grpc_threads,
+        works: Callable[[], bool] = grpc_works,
+    ) -> None:
         self._threads = threads
+        self._works = works
         self._changed = threading.Condition()
+        self._resolving = threading.Lock()
         self._local = threading.local()
         self._open: dict[Hashable, Closable] = {}
         self._calls = 0
         self._forking = False
+        self._foreign: frozenset[str] = frozenset()
+        self._left: list[str] = []
+        self._doubt: list[str] = []
         self._unusable: str | None = None
-        self._busy: list[str] = []
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -78,11 +88,11 @@ class Connections:
         Raises ConfigurationError in a process that was forked in a state in which its calls would hang.
         """
         depth = getattr(self._local, "depth", 0)
+        if self._doubt or self._unusable:
+            self._resolve_doubt()
         with self._changed:
             while self._forking and not depth:
                 self._changed.wait()
-            if self._unusable:
-                raise ConfigurationError(self._unusable)
             self._calls += 1
         self._local.depth = depth + 1
         try:
@@ -98,6 +108,8 @@ class Connections:
         with self._changed:
             found = self._open.get(key)
             if found is None:
+                if not self._open:
+                    self._foreign = frozenset(self._threads())
                 found = self._open[key] = open_channel()
             return cast(C, found)
 
@@ -127,43 +139,50 @@ class Connections:
                 self._changed.wait()
             self._forking = True
             idle = self._changed.wait_for(lambda: self._calls <= own, CALL_WAIT_S)
-        opened = bool(self._open)
-        self._busy = [] if idle else ["calls in flight"]
         if idle:
+            opened = bool(self._open)
             self.close()
-            self._busy = self._wait_for_threads(THREAD_WAIT_S if opened else 0.0)
+            self._left = self._wait_for_threads(THREAD_WAIT_S if opened else 0.0)
+        else:
+            self._left = [_IN_FLIGHT]
 
     def _wait_for_threads(self, wait_s: float) -> list[str]:
+        """Names of gRPC's threads that are left, once ours have ended or `wait_s` has passed."""
         deadline = time.monotonic() + wait_s
         collect_at = time.monotonic() + wait_s / 4
-        while (left := self._threads()) and time.monotonic() < deadline:
+        while (left := self._threads()).keys() - self._foreign and time.monotonic() < deadline:
             if collect_at and time.monotonic() > collect_at:
                 gc.collect()  # an error kept in a reference cycle may hold a call's frames, and they a channel
                 collect_at = 0.0
             time.sleep(0.0005)
-        return left
+        return sorted(set(left.values()))
 
     def after_fork_in_parent(self) -> None:
         """Lets calls pass again."""
-        if self._busy:
-            _log.warning(
-                "forked while gRPC was at work (%s): the child can't use a pool", ", ".join(self._busy)
-            )
+        if _IN_FLIGHT in self._left:
+            _log.warning("forked while calls were in flight: the child can't use a pool")
         with self._changed:
             self._forking = False
             self._changed.notify_all()
 
     def after_fork_in_child(self) -> None:
         """Starts anew: of the parent's threads and channels nothing is left."""
-        busy = self._busy
-        unusable = self._unusable
-        self.__init__(self._threads)  # type: ignore[misc]  # its locks belong to threads that are gone
-        self._unusable = unusable
-        if busy:
-            self._unusable = (
-                f"this process was forked while gRPC was at work in its parent ({', '.join(sorted(set(busy)))}), so "
-                "its calls would hang: start it by spawn or forkserver, or fork before the parent uses gRPC"
-            )
+        doubt, unusable = self._left or self._doubt, self._unusable
+        self.__init__(self._threads, self._works)  # type: ignore[misc]  # its locks belong to threads that are gone
+        self._doubt, self._unusable = doubt, unusable
+
+    def _resolve_doubt(self) -> None:
+        """Where gRPC was alive at the fork: it may be another copy of gRPC, which doesn't matter, or one of ours."""
+        with self._resolving:
+            if doubt := self._doubt:
+                self._doubt = []  # before the trial: it forks
+                if _IN_FLIGHT in doubt or not self._works():
+                    self._unusable = (
+                        f"this process was forked while gRPC was at work in its parent ({', '.join(doubt)}), so its "
+                        "calls would hang: start it by spawn or forkserver, or fork before the parent uses gRPC"
+                    )
+        if self._unusable:
+            raise ConfigurationError(self._unusable)
 
 
 connections: Final = Connections()

@@ -37,6 +37,12 @@ class Farewell:
             atexit.register(self.wait)
         self._saves[store, path, part, save_id] = pool
 
+    def forget(self, address: str) -> None:
+        """Expects nothing more of the pool at `address`: it was closed, and its servers drained."""
+        for save, pool in list(self._saves.items()):
+            if pool.address == address:
+                self._saves.pop(save, None)
+
     def wait(self, wait_s: float = WAIT_S) -> None:
         """Waits until the saves are durable or failed, for at most `wait_s`; Ctrl-C ends it."""
         if self._pid != os.getpid():
