@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import click
@@ -170,16 +169,25 @@ def _own_folder(embedded: Embedded) -> LockFile:
 
 
 def _stop_on_signals() -> threading.Event:
-    """Set by the first SIGTERM or SIGINT; the second ends the process at once."""
+    """Set by the first SIGTERM or SIGINT; the second ends the process at once.
+
+    The kernel may hand a signal to any of gRPC's threads, and then nothing wakes the main thread, in which Python runs
+    its handlers, out of a wait. The wakeup descriptor is written wherever the signal lands.
+    """
     stop = threading.Event()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: None)
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(INCOMPLETE)
-        stop.set()
+    def watch() -> None:
+        while os.read(reading, 1):
+            if stop.is_set():
+                os._exit(INCOMPLETE)
+            stop.set()
 
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+    threading.Thread(target=watch, name="signals", daemon=True).start()
     return stop
 
 

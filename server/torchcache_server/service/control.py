@@ -15,6 +15,7 @@ import grpc
 from torchcache.environment import CREDENTIAL_VARIABLES
 from torchcache.errors import ConfigurationError
 from torchcache.model import ChunkId, ObjectInfo
+from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import encode_error
 from torchcache.wire.v1 import cache_pb2 as pb
 from torchcache.wire.v1 import cache_pb2_grpc
@@ -228,7 +229,8 @@ class ControlService(cache_pb2_grpc.ControlServicer):
 
     def GetSave(self, request: pb.GetSaveRequest, context: grpc.ServicerContext) -> pb.SaveReply:
         key = self._save_key(pb.SaveRef(store=request.store, path=request.path, part=request.part))
-        return save_reply(self._write_back.get(key, deadline=_deadline(context)))
+        status = self._write_back.get(key, deadline=_deadline(context))
+        return save_reply(status, manifest=not request.without_manifest)
 
     def ListSaves(self, request: pb.ListSavesRequest, context: grpc.ServicerContext) -> pb.ListSavesReply:
         self._under_store(request.store)
@@ -256,7 +258,7 @@ def save_reply(status: SaveStatus, *, manifest: bool = True) -> pb.SaveReply:
     return pb.SaveReply(
         save=pb.SaveRef(store=key.store, path=key.path, part=key.part, save_id=status.save_id),
         state=_STATES[status.state],
-        manifest=status.manifest if manifest else b"",
+        manifest=status.manifest if manifest and len(status.manifest) <= MAX_INLINE_BYTES else b"",
         pending_bytes=status.pending_bytes,
         total_bytes=status.total_bytes,
         error=encode_error(status.error) if status.error else "",
