@@ -112,7 +112,7 @@ class CheckpointPool(MemoryPool):
         )
         return self.saved[key]
 
-    def get_save(self, store: str, path: str, part: str = "") -> SaveInfo:
+    def get_save(self, store: str, path: str, part: str = "", *, manifest: bool = True) -> SaveInfo:
         info = super().get_save(store, path, part)
         if info.state == "committed" and self.uploads:
             self.saved[store, path, part] = dataclasses.replace(info, pending_bytes=info.pending_bytes + 1)

@@ -163,7 +163,7 @@ class MemoryPool:
 
     # ---- saves ----
 
-    def get_save(self, store: str, path: str, part: str = "") -> SaveInfo:
+    def get_save(self, store: str, path: str, part: str = "", *, manifest: bool = True) -> SaveInfo:
         try:
             return self.saved[store, path, part]
         except KeyError:

@@ -117,7 +117,7 @@ class Source:
     def _require_durable(self, saved: SavedFiles, problem: TorchCacheError) -> None:
         """The upload may have ended, and the pool's copy gone, since the checkpoint was opened."""
         if not self._durable:
-            info = self._pool.get_save(saved.store, saved.path, saved.part)
+            info = self._pool.get_save(saved.store, saved.path, saved.part, manifest=False)
             if info.save_id != saved.save_id:
                 raise CheckpointError(
                     f"{self._uri} was overwritten while it was being loaded; load it again", object=self._uri

@@ -279,7 +279,7 @@ class CacheStorageWriter(StorageWriter):
         """Until the save is in the under-store. Gives up when nothing moved for ten minutes."""
         pause_s, pending, moved_s = _POLL_S, -1, time.monotonic()
         while True:
-            info = self.pool.get_save(ticket.store, ticket.path, ticket.part)
+            info = self.pool.get_save(ticket.store, ticket.path, ticket.part, manifest=False)
             if info.save_id != ticket.save_id:
                 raise CheckpointError(
                     f"another save replaced {ticket.uri} while it was uploaded", object=ticket.uri

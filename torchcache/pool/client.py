@@ -207,9 +207,9 @@ class Pool:
         """Gives up a reservation and what was written under it."""
         Saves(self._session()).abandon(cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id))
 
-    def get_save(self, store: str, path: str, part: str = "") -> SaveInfo:
-        """The committed save at `path`. Raises NotCommitted."""
-        return Saves(self._session()).get(store, path, part)
+    def get_save(self, store: str, path: str, part: str = "", *, manifest: bool = True) -> SaveInfo:
+        """The committed save at `path`; without its manifest if that isn't wanted. Raises NotCommitted."""
+        return Saves(self._session()).get(store, path, part, manifest=manifest)
 
     def list_saves(self, uri: str) -> list[SaveInfo]:
         """The saves under the folder `uri`, by path, without manifests."""

@@ -68,7 +68,7 @@ class Farewell:
         for save, pool in list(self._saves.items()):
             store, path, part, save_id = save
             try:
-                info = pool.get_save(store, path, part)
+                info = pool.get_save(store, path, part, manifest=False)
                 done = info.save_id != save_id or info.state in ("durable", "failed")
             except TorchCacheError:
                 done = True

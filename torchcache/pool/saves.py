@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
-from torchcache.errors import NotCommitted, TorchCacheError, TransientError
-from torchcache.model import SAVE_PREFIX, ObjectId
+from torchcache.errors import NotCommitted, NotResident, TorchCacheError, TransientError
+from torchcache.lanes.base import ReadOptions
+from torchcache.model import SAVE_PREFIX, UNKNOWN_SIZE, Extent, ObjectId, ObjectInfo
 from torchcache.placement import placement_key
 from torchcache.pool.members import Members
+from torchcache.pool.objects import Objects
+from torchcache.pool.reads import Reading
 from torchcache.pool.reports import SaveInfo, SaveState
 from torchcache.pool.retry import Retry
 from torchcache.pool.session import Asked, Session
+from torchcache.pool.writes import Writing
+from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import decode_error
 from torchcache.wire.v1 import cache_pb2
 
 CALL_S: Final = 60.0
 """A reservation may wait for another's lease to run out."""
+
+METADATA_NAME: Final = ".metadata"
+MANIFEST_NAME: Final = ".torchcache.json"
 
 _STATES: Final[dict[int, SaveState]] = {
     cache_pb2.SAVE_STATE_RESERVED: "reserved",
@@ -47,6 +56,14 @@ def save_info(reply: Any, server: str) -> SaveInfo:
 def folder_key(store: str, path: str) -> bytes:
     """The placement key of all files of a save at `path`."""
     return placement_key(ObjectId(store, f"{path}/", SAVE_PREFIX), 0)
+
+
+def _namespace(ref: cache_pb2.SaveRef) -> str:
+    return f"{SAVE_PREFIX}{ref.store}/{ref.path}@{ref.save_id}"
+
+
+def _file(ref: cache_pb2.SaveRef, name: str) -> ObjectId:
+    return ObjectId(ref.store, f"{ref.path}/{name}", f"{SAVE_PREFIX}{ref.save_id}")
 
 
 class Saves:
@@ -79,6 +96,12 @@ class Saves:
         timeout_s: float,
     ) -> SaveInfo:
         """See `Pool.commit_save`."""
+        if len(metadata) + len(manifest) > MAX_INLINE_BYTES:
+            described = [(f"{ref.part}{METADATA_NAME}", metadata), (f"{ref.part}{MANIFEST_NAME}", manifest)]
+            Writing(self._session, _namespace(ref), durable=True, timeout_s=timeout_s).run(
+                [(_file(ref, name), [data]) for name, data in described]
+            )
+            metadata = manifest = b""
         request = cache_pb2.CommitSaveRequest(
             save=ref,
             files=[cache_pb2.SavedFile(name=name, size=size) for name, size in files],
@@ -93,9 +116,34 @@ class Saves:
         """See `Pool.abandon_save`."""
         self._ask("AbandonSave", cache_pb2.AbandonSaveRequest(save=ref), ref)
 
-    def get(self, store: str, path: str, part: str) -> SaveInfo:
+    def get(self, store: str, path: str, part: str, *, manifest: bool) -> SaveInfo:
         """See `Pool.get_save`."""
-        request = cache_pb2.GetSaveRequest(store=store, path=path, part=part)
+        info = self._get(store, path, part, manifest=manifest)
+        return replace(info, manifest=self._large_manifest(info)) if manifest and not info.manifest else info
+
+    def _large_manifest(self, info: SaveInfo) -> bytes:
+        """A manifest that doesn't fit a message: the pool's copy of it, else what lies in the under-store."""
+        ref = cache_pb2.SaveRef(store=info.store, path=info.path, part=info.part, save_id=info.save_id)
+        copy = _file(ref, f"{info.part}{MANIFEST_NAME}")
+        try:
+            return self._content(ObjectInfo(copy, UNKNOWN_SIZE), _namespace(ref))
+        except NotResident:
+            if info.state != "durable":
+                raise
+        objects = Objects(self._session)
+        uri = objects.uri(ObjectId(info.store, copy.key, ""))
+        return self._content(objects.stat(uri), uri.rpartition("/")[0])
+
+    def _content(self, object: ObjectInfo, namespace: str) -> bytes:
+        deadline = time.monotonic() + CALL_S
+        options = ReadOptions(namespace=namespace)
+        (outcome,) = Reading(self._session, [Extent(object)], None, options, deadline).run()
+        if isinstance(outcome, TorchCacheError):
+            raise outcome
+        return bytes(outcome)
+
+    def _get(self, store: str, path: str, part: str, *, manifest: bool) -> SaveInfo:
+        request = cache_pb2.GetSaveRequest(store=store, path=path, part=part, without_manifest=not manifest)
         deadline = time.monotonic() + CALL_S
         retry = Retry(self._session.budget, deadline)
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from torchcache.errors import IntegrityError
-from torchcache.model import ChunkId, ObjectInfo, chunk_digest
+from torchcache.model import ChunkId, ObjectId, ObjectInfo, chunk_digest
 from torchcache_server.store import Store
 
 
@@ -62,3 +62,14 @@ def missing_from(store: Store, object: ObjectInfo) -> str | None:
         if stored.object_size != object.size:
             return f"it was written with {stored.object_size} bytes in all, not {object.size}"
     return None
+
+
+def read_whole(store: Store, id: ObjectId) -> bytes | None:
+    """All bytes of an object that was put, whose size its first chunk tells; None if that isn't there.
+
+    Raises IntegrityError if another chunk is missing, or one is bad.
+    """
+    head = store.lookup(ChunkId(id, 0))
+    if head is None:
+        return None
+    return b"".join(_verified_chunks(store, ObjectInfo(id, head.object_size), lambda: None))

@@ -21,12 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from torchcache.errors import (
+    CheckpointError,
     ConfigurationError,
     ServerUnavailable,
     TorchCacheError,
     TransientError,
 )
-from torchcache.model import ObjectInfo
+from torchcache.model import SAVE_PREFIX, ObjectId, ObjectInfo
 from torchcache_server.cache.catalogue import Catalogue
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.commits import Commits
@@ -34,6 +35,7 @@ from torchcache_server.cache.orphans import Orphans
 from torchcache_server.cache.publish import Publisher
 from torchcache_server.cache.reservations import Reservations
 from torchcache_server.cache.saves import SaveKey, SaveStatus, check_files
+from torchcache_server.cache.shard_source import read_whole
 from torchcache_server.cache.slots import Slots
 from torchcache_server.cache.uploader import Uploader
 from torchcache_server.cache.work_queue import WorkQueue, retry_delay_s
@@ -138,11 +140,14 @@ class WriteBack:
     ) -> SaveStatus:
         """Makes the save what the path holds, restorable from the pool; the upload follows behind. May be repeated.
 
-        `files` are names relative to the path, and sizes; their bytes were put before. What may be overwritten was
-        settled by `reserve`. Raises AlreadyExists if the path was taken over meanwhile, CheckpointError if the
-        reservation isn't known or bytes are missing; then nothing is committed.
+        `files` are names relative to the path, and sizes; their bytes were put before. So were those of `metadata` and
+        `manifest`, under their names, if both are empty here. What may be overwritten was settled by `reserve`.
+        Raises AlreadyExists if the path was taken over meanwhile, CheckpointError if the reservation isn't known or
+        bytes are missing; then nothing is committed.
         """
         key.validate()
+        if not metadata and not manifest:
+            metadata, manifest = self._put_before(key, save_id)
         check_files(key, files, metadata, manifest)
         status = self._commits.commit(
             self._under_store(key.store),
@@ -155,6 +160,23 @@ class WriteBack:
         )
         self._uploads.add(key)
         return status
+
+    def _put_before(self, key: SaveKey, save_id: str) -> tuple[bytes, bytes]:
+        """Metadata and manifest that were too large for a message: from the store, or the commit that is repeated."""
+        slot = self._slots.find(key)
+        if slot is not None and slot.save is not None and slot.save.save_id == save_id:
+            return slot.save.metadata, slot.save.manifest
+        version = f"{SAVE_PREFIX}{save_id}"
+        found = [
+            read_whole(self._store, ObjectId(key.store, name, version))
+            for name in (key.metadata_key, key.manifest_key)
+        ]
+        if not found[0] or not found[1]:
+            raise CheckpointError(
+                f"{key} can't be committed: its metadata and manifest were neither sent along nor put before",
+                object=str(key),
+            )
+        return found[0], found[1]
 
     def abandon(self, key: SaveKey, save_id: str) -> None:
         """Gives a reserved save up, and its bytes. A committed save, or one that isn't known, is left as it is."""

@@ -335,14 +335,16 @@ class AbandonSaveReply(_message.Message):
     def __init__(self) -> None: ...
 
 class GetSaveRequest(_message.Message):
-    __slots__ = ("store", "path", "part")
+    __slots__ = ("store", "path", "part", "without_manifest")
     STORE_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_MANIFEST_FIELD_NUMBER: _ClassVar[int]
     store: str
     path: str
     part: str
-    def __init__(self, store: _Optional[str] = ..., path: _Optional[str] = ..., part: _Optional[str] = ...) -> None: ...
+    without_manifest: bool
+    def __init__(self, store: _Optional[str] = ..., path: _Optional[str] = ..., part: _Optional[str] = ..., without_manifest: bool = ...) -> None: ...
 
 class SaveReply(_message.Message):
     __slots__ = ("save", "state", "manifest", "pending_bytes", "error", "committed_unix_s", "durable_unix_s", "total_bytes")

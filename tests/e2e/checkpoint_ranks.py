@@ -1,0 +1,246 @@
+"""What the ranks of the checkpoint tests do: run by spawned processes, so a module of its own."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import torchcache as tc
+
+WORLD = 2
+ROWS, COLUMNS = 500, 300
+
+
+class Ranks:
+    """WORLD processes in one gloo group, which run scenarios one after the other. Use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        context = mp.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, str(folder / "group"), theirs))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, scenario: Callable[[Any, str], None], pool: Any, uri: str) -> None:
+        """Raises AssertionError with the traceback of the first rank that failed; the ranks are of no use then."""
+        for pipe in self._pipes:
+            pipe.send((scenario, pool, uri))
+        waiting = list(self._pipes)
+        while waiting:
+            ready = wait(waiting, timeout=150)
+            assert ready, f"ranks {[self._pipes.index(pipe) for pipe in waiting]} hang in {scenario.__name__}"
+            for pipe in ready:
+                failure = pipe.recv()
+                assert failure is None, f"rank {self._pipes.index(pipe)}:\n{failure}"
+                waiting.remove(pipe)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(10)
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"  # of the process that async_save starts
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    while True:
+        try:
+            scenario, pool, uri = pipe.recv()
+        except EOFError:
+            break
+        try:
+            scenario(pool, uri)
+            pipe.send(None)
+        except BaseException:
+            pipe.send(traceback.format_exc())
+    dist.destroy_process_group()
+
+
+def whole() -> dict[str, torch.Tensor]:
+    """The tensors of the state as one process would hold them."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "rows": torch.randn(ROWS, COLUMNS, generator=generator),
+        "columns": torch.randn(ROWS, COLUMNS, generator=generator).to(torch.bfloat16),
+        "uneven": torch.arange(7 * 5, dtype=torch.int64).reshape(7, 5),
+        "copied": torch.randn(1000, generator=generator),
+        "plain": torch.randn(2000, generator=generator),
+    }
+
+
+def sharded(dimensions: dict[str, int]) -> dict[str, Any]:
+    """The state on this rank: DTensors sharded along `dimensions`, one replicated, one plain, and objects."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    state: dict[str, Any] = {}
+    for name, tensor in whole().items():
+        placement = Shard(dimensions[name]) if name in dimensions else Replicate()
+        state[name] = tensor if name == "plain" else distribute_tensor(tensor, mesh, [placement])
+    return {"model": state, "step": 5, "settings": {"lr": 0.1, "names": ["a", "b"]}}
+
+
+AS_SAVED = {"rows": 0, "columns": 1, "uneven": 0}
+OTHERWISE = {"rows": 1, "columns": 0, "uneven": 1}
+
+
+def emptied(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: emptied(value) for key, value in state.items()}
+    if isinstance(state, DTensor):
+        return DTensor.from_local(
+            torch.zeros_like(state.to_local()),
+            state.device_mesh,
+            state.placements,
+            shape=state.shape,
+            stride=state.stride(),
+        )
+    return torch.zeros_like(state) if isinstance(state, torch.Tensor) else None
+
+
+def assert_loaded(state: dict[str, Any]) -> None:
+    for name, expected in whole().items():
+        found = state["model"][name]
+        found = found.full_tensor() if isinstance(found, DTensor) else found
+        assert torch.equal(found, expected), name
+    assert state["step"] == 5
+    assert state["settings"] == {"lr": 0.1, "names": ["a", "b"]}
+
+
+# ---- scenarios ----
+
+
+def save_and_reshard(pool: Any, uri: str) -> None:
+    """Saves sharded one way, loads it the same way and another."""
+    dcp.save(sharded(AS_SAVED), storage_writer=tc.CacheStorageWriter(uri, pool=pool))
+    for dimensions in (AS_SAVED, OTHERWISE):
+        state = emptied(sharded(dimensions))
+        dcp.load(state, storage_reader=tc.CacheStorageReader(uri, pool=pool))
+        assert_loaded(state)
+
+
+def load_sharded(pool: Any, uri: str) -> None:
+    state = emptied(sharded(OTHERWISE))
+    dcp.load(state, storage_reader=tc.CacheStorageReader(uri, pool=pool))
+    assert_loaded(state)
+
+
+def save_with_cached_plans(pool: Any, uri: str) -> None:
+    """Three steps, of which two have no plan to send; the third changes rank 1's alone."""
+    writer = tc.CacheStorageWriter(uri, pool=pool)
+    rank = dist.get_rank()
+    for step in range(4):
+        state = {"common": torch.full((64,), step), f"of-{rank}": torch.full((32,), 10 * step + rank)}
+        if step == 3 and rank == 1:
+            state["new"] = torch.full((8,), step)
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        dcp.save(state, storage_writer=writer, planner=planner, checkpoint_id=f"{uri}/step-{step}")
+    for step in range(4):
+        loaded = {
+            "common": torch.zeros(64, dtype=torch.int64),
+            f"of-{rank}": torch.zeros(32, dtype=torch.int64),
+        }
+        dcp.load(loaded, storage_reader=tc.CacheStorageReader(f"{uri}/step-{step}", pool=pool))
+        assert loaded["common"].eq(step).all(), step
+        assert loaded[f"of-{rank}"].eq(10 * step + rank).all(), step
+
+
+def fail_then_save(pool: Any, uri: str) -> None:
+    """A rank fails in the middle (F32): every rank hears of it, nothing is committed, and the path is free again."""
+
+    class Failing(DefaultSavePlanner):
+        def resolve_data(self, write_item: WriteItem) -> Any:
+            if dist.get_rank() == 1:
+                raise tc.OutOfSpace("the disk of rank 1 is full")
+            return super().resolve_data(write_item)
+
+    state = sharded(AS_SAVED)
+    writer = tc.CacheStorageWriter(uri, pool=pool)
+    for _ in range(2):
+        try:
+            dcp.save(state, storage_writer=writer, planner=Failing())
+        except dcp.CheckpointException as error:
+            assert isinstance(error.failures[1][0], tc.OutOfSpace)
+        else:
+            raise AssertionError("the save should have failed")
+    dist.barrier()
+    try:
+        dcp.load(emptied(state), storage_reader=tc.CacheStorageReader(uri, pool=pool))
+    except dcp.CheckpointException as error:
+        assert "no committed checkpoint" in str(error)
+    else:
+        raise AssertionError("there should be nothing to load")
+    dcp.save(state, storage_writer=tc.CacheStorageWriter(uri, pool=pool))
+    load_sharded(pool, uri)
+
+
+def save_without_collectives(pool: Any, uri: str) -> None:
+    rank = dist.get_rank()
+    state = {"mine": torch.full((100,), rank), "step": rank}
+    dcp.save(state, storage_writer=tc.CacheStorageWriter(uri, pool=pool), use_collectives=False)
+    loaded = {"mine": torch.zeros(100, dtype=torch.int64), "step": None}
+    dcp.load(loaded, storage_reader=tc.CacheStorageReader(uri, pool=pool))
+    assert loaded["mine"].eq(rank).all()
+    assert loaded["step"] == rank
+
+
+def save_from_a_process(pool: Any, uri: str) -> None:
+    """async_save's process executor: writer and state are pickled into another process each time."""
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+    writer = tc.CacheStorageWriter(uri, pool=pool)
+    for step in (1, 2):
+        future: Any = dcp.async_save(
+            sharded(AS_SAVED),
+            checkpoint_id=f"{uri}/step-{step}",
+            storage_writer=writer,
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        )
+        future.result(120)
+    state = emptied(sharded(OTHERWISE))
+    dcp.load(state, storage_reader=tc.CacheStorageReader(f"{uri}/step-2", pool=pool))
+    assert_loaded(state)
+    # An error of the other process arrives here.
+    future = dcp.async_save(
+        sharded(AS_SAVED),
+        checkpoint_id=f"{uri}/step-2",
+        storage_writer=writer,
+        async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+    )
+    try:
+        future.result(120)
+    except BaseException as error:
+        assert "pass overwrite=True or another path" in str(error)
+    else:
+        raise AssertionError("step-2 should not have been overwritten")
+
+
+def save_from_a_thread(pool: Any, uri: str) -> None:
+    """async_save's thread executor, overlapping with changes of the state it was given."""
+    state = sharded(AS_SAVED)
+    future: Any = dcp.async_save(state, storage_writer=tc.CacheStorageWriter(uri, pool=pool))
+    state["model"]["plain"].zero_()
+    future.result(60)
+    load_sharded(pool, uri)
