@@ -141,13 +141,17 @@ def read_endpoint(folder: Path) -> dict[str, Any] | None:
 
 def default_capacity_bytes(root: Path) -> int:
     """A tenth of what the disk has free, counting what the pool itself holds; at least 1 GiB if that much is free."""
-    held = sum(
-        found.st_blocks * 512
-        for path in root.glob("server-*/**/*")
-        if stat.S_ISREG((found := path.lstat()).st_mode)
-    )
+    held = sum(_disk_bytes(path) for path in root.glob("server-*/**/*"))
     free = shutil.disk_usage(root).free + held
     return min(free, max(free // _SHARE_OF_DISK, _LEAST_BYTES))
+
+
+def _disk_bytes(path: Path) -> int:
+    try:
+        found = path.lstat()
+    except OSError:  # removed meanwhile
+        return 0
+    return found.st_blocks * 512 if stat.S_ISREG(found.st_mode) else 0
 
 
 def _count(pool: EmbeddedMembers) -> int:
