@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from torchcache_server.cache.claims import Claim
 from write_back_world import (
     KEY,
     Bucket,
@@ -13,6 +14,7 @@ from write_back_world import (
     always_whole,
     assert_settled,
     metadata_of,
+    parts_of,
     published,
 )
 
@@ -102,8 +104,12 @@ def test_a_kill_at_any_point_loses_nothing_acknowledged(
             state = server.state()
         except NotCommitted:
             state = "nothing"
+        server.write_back.tidy()
         if acknowledged:
             assert state in ("committed new", "durable new"), f"killed at {kill_at}"
+        if acknowledged and state == "committed new" and published(bucket) != "new":
+            claim = Claim.decode(bucket.objects[KEY.claim_key])
+            assert (claim.save_id, claim.state) == ("new", "committed")
         server.upload()
         server.write_back.tidy()
         if state.endswith(" new"):
@@ -199,6 +205,28 @@ def test_shards_that_are_up_are_not_uploaded_again_after_a_restart() -> None:
     server.upload()
     assert not any("write" in what and "distcp" in what for what in server.gate.log)
     assert_settled(bucket, "new")
+
+
+def test_of_an_older_saves_progress_nothing_is_taken_over() -> None:
+    server = Server(Bucket(), "a")
+    server.save("old")
+    server.write_back._slots.note_uploaded(
+        slot := server.write_back._slots.slot(KEY),
+        slot.save,
+        "__0_0.distcp",
+        "v1",  # type: ignore[arg-type]
+    )
+    server.save("new", overwrite=True)
+    server.restart()
+    assert server.write_back.pending_bytes == sum(len(data) for data in parts_of("new").values())
+
+
+def test_what_only_the_pool_holds_is_kept_even_if_the_store_forgot_to() -> None:
+    server = Server(Bucket(), "a")
+    server.save("new")
+    server.store.kept.clear()  # its note of that was damaged
+    server.restart()
+    assert server.store.kept == {KEY.namespace("new")}
 
 
 def test_an_unreadable_record_keeps_every_byte() -> None:

@@ -46,6 +46,8 @@ def test_a_repeated_commit_finds_what_the_first_one_recorded_f30() -> None:
     for name in (KEY.metadata_key, KEY.manifest_key):
         server.store.chunks[KEY.namespace("first")].pop(ChunkId(ObjectId(KEY.store, name, "save:first"), 0))
     assert commit(server).committed_unix_s == first.committed_unix_s
+    server.upload()
+    assert commit(server).state == "durable"
 
 
 @pytest.mark.parametrize("there", [[], [KEY.metadata_key], [KEY.manifest_key]])

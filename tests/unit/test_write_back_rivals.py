@@ -17,7 +17,7 @@ from write_back_world import (
     published,
 )
 
-from torchcache.errors import AlreadyExists, CheckpointError, DeadlineExceeded
+from torchcache.errors import AlreadyExists, CheckpointError, DeadlineExceeded, ServerUnavailable
 
 
 def test_a_live_writer_keeps_its_path() -> None:
@@ -121,6 +121,27 @@ def test_an_abandoned_save_frees_its_path_at_once() -> None:
     assert not bucket.objects
     assert server.namespaces == []
     server.save("second")
+
+
+def test_a_claim_of_which_nobody_knows_whether_it_was_written_is_looked_after() -> None:
+    """The answer to the write was lost, and the writer gave up."""
+    bucket = Bucket()
+    server = Server(bucket, "a")
+
+    def lose_the_answer() -> None:
+        raise ServerUnavailable("the answer was lost")
+
+    start = server.gate.calls
+    server.reserve("probe")
+    calls = server.gate.log[start:].index(f"have written {KEY.claim_key}") + 1
+    server.write_back.abandon(KEY, "probe")
+    server.gate.trap_at, server.gate.trap = server.gate.calls + calls, lose_the_answer
+    with pytest.raises(ServerUnavailable):
+        server.reserve("first")
+    assert KEY.claim_key in bucket.objects
+    server.write_back.tidy()
+    assert not bucket.objects
+    assert not server.store.record
 
 
 def test_to_abandon_a_committed_save_changes_nothing() -> None:

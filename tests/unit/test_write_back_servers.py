@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from torchcache_server.cache.claims import DEAD_AFTER_LEASES
+from torchcache_server.cache.claims import DEAD_AFTER_LEASES, Claim
 from write_back_world import (
     KEY,
     Bucket,
@@ -64,6 +64,21 @@ def test_another_servers_dead_writer_is_waited_for_over_several_calls() -> None:
     a.write_back.tidy()
     assert_settled(bucket, "second")
     assert a.state() == b.state() == "durable second"
+
+
+def test_an_overtaken_writer_that_gives_up_leaves_the_others_claim_alone() -> None:
+    bucket = Bucket()
+    a, b = Server(bucket, "a"), Server(bucket, "b")
+    a.reserve("first")
+    b.reserve("second")
+    a.write_back.abandon(KEY, "first")
+    a.write_back.tidy()
+    claim = Claim.decode(bucket.objects[KEY.claim_key])
+    assert (claim.server_id, claim.save_id) == ("b", "second")
+    b.put("second")
+    b.commit("second")
+    b.upload()
+    assert_settled(bucket, "second")
 
 
 def test_another_servers_committed_save_is_there_to_stay() -> None:

@@ -16,9 +16,11 @@ from write_back_world import (
     always_whole,
     assert_settled,
     manifest_of,
+    metadata_of,
     parts_of,
     published,
     soon,
+    stock_published,
 )
 
 from torchcache.errors import (
@@ -175,6 +177,26 @@ def test_a_shard_that_another_tool_overwrote_is_uploaded_again_before_the_public
     with pytest.raises(ServerUnavailable):
         server.upload()
     always_whole(bucket)
+    server.upload()
+    assert_settled(bucket, "first")
+
+
+def test_metadata_equal_to_ours_is_withdrawn_before_the_first_shard() -> None:
+    """Equal metadata of the checkpoint before would make a mixture of old and new shards readable."""
+    bucket = Bucket()
+    for name in parts_of("first"):
+        bucket.objects[f"{KEY.path}/{name}"] = b"old"
+    bucket.objects[KEY.metadata_key] = metadata_of("first")
+    server = Server(bucket, "a")
+    server.reserve("first", overwrite=True)
+    server.put("first")
+    server.commit("first")
+
+    def watch() -> None:
+        if any(bucket.objects[f"{KEY.path}/{name}"] != b"old" for name in parts_of("first")):
+            stock_published(bucket)
+
+    bucket.watch = watch
     server.upload()
     assert_settled(bucket, "first")
 

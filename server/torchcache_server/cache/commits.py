@@ -7,12 +7,13 @@ import time
 from collections.abc import Sequence
 
 from torchcache.errors import AlreadyExists, CheckpointError, TorchCacheError
+from torchcache.model import SAVE_PREFIX, ObjectId
 from torchcache_server.cache.catalogue import status_of
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import Refuse, Take, already_there, decide_hold
 from torchcache_server.cache.reservations import lost_lease
-from torchcache_server.cache.saves import Save, SaveKey, SaveStatus, manifest_digest
-from torchcache_server.cache.shard_source import missing_from
+from torchcache_server.cache.saves import Save, SaveKey, SaveStatus, check_files, manifest_digest
+from torchcache_server.cache.shard_source import missing_from, read_whole
 from torchcache_server.cache.slots import Lease, Slot, Slots
 from torchcache_server.cache.small_objects import read_small
 from torchcache_server.store import Store
@@ -48,13 +49,16 @@ class Commits:
         with slot.exclusively(deadline):
             done, lease = slot.save, slot.lease
             if done is not None and done.save_id == save_id:
-                if done.manifest != manifest:
+                if manifest and done.manifest != manifest:
                     raise AlreadyExists(
                         f"save {save_id} of {key} was committed with another manifest", object=str(key)
                     )
                 return status_of(slot, done)
             if lease is None or lease.save_id != save_id:
                 raise lost_lease(key, slot)
+            if not metadata and not manifest:
+                metadata, manifest = self._put_before(key, save_id)
+            check_files(key, files, metadata, manifest)
             save = _save_of(slot, lease, files, metadata, manifest)
             self._require_whole(save)
             self._store.sync(save.namespace)
@@ -62,6 +66,18 @@ class Commits:
             self._claim(under_store, save, deadline)
             self._slots.begin_save(slot, save)
             return status_of(slot, save)
+
+    def _put_before(self, key: SaveKey, save_id: str) -> tuple[bytes, bytes]:
+        """Metadata and manifest that were too large for a message, and so were put like the shards."""
+        version = f"{SAVE_PREFIX}{save_id}"
+        metadata = read_whole(self._store, ObjectId(key.store, key.metadata_key, version))
+        manifest = read_whole(self._store, ObjectId(key.store, key.manifest_key, version))
+        if not metadata or not manifest:
+            raise CheckpointError(
+                f"{key} can't be committed: its metadata and manifest were neither sent along nor put before",
+                object=str(key),
+            )
+        return metadata, manifest
 
     def _require_whole(self, save: Save) -> None:
         for name, object in save.objects.items():

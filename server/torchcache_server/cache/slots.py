@@ -144,7 +144,6 @@ class Slots:
 
     def begin_save(self, slot: Slot, save: Save) -> None:
         """The commit point of the pool: when this returns, `save` is what the path holds, over any restart."""
-        self._store.delete_record(_UPLOADED + slot.key.digest)
         self._store.put_record(_SAVE + slot.key.digest, encode_save(save))
         with self.changed:
             if slot.save is not None:
@@ -166,6 +165,7 @@ class Slots:
     def forget_save(self, slot: Slot) -> None:
         """What the under-store holds is somebody else's now."""
         self._store.delete_record(_SAVE + slot.key.digest)
+        self._store.delete_record(_UPLOADED + slot.key.digest)
         with self.changed:
             if slot.save is not None:
                 slot.garbage.add(slot.save.namespace)

@@ -32,7 +32,7 @@ from torchcache_server.cache.upload_plan import (
 from torchcache_server.store import Store
 from torchcache_server.understore.base import UnderStore
 
-CALL_S: Final = 60.0
+CALL_S: Final = 20.0
 """Deadline of a call that moves next to no bytes."""
 _SLOWEST_BYTES_S: Final = 1024 * 1024
 _STEPS: Final = 100

@@ -21,21 +21,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from torchcache.errors import (
-    CheckpointError,
     ConfigurationError,
     ServerUnavailable,
     TorchCacheError,
     TransientError,
 )
-from torchcache.model import SAVE_PREFIX, ObjectId, ObjectInfo
+from torchcache.model import ObjectInfo
 from torchcache_server.cache.catalogue import Catalogue
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.commits import Commits
 from torchcache_server.cache.orphans import Orphans
 from torchcache_server.cache.publish import Publisher
 from torchcache_server.cache.reservations import Reservations
-from torchcache_server.cache.saves import SaveKey, SaveStatus, check_files
-from torchcache_server.cache.shard_source import read_whole
+from torchcache_server.cache.saves import SaveKey, SaveStatus
 from torchcache_server.cache.slots import Slots
 from torchcache_server.cache.uploader import Uploader
 from torchcache_server.cache.work_queue import WorkQueue, retry_delay_s
@@ -46,7 +44,8 @@ __all__ = ["SaveKey", "SaveStatus", "WriteBack"]
 
 _log = logging.getLogger(__name__)
 
-_LONGEST_RETRY_S: Final = 30.0
+_LONGEST_RETRY_S: Final = 10.0
+"""Well below the time after which another server may take a claim that isn't 'committed' yet for dead."""
 _MEND_S: Final = 60.0
 """An upload that failed for a reason that a changed setting may mend is tried so often."""
 _CLOSE_S: Final = 10.0
@@ -146,9 +145,6 @@ class WriteBack:
         bytes are missing; then nothing is committed.
         """
         key.validate()
-        if not metadata and not manifest:
-            metadata, manifest = self._put_before(key, save_id)
-        check_files(key, files, metadata, manifest)
         status = self._commits.commit(
             self._under_store(key.store),
             key,
@@ -160,23 +156,6 @@ class WriteBack:
         )
         self._uploads.add(key)
         return status
-
-    def _put_before(self, key: SaveKey, save_id: str) -> tuple[bytes, bytes]:
-        """Metadata and manifest that were too large for a message: from the store, or the commit that is repeated."""
-        slot = self._slots.find(key)
-        if slot is not None and slot.save is not None and slot.save.save_id == save_id:
-            return slot.save.metadata, slot.save.manifest
-        version = f"{SAVE_PREFIX}{save_id}"
-        found = [
-            read_whole(self._store, ObjectId(key.store, name, version))
-            for name in (key.metadata_key, key.manifest_key)
-        ]
-        if not found[0] or not found[1]:
-            raise CheckpointError(
-                f"{key} can't be committed: its metadata and manifest were neither sent along nor put before",
-                object=str(key),
-            )
-        return found[0], found[1]
 
     def abandon(self, key: SaveKey, save_id: str) -> None:
         """Gives a reserved save up, and its bytes. A committed save, or one that isn't known, is left as it is."""
