@@ -132,3 +132,17 @@ def test_chunks_survive_a_batch() -> None:
     assert [(r[0], r[1], r[2], bytes(r[3])) for r in back] == [
         (0, i, chunk_digest(p), p) for i, p in enumerate(payloads)
     ]
+
+
+def test_no_batch_drags_pandas_in() -> None:
+    """pa.array of a list imports it where it is installed: a quarter of a second in every server and worker."""
+    program = (
+        "import sys, pyarrow as pa\n"
+        "from torchcache.wire.codec import *\n"
+        "buffer = pa.py_buffer(b'x' * 100)\n"
+        "batch = encode_pieces([Piece(0, 100, 0, True, bytes(8), buffer), failed_piece(1, 'e')])\n"
+        "assert [p.error for p in decode_pieces(batch)] == [None, 'e']\n"
+        "assert len(list(decode_chunks(encode_chunks([(0, 0, 2**64 - 1, buffer)])))) == 1\n"
+        "assert 'pandas' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -124,15 +124,33 @@ def binary_view_buffers(array: pa.Array) -> list[pa.Buffer]:
     return out
 
 
+def _numbers(kind: pa.DataType, dtype: str, values: Sequence[int]) -> pa.Array:
+    # Not pa.array: given a list or a numpy array it imports pandas, where that is installed.
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.array(values, dtype))])
+
+
+def _bits(values: Sequence[bool]) -> pa.Buffer:
+    return pa.py_buffer(np.packbits(np.array(values, bool), bitorder="little"))
+
+
+def _strings(kind: pa.DataType, values: Sequence[bytes | None]) -> pa.Array:
+    offsets = np.zeros(len(values) + 1, "<i4")
+    np.cumsum([len(v) if v else 0 for v in values], out=offsets[1:])
+    present = _bits([v is not None for v in values])
+    data = b"".join(v for v in values if v)
+    return pa.Array.from_buffers(kind, len(values), [present, pa.py_buffer(offsets), pa.py_buffer(data)])
+
+
 def encode_pieces(pieces: Sequence[Piece]) -> pa.RecordBatch:
     """One batch of READ_SCHEMA."""
+    errors = [p.error.encode() if p.error is not None else None for p in pieces]
     columns = [
-        pa.array([p.extent for p in pieces], pa.uint32()),
-        pa.array([p.object_size for p in pieces], pa.int64()),
-        pa.array([p.offset for p in pieces], pa.int64()),
-        pa.array([p.whole for p in pieces], pa.bool_()),
-        pa.array([p.digests for p in pieces], pa.binary()),
-        pa.array([p.error for p in pieces], pa.string()),
+        _numbers(pa.uint32(), "<u4", [p.extent for p in pieces]),
+        _numbers(pa.int64(), "<i8", [p.object_size for p in pieces]),
+        _numbers(pa.int64(), "<i8", [p.offset for p in pieces]),
+        pa.Array.from_buffers(pa.bool_(), len(pieces), [None, _bits([p.whole for p in pieces])]),
+        _strings(pa.binary(), [p.digests for p in pieces]),
+        _strings(pa.string(), errors),
         binary_view_array([p.data for p in pieces]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=READ_SCHEMA)
@@ -152,9 +170,9 @@ def decode_pieces(batch: pa.RecordBatch) -> Iterator[Piece]:
 def encode_chunks(rows: Sequence[tuple[int, int, int, pa.Buffer]]) -> pa.RecordBatch:
     """One batch of WRITE_SCHEMA from (object, chunk, digest, data) rows."""
     columns = [
-        pa.array([r[0] for r in rows], pa.uint32()),
-        pa.array([r[1] for r in rows], pa.uint32()),
-        pa.array([r[2] for r in rows], pa.uint64()),
+        _numbers(pa.uint32(), "<u4", [r[0] for r in rows]),
+        _numbers(pa.uint32(), "<u4", [r[1] for r in rows]),
+        _numbers(pa.uint64(), "<u8", [r[2] for r in rows]),
         binary_view_array([r[3] for r in rows]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=WRITE_SCHEMA)

@@ -6,6 +6,7 @@ Exit codes: 0 stopped with nothing left to do; 1 stopped, but something is not y
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
@@ -122,6 +123,8 @@ def run(config: ServerConfig) -> int:
 
 def _serve(config: ServerConfig, stop: threading.Event) -> int:
     server = Server(config)
+    gc.collect()
+    gc.freeze()  # what was imported stays: the collector need not walk it again and again while batches are made
     try:
         print(
             f"torchcache server {server.server_id} listening on {server.control_address} (data {server.data_port})",
@@ -182,7 +185,9 @@ def _stop_on_signals() -> threading.Event:
         signal.signal(number, lambda _number, _frame: None)
 
     def watch() -> None:
-        while os.read(reading, 1):
+        while number := os.read(reading, 1):
+            if number[0] not in (signal.SIGTERM, signal.SIGINT):
+                continue
             if stop.is_set():
                 os._exit(INCOMPLETE)
             stop.set()

@@ -1,9 +1,10 @@
 """One read: from a plan to the batches of its stream.
 
-As long as what is asked for is resident, a batch goes out as soon as it is full, so that the client works on it while
-the next one is looked up. From the first chunk that misses on, all the rest are looked up before anything goes out
-and their fills started, so that a cold request waits for its slowest fill and not for the sum of them. How far ahead is
-bounded. Resident extents go first; those that wait for a fill follow in their order, as they become ready.
+As long as what is asked for is resident, batches go out as they are looked up, first one, then two, four and so on:
+the client has work at once, and Python runs in long stretches. From the first chunk that misses on, all the rest are
+looked up before anything goes out and their fills started, so that a cold request waits for its slowest fill and not
+for the sum of them. How far ahead is bounded. Resident extents go first; those that wait for a fill follow in their
+order, as they become ready.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Final, NamedTuple, TypeAlias
 
@@ -36,6 +37,9 @@ AHEAD_BYTES: Final = 32 * CHUNK_BYTES
 
 _LOG = logging.getLogger(__name__)
 _DIGEST: Final = struct.Struct("<Q")
+
+WINDOW_BYTES: Final = 16 * BATCH_BYTES
+"""Resident bytes looked up at once, from the fourth round on; the first is one batch, so that the client has work."""
 
 Answer: TypeAlias = StoredChunk | Future[StoredChunk] | TorchCacheError
 
@@ -69,54 +73,67 @@ class Read:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The stream's batches. An extent that fails has a row that says so; nothing is raised for it."""
-        rows: list[Piece] = []
-        size = 0
-        for piece in self._pieces():
-            if piece is not None:
-                rows.append(piece)
-                size += piece.data.size
-            if rows and (piece is None or size >= BATCH_BYTES or len(rows) >= BATCH_ROWS):
+        for pieces in self._rounds():
+            # All of a round is encoded before any is sent: sending 2 MiB leaves nothing of Python in the CPU's cache.
+            for batch, size in [encoded(group) for group in batched(pieces)]:
                 self.sent_bytes += size
-                yield encode_pieces(rows)
-                rows, size = [], 0
-        if rows:
-            self.sent_bytes += size
-            yield encode_pieces(rows)
+                yield batch
 
-    def _pieces(self) -> Iterator[Piece | None]:
-        """Pieces; None where the next one is not there yet, so that what is should go out."""
-        parts, failed = self._parts(), self._failed
+    def _rounds(self) -> Iterator[list[Piece]]:
+        """Pieces, in portions: what is found resident, more each time, then what the fills bring."""
+        parts = self._parts()
         waiting: deque[_Part] = deque()
-        filling_bytes = 0
-        more = True
-        while more or waiting:
-            ready: list[tuple[_Part, StoredChunk | TorchCacheError]] = []
-            ready_bytes = 0
-            while more and len(ready) + len(waiting) < AHEAD_CHUNKS and filling_bytes < AHEAD_BYTES:
-                if ready_bytes >= BATCH_BYTES and not waiting:
-                    break
-                part = next(parts, None)
-                if part is None:
-                    more = False
-                elif isinstance(part.answer, Future) or (waiting and waiting[-1].extent == part.extent):
-                    waiting.append(part)
-                    filling_bytes += part.length if isinstance(part.answer, Future) else 0
-                else:
-                    ready.append((part, part.answer))
-                    ready_bytes += part.length
-            for part, found in ready:
-                if part.extent not in failed:
-                    yield self._piece(part, found)
-            if waiting:
-                part = waiting.popleft()
-                answer = part.answer
-                if isinstance(answer, Future):
-                    if not answer.done():
-                        yield None
-                    filling_bytes -= part.length
-                    answer = self._result(answer, part.object)
-                if part.extent not in failed:
-                    yield self._piece(part, answer)
+        window_bytes = BATCH_BYTES
+        while True:
+            ready = self._look_ahead(parts, waiting, window_bytes)
+            window_bytes = min(2 * window_bytes, WINDOW_BYTES)
+            if ready:
+                yield [self._piece(part, found) for part, found in ready]
+            elif waiting:
+                yield self._filled(waiting)
+            else:
+                return
+
+    def _look_ahead(
+        self, parts: Iterator[_Part], waiting: deque[_Part], window_bytes: int
+    ) -> list[tuple[_Part, StoredChunk | TorchCacheError]]:
+        """The next parts that are there, about `window_bytes` of them; those that aren't are put behind `waiting`."""
+        ready: list[tuple[_Part, StoredChunk | TorchCacheError]] = []
+        ready_bytes = 0
+        filling_bytes = sum(part.length for part in waiting if isinstance(part.answer, Future))
+        while len(ready) + len(waiting) < AHEAD_CHUNKS and filling_bytes < AHEAD_BYTES:
+            if ready_bytes >= window_bytes and not waiting:
+                break
+            part = next(parts, None)
+            if part is None:
+                break
+            answer = part.answer
+            if isinstance(answer, Future):
+                waiting.append(part)
+                filling_bytes += part.length
+            elif waiting and waiting[-1].extent == part.extent:
+                waiting.append(part)  # the rows of an extent come in order
+            else:
+                ready.append((part, answer))
+                ready_bytes += part.length
+        return ready
+
+    def _filled(self, waiting: deque[_Part]) -> list[Piece]:
+        """The first of `waiting`, as soon as it is there, and those behind it that are there too: at most a batch."""
+        pieces: list[Piece] = []
+        size = 0
+        while waiting and size < BATCH_BYTES:
+            answer = waiting[0].answer
+            if pieces and isinstance(answer, Future) and not answer.done():
+                break
+            part = waiting.popleft()
+            if part.extent in self._failed:
+                continue
+            if isinstance(answer, Future):
+                answer = self._result(answer, part.object)
+            pieces.append(self._piece(part, answer))
+            size += part.length
+        return pieces
 
     def _parts(self) -> Iterator[_Part]:
         """Every part of every extent, its chunk looked up, or its fill started, when the part is taken."""
@@ -184,6 +201,23 @@ class Read:
             self._failed.add(part.extent)
             return failed_piece(part.extent, encode_error(answer))
         return cut(part.extent, answer, part.chunk, part.start, part.end)
+
+
+def batched(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+    """Cuts a round into batches: each is closed by the piece that fills it."""
+    start = size = 0
+    for end, piece in enumerate(pieces, start=1):
+        size += piece.data.size
+        if size >= BATCH_BYTES or end - start >= BATCH_ROWS:
+            yield pieces[start:end]
+            start, size = end, 0
+    if start < len(pieces):
+        yield pieces[start:]
+
+
+def encoded(pieces: Sequence[Piece]) -> tuple[pa.RecordBatch, int]:
+    """A batch and its payload's bytes."""
+    return encode_pieces(pieces), sum(piece.data.size for piece in pieces)
 
 
 def cut(extent: int, chunk: StoredChunk, index: int, start: int, end: int) -> Piece:
