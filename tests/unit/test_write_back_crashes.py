@@ -107,7 +107,7 @@ def test_a_kill_at_any_point_loses_nothing_acknowledged(
         server.write_back.tidy()
         if acknowledged:
             assert state in ("committed new", "durable new"), f"killed at {kill_at}"
-        if acknowledged and state == "committed new" and published(bucket) != "new":
+        if state == "committed new" and published(bucket) != "new":
             claim = Claim.decode(bucket.objects[KEY.claim_key])
             assert (claim.save_id, claim.state) == ("new", "committed")
         server.upload()
