@@ -16,14 +16,12 @@ from torchcache.checkpoint.layout import GRANULE_BYTES
 from torchcache.checkpoint.manifest import (
     Item,
     Manifest,
-    NotPlainError,
     Tensor,
     by_file,
-    decode_plain,
-    encode_plain,
     frame_digest,
     payload_digests,
 )
+from torchcache.checkpoint.plain import NotPlainError, decode_plain, encode_plain
 from torchcache.errors import IntegrityError
 from torchcache.model import ByteRange
 

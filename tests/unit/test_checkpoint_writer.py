@@ -174,6 +174,18 @@ def test_a_planner_may_store_what_it_likes(pool: CheckpointPool) -> None:
     assert_same(loaded, {"w": torch.arange(6.0)})
 
 
+def test_a_torch_that_frames_in_another_way_frames_for_itself(
+    pool: CheckpointPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchcache.checkpoint.staging.frame", lambda dtype, shape: None)
+    dcp.save(state(), storage_writer=writer(pool))
+    pool.upload(*KEY)
+    for source in (reader(pool), dcp.FileSystemReader(folder_of(pool, tmp_path / "c"))):
+        loaded = blank(state())
+        dcp.load(loaded, storage_reader=source)
+        assert_same(loaded, state())
+
+
 # ---- one path, one checkpoint ----
 
 

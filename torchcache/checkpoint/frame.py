@@ -14,11 +14,10 @@ from torchcache.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """`head` + the tensor's `payload_bytes`, row-major + `tail` is what torch.load takes. (The zip's CRC of the payload
-    is 0; torch's reader does not look at it.)"""
+    """`head` + the tensor's elements, row-major + `tail` is what torch.load takes. (The zip's CRC of the payload is 0;
+    torch's reader does not look at it.)"""
 
     head: bytes
-    payload_bytes: int
     tail: bytes
 
 
@@ -43,18 +42,21 @@ class _Sink(io.RawIOBase):
 
 
 @lru_cache(maxsize=4096)
-def frame(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
-    """The frame of a contiguous tensor. Costs 0.1 ms the first time, and no memory of the tensor's size: what is saved
-    is never touched, so its pages never come to be.
+def frame(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame | None:
+    """The frame of a contiguous tensor; None if this torch makes it in another way than known here.
 
-    See torch.serialization.skip_data (a prototype in torch); the zip's layout is that of caffe2/serialize's
+    Costs 0.1 ms the first time, and no memory of the tensor's size: what is saved is never touched, so its pages never
+    come to be. See torch.serialization.skip_data (a prototype in torch); the zip's layout is that of caffe2/serialize's
     PyTorchStreamWriter, which aligns the payload to 64 bytes.
     """
     sink = _Sink()
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype, device="cpu"), cast(IO[bytes], sink))
+        torch.save(tensor, cast(IO[bytes], sink))
+    if (sink.hole_bytes or 0) != tensor.nbytes:
+        return None
     head, tail = map(bytes, sink.parts)
-    return Frame(head, sink.hole_bytes or 0, tail)
+    return Frame(head, tail)
 
 
 def has_row_major_bytes(tensor: torch.Tensor) -> bool:

@@ -19,12 +19,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torchcache.checkpoint.manifest import (
     Item,
     Manifest,
-    NotPlainError,
     Tensor,
     checked_name,
-    decode_plain,
-    encode_plain,
 )
+from torchcache.checkpoint.plain import NotPlainError, decode_plain, encode_plain
 from torchcache.errors import CheckpointError, IntegrityError
 
 StorageInfo = stock._StorageInfo

@@ -53,15 +53,18 @@ def _blob(item: WriteItem, data: torch.Tensor | io.BytesIO) -> _Blob:
         return _Blob(item, "bytes", None, None, b"", data.getbuffer(), b"")
     if not isinstance(data, torch.Tensor):
         raise CheckpointError(f"the planner resolved {name!r} to a {type(data).__name__}, not to a tensor")
-    if not has_row_major_bytes(data):
+    tensor = row_major(data, name=name) if has_row_major_bytes(data) else None
+    around = frame(tensor.dtype, tuple(tensor.shape)) if tensor is not None else None
+    if tensor is None or around is None:
         return _Blob(item, "opaque", dtype_name(data.dtype), tuple(data.shape), b"", blob_of(data), b"")
-    tensor = row_major(data, name=name)
-    around = frame(tensor.dtype, tuple(tensor.shape))
-    payload = bytes_of(tensor)
-    if len(payload) != around.payload_bytes:
-        raise CheckpointError(f"torch {torch.__version__} frames {name!r} in an unknown way")
     return _Blob(
-        item, "tensor", dtype_name(tensor.dtype), tuple(tensor.shape), around.head, payload, around.tail
+        item,
+        "tensor",
+        dtype_name(tensor.dtype),
+        tuple(tensor.shape),
+        around.head,
+        bytes_of(tensor),
+        around.tail,
     )
 
 
