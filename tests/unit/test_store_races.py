@@ -111,6 +111,20 @@ def test_a_segment_that_is_written_to_does_not_yield(store: Store, disk: Hooked)
     store.close()
 
 
+def test_who_is_written_to_is_passed_over_for_the_next(store: Store, disk: Hooked) -> None:
+    def crowd() -> None:
+        assert store.lookup(chunk(100)) is not None  # a is the one used longest ago, but busy
+        for n in range(200, 230):
+            fill(store, "c", range(n, n + 1), MIB)
+
+    fill(store, "b", range(100, 140), MIB)
+    disk.before_write = crowd
+    fill(store, "a", range(2), MIB)
+    assert held(store, 1, MIB)
+    assert not all(store.contains(chunk(n)) for n in range(100, 140))
+    store.close()
+
+
 def test_kept_while_others_look_for_room(store: Store) -> None:
     """The flag counts from when `keep` returns, also for who has chosen victims before."""
     fill(store, "a", range(3))
