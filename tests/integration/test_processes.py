@@ -20,12 +20,13 @@ import pytest
 
 from torchcache import embedded
 from torchcache.connecting import connect
-from torchcache.embedded import _locked, read_endpoint, running
+from torchcache.embedded import read_endpoint
 from torchcache.errors import ConfigurationError, NotResident, ServerUnavailable
 from torchcache.lanes.connections import grpc_threads
 from torchcache.local_pool import LocalPool
 from torchcache.model import Extent, ObjectId, ObjectInfo
 from torchcache.pool import Pool
+from torchcache.presence import locked, pool_lock
 
 CONTENT = bytes(range(256)) * 500
 IDS = [ObjectId("samples", f"d/{i}", "0") for i in range(8)]
@@ -187,6 +188,7 @@ def test_a_child_beside_foreign_flight_is_told_and_does_not_hang(root: Path, poo
     assert "spawn or forkserver" in str(answer)
     foreign.close()
     del foreign
+    until(lambda: not grpc_threads(), "the end of the foreign client's threads")
     assert read_in_child("fork", pool) == 1
 
 
@@ -195,6 +197,8 @@ def test_a_child_beside_foreign_flight_is_told_and_does_not_hang(root: Path, poo
 
 def test_two_processes_starting_at_once_share_one_pool(root: Path) -> None:
     script = f"""
+        from torchcache import server_process
+        server_process.IDLE_S = 1.0
         with LocalPool(root, capacity={CAPACITY!r}) as pool:
             print(pool.status()[0].instance, flush=True)
             sys.stdin.readline()
@@ -332,7 +336,7 @@ def test_an_idle_server_ends_and_leaves_nothing(root: Path, monkeypatch: pytest.
     until(lambda: not server_pids(root), "the idle server's end")
     assert read_endpoint(root / "server-0") is None
     for name in ("pool.lock", "clients.lock", "server-0/server.lock"):
-        assert not _locked(root / name)
+        assert not locked(root / name)
     with LocalPool(root, capacity=CAPACITY) as pool:
         check(pool)
 
@@ -341,10 +345,10 @@ def test_who_comes_while_a_server_leaves_gets_the_next(root: Path) -> None:
     local = LocalPool(root, capacity=CAPACITY)
     with local as pool:
         fill(pool)
+        before = pool.status()[0].instance
         (pid,) = server_pids(root)
         os.kill(pid, signal.SIGTERM)
-        check(pool)
-        until(lambda: running(root / "server-0"), "the next server")
+        until(lambda: check(pool) > 0 and pool.status()[0].instance != before, "the next server")
     assert not server_pids(root)
 
 
@@ -357,7 +361,7 @@ def test_a_pool_whose_lock_is_kept_is_an_error_in_time(root: Path, monkeypatch: 
     """I4: somebody stopped while attaching."""
     root.mkdir()
     monkeypatch.setattr(embedded, "ATTACH_S", 0.2)
-    with embedded.pool_lock(root, time.monotonic() + 5), pytest.raises(ServerUnavailable, match="attaching"):
+    with pool_lock(root, time.monotonic() + 5), pytest.raises(ServerUnavailable, match="attaching"):
         embedded.EmbeddedMembers(root=root).resolve(deadline=time.monotonic() + 60)
 
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchcache import embedded
-from torchcache.embedded import Presence, default_capacity_bytes, pool_lock, read_endpoint, running
+from torchcache.embedded import default_capacity_bytes, read_endpoint, running
 from torchcache.errors import ConfigurationError, ServerUnavailable
+from torchcache.presence import Presence, locked, pool_lock, used
 
 GIB = 1024**3
 
@@ -104,7 +104,7 @@ def test_presence_follows_a_folder_that_was_made_anew(tmp_path: Path) -> None:
     one = Presence()
     one.hold(tmp_path)
     (tmp_path / "clients.lock").unlink()
-    assert not embedded._locked(tmp_path / "clients.lock")
+    assert not locked(tmp_path / "clients.lock")
     one.hold(tmp_path)
-    assert embedded._locked_shared(tmp_path / "clients.lock")
+    assert used(tmp_path / "clients.lock")
     assert one.leave(tmp_path)

@@ -144,13 +144,25 @@ def test_another_copy_of_grpc_does_no_harm() -> None:
     assert tried == [True]
 
 
+def test_a_fork_waits_for_any_grpc_that_is_shutting_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "THREAD_WAIT_S", 60.0)
+    threads = {"17": "event_engine", "18": "grpc_shutdown"}
+    registry = Connections(lambda: dict(threads), works=lambda: True)
+    forker = in_thread(registry.before_fork)
+    forker.join(0.05)
+    assert forker.is_alive()
+    del threads["18"]
+    forker.join(10)
+    assert not forker.is_alive()
+
+
 def test_a_fork_waits_for_its_own_threads_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "THREAD_WAIT_S", 60.0)
     threads = dict(FOREIGN)
     registry = Connections(lambda: dict(threads), works=lambda: True)
     with registry.call():
         registry.channel("a", Channel)
-    threads["18"] = "grpc_shutdown"
+    threads["18"] = "event_engine"
     forker = in_thread(registry.before_fork)
     forker.join(0.05)
     assert forker.is_alive()

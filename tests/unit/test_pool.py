@@ -147,6 +147,16 @@ def test_a_stream_that_breaks_goes_on_with_what_is_missing(server: StandIn, pool
     assert pool.statistics().retries == 1
 
 
+@pytest.mark.parametrize("kind", [fl.FlightCancelledError, fl.FlightInternalError, fl.FlightUnavailableError])
+def test_a_call_that_the_server_tears_is_made_again(
+    server: StandIn, pool: Pool, kind: type[Exception]
+) -> None:
+    """A server that ends, or a connection that is reset, cancels what runs."""
+    server.put(sample(1), b"right")
+    server.script.fail_reads = [kind("torn")]
+    assert bytes(pool.read([whole(sample(1))])[0]) == b"right"
+
+
 def test_a_busy_server_is_asked_again(server: StandIn, pool: Pool) -> None:
     server.put(sample(1), b"right")
     text = '{"error": "Overloaded", "message": "at its bound"}'

@@ -31,8 +31,9 @@ THREAD_WAIT_S: Final = 1.0
 """How long a fork waits for gRPC's threads to end, once every channel is closed."""
 
 _GRPC_THREADS: Final = ("event_engine", "grpc_", "lifeguard")
-"""How the names of gRPC's threads begin. The last to go may be `grpc_shutdown`, which holds the lock of grpc_init."""
+"""How the names of gRPC's threads begin. The last to go may be `_SHUTDOWN`, which holds the lock of grpc_init."""
 
+_SHUTDOWN: Final = "grpc_shutdown"
 _IN_FLIGHT: Final = "calls in flight"
 _TASKS: Final = Path("/proc/self/task")
 
@@ -140,20 +141,26 @@ class Connections:
             self._forking = True
             idle = self._changed.wait_for(lambda: self._calls <= own, CALL_WAIT_S)
         if idle:
-            opened = bool(self._open)
+            ours = bool(self._open)
             self.close()
-            self._left = self._wait_for_threads(THREAD_WAIT_S if opened else 0.0)
+            self._left = self._wait_for_threads(wait_for_ours=ours)
         else:
             self._left = [_IN_FLIGHT]
 
-    def _wait_for_threads(self, wait_s: float) -> list[str]:
-        """Names of gRPC's threads that are left, once ours have ended or `wait_s` has passed."""
-        deadline = time.monotonic() + wait_s
-        collect_at = time.monotonic() + wait_s / 4
-        while (left := self._threads()).keys() - self._foreign and time.monotonic() < deadline:
-            if collect_at and time.monotonic() > collect_at:
+    def _wait_for_threads(self, *, wait_for_ours: bool) -> list[str]:
+        """Names of gRPC's threads that are left, once ours have ended or `THREAD_WAIT_S` has passed.
+
+        A gRPC that is shutting down is waited for, whoever used it: halfway it does the most harm.
+        """
+        start = time.monotonic()
+        collected = False
+        while (left := self._threads()) and time.monotonic() - start < THREAD_WAIT_S:
+            ours = wait_for_ours and left.keys() - self._foreign
+            if not ours and _SHUTDOWN not in left.values():
+                break
+            if not collected and time.monotonic() - start > THREAD_WAIT_S / 4:
+                collected = True
                 gc.collect()  # an error kept in a reference cycle may hold a call's frames, and they a channel
-                collect_at = 0.0
             time.sleep(0.0005)
         return sorted(set(left.values()))
 

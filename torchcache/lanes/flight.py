@@ -9,7 +9,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.flight as fl
 
-from torchcache.errors import DeadlineExceeded, IntegrityError, TorchCacheError
+from torchcache.errors import DeadlineExceeded, IntegrityError, ServerUnavailable, TorchCacheError
 from torchcache.lanes.access import Access
 from torchcache.lanes.assembly import Assembly
 from torchcache.lanes.base import Outcome, ReadOptions, Row
@@ -203,15 +203,20 @@ def remaining(deadline: float, server: str) -> float:
 
 
 def foreign(error: Exception, server: str) -> TorchCacheError:
-    """Ours, for an error of pyarrow's."""
-    if type(error) in (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowSerializationError) and not getattr(
-        error, "extra_info", None
-    ):
-        mapped: TorchCacheError = IntegrityError(f"the server's answer can't be read: {error}", server=server)
-    else:
+    """Ours, for an error of pyarrow's. Our servers speak in extra_info; without it gRPC or Arrow itself does."""
+    mapped: TorchCacheError
+    if getattr(error, "extra_info", None) or not isinstance(error, _TORN + _UNREADABLE):
         mapped = error_from_flight(error, server=server)
+    elif isinstance(error, _TORN):
+        mapped = ServerUnavailable(f"the server broke off: {error}", server=server)
+    else:
+        mapped = IntegrityError(f"the server's answer can't be read: {error}", server=server)
     mapped.__cause__ = without_frames(error)
     return mapped
+
+
+_TORN: Final = (fl.FlightInternalError,)
+_UNREADABLE: Final = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowSerializationError, OSError)
 
 
 def without_frames(error: Exception) -> Exception:

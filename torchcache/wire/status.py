@@ -18,6 +18,10 @@ from torchcache.errors import TorchCacheError
 # name in the text tells them apart.
 _TABLE: Final[tuple[tuple[type[TorchCacheError], grpc.StatusCode], ...]] = (
     (errors.ServerUnavailable, grpc.StatusCode.UNAVAILABLE),
+    (
+        errors.ServerUnavailable,
+        grpc.StatusCode.CANCELLED,
+    ),  # by a server that ends: a client never cancels its calls
     (errors.TransientError, grpc.StatusCode.UNAVAILABLE),
     (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.OutOfSpace, grpc.StatusCode.RESOURCE_EXHAUSTED),
