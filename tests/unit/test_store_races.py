@@ -13,7 +13,17 @@ import lmdb
 import pytest
 from torchcache_server.store import DiskCalls, Store
 
-from tests.unit.store_parts import CAPACITY, MIB, FailingDisk, chunk, fill, held, payload, segment_files
+from tests.unit.store_parts import (
+    CAPACITY,
+    MIB,
+    FailingDisk,
+    chunk,
+    crash_image,
+    fill,
+    held,
+    payload,
+    segment_files,
+)
 from torchcache.errors import OutOfSpace, ServerUnavailable, TorchCacheError
 
 
@@ -51,7 +61,7 @@ def disk() -> Hooked:
 
 @pytest.fixture
 def store(tmp_path: Path, disk: Hooked) -> Store:
-    return Store(tmp_path, capacity_bytes=CAPACITY, disk=disk)
+    return Store(tmp_path / "s", capacity_bytes=CAPACITY, disk=disk)
 
 
 def index_entries(path: Path) -> int:
@@ -81,11 +91,11 @@ def test_dropped_while_written(store: Store, disk: Hooked, tmp_path: Path, when:
     assert not store.contains(chunk(1))
     usage = store.usage()
     assert (usage.chunks, usage.used_bytes, usage.segments) == (0, 0, 0)
-    assert segment_files(tmp_path) == []
+    assert segment_files(tmp_path / "s") == []
     fill(store, "a", range(2, 4))
     assert held(store, 2)
     store.close()
-    assert index_entries(tmp_path) == 2
+    assert index_entries(tmp_path / "s") == 2
 
 
 def test_stored_by_another_while_written(store: Store, disk: Hooked, tmp_path: Path) -> None:
@@ -93,10 +103,22 @@ def test_stored_by_another_while_written(store: Store, disk: Hooked, tmp_path: P
     put = store.put("a", chunk(1), 1000, payload(1))
     assert bytes(put.payload) == payload(1)
     assert {n.name: n.chunks for n in store.namespaces()} == {"a": 0, "b": 1}
-    store.drop("a")
-    assert held(store, 1), "the one that came first counts"
+    store.quarantine(chunk(1))
+    image = crash_image(tmp_path / "s", tmp_path / "image")
     store.close()
-    assert index_entries(tmp_path) == 1
+    store = Store(image, capacity_bytes=CAPACITY)
+    assert not store.contains(chunk(1)), "the one that came too late doesn't come back for the other"
+    store.close()
+
+
+def test_a_chunk_twice_in_a_batch_is_written_once(store: Store) -> None:
+    one = store.put_many("a", [(chunk(1), 1000, payload(1))])
+    used = store.usage().used_bytes
+    rows = [(chunk(n), 1000, payload(n)) for n in (2, 2, 1, 2)]
+    assert [bytes(c.payload) for c in store.put_many("b", rows)] == [payload(n) for n in (2, 2, 1, 2)]
+    assert bytes(one[0].payload) == payload(1)
+    assert store.usage().used_bytes <= used + 1300
+    store.close()
 
 
 def test_a_segment_that_is_written_to_does_not_yield(store: Store, disk: Hooked) -> None:
@@ -191,7 +213,7 @@ def test_close_waits_for_calls_under_way(store: Store, disk: Hooked, tmp_path: P
     put = store.put("a", chunk(1), 1000, payload(1))
     closing.join()
     assert bytes(put.payload) == payload(1)
-    store = Store(tmp_path, capacity_bytes=CAPACITY)
+    store = Store(tmp_path / "s", capacity_bytes=CAPACITY)
     assert held(store, 1)
     store.close()
 

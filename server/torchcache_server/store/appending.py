@@ -83,13 +83,24 @@ def draft(chunk: ChunkId, object_size: int, payload: Payload) -> Draft:
 
 
 def append(core: Core, namespace: str, drafts: Sequence[Draft]) -> list[StoredChunk]:
-    """Stores the drafts in one index transaction. Raises OutOfSpace, and then none of them is stored."""
+    """Stores the drafts in one index transaction. Raises OutOfSpace, and then none of them is stored.
+
+    Of several drafts of one chunk the first is written.
+    """
     check_name(namespace)
+    by_key: dict[bytes, Draft] = {}
+    for one in drafts:
+        by_key.setdefault(one.key, one)
+    _append(core, namespace, list(by_key.values()))
+    return [_stored(by_key[one.key]) for one in drafts]
+
+
+def _append(core: Core, namespace: str, drafts: Sequence[Draft]) -> None:
     reserved = _reserve(core, namespace, drafts)
     try:
         try:
             _write(core, namespace, reserved.parts)
-            _commit(core, drafts)
+            late = _commit(core, drafts)
         except OSError as error:
             _give_back(core, reserved, seal=error.errno not in _FULL)
             raise OutOfSpace(
@@ -98,9 +109,11 @@ def append(core: Core, namespace: str, drafts: Sequence[Draft]) -> list[StoredCh
         except OutOfSpace:
             _give_back(core, reserved, seal=False)
             raise
+        for segment, offset in late:
+            # Else a rebuilt index might bring back a chunk whose better known record was quarantined or dropped.
+            segment.bury(core.disk, offset)
     finally:
         _release(core, reserved)
-    return [_stored(d) for d in drafts]
 
 
 def _reserve(core: Core, namespace: str, drafts: Sequence[Draft]) -> _Reserved:
@@ -219,9 +232,13 @@ def _give_back(core: Core, reserved: _Reserved, *, seal: bool) -> None:
             part.segment.sealed |= seal
 
 
-def _commit(core: Core, drafts: Sequence[Draft]) -> None:
-    """Makes the records visible, but for those whose segment was dropped meanwhile or that others stored first."""
+def _commit(core: Core, drafts: Sequence[Draft]) -> list[tuple[Segment, int]]:
+    """Makes the records visible, but for those whose segment was dropped meanwhile.
+
+    Returns the places of records that came too late: others had stored the chunk first.
+    """
     placed: list[Segment] = []
+    late: list[tuple[Segment, int]] = []
     with core.index.writing() as writer:
         for one in drafts:
             segment = one.segment
@@ -231,9 +248,12 @@ def _commit(core: Core, drafts: Sequence[Draft]) -> None:
             if before is None or before.segment not in core.space.segments:
                 writer.put(one.key, Location(segment.number, one.offset))
                 placed.append(segment)
+            else:
+                late.append((segment, one.offset))
     with core.lock:
         for segment in placed:
             segment.chunks += 1
+    return late
 
 
 def _release(core: Core, reserved: _Reserved) -> None:

@@ -124,12 +124,17 @@ class Segment:
         write_all(disk, self.fd, buffers, offset)
 
     def bury(self, disk: DiskCalls, offset: int) -> None:
-        """Marks a record as dead, so that no rebuilt index finds it again."""
-        fd = disk.open(self.path)
+        """Marks a record as dead, so that no rebuilt index finds it again. Only an attempt: it isn't synced."""
+        if self.dropped:
+            return
         try:
-            write_all(disk, fd, [DEAD_MAGIC], offset)
-        finally:
-            disk.close(fd)
+            fd = disk.open(self.path)
+            try:
+                write_all(disk, fd, [DEAD_MAGIC], offset)
+            finally:
+                disk.close(fd)
+        except OSError as error:
+            _log.warning("the record at %d in %s can't be marked as dead: %s", offset, self.path, error)
 
     def sync(self, disk: DiskCalls) -> None:
         """fsync, if anything was written since the last one.
