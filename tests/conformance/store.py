@@ -93,6 +93,21 @@ class StoreContract:
         assert store.usage().chunks == 4
         assert store.put_many("a", []) == []
 
+    def test_put_many_stores_a_duplicate_once(self, store: Store) -> None:
+        store.put_many("a", [(chunk(1), 3, b"abc")])
+        once = store.usage().used_bytes
+        store.put_many("b", [(chunk(2), 3, b"abc")] * 3)
+        assert store.usage().used_bytes <= 2 * once
+        assert store.usage().chunks == 2
+
+    def test_lookup_many_answers_in_order_and_counts_each(self, store: Store) -> None:
+        store.put("a", chunk(1), 3, b"abc")
+        store.put("a", chunk(2), 2, b"de")
+        found = store.lookup_many([chunk(2), chunk(3), chunk(1), chunk(2)])
+        assert [None if f is None else bytes(f.payload) for f in found] == [b"de", None, b"abc", b"de"]
+        assert (store.usage().hits, store.usage().misses) == (3, 1)
+        assert store.lookup_many([]) == []
+
     def test_a_batch_larger_than_a_segment_goes_into_several(self, store: Store) -> None:
         data = b"y" * (MIB + 3)
         store.put_many("a", [(chunk(n), len(data), data) for n in range(30)])

@@ -107,6 +107,24 @@ class ScriptedReadThrough:
             self.filling.notify_all()
             return self.fills.setdefault(chunk, Future())
 
+    def get_many(
+        self,
+        namespace: str,
+        wanted: Sequence[tuple[ObjectInfo, int]],
+        *,
+        deadline: float,
+        resident_only: bool = False,
+    ) -> list[StoredChunk | Future[StoredChunk] | TorchCacheError]:
+        answers: list[StoredChunk | Future[StoredChunk] | TorchCacheError] = []
+        for info, index in wanted:
+            try:
+                answers.append(
+                    self.get(namespace, info, index, deadline=deadline, resident_only=resident_only)
+                )
+            except TorchCacheError as error:
+                answers.append(error)
+        return answers
+
     def fill(self, info: ObjectInfo, index: int, outcome: bytes | TorchCacheError | Any) -> None:
         """Ends a fill, with the object's bytes of which the chunk is cut, or an error."""
         with self.filling:

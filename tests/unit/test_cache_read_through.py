@@ -95,6 +95,22 @@ def test_a_resident_chunk_is_there_at_once(reads: ReadThrough) -> None:
     assert isinstance(reads.get("data", object_of(10), 0, deadline=soon()), StoredChunk)
 
 
+def test_many_at_once_are_like_one_by_one(reads: ReadThrough, source: ScriptedUnderStore) -> None:
+    cold = object_of(CHUNK_BYTES + 5)
+    sample = ObjectInfo(ObjectId("samples", "set/0", "0"), -1)
+    get(reads, cold, 1)
+    wanted = [(cold, 1), (cold, 0), (sample, 0), (cold, 0)]
+    resident, flight, error, same_flight = reads.get_many("data", wanted, deadline=soon())
+    assert isinstance(resident, StoredChunk)
+    assert isinstance(flight, Future)
+    assert same_flight is flight
+    assert flight.result(30).payload.size == CHUNK_BYTES
+    assert isinstance(error, NotResident)
+    assert len(source.reads) == 2
+    (only,) = reads.get_many("data", [(object_of(7, "other"), 0)], deadline=soon(), resident_only=True)
+    assert isinstance(only, NotResident)
+
+
 def test_an_empty_object_has_one_empty_chunk(reads: ReadThrough) -> None:
     for _ in range(2):
         assert get(reads, object_of(0)).payload.size == 0

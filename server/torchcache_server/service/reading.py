@@ -32,6 +32,11 @@ from .requests import ReadPlan
 AHEAD_CHUNKS: Final = 1024
 """Chunks looked up before a batch goes out."""
 
+LOOK_UP_AT_ONCE: Final = 256
+
+GUESSED_BYTES: Final = 128 * 1024
+"""What a chunk of an object of unknown size is taken for until it is looked up."""
+
 AHEAD_BYTES: Final = 32 * CHUNK_BYTES
 """Bytes of one request that may be on their way from the under-store, or wait for the client, at a time."""
 
@@ -45,19 +50,19 @@ Answer: TypeAlias = StoredChunk | Future[StoredChunk] | TorchCacheError
 
 
 class _Part(NamedTuple):
-    """The part [start, end) of an object that lies in chunk number `chunk`."""
+    """The part [start, end) of an object that lies in chunk number `chunk`. `end` -1: to the end, size unknown."""
 
     extent: int
     object: ObjectInfo
     chunk: int
     start: int
     end: int
-    answer: Answer
 
     @property
     def length(self) -> int:
-        """Bytes of the chunk."""
-        return max(0, min(CHUNK_BYTES, self.object.size - self.chunk * CHUNK_BYTES))
+        """Bytes of the chunk; a guess where the object's size is unknown."""
+        size = self.object.size
+        return min(CHUNK_BYTES, size - self.chunk * CHUNK_BYTES) if size >= 0 else GUESSED_BYTES
 
 
 class Read:
@@ -67,6 +72,8 @@ class Read:
         self._plan = plan
         self._read_through = read_through
         self._deadline = time.monotonic() + plan.timeout_s
+        self._parts = self._all_parts()
+        self._waiting: deque[tuple[_Part, Answer]] = deque()
         self._failed: set[int] = set()
         self.sent_bytes = 0
         """Of payload, in the batches taken so far."""
@@ -81,126 +88,155 @@ class Read:
 
     def _rounds(self) -> Iterator[list[Piece]]:
         """Pieces, in portions: what is found resident, more each time, then what the fills bring."""
-        parts = self._parts()
-        waiting: deque[_Part] = deque()
         window_bytes = BATCH_BYTES
         while True:
-            ready = self._look_ahead(parts, waiting, window_bytes)
+            pieces = self._look_ahead(window_bytes)
             window_bytes = min(2 * window_bytes, WINDOW_BYTES)
-            if ready:
-                yield [self._piece(part, found) for part, found in ready]
-            elif waiting:
-                yield self._filled(waiting)
-            else:
+            if not pieces and self._waiting:
+                pieces = self._filled()
+            elif not pieces:
                 return
+            yield pieces
 
-    def _look_ahead(
-        self, parts: Iterator[_Part], waiting: deque[_Part], window_bytes: int
-    ) -> list[tuple[_Part, StoredChunk | TorchCacheError]]:
-        """The next parts that are there, about `window_bytes` of them; those that aren't are put behind `waiting`."""
-        ready: list[tuple[_Part, StoredChunk | TorchCacheError]] = []
+    def _look_ahead(self, window_bytes: int) -> list[Piece]:
+        """The next pieces that are there, about `window_bytes` of them.
+
+        From the first that isn't there on it goes as far as it may, so that fills start.
+        """
+        ready: list[Piece] = []
         ready_bytes = 0
-        filling_bytes = sum(part.length for part in waiting if isinstance(part.answer, Future))
-        while len(ready) + len(waiting) < AHEAD_CHUNKS and filling_bytes < AHEAD_BYTES:
-            if ready_bytes >= window_bytes and not waiting:
+        filling_bytes = sum(part.length for part, answer in self._waiting if isinstance(answer, Future))
+        while len(ready) + len(self._waiting) < AHEAD_CHUNKS:
+            budget_bytes = AHEAD_BYTES - filling_bytes
+            if not self._waiting:
+                budget_bytes = min(budget_bytes, window_bytes - ready_bytes)
+            parts = self._next_parts(budget_bytes)
+            if not parts:
                 break
-            part = next(parts, None)
-            if part is None:
-                break
-            answer = part.answer
-            if isinstance(answer, Future):
-                waiting.append(part)
-                filling_bytes += part.length
-            elif waiting and waiting[-1].extent == part.extent:
-                waiting.append(part)  # the rows of an extent come in order
-            else:
-                ready.append((part, answer))
-                ready_bytes += part.length
+            for part, answer in self._answered(parts):
+                if isinstance(answer, Future):
+                    self._waiting.append((part, answer))
+                    filling_bytes += part.length
+                elif self._waiting and self._waiting[-1][0].extent == part.extent:
+                    self._waiting.append((part, answer))  # the rows of an extent come in order
+                elif part.extent not in self._failed:
+                    ready.append(self._piece(part, answer))
+                    ready_bytes += ready[-1].data.size
         return ready
 
-    def _filled(self, waiting: deque[_Part]) -> list[Piece]:
-        """The first of `waiting`, as soon as it is there, and those behind it that are there too: at most a batch."""
+    def _filled(self) -> list[Piece]:
+        """The first that waits, as soon as it is there, and those behind it that are there too: at most a batch."""
         pieces: list[Piece] = []
         size = 0
-        while waiting and size < BATCH_BYTES:
-            answer = waiting[0].answer
+        while self._waiting and size < BATCH_BYTES:
+            part, answer = self._waiting[0]
             if pieces and isinstance(answer, Future) and not answer.done():
                 break
-            part = waiting.popleft()
+            self._waiting.popleft()
             if part.extent in self._failed:
                 continue
-            if isinstance(answer, Future):
-                answer = self._result(answer, part.object)
-            pieces.append(self._piece(part, answer))
+            pieces.append(self._piece(part, self._settled(answer, part.object)))
             size += part.length
         return pieces
 
-    def _parts(self) -> Iterator[_Part]:
-        """Every part of every extent, its chunk looked up, or its fill started, when the part is taken."""
+    def _all_parts(self) -> Iterator[_Part]:
         plan = self._plan
-        for extent, (number, start, asked_end) in enumerate(
-            zip(plan.object, plan.start, plan.end, strict=True)
-        ):
-            info, end = plan.objects[number], asked_end
-            head: StoredChunk | None = None
+        for extent, (number, start, end) in enumerate(zip(plan.object, plan.start, plan.end, strict=True)):
+            info = plan.objects[number]
             if info.size < 0:
-                found = self._head(info, start, end)
-                if isinstance(found, TorchCacheError):
-                    yield _Part(extent, info, 0, 0, 0, found)
-                    continue
-                head, info = found, ObjectInfo(info.id, found.object_size)
-                end = info.size if end < 0 else end
-            first = min(start, max(info.size - 1, 0)) // CHUNK_BYTES
-            for index in range(first, max(first + 1, -(-end // CHUNK_BYTES))):
+                yield _Part(extent, info, 0, start, end)  # tells the size, and so the other chunks
+                continue
+            for chunk in chunks_of(start, end, info.size):
                 if extent in self._failed:
                     break
-                answer = head if head is not None and index == 0 else self._get(info, index)
-                yield _Part(extent, info, index, start, end, answer)
+                yield _Part(extent, info, chunk, start, end)
 
-    def _get(self, info: ObjectInfo, index: int) -> Answer:
+    def _next_parts(self, budget_bytes: int) -> list[_Part]:
+        """The next parts, until they make `budget_bytes`; none if the budget is used up."""
+        parts: list[_Part] = []
+        while budget_bytes > 0 and len(parts) < LOOK_UP_AT_ONCE:
+            part = next(self._parts, None)
+            if part is None:
+                break
+            parts.append(part)
+            budget_bytes -= part.length
+        return parts
+
+    def _answered(self, parts: list[_Part]) -> Iterator[tuple[_Part, Answer]]:
+        """The parts' chunks, looked up, or their fills started; parts of objects whose size was unknown with it."""
+        for part, answer in zip(parts, self._get(parts), strict=True):
+            if part.object.size >= 0:
+                yield part, answer
+            else:
+                yield from self._sized(part, self._settled(answer, part.object))
+
+    def _sized(self, part: _Part, head: StoredChunk | TorchCacheError) -> Iterator[tuple[_Part, Answer]]:
+        """The parts of an extent of an object whose size its first chunk, `head`, tells."""
+        if isinstance(head, TorchCacheError):
+            yield part, head
+            return
+        size = head.object_size
+        start, end = part.start, size if part.end < 0 else part.end
+        info = ObjectInfo(part.object.id, size)
+        if max(start, end) > size:
+            message = f"bytes {start} to {end} do not lie within the object's {size}"
+            yield part, ConfigurationError(message, object=str(info.id))
+            return
+        for chunk in chunks_of(start, end, size):
+            of_size = _Part(part.extent, info, chunk, start, end)
+            yield of_size, head if chunk == 0 else self._get([of_size])[0]
+
+    def _get(self, parts: list[_Part]) -> Sequence[Answer]:
+        plan, wanted = self._plan, [(part.object, part.chunk) for part in parts]
+        try:
+            if plan.suspect:
+                return [self._suspect(*each) for each in wanted]
+            return self._read_through.get_many(
+                plan.namespace, wanted, deadline=self._deadline, resident_only=plan.resident_only
+            )
+        except Exception as error:  # noqa: BLE001 - told as an error of these extents
+            return [_as_ours(error, info) for info, _ in wanted]
+
+    def _suspect(self, info: ObjectInfo, chunk: int) -> Answer:
+        """The chunk, proven against the disk first: its reader saw a wrong checksum."""
+        plan = self._plan
         try:
             return self._read_through.get(
-                self._plan.namespace,
+                plan.namespace,
                 info,
-                index,
+                chunk,
                 deadline=self._deadline,
-                resident_only=self._plan.resident_only,
-                suspect=self._plan.suspect,
+                resident_only=plan.resident_only,
+                suspect=True,
             )
-        except Exception as error:  # noqa: BLE001 - one extent's failure is not the stream's
-            return _as_ours(error, info)
+        except TorchCacheError as error:
+            return error
 
-    def _head(self, info: ObjectInfo, start: int, end: int) -> StoredChunk | TorchCacheError:
-        """Chunk 0 of an object whose size only it tells, the extent checked against that size."""
-        answer = self._get(info, 0)
-        if isinstance(answer, Future):
-            answer = self._result(answer, info)
-        if isinstance(answer, StoredChunk) and max(start, end) > answer.object_size:
-            return ConfigurationError(
-                f"bytes {start} to {end} do not lie within the object's {answer.object_size}",
-                object=str(info.id),
-            )
-        return answer
-
-    def _result(self, future: Future[StoredChunk], info: ObjectInfo) -> StoredChunk | TorchCacheError:
+    def _settled(self, answer: Answer, info: ObjectInfo) -> StoredChunk | TorchCacheError:
+        if not isinstance(answer, Future):
+            return answer
         try:
-            return future.result(max(0.0, self._deadline - time.monotonic()))
+            return answer.result(max(0.0, self._deadline - time.monotonic()))
         except TimeoutError:
             return DeadlineExceeded("the fill did not arrive before the read's deadline", object=str(info.id))
         except Exception as error:  # noqa: BLE001 - one extent's failure is not the stream's
             return _as_ours(error, info)
 
     def _piece(self, part: _Part, answer: StoredChunk | TorchCacheError) -> Piece:
-        """The part's piece; the error's row in its place."""
-        if isinstance(answer, StoredChunk) and answer.object_size != part.object.size:
-            answer = ObjectChanged(
-                f"the object has {answer.object_size} bytes, not {part.object.size}",
-                object=str(part.object.id),
-            )
-        if isinstance(answer, TorchCacheError):
-            self._failed.add(part.extent)
-            return failed_piece(part.extent, encode_error(answer))
-        return cut(part.extent, answer, part.chunk, part.start, part.end)
+        """The part's piece; the error's row in its place, after which the extent has no more."""
+        if isinstance(answer, StoredChunk):
+            if answer.object_size == part.object.size:
+                return cut(part.extent, answer, part.chunk, part.start, part.end)
+            message = f"the object has {answer.object_size} bytes, not {part.object.size}"
+            answer = ObjectChanged(message, object=str(part.object.id))
+        self._failed.add(part.extent)
+        return failed_piece(part.extent, encode_error(answer))
+
+
+def chunks_of(start: int, end: int, size: int) -> range:
+    """Numbers of the chunks that bytes [start, end) of an object of `size` bytes touch; one at least."""
+    first = min(start, max(size - 1, 0)) // CHUNK_BYTES
+    return range(first, max(first + 1, -(-end // CHUNK_BYTES)))
 
 
 def batched(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:

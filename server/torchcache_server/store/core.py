@@ -34,13 +34,11 @@ class Counts:
     evicted_chunks: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def looked_up(self, chunk: object | None) -> None:
-        """Counts a hit, or a miss for None."""
+    def looked_up(self, *, hits: int, misses: int) -> None:
+        """Counts look-ups."""
         with self._lock:
-            if chunk is None:
-                self.misses += 1
-            else:
-                self.hits += 1
+            self.hits += hits
+            self.misses += misses
 
     def add(self, *, corrupt: int = 0, evicted_chunks: int = 0) -> None:
         """Counts damaged and evicted chunks."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -94,6 +94,16 @@ class Index:
         except lmdb.Error:
             return None
         return None if value is None else Location(*_LOCATION.unpack(value))
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Location | None]:
+        """`get` for many keys, in one transaction."""
+        unpack = _LOCATION.unpack
+        try:
+            with self._env.begin(self._tables.chunks) as txn:
+                values = [txn.get(key) for key in keys]
+        except lmdb.Error:
+            values = [None for _ in keys]
+        return [None if value is None else Location(*unpack(value)) for value in values]
 
     @contextmanager
     def writing(self) -> Iterator[IndexWriter]:

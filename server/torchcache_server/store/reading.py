@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from torchcache.errors import OutOfSpace
 from torchcache.model import ChunkId
@@ -16,7 +17,17 @@ _log = logging.getLogger(__name__)
 def find(core: Core, chunk: ChunkId) -> StoredChunk | None:
     """The chunk, its record's header checked; a record that isn't what the index says is quarantined, and a miss."""
     key = chunk_key(chunk)
-    location = core.index.get(key)
+    return _at(core, chunk, key, core.index.get(key))
+
+
+def find_many(core: Core, chunks: Sequence[ChunkId]) -> list[StoredChunk | None]:
+    """`find` for many chunks, in one transaction of the index."""
+    keys = [chunk_key(chunk) for chunk in chunks]
+    locations = core.index.get_many(keys)
+    return [_at(core, *found) for found in zip(chunks, keys, locations, strict=True)]
+
+
+def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> StoredChunk | None:
     if location is None:
         return None
     segment = core.space.segments.get(location.segment)

@@ -19,7 +19,7 @@ from torchcache_server.store.index import SegmentNote, chunk_key
 from torchcache_server.store.keeping import Flags, disk_errors, sync
 from torchcache_server.store.ledger import Ledger
 from torchcache_server.store.opening import open_core
-from torchcache_server.store.reading import find, quarantine
+from torchcache_server.store.reading import find, find_many, quarantine
 from torchcache_server.store.space import Space, segment_size
 
 _log = logging.getLogger(__name__)
@@ -89,9 +89,14 @@ class Store:
 
         Counts a hit or a miss, and as a use of the chunk's namespace.
         """
+        return self.lookup_many([chunk])[0]
+
+    def lookup_many(self, chunks: Sequence[ChunkId]) -> list[StoredChunk | None]:
+        """`lookup` for many chunks at once, for less than many look-ups cost."""
         with self._gate:
-            found = find(self._core, chunk)
-            self._core.counts.looked_up(found)
+            found = find_many(self._core, chunks)
+            misses = sum(chunk is None for chunk in found)
+            self._core.counts.looked_up(hits=len(found) - misses, misses=misses)
             return found
 
     def contains(self, chunk: ChunkId) -> bool:
@@ -110,10 +115,17 @@ class Store:
     def put_many(self, namespace: str, rows: Sequence[tuple[ChunkId, int, Payload]]) -> list[StoredChunk]:
         """`put` for many (chunk, object size, payload) at once, in one index transaction: all or none is stored."""
         with self._gate:
-            found = [find(self._core, chunk) for chunk, _, _ in rows]
-            drafts = [draft(*row) for row, there in zip(rows, found, strict=True) if there is None]
-            fresh = iter(append(self._core, namespace, drafts) if drafts else ())
-            return [next(fresh) if there is None else there for there in found]
+            found = find_many(self._core, [chunk for chunk, _, _ in rows])
+            # One record a chunk, also where it comes twice: an older copy would come back when the index is rebuilt.
+            missing: dict[ChunkId, tuple[ChunkId, int, Payload]] = {}
+            for row, there in zip(rows, found, strict=True):
+                if there is None:
+                    missing.setdefault(row[0], row)
+            stored = (
+                append(self._core, namespace, [draft(*row) for row in missing.values()]) if missing else []
+            )
+            fresh = dict(zip(missing, stored, strict=True))
+            return [fresh[row[0]] if there is None else there for row, there in zip(rows, found, strict=True)]
 
     def verify(self, chunk: ChunkId) -> bool:
         """Whether the chunk is there and its payload matches its checksums. Counts nothing."""
