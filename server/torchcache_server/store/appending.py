@@ -83,19 +83,11 @@ def draft(chunk: ChunkId, object_size: int, payload: Payload) -> Draft:
 
 
 def append(core: Core, namespace: str, drafts: Sequence[Draft]) -> list[StoredChunk]:
-    """Stores the drafts in one index transaction. Raises OutOfSpace, and then none of them is stored.
+    """Stores the drafts, each of another chunk, in one index transaction.
 
-    Of several drafts of one chunk the first is written.
+    Raises OutOfSpace, and then none of them is stored.
     """
     check_name(namespace)
-    by_key: dict[bytes, Draft] = {}
-    for one in drafts:
-        by_key.setdefault(one.key, one)
-    _append(core, namespace, list(by_key.values()))
-    return [_stored(by_key[one.key]) for one in drafts]
-
-
-def _append(core: Core, namespace: str, drafts: Sequence[Draft]) -> None:
     reserved = _reserve(core, namespace, drafts)
     try:
         try:
@@ -114,6 +106,7 @@ def _append(core: Core, namespace: str, drafts: Sequence[Draft]) -> None:
             segment.bury(core.disk, offset)
     finally:
         _release(core, reserved)
+    return [_stored(one) for one in drafts]
 
 
 def _reserve(core: Core, namespace: str, drafts: Sequence[Draft]) -> _Reserved:

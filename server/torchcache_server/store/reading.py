@@ -66,10 +66,6 @@ def _forget(core: Core, key: bytes, location: Location) -> None:
         segment.chunks -= 1
         is_empty = segment.sealed and not segment.writing and not segment.chunks
     _log.warning("a damaged record at %d in %s is dropped", location.offset, segment.path)
-    try:
-        # So that no rebuilt index finds it again.
-        segment.bury(core.disk, location.offset)
-    except OSError as error:
-        _log.warning("it can't be marked as dead: %s", error)
+    segment.bury(core.disk, location.offset)
     if is_empty:
         core.remove([segment])
