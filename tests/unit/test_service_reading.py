@@ -245,7 +245,9 @@ def test_look_ups_ahead_are_bounded(store: MemoryStore, source: ScriptedReadThro
     assert sum(b.num_rows for b in batches) == 5000 - BATCH_ROWS
 
 
-def test_batches_are_closed_by_what_fills_them_and_by_the_end_of_a_round(store: MemoryStore, source: ScriptedReadThrough) -> None:
+def test_batches_are_closed_by_what_fills_them_and_by_the_end_of_a_round(
+    store: MemoryStore, source: ScriptedReadThrough
+) -> None:
     info, _ = held(store, "k", 1_000_000)
     client = read(source, [(info, 0, info.size)] * 10)
     assert [b.num_rows for b in client.batches] == [3, 3, 2, 2]
