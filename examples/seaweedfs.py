@@ -42,7 +42,8 @@ class SeaweedFS:
         self.process: subprocess.Popen[bytes] | None = None
         self._ports = _free_ports(5)
         self.endpoint_url = f"http://127.0.0.1:{self._ports[0]}"
-        self._buckets = 0
+        self._made_buckets = 0
+        self.buckets: list[str] = []
         self.client = self.make_client()
         self.start(start_timeout_s)
 
@@ -109,10 +110,19 @@ class SeaweedFS:
 
     def make_bucket(self) -> str:
         """A new, empty bucket; its name."""
-        self._buckets += 1
-        name = f"bucket-{os.getpid()}-{self._buckets}"
+        self._made_buckets += 1
+        name = f"bucket-{os.getpid()}-{self._made_buckets}"
         self.client.create_bucket(Bucket=name)
+        self.buckets.append(name)
         return name
+
+    def remove_buckets(self, first: int = 0) -> None:
+        """Removes what `make_bucket` made, from number `first` on, with all it holds.
+
+        Every bucket takes some of weed's volumes, whose number is limited: many small buckets exhaust them.
+        """
+        while len(self.buckets) > first:
+            self.client.delete_bucket(Bucket=self.buckets.pop())
 
     def kill(self) -> None:
         """SIGKILL, as a crash would. `start` brings it back with its data."""

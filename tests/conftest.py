@@ -39,9 +39,14 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
 
 @pytest.fixture
 def s3(s3_server: SeaweedFS) -> Iterator[SeaweedFS]:
-    """The real S3 server, with the AWS_* variables set so that boto3 and torchcache find it."""
+    """The real S3 server, with the AWS_* variables set so that boto3 and torchcache find it.
+
+    Buckets made in a test go with it.
+    """
+    before = len(s3_server.buckets)
     with environment(s3_server.environment()):
         yield s3_server
+    s3_server.remove_buckets(before)
 
 
 @pytest.fixture(autouse=True)
