@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
 import random
@@ -74,7 +73,7 @@ def owners(id_: ObjectId, offset: int = 0) -> list[str]:
 
 
 def corrupt(pieces: list[Piece]) -> list[Piece]:
-    return [dataclasses.replace(p, data=pa.py_buffer(bytes(p.data.size))) for p in pieces]
+    return [p._replace(data=pa.py_buffer(bytes(p.data.size))) for p in pieces]
 
 
 # ---- one server ----
@@ -132,7 +131,7 @@ def test_damage_that_stays_is_an_integrity_error(server: StandIn, pool: Pool) ->
 
 def test_an_answer_about_what_was_not_asked_is_an_integrity_error(server: StandIn, pool: Pool) -> None:
     server.put(sample(1), b"right")
-    server.script.tamper = lambda _, pieces: [dataclasses.replace(p, extent=7) for p in pieces]
+    server.script.tamper = lambda _, pieces: [p._replace(extent=7) for p in pieces]
     with pytest.raises(IntegrityError, match="extent 7"):
         pool.read([whole(sample(1))])
 

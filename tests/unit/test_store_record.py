@@ -29,7 +29,7 @@ def headers(draw: st.DrawFn) -> RecordHeader:
     return RecordHeader(
         length=header_bytes(len(identity), payload_bytes),
         payload_bytes=payload_bytes,
-        index=draw(st.integers(0, 2**32 - 1)),
+        chunk_index=draw(st.integers(0, 2**32 - 1)),
         object_size=draw(st.integers(-1, 2**62)),
         digest=draw(NONCES),
         identity=identity,

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -49,8 +48,7 @@ BATCH_BYTES = 2 * 1024 * 1024
 BATCH_ROWS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Some blocks of one chunk, or the error in their place. `data` is any contiguous buffer (kept alive by Arrow)."""
 
     extent: int

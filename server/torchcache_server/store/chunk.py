@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import pyarrow as pa
 
@@ -13,8 +12,7 @@ Payload: TypeAlias = bytes | bytearray | memoryview | pa.Buffer
 """What the store takes as a chunk's bytes: any contiguous buffer."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredChunk:
+class StoredChunk(NamedTuple):
     """A chunk and the checksums recorded when it was stored.
 
     `payload` is a view into the mapped segment and keeps the mapping alive, whatever happens to the record. It isn't

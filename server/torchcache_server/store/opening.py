@@ -108,7 +108,7 @@ def _reread(core: Core, segment: Segment) -> None:
             _place(
                 core.space,
                 writer,
-                record_key(record.identity, record.index),
+                record_key(record.identity, record.chunk_index),
                 Location(segment.number, offset),
             )
             tail = offset + record.record_bytes

@@ -34,7 +34,7 @@ def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> St
     if segment is None:
         return None
     record = segment.record(location.offset)
-    if record is None or record.index != chunk.index or record.identity != chunk.object.encoded:
+    if record is None or record.chunk_index != chunk.index or record.identity != chunk.object.encoded:
         _forget(core, key, location)
         return None
     core.touch(segment)

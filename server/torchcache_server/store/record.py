@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import xxhash
 
@@ -88,13 +88,12 @@ class SegmentHeader:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RecordHeader:
+class RecordHeader(NamedTuple):
     """What a record says of itself. Sizes in bytes."""
 
     length: int  # of the header; the payload follows
     payload_bytes: int
-    index: int
+    chunk_index: int
     object_size: int
     digest: int
     identity: bytes
@@ -120,7 +119,7 @@ def encode_record(header: RecordHeader, nonce: int, offset: int) -> bytes:
     """The bytes of a record's header, for the place `offset` of the segment with `nonce`."""
     identity = header.identity
     out = bytearray(header.length)
-    fields = (FORMAT_VERSION, 0, header.length, header.payload_bytes, header.index, header.object_size)
+    fields = (FORMAT_VERSION, 0, header.length, header.payload_bytes, header.chunk_index, header.object_size)
     _RECORD.pack_into(out, 0, RECORD_MAGIC, 0, *fields, header.digest, len(identity))
     variable = identity + header.block_digests
     out[_RECORD.size : _RECORD.size + len(variable)] = variable
