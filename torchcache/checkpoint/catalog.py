@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from torchcache.errors import CheckpointError, NotCommitted, ObjectNotFound
 from torchcache.model import ObjectId, ObjectInfo
+from torchcache.save_names import MANIFEST_NAME, METADATA_NAME
 
 if TYPE_CHECKING:
     from torchcache.pool import Pool, SaveInfo
@@ -21,8 +22,6 @@ STATE_OF_SAVE: Final[dict[str, State]] = {
     "failed": "failed",
 }
 
-_MANIFEST = ".torchcache.json"
-_METADATA = ".metadata"
 _DATA = ".distcp"
 
 
@@ -107,11 +106,11 @@ def _stored(pool: Pool, objects: Iterable[ObjectInfo]) -> dict[tuple[str, str], 
         folder, _, name = pool.uri(object.id).rpartition("/")
         if name.endswith(_DATA):
             data_bytes[folder] = data_bytes.get(folder, 0) + object.size
-        for suffix in (_MANIFEST, _METADATA):
+        for suffix in (MANIFEST_NAME, METADATA_NAME):
             if name.endswith(suffix) and object.size:  # an empty one was withdrawn
                 part = name.removesuffix(suffix)
                 one = found.setdefault((folder, part), Checkpoint(uri=folder, part=part, state="stock"))
-                if suffix == _MANIFEST:
+                if suffix == MANIFEST_NAME:
                     one.state = "durable"
     for (folder, part), one in found.items():
         if not part:

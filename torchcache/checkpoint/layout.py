@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torchcache.model import CHUNK_BYTES, ByteRange
+from torchcache.save_names import METADATA_NAME
 
 ALIGNMENT_BYTES = 64
 """Items start at multiples of this in their file; torch aligns a tensor's bytes within an item the same way."""
@@ -31,7 +32,7 @@ def part_name(rank: int) -> str:
 
 def metadata_name(part: str) -> str:
     """The file that holds torch's Metadata: `.metadata`, or `__<rank>.metadata` of a part."""
-    return f"{part}.metadata"
+    return f"{part}{METADATA_NAME}"
 
 
 def align(offset: int) -> int:

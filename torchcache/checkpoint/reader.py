@@ -23,8 +23,9 @@ from torchcache.checkpoint.source import SavedFiles, Source
 from torchcache.connecting import connect
 from torchcache.errors import CheckpointError, IntegrityError, NotCommitted, NotResident, ObjectNotFound
 from torchcache.local_pool import LocalPool
-from torchcache.model import SAVE_PREFIX, Extent, ObjectId, ObjectInfo
+from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, SaveInfo
+from torchcache.save_names import save_namespace, saved_file
 
 _READERS = min(4, os.cpu_count() or 1)
 _BATCHES_UNDER_WAY = 2 * _READERS
@@ -215,9 +216,9 @@ class CacheStorageReader(StorageReader):
     def _pickled(self, uri: str, info: SaveInfo, size: int) -> Metadata:
         """`.metadata` of our own save, from the pool or the under-store."""
         name = metadata_name(info.part)
-        copy = ObjectId(info.store, f"{info.path}/{name}", f"{SAVE_PREFIX}{info.save_id}")
+        copy = saved_file(info.store, info.path, name, info.save_id)
         try:
-            data = self._content(ObjectInfo(copy, size), f"save:{info.store}/{info.path}@{info.save_id}")
+            data = self._content(ObjectInfo(copy, size), save_namespace(info.store, info.path, info.save_id))
         except NotResident:
             data = self._content(self.pool.stat(f"{uri}/{name}"), uri)
         return load_metadata(data, where=f"{uri}/{name}")

@@ -14,8 +14,9 @@ from torchcache.errors import (
     ServerUnavailable,
     TorchCacheError,
 )
-from torchcache.model import SAVE_PREFIX, ByteRange, Extent, ObjectId, ObjectInfo
+from torchcache.model import ByteRange, Extent, ObjectInfo
 from torchcache.pool import Pool
+from torchcache.save_names import save_namespace, saved_file
 
 _READ_S = 120.0
 
@@ -46,8 +47,7 @@ class SavedFiles:
 
     def object(self, name: str) -> ObjectInfo:
         """A file as the writer stored it in the pool."""
-        version = f"{SAVE_PREFIX}{self.save_id}"
-        return ObjectInfo(ObjectId(self.store, f"{self.path}/{name}", version), self.sizes[name])
+        return ObjectInfo(saved_file(self.store, self.path, name, self.save_id), self.sizes[name])
 
 
 class Source:
@@ -93,7 +93,7 @@ class Source:
         """Reads from the pool's copy; returns those it has no good copy of."""
         outcomes = self._pool.read_each(
             [f.extent(saved.object(f.item.file)) for f in fetches],
-            namespace=f"save:{saved.store}/{saved.path}@{saved.save_id}",
+            namespace=save_namespace(saved.store, saved.path, saved.save_id),
             into=[f.into for f in fetches],
             timeout_s=_READ_S,
         )

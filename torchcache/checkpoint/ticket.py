@@ -12,6 +12,9 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from torchcache.model import ObjectId
+from torchcache.save_names import save_namespace, saved_file
+
 _arrived = threading.local()
 
 
@@ -35,7 +38,11 @@ class Ticket:
     @property
     def namespace(self) -> str:
         """What the save's files are stored under in the pool."""
-        return f"save:{self.store}/{self.path}@{self.save_id}"
+        return save_namespace(self.store, self.path, self.save_id)
+
+    def file(self, name: str) -> ObjectId:
+        """A file of the save, as the pool holds it."""
+        return saved_file(self.store, self.path, name, self.save_id)
 
 
 def _arrive(*fields: Any) -> Ticket:

@@ -32,7 +32,6 @@ from torchcache.checkpoint.ticket import Ticket, forget_arrived, take_arrived
 from torchcache.connecting import connect
 from torchcache.errors import CheckpointError, ConfigurationError, DeadlineExceeded
 from torchcache.local_pool import LocalPool
-from torchcache.model import SAVE_PREFIX, ObjectId
 from torchcache.pool import Pool
 
 Durability = Literal["pool", "store"]
@@ -211,10 +210,8 @@ class CacheStorageWriter(StorageWriter):
         return ticket
 
     def _write_file(self, ticket: Ticket, file: StagedFile) -> list[WriteResult]:
-        target = ObjectId(ticket.store, f"{ticket.path}/{file.name}", f"{SAVE_PREFIX}{ticket.save_id}")
-        self.pool.write(
-            ticket.namespace, [(target, file.buffers)], durable=True, timeout_s=_time_for(file.size)
-        )
+        objects = [(ticket.file(file.name), file.buffers)]
+        self.pool.write(ticket.namespace, objects, durable=True, timeout_s=_time_for(file.size))
         return [
             WriteResult(index=item.index, size_in_bytes=entry.length, storage_data=entry)
             for item, entry in file.describe()
@@ -271,8 +268,7 @@ class CacheStorageWriter(StorageWriter):
 
     def _write_metadata(self, ticket: Ticket, pickled: bytes) -> None:
         # Planner data without a JSON form has to be loadable before the upload too.
-        key = f"{ticket.path}/{metadata_name(ticket.part)}"
-        target = ObjectId(ticket.store, key, f"{SAVE_PREFIX}{ticket.save_id}")
+        target = ticket.file(metadata_name(ticket.part))
         self.pool.write(ticket.namespace, [(target, [pickled])], durable=True)
 
     def _wait_durable(self, ticket: Ticket) -> None:

@@ -16,6 +16,7 @@ from torchcache.pool.members import UnderStoreName
 from torchcache.pool.retry import Retry
 from torchcache.pool.session import Session
 from torchcache.pool.writes import Writing
+from torchcache.save_names import put_namespace
 from torchcache.wire.v1 import cache_pb2
 
 CALL_S: Final = 30.0
@@ -106,9 +107,7 @@ class Objects:
         write_id = uuid.uuid4().hex
         id_ = ObjectId(store, key, SAVE_PREFIX + write_id)
         size = sum(len(flat(part)) for part in data)
-        writing = Writing(
-            self._session, f"put:{store}/{key}@{write_id}", durable=False, timeout_s=WRITE_CALL_S
-        )
+        writing = Writing(self._session, put_namespace(id_), durable=False, timeout_s=WRITE_CALL_S)
         writing.run([(id_, data)])
         request = cache_pb2.PublishRequest(
             store=store, key=key, write_id=write_id, size=size, create_only=create_only, wait_s=PUBLISH_WAIT_S

@@ -18,15 +18,13 @@ from torchcache.pool.reports import SaveInfo, SaveState
 from torchcache.pool.retry import Retry
 from torchcache.pool.session import Asked, Session
 from torchcache.pool.writes import Writing
+from torchcache.save_names import MANIFEST_NAME, METADATA_NAME, save_namespace, saved_file
 from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import decode_error
 from torchcache.wire.v1 import cache_pb2
 
 CALL_S: Final = 60.0
 """A reservation may wait for another's lease to run out."""
-
-METADATA_NAME: Final = ".metadata"
-MANIFEST_NAME: Final = ".torchcache.json"
 
 _STATES: Final[dict[int, SaveState]] = {
     cache_pb2.SAVE_STATE_RESERVED: "reserved",
@@ -59,11 +57,11 @@ def folder_key(store: str, path: str) -> bytes:
 
 
 def _namespace(ref: cache_pb2.SaveRef) -> str:
-    return f"{SAVE_PREFIX}{ref.store}/{ref.path}@{ref.save_id}"
+    return save_namespace(ref.store, ref.path, ref.save_id)
 
 
 def _file(ref: cache_pb2.SaveRef, name: str) -> ObjectId:
-    return ObjectId(ref.store, f"{ref.path}/{name}", f"{SAVE_PREFIX}{ref.save_id}")
+    return saved_file(ref.store, ref.path, name, ref.save_id)
 
 
 class Saves:

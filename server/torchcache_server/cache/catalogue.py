@@ -6,7 +6,8 @@ import logging
 from typing import Final
 
 from torchcache.errors import NotCommitted, ObjectNotFound, TransientError
-from torchcache_server.cache.saves import MANIFEST_NAME, Save, SaveKey, SaveStatus, status_of_manifest
+from torchcache.save_names import MANIFEST_NAME
+from torchcache_server.cache.saves import Save, SaveKey, SaveStatus, status_of_manifest
 from torchcache_server.cache.slots import Slot, Slots
 from torchcache_server.cache.small_objects import read_small, stat_or_none
 from torchcache_server.understore.base import UnderStore, object_uri

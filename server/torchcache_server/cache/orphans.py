@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from torchcache_server.cache.saves import PUT_NAMESPACE, SAVE_NAMESPACE
+from torchcache.save_names import KEPT_PREFIXES
 from torchcache_server.store import Store
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Orphans:
         now = self._clock()
         still: dict[str, tuple[int, float]] = {}
         for usage in self._store.namespaces():
-            if usage.name in used or not usage.name.startswith((SAVE_NAMESPACE, PUT_NAMESPACE)):
+            if usage.name in used or not usage.name.startswith(KEPT_PREFIXES):
                 continue
             bytes, since_s = self._seen.get(usage.name, (usage.bytes, now))
             if bytes != usage.bytes:

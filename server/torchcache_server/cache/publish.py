@@ -14,7 +14,7 @@ from typing import Final
 
 from torchcache.errors import ConfigurationError, NotResident, TorchCacheError, TransientError
 from torchcache.model import SAVE_PREFIX, ObjectId, ObjectInfo
-from torchcache_server.cache.saves import PUT_NAMESPACE
+from torchcache.save_names import PUT_PREFIX, put_namespace
 from torchcache_server.cache.shard_source import Parts, missing_from
 from torchcache_server.cache.upload_attempt import write_deadline
 from torchcache_server.cache.work_queue import WorkQueue, retry_delay_s
@@ -43,8 +43,7 @@ class _Write:
 
     @property
     def namespace(self) -> str:
-        write_id = self.object.id.version.removeprefix(SAVE_PREFIX)
-        return f"{PUT_NAMESPACE}{self.object.id.store}/{self.object.id.key}@{write_id}"
+        return put_namespace(self.object.id)
 
 
 class Publisher:
@@ -60,7 +59,7 @@ class Publisher:
         self._failures: dict[ObjectId, int] = {}
         self._changed = threading.Condition()
         for usage in store.namespaces():
-            if usage.name.startswith(PUT_NAMESPACE):
+            if usage.name.startswith(PUT_PREFIX):
                 store.drop(usage.name)
         self._queue: WorkQueue[ObjectId] = WorkQueue(self._work, threads=threads, name="publish")
 

@@ -20,14 +20,10 @@ from typing import Literal
 
 from torchcache import errors
 from torchcache.errors import ConfigurationError, TorchCacheError
-from torchcache.model import SAVE_PREFIX, ObjectId, ObjectInfo
+from torchcache.model import ObjectInfo
+from torchcache.save_names import MANIFEST_NAME, METADATA_NAME, save_namespace, saved_file
 
-MANIFEST_NAME = ".torchcache.json"
-METADATA_NAME = ".metadata"
 CLAIM_NAME = ".torchcache.save.json"
-
-SAVE_NAMESPACE = "save:"
-PUT_NAMESPACE = "put:"
 
 SaveState = Literal["reserved", "committed", "durable", "failed"]
 
@@ -65,7 +61,7 @@ class SaveKey:
 
     def namespace(self, save_id: str) -> str:
         """The namespace of the store in which the shards of a save lie."""
-        return f"{SAVE_NAMESPACE}{self.store}/{self.path}@{save_id}"
+        return save_namespace(self.store, self.path, save_id)
 
     def validate(self) -> None:
         """Raises ConfigurationError unless the key can name a checkpoint."""
@@ -117,9 +113,9 @@ class Save:
     @property
     def objects(self) -> dict[str, ObjectInfo]:
         """The shards as the pool holds them, by name."""
-        version = f"{SAVE_PREFIX}{self.save_id}"
+        key = self.key
         return {
-            name: ObjectInfo(ObjectId(self.key.store, f"{self.key.path}/{name}", version), size)
+            name: ObjectInfo(saved_file(key.store, key.path, name, self.save_id), size)
             for name, size in self.files
         }
 

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torchcache.errors import DeadlineExceeded
+from torchcache.model import SAVE_PREFIX
 from torchcache_server.cache.save_records import decode_save, encode_save
-from torchcache_server.cache.saves import SAVE_NAMESPACE, Save, SaveKey
+from torchcache_server.cache.saves import Save, SaveKey
 from torchcache_server.store import Store
 
 _log = logging.getLogger(__name__)
@@ -230,5 +231,5 @@ class Slots:
     def _drop_uncommitted(self) -> None:
         used = set().union(*(slot.namespaces for slot in self.all()))
         for usage in self._store.namespaces():
-            if usage.name.startswith(SAVE_NAMESPACE) and usage.name not in used:
+            if usage.name.startswith(SAVE_PREFIX) and usage.name not in used:
                 self._store.drop(usage.name)

@@ -15,6 +15,7 @@ import grpc
 from torchcache.environment import CREDENTIAL_VARIABLES
 from torchcache.errors import ConfigurationError
 from torchcache.model import ChunkId, ObjectInfo
+from torchcache.save_names import KEPT_PREFIXES
 from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import encode_error
 from torchcache.wire.v1 import cache_pb2 as pb
@@ -28,7 +29,6 @@ from torchcache_server.understore.base import UnderStore
 from .counters import ServiceCounters
 from .requests import (
     DEFAULT_CALL_S,
-    KEPT_PREFIXES,
     MAX_CALL_S,
     object_infos,
     object_key,

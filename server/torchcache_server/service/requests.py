@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from torchcache.errors import ConfigurationError
 from torchcache.model import SAVE_PREFIX, UNKNOWN_SIZE, ObjectId, ObjectInfo
+from torchcache.save_names import KEPT_PREFIXES, put_namespace, save_namespace
 from torchcache.wire.v1 import cache_pb2
 
 MAX_EXTENTS: Final = 65_536
@@ -25,9 +26,6 @@ MAX_NAME_BYTES: Final = 1024
 """Of a version and of an under-store's name."""
 
 MAX_NAMESPACE_BYTES: Final = MAX_KEY_BYTES + 2 * MAX_NAME_BYTES
-
-KEPT_PREFIXES: Final = ("save:", "put:")
-"""Namespaces of bytes that exist nowhere else yet begin so."""
 
 MAX_CALL_S: Final = 120.0
 DEFAULT_CALL_S: Final = 60.0
@@ -213,11 +211,8 @@ def _may_write(namespace: str, id_: ObjectId) -> bool:
         return not namespace.startswith(KEPT_PREFIXES)
     if not id_.is_save:
         return False
-    save_id = id_.version.removeprefix(SAVE_PREFIX)
-    if namespace == f"put:{id_.store}/{id_.key}@{save_id}":
-        return True
-    folder = id_.key.rpartition("/")[0]
-    return namespace == f"save:{id_.store}/{folder}@{save_id}"
+    folder, save_id = id_.key.rpartition("/")[0], id_.version.removeprefix(SAVE_PREFIX)
+    return namespace in (put_namespace(id_), save_namespace(id_.store, folder, save_id))
 
 
 def _parse(message: Message, data: bytes, what: str) -> None:

@@ -1,0 +1,34 @@
+"""How what belongs to a save is called: its files, in the pool and in the under-store, and its namespace. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from torchcache.model import SAVE_PREFIX, ObjectId
+
+METADATA_NAME: Final = ".metadata"
+"""Behind a save's part: the file with torch's own Metadata."""
+
+MANIFEST_NAME: Final = ".torchcache.json"
+"""Behind a save's part: the file with our manifest."""
+
+PUT_PREFIX: Final = "put:"
+"""Namespaces of objects that are put into the pool to be published start so."""
+
+KEPT_PREFIXES: Final = (SAVE_PREFIX, PUT_PREFIX)
+"""Namespaces of bytes that exist nowhere else yet start so."""
+
+
+def saved_file(store: str, path: str, name: str, save_id: str) -> ObjectId:
+    """File `name` of a save at `path`, as the pool holds it."""
+    return ObjectId(store, f"{path}/{name}", f"{SAVE_PREFIX}{save_id}")
+
+
+def save_namespace(store: str, path: str, save_id: str) -> str:
+    """What a save's files are stored under in the pool."""
+    return f"{SAVE_PREFIX}{store}/{path}@{save_id}"
+
+
+def put_namespace(written: ObjectId) -> str:
+    """What an object to be published is stored under in the pool; its version is `save:<write_id>`."""
+    return f"{PUT_PREFIX}{written.store}/{written.key}@{written.version.removeprefix(SAVE_PREFIX)}"
