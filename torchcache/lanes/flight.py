@@ -197,13 +197,13 @@ def expected_bytes(request: cache_pb2.ReadRequest) -> int:
 
 
 def object_refs(objects: Sequence[ObjectInfo]) -> tuple[list[cache_pb2.ObjectRef], list[int]]:
-    """References of the distinct `objects`, and the place of each object among them."""
-    places: dict[ObjectInfo, int] = {}
+    """References of the `objects`, one however often an instance comes, and the place of each among them."""
+    places: dict[int, int] = {}  # by identity: to hash an ObjectInfo costs more than to name it twice
     refs: list[cache_pb2.ObjectRef] = []
     index = []
     for info in objects:
         id_ = info.id
-        place = places.setdefault(info, len(refs))
+        place = places.setdefault(id(info), len(refs))
         if place == len(refs):
             refs.append(
                 cache_pb2.ObjectRef(store=id_.store, key=id_.key, version=id_.version, size=info.size)

@@ -16,10 +16,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from torchcache.errors import IntegrityError
-from torchcache.model import BLOCK_BYTES, CHUNK_BYTES
+from torchcache.model import CHUNK_BYTES, block_digests, chunk_digest
 
 READ_SCHEMA = pa.schema(
     [
@@ -63,16 +62,11 @@ class Piece(NamedTuple):
         """Raises IntegrityError unless every byte matches its recorded checksum."""
         if len(self.digests) % 8 or (self.whole and len(self.digests) != 8):
             raise IntegrityError("a piece came with checksums of the wrong length")
-        expected = np.frombuffer(self.digests, dtype="<u8")
         view = memoryview(self.data)
-        digest = xxhash.xxh3_64_intdigest
         if self.whole:
-            good = digest(view) == expected[0]
+            good = chunk_digest(view) == int.from_bytes(self.digests, "little")
         else:
-            blocks = range(0, len(view), BLOCK_BYTES)
-            good = len(blocks) == len(expected) and all(
-                digest(view[at : at + BLOCK_BYTES]) == want for at, want in zip(blocks, expected, strict=True)
-            )
+            good = block_digests(view) == self.digests
         if not good:
             raise IntegrityError("a piece does not match its checksums")
 
