@@ -192,9 +192,7 @@ class StandIn:
                     return self._ref(id_)
             raise ObjectNotFound("no such object", object=request.key)
         if method == "Stage":
-            return cache_pb2.StageReply(
-                filled_bytes=[o.size for o in request.objects], errors=["" for _ in request.objects]
-            )
+            return cache_pb2.StageReply(errors=["" for _ in request.objects])
         if method == "GetResidency":
             held = [ObjectId(o.store, o.key, o.version) in self.script.objects for o in request.objects]
             return cache_pb2.ResidencyReply(

@@ -99,7 +99,6 @@ def test_staging_and_samples(start: Callable[..., ServerProcess]) -> None:
     with start() as server:
         refs = server.client.objects("file")
         reply = server.client.call("Stage", pb.StageRequest(namespace="set", objects=refs))
-        assert list(reply.filled_bytes) == [r.size for r in refs]
         assert list(reply.errors) == ["", "", ""]
         sample = ObjectInfo(ObjectId("samples", "set/0", "0"), 6)
         server.client.put("samples:set@0", sample, b"sample")

@@ -65,7 +65,6 @@ class Server:
             list(FILES.items()),
             f"metadata of {save_id}".encode(),
             json.dumps({"body": body}).encode(),
-            overwrite=False,
             deadline=soon(),
         )
 

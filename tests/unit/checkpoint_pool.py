@@ -86,7 +86,6 @@ class CheckpointPool(MemoryPool):
         files: Sequence[tuple[str, int]],
         metadata: bytes,
         manifest: bytes,
-        overwrite: bool,
         timeout_s: float = 120.0,
     ) -> SaveInfo:
         key = (store, path, part)

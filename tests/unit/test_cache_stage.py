@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from torchcache_server.cache.read_through import ReadThrough
-from torchcache_server.cache.stage import StageResult, resident_bytes, stage
+from torchcache_server.cache.stage import resident_bytes, stage
 from torchcache_server.store import Store
 
 from tests.unit.scripted_under_store import ScriptedUnderStore, object_of
@@ -46,13 +46,10 @@ def soon() -> float:
     return time.monotonic() + 30
 
 
-def test_makes_objects_resident_and_says_what_it_fetched(
-    reads: ReadThrough, source: ScriptedUnderStore, store: Store
-) -> None:
+def test_makes_objects_resident(reads: ReadThrough, source: ScriptedUnderStore, store: Store) -> None:
     objects = [object_of(10, "a"), object_of(2 * CHUNK_BYTES + 1, "b"), object_of(0, "c")]
     assert resident_bytes(store, objects) == [0, 0, 0]
-    results = stage(reads, "data", objects, deadline=soon())
-    assert results == [StageResult(object.size, None) for object in objects]
+    assert stage(reads, "data", objects, deadline=soon()) == [None] * 3
     assert resident_bytes(store, objects) == [object.size for object in objects]
     assert len(source.reads) == 5
 
@@ -61,14 +58,14 @@ def test_fetches_only_what_is_missing(reads: ReadThrough, source: ScriptedUnderS
     object = object_of(CHUNK_BYTES + 7)
     store.put("data", ChunkId(object.id, 0), object.size, bytes(CHUNK_BYTES))
     assert resident_bytes(store, [object]) == [CHUNK_BYTES]
-    assert stage(reads, "data", [object], deadline=soon()) == [StageResult(7, None)]
-    assert stage(reads, "data", [object], deadline=soon()) == [StageResult(0, None)]
+    assert stage(reads, "data", [object], deadline=soon()) == [None]
+    assert stage(reads, "data", [object], deadline=soon()) == [None]
     assert len(source.reads) == 1
 
 
 def test_stages_more_than_it_has_under_way_at_a_time(reads: ReadThrough, source: ScriptedUnderStore) -> None:
     objects = [object_of(10, f"key-{number}") for number in range(200)]
-    assert stage(reads, "data", objects, deadline=soon()) == [StageResult(10, None)] * 200
+    assert stage(reads, "data", objects, deadline=soon()) == [None] * 200
     assert len(source.reads) == 200
 
 
@@ -80,16 +77,15 @@ def test_one_failure_stops_no_other(reads: ReadThrough) -> None:
         object_of(10, "d"),
     ]
     first, unknown, sample, last = stage(reads, "data", objects, deadline=soon())
-    assert first == last == StageResult(10, None)
-    assert isinstance(unknown.error, ConfigurationError)
-    assert isinstance(sample.error, NotResident)
+    assert (first, last) == (None, None)
+    assert isinstance(unknown, ConfigurationError)
+    assert isinstance(sample, NotResident)
 
 
 def test_says_why_an_object_is_not_there(reads: ReadThrough, source: ScriptedUnderStore) -> None:
     source.error = ObjectChanged("it changed")
-    (result,) = stage(reads, "data", [object_of(3 * CHUNK_BYTES)], deadline=soon())
-    assert result.filled_bytes == 0
-    assert isinstance(result.error, ObjectChanged)
+    (error,) = stage(reads, "data", [object_of(3 * CHUNK_BYTES)], deadline=soon())
+    assert isinstance(error, ObjectChanged)
 
 
 def test_says_that_there_was_no_room(reads: ReadThrough, store: Store) -> None:
@@ -97,14 +93,13 @@ def test_says_that_there_was_no_room(reads: ReadThrough, store: Store) -> None:
     with pytest.raises(OutOfSpace):
         for number in range(1000):
             store.put("kept", ChunkId(ObjectId("s3", f"kept-{number}", "v"), 0), 4 * MIB, bytes(4 * MIB))
-    (result,) = stage(reads, "data", [object_of(4 * MIB)], deadline=soon())
-    assert result.filled_bytes == 0
-    assert isinstance(result.error, OutOfSpace)
-    assert "raise its capacity" in result.error.message
+    (error,) = stage(reads, "data", [object_of(4 * MIB)], deadline=soon())
+    assert isinstance(error, OutOfSpace)
+    assert "raise its capacity" in error.message
 
 
 def test_ends_by_its_deadline(reads: ReadThrough, source: ScriptedUnderStore) -> None:
     source.answer.clear()
     objects = [object_of(10, f"key-{number}") for number in range(100)]
-    results = stage(reads, "data", objects, deadline=time.monotonic() + 0.05)
-    assert {type(result.error) for result in results} == {DeadlineExceeded}
+    errors = stage(reads, "data", objects, deadline=time.monotonic() + 0.05)
+    assert {type(error) for error in errors} == {DeadlineExceeded}

@@ -317,9 +317,7 @@ def test_status(server: StandIn, pool: Pool) -> None:
 def test_saves(server: StandIn, pool: Pool) -> None:
     assert pool.reserve_save("s3", "b/run", "", "id", overwrite=False, writer="me") == 10.0
     assert pool.renew_save("s3", "b/run", "", "id") == 10.0
-    info = pool.commit_save(
-        "s3", "b/run", "", "id", files=[("f", 3)], metadata=b"m", manifest=b"{}", overwrite=False
-    )
+    info = pool.commit_save("s3", "b/run", "", "id", files=[("f", 3)], metadata=b"m", manifest=b"{}")
     assert (info.state, info.pending_bytes, info.error) == ("committed", 3, None)
     commit = server.script.calls[-1][1]
     assert (commit.save.path, commit.files[0].name, commit.metadata) == ("b/run", "f", b"m")

@@ -93,9 +93,7 @@ def test_one_save_id_stands_for_one_manifest() -> None:
     server = Server(Bucket(), "a")
     server.save("first")
     with pytest.raises(AlreadyExists, match="another manifest"):
-        server.write_back.commit(
-            KEY, "first", [], metadata_of("first"), b"{}", overwrite=False, deadline=soon()
-        )
+        server.write_back.commit(KEY, "first", [], metadata_of("first"), b"{}", deadline=soon())
 
 
 def test_a_save_nobody_reserved_is_not_committed() -> None:

@@ -12,7 +12,7 @@ from torchcache.model import CHUNK_BYTES, ChunkId, ObjectId
 
 def commit(server: Server, *, metadata: bytes = b"", manifest: bytes = b"") -> SaveStatus:
     files = [(name, len(data)) for name, data in parts_of("first").items()]
-    return server.write_back.commit(KEY, "first", files, metadata, manifest, overwrite=False, deadline=soon())
+    return server.write_back.commit(KEY, "first", files, metadata, manifest, deadline=soon())
 
 
 def put(server: Server, name: str, data: bytes, *, chunks: int | None = None) -> None:

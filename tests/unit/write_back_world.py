@@ -273,7 +273,6 @@ class Server:
             files,
             metadata_of(save_id),
             manifest_of(save_id),
-            overwrite=False,
             deadline=soon(),
         )
         return status.state

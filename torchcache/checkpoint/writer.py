@@ -240,7 +240,6 @@ class CacheStorageWriter(StorageWriter):
                 files=list(manifest.files.items()),
                 metadata=pickled,
                 manifest=manifest.encode(),
-                overwrite=self.overwrite,
             )
         finally:
             # Even a commit that failed may have arrived: nothing is given back from here on.

@@ -187,7 +187,6 @@ class Pool:
         files: Sequence[tuple[str, int]],
         metadata: bytes,
         manifest: bytes,
-        overwrite: bool,
         timeout_s: float = 120.0,
     ) -> SaveInfo:
         """Commits a save whose `files` (name relative to `path`, size in bytes) were written durably."""
@@ -196,7 +195,6 @@ class Pool:
             files=files,
             metadata=metadata,
             manifest=manifest,
-            overwrite=overwrite,
             timeout_s=timeout_s,
         )
         if self._source.embedded and info.state == "committed":

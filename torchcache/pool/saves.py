@@ -90,7 +90,6 @@ class Saves:
         files: Sequence[tuple[str, int]],
         metadata: bytes,
         manifest: bytes,
-        overwrite: bool,
         timeout_s: float,
     ) -> SaveInfo:
         """See `Pool.commit_save`."""
@@ -105,7 +104,6 @@ class Saves:
             files=[cache_pb2.SavedFile(name=name, size=size) for name, size in files],
             metadata=metadata,
             manifest=manifest,
-            overwrite=overwrite,
         )
         asked = self._ask("CommitSave", request, ref, timeout_s)
         return save_info(asked.reply, asked.member.address)

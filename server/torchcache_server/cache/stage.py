@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 from torchcache.errors import DeadlineExceeded, OutOfSpace, TorchCacheError
 from torchcache.model import ChunkId, ObjectInfo
@@ -17,26 +16,17 @@ _AHEAD = 32
 """Chunks a stage has in flight: enough to keep the fill threads busy, few enough not to bar other readers' way."""
 
 
-@dataclass(frozen=True, slots=True)
-class StageResult:
-    """What became of one object: the bytes this stage fetched, and why it isn't held whole, if it isn't."""
-
-    filled_bytes: int
-    error: TorchCacheError | None
-
-
 def stage(
     read_through: ReadThrough, namespace: str, objects: Sequence[ObjectInfo], *, deadline: float
-) -> list[StageResult]:
-    """Makes `objects` resident, tries each of them, and says how it went, in their order. Raises nothing for one."""
-    filled = [0] * len(objects)
+) -> list[TorchCacheError | None]:
+    """Makes `objects` resident; tries each of them, and says in their order why one isn't held whole, if it isn't."""
     errors: list[TorchCacheError | None] = [None] * len(objects)
     pending: deque[tuple[int, ChunkId, Future[StoredChunk]]] = deque()
 
     def finish() -> None:
         number, chunk, future = pending.popleft()
         try:
-            filled[number] += _landed(read_through.store, chunk, future, deadline)
+            _land(read_through.store, chunk, future, deadline)
         except TorchCacheError as error:
             errors[number] = errors[number] or error
 
@@ -54,7 +44,7 @@ def stage(
             finish()
     while pending:
         finish()
-    return [StageResult(*result) for result in zip(filled, errors, strict=True)]
+    return errors
 
 
 def resident_bytes(store: Store, objects: Sequence[ObjectInfo]) -> list[int]:
@@ -65,10 +55,10 @@ def resident_bytes(store: Store, objects: Sequence[ObjectInfo]) -> list[int]:
     ]
 
 
-def _landed(store: Store, chunk: ChunkId, future: Future[StoredChunk], deadline: float) -> int:
-    """Bytes that a fill brought into the store."""
+def _land(store: Store, chunk: ChunkId, future: Future[StoredChunk], deadline: float) -> None:
+    """Waits for a fill. Raises what it met, DeadlineExceeded, or OutOfSpace if the store didn't keep the chunk."""
     try:
-        size = future.result(max(0.0, deadline - time.monotonic())).payload.size
+        future.result(max(0.0, deadline - time.monotonic()))
     except TimeoutError:
         raise DeadlineExceeded(
             f"{chunk.object} was not staged by the deadline", object=str(chunk.object)
@@ -78,7 +68,6 @@ def _landed(store: Store, chunk: ChunkId, future: Future[StoredChunk], deadline:
             f"the store has no room to keep {chunk.object}; raise its capacity, or unpin or evict other data",
             object=str(chunk.object),
         )
-    return int(size)
 
 
 def _chunks(objects: Sequence[ObjectInfo]) -> Iterator[tuple[int, ChunkId]]:

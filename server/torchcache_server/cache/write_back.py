@@ -134,7 +134,6 @@ class WriteBack:
         metadata: bytes,
         manifest: bytes,
         *,
-        overwrite: bool,
         deadline: float,
     ) -> SaveStatus:
         """Makes the save what the path holds, restorable from the pool; the upload follows behind. May be repeated.

@@ -164,11 +164,8 @@ class ControlService(cache_pb2_grpc.ControlServicer):
         if not request.namespace or request.namespace.startswith(KEPT_PREFIXES):
             raise ConfigurationError(f"objects can't be staged into the namespace {request.namespace!r}")
         objects = object_infos(request.objects)
-        results = stage(self._read_through, request.namespace, objects, deadline=_deadline(context))
-        return pb.StageReply(
-            filled_bytes=[r.filled_bytes for r in results],
-            errors=[encode_error(r.error) if r.error else "" for r in results],
-        )
+        errors = stage(self._read_through, request.namespace, objects, deadline=_deadline(context))
+        return pb.StageReply(errors=[encode_error(error) if error else "" for error in errors])
 
     def GetResidency(self, request: pb.ResidencyRequest, context: grpc.ServicerContext) -> pb.ResidencyReply:
         objects = [sized(self._store, info) for info in object_infos(request.objects)]
@@ -216,7 +213,6 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             saved_files(request.files),
             request.metadata,
             request.manifest,
-            overwrite=request.overwrite,
             deadline=_deadline(context),
         )
         return save_reply(status)

@@ -211,12 +211,10 @@ class StageRequest(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ...) -> None: ...
 
 class StageReply(_message.Message):
-    __slots__ = ("filled_bytes", "errors")
-    FILLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("errors",)
     ERRORS_FIELD_NUMBER: _ClassVar[int]
-    filled_bytes: _containers.RepeatedScalarFieldContainer[int]
     errors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, filled_bytes: _Optional[_Iterable[int]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, errors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ResidencyRequest(_message.Message):
     __slots__ = ("objects",)
@@ -311,18 +309,16 @@ class SavedFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class CommitSaveRequest(_message.Message):
-    __slots__ = ("save", "files", "metadata", "manifest", "overwrite")
+    __slots__ = ("save", "files", "metadata", "manifest")
     SAVE_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
-    OVERWRITE_FIELD_NUMBER: _ClassVar[int]
     save: SaveRef
     files: _containers.RepeatedCompositeFieldContainer[SavedFile]
     metadata: bytes
     manifest: bytes
-    overwrite: bool
-    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ..., metadata: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., overwrite: bool = ...) -> None: ...
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ..., metadata: _Optional[bytes] = ..., manifest: _Optional[bytes] = ...) -> None: ...
 
 class AbandonSaveRequest(_message.Message):
     __slots__ = ("save",)
