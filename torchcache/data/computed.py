@@ -46,15 +46,6 @@ class Encoding:
         return self.decode(codec.decode_custom(record)) if self.decode else codec.decode(record)
 
 
-@dataclass(slots=True)
-class Counters:
-    """What became of the samples asked for in this process: served from the pool, computed, computed but not kept."""
-
-    hits: int = 0
-    computed: int = 0
-    unkept: int = 0
-
-
 class ComputedSamples:
     """The samples of a map-style dataset, under a name and a version."""
 
@@ -67,7 +58,7 @@ class ComputedSamples:
         self._length = len(dataset)
         self._namespace = f"{SAMPLES}:{name}@{version}"
         self._warned = False
-        self.counters = Counters()
+        self._unkept = 0
 
     def __len__(self) -> int:
         return self._length
@@ -80,7 +71,6 @@ class ComputedSamples:
         wanted = list(dict.fromkeys(indices))
         records, failed = self._ask(wanted, whole=True)
         samples = self._decoded(records)
-        self.counters.hits += len(samples)
         missing = [i for i in wanted if i not in samples]
         if missing:
             fresh = self._compute(missing)
@@ -137,7 +127,6 @@ class ComputedSamples:
                 f"__getitems__ of {type(self._dataset).__name__} returned {len(samples)} samples "
                 f"for {len(indices)} indices"
             )
-        self.counters.computed += len(indices)
         return {i: self._encoding.to_record(s) for i, s in zip(indices, samples, strict=True)}
 
     def _keep(self, records: dict[int, memoryview], failed: dict[int, TorchCacheError]) -> None:
@@ -155,7 +144,7 @@ class ComputedSamples:
         except (OutOfSpace, TransientError, IntegrityError) as error:
             self._warn_once("computed samples are not kept", error)
             rows = []
-        self.counters.unkept += len(records) - len(rows)
+        self._unkept += len(records) - len(rows)
 
     def _write(self, records: dict[int, memoryview]) -> None:
         self._pool.write(self._namespace, [(self._object(i).id, [r]) for i, r in records.items()])
@@ -190,7 +179,7 @@ class ComputedSamples:
         raise ConfigurationError("computed samples have no keys; only a dataset made by from_files has")
 
     def describe(self) -> str:
-        unkept = f", {self.counters.unkept:,} could not be kept" if self.counters.unkept else ""
+        unkept = f", {self._unkept:,} could not be kept" if self._unkept else ""
         return (
             f"({type(self._dataset).__name__}, name={self._name!r}, version={self._version!r}: "
             f"{self._length:,} samples{unkept})"

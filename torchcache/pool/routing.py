@@ -15,7 +15,7 @@ from torchcache.errors import (
     TorchCacheError,
     TransientError,
 )
-from torchcache.model import STRIPE_BYTES, UNKNOWN_SIZE, Extent, ObjectId
+from torchcache.model import STRIPE_BYTES, UNKNOWN_SIZE, Extent
 from torchcache.placement import placement_key
 
 Order = Callable[[bytes], Sequence[str]]
@@ -112,8 +112,3 @@ def advance(part: Part, step: Step) -> None:
     elif step == "wait":
         part.turn = 0
         part.suspect = False
-
-
-def owner(id_: ObjectId, order: Order) -> str:
-    """The server that owns an object placed whole, or its first stripe."""
-    return order(placement_key(id_, 0))[0]

@@ -14,7 +14,6 @@ class ServiceCounters:
     write_calls: int = 0
     served_bytes: int = 0
     written_bytes: int = 0
-    refused_calls: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(
@@ -24,7 +23,6 @@ class ServiceCounters:
         write_calls: int = 0,
         served_bytes: int = 0,
         written_bytes: int = 0,
-        refused_calls: int = 0,
     ) -> None:
         """Adds to several counters at once."""
         with self._lock:
@@ -32,4 +30,3 @@ class ServiceCounters:
             self.write_calls += write_calls
             self.served_bytes += served_bytes
             self.written_bytes += written_bytes
-            self.refused_calls += refused_calls
