@@ -18,10 +18,8 @@ from torchcache.errors import TorchCacheError
 # name in the text tells them apart.
 _TABLE: Final[tuple[tuple[type[TorchCacheError], grpc.StatusCode], ...]] = (
     (errors.ServerUnavailable, grpc.StatusCode.UNAVAILABLE),
-    (
-        errors.ServerUnavailable,
-        grpc.StatusCode.CANCELLED,
-    ),  # by a server that ends: a client never cancels its calls
+    # By a server that ends: a client never cancels its calls.
+    (errors.ServerUnavailable, grpc.StatusCode.CANCELLED),
     (errors.TransientError, grpc.StatusCode.UNAVAILABLE),
     (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.OutOfSpace, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -41,12 +39,15 @@ _TABLE: Final[tuple[tuple[type[TorchCacheError], grpc.StatusCode], ...]] = (
     (TorchCacheError, grpc.StatusCode.INTERNAL),
 )
 
+REFUSED_CALLER: Final = (
+    "the server refused the token: pass token=, or let TORCHCACHE_TOKEN_FILE name the server's token file"
+)
+
 _BY_NAME: Final = {kind.__name__: kind for kind, _ in _TABLE}
 _FIRST_OF_CODE: Final = {code: kind for kind, code in reversed(_TABLE)}
 _CODE_OF_KIND: Final = {kind: code for kind, code in reversed(_TABLE)}
 _DEFAULT_TEXT: Final = {
-    grpc.StatusCode.UNAUTHENTICATED: "the server refused the token: pass token=, or let TORCHCACHE_TOKEN_FILE name the "
-    "server's token file",
+    grpc.StatusCode.UNAUTHENTICATED: REFUSED_CALLER,
     grpc.StatusCode.UNIMPLEMENTED: "the server doesn't know this call: are client and server of the same version?",
 }
 

@@ -12,14 +12,11 @@ import grpc
 import pyarrow.flight as fl
 
 from torchcache.errors import ConfigurationError, TorchCacheError
-from torchcache.wire.status import encode_error, status_code
+from torchcache.wire.status import REFUSED_CALLER, encode_error, status_code
 
 from .admission import Admission
 
 UNEXPECTED: Final = "the server met an unexpected error; its log says more"
-_REFUSED: Final = (
-    "the server refused the token: pass token=, or let TORCHCACHE_TOKEN_FILE name the server's token file"
-)
 _LOG = logging.getLogger(__name__)
 
 CONTROL: Final = "/torchcache.v1.Control/"
@@ -69,7 +66,7 @@ class ControlInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # g
             value for key, value in handler_call_details.invocation_metadata or () if key == "authorization"
         ]
         if not self._token.matches(given):
-            return _refusal(grpc.StatusCode.UNAUTHENTICATED, encode_error(ConfigurationError(_REFUSED)))
+            return _refusal(grpc.StatusCode.UNAUTHENTICATED, encode_error(ConfigurationError(REFUSED_CALLER)))
         handler = continuation(handler_call_details) if method in self._methods else None
         if handler is None or handler.unary_unary is None:
             return _refusal(grpc.StatusCode.UNIMPLEMENTED, "")
@@ -112,7 +109,7 @@ class DataAuthentication(fl.ServerMiddlewareFactory):  # type: ignore[misc]  # p
     def start_call(self, info: Any, headers: Mapping[str, Sequence[str | bytes]]) -> None:
         """Raises the Flight error of a refused call; needs no middleware object for the others."""
         if not self._token.matches(headers.get("authorization", ())):
-            text = encode_error(ConfigurationError(_REFUSED))
+            text = encode_error(ConfigurationError(REFUSED_CALLER))
             raise fl.FlightUnauthenticatedError(text, text.encode())
         if info.method not in (fl.FlightMethod.DO_GET, fl.FlightMethod.DO_PUT):
             text = encode_error(ConfigurationError("the server knows no Flight call but do_get and do_put"))
