@@ -121,6 +121,27 @@ def test_a_save_that_was_overwritten_while_loading_is_not_mixed(pool: Checkpoint
         one.read_data(planner.create_local_plan(), planner)
 
 
+def test_ranks_that_found_different_saves_do_not_mix_them(pool: CheckpointPool) -> None:
+    """Every rank looks for itself, and the path may be overwritten between two looks."""
+    plans: list[LoadPlan] = []
+    for value in (1.0, 2.0):
+        dcp.save({"a": torch.full((3,), value)}, storage_writer=writer(pool, overwrite=True))
+        rank = reader(pool)
+        rank.set_up_storage_reader(rank.read_metadata(), not plans)
+        plans.append(rank.prepare_local_plan(LoadPlan([])))
+    assert rank.prepare_global_plan(plans[1:]) == plans[1:]
+    with pytest.raises(CheckpointError, match="was overwritten while it was being loaded"):
+        rank.prepare_global_plan(plans)
+
+
+def test_metadata_of_a_save_that_was_overwritten_since_is_refused(pool: CheckpointPool) -> None:
+    dcp.save({"a": torch.ones(3)}, storage_writer=writer(pool))
+    metadata = reader(pool).read_metadata()
+    dcp.save({"a": torch.zeros(3)}, storage_writer=writer(pool, overwrite=True))
+    with pytest.raises(CheckpointError, match="was overwritten while it was being loaded"):
+        reader(pool).set_up_storage_reader(metadata, True)
+
+
 def test_a_save_that_is_nowhere_any_more_says_so(pool: CheckpointPool) -> None:
     dcp.save(state(), storage_writer=writer(pool))
     pool.evict()

@@ -7,6 +7,7 @@ import uuid
 from collections import deque
 from concurrent.futures import Future as LocalFuture
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
@@ -62,6 +63,8 @@ class CacheStorageReader(StorageReader):
 
     def _close(self) -> None:
         self._source: Source | None = None
+        self._part = ""
+        self._save_id = ""  # of what is open, or what stands for it where it has none
         self._items: dict[MetadataIndex, Item] = {}
         self._global_error: Exception | None = None
 
@@ -120,12 +123,18 @@ class CacheStorageReader(StorageReader):
             self._open(part_name(kwargs["rank"]) if not kwargs.get("use_collectives", True) else "")
         if metadata.storage_data is None:
             raise CheckpointError("the metadata has no storage_data", object=str(self.path))
+        if _save_id_of(metadata, default=self._save_id) != self._save_id:
+            raise self._overwritten()
         self._items = {index: _item(index, info) for index, info in metadata.storage_data.items()}
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
+        """Tells the coordinator which save this rank has open; one of the rank's own concerns nobody else."""
+        return plan if self._part else replace(plan, storage_data=self._save_id)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Raises CheckpointError if the ranks found different saves: each looked for itself."""
+        if len({plan.storage_data for plan in plans if isinstance(plan.storage_data, str)}) > 1:
+            raise self._overwritten()
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -165,8 +174,13 @@ class CacheStorageReader(StorageReader):
             self._pool = connect(self._given_pool)
         return self._pool
 
+    def _overwritten(self) -> CheckpointError:
+        uri = str(self.path)
+        return CheckpointError(f"{uri} was overwritten while it was being loaded; load it again", object=uri)
+
     def _open(self, part: str) -> Metadata:
         uri = str(self.path)
+        self._part = part
         store, path = self.pool.resolve(uri)
         try:
             info = self.pool.get_save(store, path, part)
@@ -188,6 +202,7 @@ class CacheStorageReader(StorageReader):
             sizes=manifest.files,
         )
         self._source = Source(self.pool, uri, saved, durable=info.state == "durable")
+        self._save_id = info.save_id
         pickled_bytes = manifest.pickled_bytes
         return metadata_of(
             manifest, load_id=uuid.uuid4().hex, pickled=lambda: self._pickled(uri, info, pickled_bytes)
@@ -211,6 +226,7 @@ class CacheStorageReader(StorageReader):
         assert metadata.storage_meta is not None  # noqa: S101 - narrows the type
         metadata.storage_meta.load_id = uuid.uuid4().hex
         self._source = Source(self.pool, uri, None, durable=True)
+        self._save_id = _save_id_of(metadata, default=file.id.version)
         return metadata
 
     def _pickled(self, uri: str, info: SaveInfo, size: int) -> Metadata:
@@ -225,6 +241,11 @@ class CacheStorageReader(StorageReader):
 
     def _content(self, file: ObjectInfo, namespace: str) -> bytes:
         return bytes(self.pool.read([Extent(file)], namespace=namespace)[0])
+
+
+def _save_id_of(metadata: Metadata, *, default: str) -> str:
+    """The save that a Metadata belongs to; older releases of torch gave it no id."""
+    return getattr(getattr(metadata, "storage_meta", None), "save_id", None) or default
 
 
 def _finish(loads: list[Load], futures: list[LocalFuture[None]]) -> None:
