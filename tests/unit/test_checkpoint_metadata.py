@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -122,6 +123,19 @@ def test_a_pickle_cannot_change_torchs_classes() -> None:
     with pytest.raises(CheckpointError, match="the state of a type"):
         load_metadata(opcodes, where="x")
     assert not hasattr(Metadata, "evils")
+
+
+def test_a_pickle_cannot_change_members_of_torchs_enums() -> None:
+    """BUILD on a member would change its value, and so what later saves write, for the whole process."""
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    before = member.value
+    opcodes = (
+        b"\x80\x02cbuiltins\ngetattr\nctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+        b"X\x17\x00\x00\x00TORCH_CONTIGUOUS_FORMAT\x86R}X\x07\x00\x00\x00_value_K\x63sb."
+    )
+    with pytest.raises(CheckpointError, match="the state of a _MEM_FORMAT_ENCODING"):
+        load_metadata(opcodes, where="x")
+    assert member.value == before
 
 
 @pytest.mark.parametrize("data", [b"", b"\x80\x04", b"garbage", b"\x80\x04.", pickle.dumps(stock())[:-20]])

@@ -101,7 +101,12 @@ class _Unpickler(pickle._Unpickler):
             value, path = entry if isinstance(entry, tuple) else (entry, None)
             module, _, name = (path or f"{value.__module__}.{value.__qualname__}").rpartition(".")
             self._allowed.setdefault((module, name), value)
-        self._buildable = {value for value in self._allowed.values() if isinstance(value, type)}
+        # A member of an enum is one for the whole process: its state is nobody's to set.
+        self._buildable = {
+            value
+            for value in self._allowed.values()
+            if isinstance(value, type) and not issubclass(value, enum.Enum)
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         found = self._allowed.get((module, name))
