@@ -34,11 +34,19 @@ def tries(one: Retry, error: TorchCacheError) -> int:
     return count
 
 
-@pytest.mark.parametrize("kind", [ServerUnavailable, Overloaded, DeadlineExceeded])
+@pytest.mark.parametrize("kind", [ServerUnavailable, DeadlineExceeded])
 def test_transient_errors_are_tried_again_a_bounded_number_of_times(kind: type[TorchCacheError]) -> None:
     clock = Clock()
     assert tries(retry(clock), kind("later")) == RetryPolicy().attempts
     assert 2.0 < clock.now - 100.0 < 10.0  # long enough for a server to restart
+
+
+def test_a_busy_server_is_asked_until_the_deadline() -> None:
+    """More workers than a server has streams wait for their turn, however slow its source: none fails."""
+    clock, budget = Clock(), RetryBudget(most=3)
+    assert tries(retry(clock, budget=budget), Overloaded("64 streams are open")) > RetryPolicy().attempts
+    assert 155.0 < clock.now < 160.0
+    assert budget.spend()  # no outage: nothing was spent
 
 
 def test_final_errors_are_not() -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torchcache.errors import TorchCacheError, TransientError
+from torchcache.errors import Overloaded, TorchCacheError, TransientError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class RetryPolicy:
 
     def pause_s(self, tries: int, chance: float) -> float:
         """The pause after `tries` failed tries; `chance` in [0, 1) is the jitter."""
-        return min(self.most_s, self.first_s * 2.0 ** (tries - 1)) * (1.0 - chance / 2)
+        return min(self.most_s, self.first_s * 2.0 ** min(tries - 1, 30)) * (1.0 - chance / 2)
 
 
 class RetryBudget:
@@ -51,7 +51,10 @@ class RetryBudget:
 
 
 class Retry:
-    """The tries of one call. `again` pauses and says whether to make another."""
+    """The tries of one call. `again` pauses and says whether to make another.
+
+    A server that says it is overloaded is alive, and its turn for us will come: only the deadline ends that wait.
+    """
 
     def __init__(
         self,
@@ -70,14 +73,19 @@ class Retry:
         self._clock = clock
         self._chance = chance
         self._tries = 0
+        self._failed = 0  # of them those that met more than a busy server
 
     def again(self, error: TorchCacheError) -> bool:
         """After a try that failed with `error`. False: raise it."""
         self._tries += 1
-        if not isinstance(error, TransientError) or self._tries >= self._policy.attempts:
+        if not isinstance(error, TransientError):
             return False
         pause = self._policy.pause_s(self._tries, self._chance())
-        if self._clock() + pause >= self._deadline or not self._budget.spend():
+        if self._clock() + pause >= self._deadline:
             return False
+        if not isinstance(error, Overloaded):
+            self._failed += 1
+            if self._failed >= self._policy.attempts or not self._budget.spend():
+                return False
         self._sleep(pause)
         return True
