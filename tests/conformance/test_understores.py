@@ -9,6 +9,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 from torchcache_server.understore import UnderStore, create
+from torchcache_server.understore.s3 import S3UnderStore
 
 from examples.seaweedfs import SeaweedFS, environment
 from tests.conformance.understore import RootsAreNotMade, UnderStoreConformance, WritersExcludeEachOther
@@ -55,7 +56,7 @@ class TestMotoFromTheTop(UnderStoreConformance, RootsAreNotMade):
         with environment({"AWS_ENDPOINT_URL": moto, "AWS_REGION": "us-east-1"}):
             with environment(keys):
                 boto3.client("s3").create_bucket(Bucket="bucket")
-            under_store = create("s3", "s3://", credentials=keys)
+            under_store = S3UnderStore("s3", "s3://", credentials=keys)
             yield under_store
         under_store.close()
 

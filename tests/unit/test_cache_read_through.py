@@ -247,7 +247,7 @@ def test_a_read_that_is_to_stay_in_the_pool_does(reads: ReadThrough, source: Scr
 def test_an_unknown_under_store_is_told(reads: ReadThrough) -> None:
     object = ObjectInfo(ObjectId("gcs", "key", "v"), 10)
     with pytest.raises(
-        ConfigurationError, match=r"no under-store 'gcs', only: s3; start it with --under-store gcs=URI"
+        ConfigurationError, match=r"no under-store 'gcs'; it has s3: start it with --under-store gcs=URI"
     ):
         get(reads, object)
 

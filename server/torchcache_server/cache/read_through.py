@@ -12,7 +12,7 @@ from torchcache.errors import ConfigurationError, IntegrityError, NotResident, O
 from torchcache.model import ByteRange, ChunkId, ObjectInfo
 from torchcache_server.cache.fill_queue import Fill, FillQueue, Loan
 from torchcache_server.store import Store, StoredChunk
-from torchcache_server.understore import UnderStore
+from torchcache_server.understore import UnderStore, choose
 
 _LOG = logging.getLogger(__name__)
 
@@ -188,14 +188,7 @@ class ReadThrough:
         return stored
 
     def _under_store(self, object: ObjectInfo) -> UnderStore:
-        under_store = self._under_stores.get(object.id.store)
-        if under_store is None:
-            known = ", ".join(sorted(self._under_stores)) or "none"
-            raise ConfigurationError(
-                f"this server has no under-store {object.id.store!r}, only: {known}; start it with "
-                f"--under-store {object.id.store}=URI",
-                object=str(object.id),
-            )
+        under_store = choose(self._under_stores, object.id.store, object=str(object.id))
         if object.size < 0:
             raise ConfigurationError(f"the size of {object.id} is needed to read it", object=str(object.id))
         return under_store

@@ -38,7 +38,7 @@ from torchcache_server.cache.slots import Slots
 from torchcache_server.cache.uploader import Uploader
 from torchcache_server.cache.work_queue import WorkQueue, retry_delay_s
 from torchcache_server.store import Store
-from torchcache_server.understore.base import UnderStore, object_uri
+from torchcache_server.understore import UnderStore, choose, object_uri
 
 __all__ = ["SaveKey", "SaveStatus", "WriteBack"]
 
@@ -255,13 +255,7 @@ class WriteBack:
                     self._slots.forget_save(slot)
 
     def _under_store(self, name: str) -> UnderStore:
-        try:
-            return self._under_stores[name]
-        except KeyError:
-            there = ", ".join(sorted(self._under_stores)) or "none"
-            raise ConfigurationError(
-                f"this server has no under-store {name!r}; it has: {there}. Start it with --under-store {name}=URI"
-            ) from None
+        return choose(self._under_stores, name)
 
     def _uri(self, key: SaveKey) -> str:
         under_store = self._under_stores.get(key.store)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from typing import Any, Final
 
 from torchcache import environment
 from torchcache.errors import ConfigurationError
-from torchcache.model import SAMPLES
 from torchcache.sizes import parse_size
+from torchcache_server.understore import check_name
 
 DEFAULT_LISTEN: Final = "127.0.0.1:7440"
 DEFAULT_DRAIN_S: Final = 60.0
 EMBEDDED_DRAIN_S: Final = 40.0
 DEFAULT_IDLE_S: Final = 15.0
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +74,7 @@ class ServerConfig:
                 "and --tls-key, or listen on 127.0.0.1"
             )
         for name, _ in self.under_stores:
-            if not _NAME.fullmatch(name) or name == SAMPLES:
-                raise ConfigurationError(
-                    f"{name!r} can't name an under-store: use lower-case letters, digits, - and _, not {SAMPLES!r}"
-                )
+            check_name(name)
 
     @property
     def address(self) -> str:

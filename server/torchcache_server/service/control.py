@@ -24,7 +24,7 @@ from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.stage import resident_bytes, stage
 from torchcache_server.cache.write_back import SaveKey, SaveStatus, WriteBack
 from torchcache_server.store import Store
-from torchcache_server.understore.base import UnderStore
+from torchcache_server.understore import UnderStore, choose
 
 from .counters import ServiceCounters
 from .requests import (
@@ -236,12 +236,7 @@ class ControlService(cache_pb2_grpc.ControlServicer):
     # ---- the parts of it ----
 
     def _under_store(self, name: str) -> UnderStore:
-        under_store = self._under_stores.get(under_store_name(name))
-        if under_store is None:
-            raise ConfigurationError(
-                f"this server has no under-store {name!r}; it has {', '.join(sorted(self._under_stores)) or 'none'}"
-            )
-        return under_store
+        return choose(self._under_stores, under_store_name(name))
 
     def _save_key(self, ref: pb.SaveRef) -> SaveKey:
         self._under_store(ref.store)
