@@ -15,7 +15,7 @@ from typing import Final
 from torchcache.errors import ConfigurationError, NotResident, TorchCacheError, TransientError
 from torchcache.model import SAVE_PREFIX, ObjectId, ObjectInfo
 from torchcache.save_names import PUT_PREFIX, put_namespace
-from torchcache_server.cache.shard_source import Parts, missing_from
+from torchcache_server.cache.shard_source import missing_from, write_out
 from torchcache_server.cache.upload_attempt import write_deadline
 from torchcache_server.cache.work_queue import WorkQueue, retry_delay_s
 from torchcache_server.store import Store
@@ -155,17 +155,14 @@ class Publisher:
         return None
 
     def _upload(self, write: _Write) -> ObjectInfo:
-        parts = Parts(self._store, write.object, self._check_running)
-        size = write.object.size
-        replaces = "" if write.create_only else None
-        try:
-            return write.under_store.write(
-                write.object.id.key, parts, size, replaces=replaces, deadline=write_deadline(size)
-            )
-        except Exception:
-            if parts.failure is not None:
-                raise parts.failure from None
-            raise
+        return write_out(
+            self._store,
+            write.object,
+            write.under_store,
+            replaces="" if write.create_only else None,
+            deadline=write_deadline(write.object.size),
+            check=self._check_running,
+        )
 
     def _end(self, write: _Write, published: ObjectInfo | None, error: TorchCacheError | None) -> None:
         self._store.drop(write.namespace)

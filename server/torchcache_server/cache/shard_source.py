@@ -7,9 +7,33 @@ from collections.abc import Callable, Iterator
 from torchcache.errors import IntegrityError
 from torchcache.model import ChunkId, ObjectId, ObjectInfo, chunk_digest
 from torchcache_server.store import Store
+from torchcache_server.understore.base import UnderStore
 
 
-class Parts:
+def write_out(
+    store: Store,
+    object: ObjectInfo,
+    under_store: UnderStore,
+    *,
+    replaces: str | None,
+    deadline: float,
+    check: Callable[[], None],
+) -> ObjectInfo:
+    """Writes an object of the store to its key in the under-store; `replaces` as in UnderStore.write.
+
+    `check` is called before every chunk and raises to stop. Raises what ended the bytes, whatever the under-store made
+    of it: IntegrityError if a chunk is bad or gone.
+    """
+    parts = _Parts(store, object, check)
+    try:
+        return under_store.write(object.id.key, parts, object.size, replaces=replaces, deadline=deadline)
+    except Exception:
+        if parts.failure is not None:
+            raise parts.failure from None
+        raise
+
+
+class _Parts:
     """The chunks of one object, in order. `failure` keeps what ended them, whatever the consumer makes of it."""
 
     def __init__(self, store: Store, object: ObjectInfo, check: Callable[[], None]) -> None:
@@ -30,7 +54,7 @@ class Parts:
 
 
 def _verified_chunks(store: Store, object: ObjectInfo, check: Callable[[], None]) -> Iterator[memoryview]:
-    """`check` is called before every chunk and raises to stop. Raises IntegrityError if a chunk is bad or gone."""
+    """Raises IntegrityError if a chunk is bad or gone."""
     if not object.size:
         return
     for index in range(object.chunk_count):

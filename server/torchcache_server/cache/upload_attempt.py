@@ -13,7 +13,7 @@ from torchcache.model import ObjectInfo
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import Keep, Refuse, Sighting, Take, decide_hold
 from torchcache_server.cache.saves import Save, manifest_digest
-from torchcache_server.cache.shard_source import Parts
+from torchcache_server.cache.shard_source import write_out
 from torchcache_server.cache.slots import Slot, Slots
 from torchcache_server.cache.small_objects import read_small, stat_even_empty, write_small
 from torchcache_server.cache.upload_plan import (
@@ -194,25 +194,19 @@ class Attempt:
 
     def _upload_shard(self, name: str, object: ObjectInfo) -> None:
         self._check()
-        key = object.id.key
-        found = stat_even_empty(self.under_store, key, deadline=call_deadline())
+        found = stat_even_empty(self.under_store, object.id.key, deadline=call_deadline())
         if not self.claims.holds(
             self.under_store, self.save.key, self.save.save_id, deadline=call_deadline()
         ):
             return  # Seen again, and judged, by the next look.
-        parts = Parts(self.store, object, self._check)
-        try:
-            written = self.under_store.write(
-                key,
-                parts,
-                object.size,
-                replaces="" if found is None else found.id.version,
-                deadline=write_deadline(object.size),
-            )
-        except Exception:
-            if parts.failure is not None:
-                raise parts.failure from None
-            raise
+        written = write_out(
+            self.store,
+            object,
+            self.under_store,
+            replaces="" if found is None else found.id.version,
+            deadline=write_deadline(object.size),
+            check=self._check,
+        )
         self.slots.note_uploaded(self.slot, self.save, name, written.id.version)
 
     def _confirm_shards(self) -> None:
