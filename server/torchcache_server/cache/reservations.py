@@ -191,6 +191,7 @@ class Reservations:
         except BaseException:
             with self._slots.changed:
                 slot.dead_leases.add(wanted.save_id)
+            self._release_dead(under_store, slot, deadline)  # at once if it can be, so that nobody waits for it
             raise
 
     def renew(self, key: SaveKey, save_id: str) -> None:
