@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,14 @@ def test_repr_says_what_it_is(filled: SamplePool) -> None:
     assert text == "CachedDataset.from_files('s3://bucket/data', pattern='b/*': 3 objects, 66 bytes)"
 
 
+@pytest.mark.parametrize("path", ["/data/images", "/data//images/", "//data/images", Path("/data/images")])
+def test_an_absolute_path_is_a_file_uri(pool: SamplePool, path: Any) -> None:
+    pool.put("file:///data/images/a.png", b"a")
+    dataset = from_files(pool, path)
+    assert dataset.keys() == ["a.png"]
+    assert dataset.state_dict() == from_files(pool, "file:///data/images").state_dict()
+
+
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
@@ -132,7 +141,9 @@ def test_repr_says_what_it_is(filled: SamplePool) -> None:
         ("  ", "got '  ' as its URI"),
         (None, "got None as its URI"),
         ("bucket/data", "'bucket/data', which is no URI"),
-        ("/data/images", "for files of this machine write file:///data/images"),
+        (Path("s3://bucket/data"), "pass it as a str: 's3://...'"),
+        (Path("data/images"), "which is no URI"),
+        ("/", "names no bucket or folder"),
         ("://x", "is no URI"),
         ("s3://", "names no bucket or folder"),
         ("s3:///", "names no bucket or folder"),

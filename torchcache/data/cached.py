@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ class CachedDataset(Dataset[Any]):
     @classmethod
     def from_files(
         cls,
-        uri: str,
+        uri: str | os.PathLike[str],
         *,
         pattern: str = "*",
         decode: Callable[[memoryview], Any] | None = None,
@@ -84,6 +85,7 @@ class CachedDataset(Dataset[Any]):
     ) -> CachedDataset:
         """The objects under the folder `uri`, one a sample, ordered by key, bytewise; listed once, here.
 
+        `uri` is a URI ("s3://bucket/images") or an absolute path ("/data/images", the same as "file:///data/images").
         `pattern` is matched as by fnmatch against the key relative to `uri`; `*` crosses slashes. A sample is the
         object's `bytes`, or what `decode` makes of a read-only memoryview of them; then `transform` runs on it.
 
@@ -172,9 +174,9 @@ class CachedDataset(Dataset[Any]):
 def _checked_length(dataset: Any) -> int:
     """The dataset's length. Raises ConfigurationError if it isn't map-style."""
     kind = type(dataset).__name__
-    if isinstance(dataset, str | bytes):
+    if isinstance(dataset, str | bytes | os.PathLike):
         raise ConfigurationError(
-            f"CachedDataset wraps a dataset, not {kind}: for a URI use CachedDataset.from_files"
+            f"CachedDataset wraps a dataset, not {kind}: for a URI or a path use CachedDataset.from_files"
         )
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise ConfigurationError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from torchcache import environment
@@ -20,12 +22,18 @@ from torchcache.errors import (
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, Residency
 
+_COLLAPSED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/[^/]")
+
 
 class FileSamples:
     """The objects under a URI whose keys match a pattern, as they were when this was made."""
 
     def __init__(
-        self, pool: Pool, uri: str, pattern: str, decode: Callable[[memoryview], Any] | None = None
+        self,
+        pool: Pool,
+        uri: str | os.PathLike[str],
+        pattern: str,
+        decode: Callable[[memoryview], Any] | None = None,
     ) -> None:
         """Lists the objects, once. Raises ConfigurationError for a bad URI, ObjectNotFound if there are none."""
         self.uri = checked_uri(uri)
@@ -126,18 +134,30 @@ class _Listing:
                 self.others += 1
 
 
-def checked_uri(uri: str) -> str:
-    """`uri` without slashes at its end. Raises ConfigurationError if it can't be the URI of a folder."""
-    form = "it takes a URI as s3://bucket/folder or file:///folder"
-    if not isinstance(uri, str) or not uri.strip():
+def checked_uri(uri: str | os.PathLike[str]) -> str:
+    """The URI of a folder, without slashes at its end, from its URI or its absolute path on this machine.
+
+    Raises ConfigurationError if it can't be one.
+    """
+    form = "it takes a URI as s3://bucket/folder, or an absolute path as /folder"
+    text = os.fspath(uri) if isinstance(uri, str | os.PathLike) else None
+    if not isinstance(text, str) or not text.strip():
         raise ConfigurationError(f"from_files got {uri!r} as its URI; {form}")
-    scheme, separator, rest = uri.partition("://")
+    if text.startswith("/"):
+        # Links stay as they are: what `torchcache stage` fetched by the same name is then found.
+        text = f"file:///{PurePosixPath(text).as_posix().lstrip('/')}"
+    scheme, separator, rest = text.partition("://")
     if not separator or not scheme:
-        hint = f"; for files of this machine write file://{uri}" if uri.startswith("/") else ""
+        collapsed = _COLLAPSED.match(text)
+        hint = (
+            f"; a URI must not go through pathlib, pass it as a str: '{collapsed[1]}://...'"
+            if collapsed
+            else ""
+        )
         raise ConfigurationError(f"from_files got {uri!r}, which is no URI; {form}{hint}")
     if not rest.strip("/"):
         raise ConfigurationError(f"from_files got {uri!r}, which names no bucket or folder; {form}")
-    return uri.rstrip("/")
+    return text.rstrip("/")
 
 
 def _nothing_found(uri: str, pattern: str, others: int) -> str:
