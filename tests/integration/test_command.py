@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,12 +52,21 @@ def test_a_pool_that_is_not_there_is_code_3() -> None:
     assert "127.0.0.1:1" in one_line(done.stderr)
 
 
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        options = ["--store", str(tmp_path / "store"), "--capacity", "1GB", "--under-store", "s3=s3://"]
+        done = torchcache("serve", "--listen", address, *options, code=2)
+    assert f"can't listen on {address}" in one_line(done.stderr)
+
+
 def test_a_wrong_address_is_code_2() -> None:
     assert "etcd" in one_line(torchcache("ls", "--pool", "etcd://x/y", code=2).stderr)
 
 
 def test_serve_is_the_server() -> None:
     done = torchcache("serve", "--help")
+    assert done.stdout.startswith("Usage: torchcache serve ")
     for option in ("--listen", "--store", "--capacity", "--under-store"):
         assert option in done.stdout
     done = torchcache(
@@ -109,6 +119,8 @@ def test_checkpoints_are_listed_and_verified(s3: SeaweedFS, tmp_path: Path) -> N
     dcp.save(state, checkpoint_id=tmp_path / "stock", no_dist=True)
     [found] = torchcache_json("checkpoint", "ls", f"s3://{bucket}/run")["checkpoints"]
     assert (found["uri"], found["state"], found["pending_bytes"]) == (uri, "durable", 0)
+    assert torchcache_json("checkpoint", "ls", f"s3://{bucket}")["checkpoints"] == [found]
+    assert torchcache_json("checkpoint", "ls", uri.removesuffix("-1"))["checkpoints"] == []
     assert found["bytes"] > 20_000_000
     report = torchcache_json("checkpoint", "verify", uri)
     assert report["ok"]

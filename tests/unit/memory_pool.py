@@ -178,6 +178,9 @@ class MemoryPool:
     def status(self) -> list[ServerStatus]:
         return [server_status(self.roots)]
 
+    def unreachable(self) -> list[str]:
+        return []
+
     def close(self) -> None:
         pass
 

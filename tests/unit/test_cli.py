@@ -102,9 +102,21 @@ def test_errors_are_one_line_and_a_code(
     assert run_json(capsys, "status", code=code)["error"] == type(error).__name__
 
 
+def test_status_names_the_servers_that_do_not_answer(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "unreachable", lambda: ["h:1"])
+    assert run_json(capsys, "status")["unreachable"] == ["h:1"]
+    assert run(["status"]) == 0
+    assert "the server h:1 can't be reached" in capsys.readouterr().err
+
+
 def test_configuration_errors_are_code_2(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["ls", "gs://bucket/x"]) == 2
     assert capsys.readouterr().err == "torchcache: no under-store for gs://bucket/x/\n"
+    for words in (["ls", ""], ["stage", ""], ["stage", " "]):
+        assert run(words) == 2
+        assert "the URI is empty" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -322,7 +322,9 @@ def test_saves(server: StandIn, pool: Pool) -> None:
     commit = server.script.calls[-1][1]
     assert (commit.save.path, commit.files[0].name, commit.metadata) == ("b/run", "f", b"m")
     assert pool.get_save("s3", "b/run").state == "durable"
-    assert [save.state for save in pool.list_saves("s3://b")] == ["durable"]
+    for folder, prefix in [("s3://b", "b/"), ("s3://b/run/step-1/", "b/run/step-1/"), ("s3://", "")]:
+        assert [save.state for save in pool.list_saves(folder)] == ["durable"]
+        assert server.script.calls[-1][1].prefix == prefix
     pool.abandon_save("s3", "b/run", "", "id")
     server.script.fail_calls = [NotCommitted("nothing at b/run"), AlreadyExists("taken")]
     with pytest.raises(NotCommitted):
@@ -415,6 +417,13 @@ def test_residency_counts_what_servers_hold_together(servers: dict[str, StandIn]
     infos = [ObjectInfo(sample(i), 3) for i in range(10)]
     wide.write("samples:d@0", [(info.id, [b"abc"]) for info in infos])
     assert wide.residency(infos).fraction == 1.0
+
+
+def test_status_is_of_those_that_answer(server: StandIn) -> None:
+    pool = connect(f"127.0.0.1:1,{server.address}", token="secret")
+    assert [status.address for status in pool.status()] == [server.address]
+    assert pool.unreachable() == ["127.0.0.1:1"]
+    pool.close()
 
 
 # ---- no server ----

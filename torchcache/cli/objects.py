@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from torchcache.errors import ObjectNotFound
+from torchcache.errors import ConfigurationError, ObjectNotFound
 from torchcache.model import ObjectId, ObjectInfo
 
 if TYPE_CHECKING:
@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def folder_uri(pool: Pool, uri: str) -> str:
-    """The folder `uri` as the pool writes it, with a slash at the end: a path of the file system gets its scheme."""
+    """The folder `uri` as the pool writes it, with a slash at the end: a path of the file system gets its scheme.
+
+    Raises ConfigurationError.
+    """
+    if not uri.strip():  # a shell's unset variable; with its slash it would be all of this machine
+        raise ConfigurationError("the URI is empty: write s3://bucket/folder, or an absolute path")
     return pool.uri(ObjectId(*pool.resolve(uri.rstrip("/") + "/"), ""))
 
 

@@ -23,8 +23,13 @@ def status(session: Session) -> None:
 
     Never starts a pool: exit code 3 if none runs. Counters run since each server started.
     """
-    servers = (_running_embedded_pool() if session.uses_embedded_pool else session.pool).status()
-    session.output.document({"servers": [dataclasses.asdict(server) for server in servers]})
+    pool = _running_embedded_pool() if session.uses_embedded_pool else session.pool
+    servers, unreachable = pool.status(), pool.unreachable()
+    session.output.document(
+        {"servers": [dataclasses.asdict(server) for server in servers], "unreachable": unreachable}
+    )
+    for address in unreachable:
+        session.output.warning(f"the server {address} can't be reached; the others stand in for it")
     if not session.output.as_json:
         _show(session.output, servers)
 

@@ -210,10 +210,11 @@ class Pool:
         return Saves(self._session()).get(store, path, part, manifest=manifest)
 
     def list_saves(self, uri: str) -> list[SaveInfo]:
-        """The saves under the folder `uri`, by path, without manifests."""
+        """The saves at and under the folder `uri`, by path, without manifests."""
         session = self._session()
-        store, prefix = Objects(session).resolve(uri)
-        return [*Saves(session).list(store, prefix)]
+        store, folder = Objects(session).resolve(uri)
+        # With its slash: of run/step-1 is not run/step-10, and a bucket can be listed.
+        return [*Saves(session).list(store, f"{folder.rstrip('/')}/" if folder else "")]
 
     # ---- the pool itself ----
 
@@ -221,6 +222,11 @@ class Pool:
         """How every server is. Raises ServerUnavailable if one that answered before no longer does."""
         asked = self._session().ask_each("GetStatus", cache_pb2.StatusRequest(), timeout_s=STATUS_S)
         return [server_status(one.reply, one.member.address) for one in asked]
+
+    def unreachable(self) -> list[str]:
+        """The addresses of servers that did not answer when last asked: others stand in for them."""
+        members = self._session().current
+        return [*members.missing] if members else []
 
     def statistics(self) -> PoolStatistics:
         """What this process asked of the pool so far."""
