@@ -242,12 +242,13 @@ def test_unknown_methods_are_denied_and_errors_keep_their_class(start: Callable[
             with pytest.raises(grpc.RpcError) as caught:
                 unknown(client, method)(b"", timeout=10, metadata=client.metadata)
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        bad = pb.SaveRef(store="file", path="/x", save_id="id")
         for request, message in (
             (("StatObject", pb.StatRequest(store="file", key="none")), "none"),
             (("StatObject", pb.StatRequest(store="other", key="a")), "no under-store 'other'; it has file"),
             (("SetCredentials", pb.CredentialsRequest(variables={"PATH": "/"})), "PATH"),
             (("SetCredentials", pb.CredentialsRequest(variables={})), "embedded pool"),
-            (("ReserveSave", pb.ReserveSaveRequest(save=pb.SaveRef(store="file", path="/x"))), "slash"),
+            (("ReserveSave", pb.ReserveSaveRequest(save=bad)), "can't be a checkpoint's path"),
             (("Stage", pb.StageRequest(namespace="save:x", objects=[])), "save:x"),
         ):
             with pytest.raises(grpc.RpcError) as caught:

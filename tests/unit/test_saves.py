@@ -78,6 +78,12 @@ def test_a_manifest_names_its_save(part: str) -> None:
     assert SaveKey.of_manifest("s3", key.metadata_key) is None
 
 
+@pytest.mark.parametrize("part", ["0", "__", "__x", "__0/..", "_0", "__" + 10 * "1"])
+def test_parts_are_ranks(part: str) -> None:
+    with pytest.raises(ConfigurationError, match="__<rank>"):
+        SaveKey("s3", "bucket/run", part).validate()
+
+
 @given(TEXT)
 def test_paths_are_names_between_slashes(path: str) -> None:
     key = SaveKey("s3", path)

@@ -109,6 +109,8 @@ def test_a_save_nobody_reserved_is_not_committed() -> None:
     [
         [("../escape", 1)],
         [("/absolute", 1)],
+        [("a/b", 1)],
+        [("..", 1)],
         [("", 1)],
         [("a\0b", 1)],
         [("__0_0.distcp", -1)],

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -24,6 +25,8 @@ from torchcache.model import ObjectInfo
 from torchcache.save_names import MANIFEST_NAME, METADATA_NAME, save_namespace, saved_file
 
 CLAIM_NAME = ".torchcache.save.json"
+
+_PART = re.compile(r"(__[0-9]{1,9})?")
 
 SaveState = Literal["reserved", "committed", "durable", "failed"]
 
@@ -70,8 +73,10 @@ class SaveKey:
             raise ConfigurationError(
                 f"{self.path!r} can't be a checkpoint's path: it needs at least one name, and no empty, '.' or '..' one"
             )
-        if self.part and (not self.part.startswith("__") or not self.part[2:].isdecimal()):
-            raise ConfigurationError(f"{self.part!r} can't be a checkpoint's part: '__<rank>' is expected")
+        if not _PART.fullmatch(self.part):
+            raise ConfigurationError(
+                f"{self.part[:80]!r} can't be a checkpoint's part: '__<rank>' is expected"
+            )
 
     @classmethod
     def of_manifest(cls, store: str, key: str) -> SaveKey | None:
@@ -178,9 +183,8 @@ def check_files(key: SaveKey, files: Sequence[tuple[str, int]], metadata: bytes,
     """Raises ConfigurationError unless these can be the parts of a save."""
     names = [name for name, _ in files]
     for name, size in files:
-        steps = name.split("/")
-        if any(step in ("", ".", "..") for step in steps) or "\0" in name or size < 0:
-            raise ConfigurationError(f"{key} can't have a file {name!r} of {size} bytes")
+        if name in ("", ".", "..") or "/" in name or "\0" in name or size < 0:
+            raise ConfigurationError(f"{key} can't have a file {name[:80]!r} of {size} bytes")
         if name.endswith((MANIFEST_NAME, METADATA_NAME, CLAIM_NAME)):
             raise ConfigurationError(f"{key} can't have a file {name!r}: the name is reserved")
     if len(set(names)) != len(names):

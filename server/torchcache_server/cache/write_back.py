@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from torchcache.errors import (
-    ConfigurationError,
     ServerUnavailable,
     TorchCacheError,
     TransientError,
@@ -111,8 +110,6 @@ class WriteBack:
         again goes on with the wait.
         """
         key.validate()
-        if not save_id:
-            raise ConfigurationError(f"a save of {key} needs an id")
         self._reservations.reserve(
             self._under_store(key.store), key, save_id, writer=writer, overwrite=overwrite, deadline=deadline
         )

@@ -33,9 +33,6 @@ from .requests import (
     object_infos,
     object_key,
     save_id,
-    save_part,
-    save_path,
-    saved_files,
     timeout,
     under_store_name,
 )
@@ -210,7 +207,7 @@ class ControlService(cache_pb2_grpc.ControlServicer):
         status = self._write_back.commit(
             self._save_key(request.save),
             save_id(request.save.save_id),
-            saved_files(request.files),
+            [(object_key(file.name), file.size) for file in request.files],
             request.metadata,
             request.manifest,
             deadline=_deadline(context),
@@ -240,7 +237,7 @@ class ControlService(cache_pb2_grpc.ControlServicer):
 
     def _save_key(self, ref: pb.SaveRef) -> SaveKey:
         self._under_store(ref.store)
-        return SaveKey(ref.store, save_path(ref.path), save_part(ref.part))
+        return SaveKey(ref.store, object_key(ref.path), ref.part)
 
 
 def save_reply(status: SaveStatus, *, manifest: bool = True) -> pb.SaveReply:

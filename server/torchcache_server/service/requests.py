@@ -1,6 +1,7 @@
 """What a client asked for, checked: protobuf in, plans of plain values out. Pure.
 
-Everything that comes over the wire is bounds-checked here, once, so that no other module has to distrust it.
+Everything that comes over the wire is bounds-checked here, once, so that no other module has to distrust it; but what
+a save and its files may be called, cache/saves.py says.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ MAX_CALL_S: Final = 120.0
 DEFAULT_CALL_S: Final = 60.0
 """Where the caller sets no deadline."""
 
-_PART: Final = re.compile(r"(__[0-9]{1,9})?")
 _SAVE_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
@@ -159,41 +159,11 @@ def object_key(key: str) -> str:
     return _bounded("key", key, MAX_KEY_BYTES)
 
 
-def save_path(path: str) -> str:
-    """A checkpoint's folder as a client gave it. Raises ConfigurationError."""
-    if path != path.strip("/"):
-        raise ConfigurationError(f"a save's path has no slash at its ends: {path!r}")
-    return object_key(path)
-
-
-def save_part(part: str) -> str:
-    """A rank's part of a save as a client gave it, or "" for the whole. Raises ConfigurationError."""
-    if not _PART.fullmatch(part):
-        raise ConfigurationError(f"a save's part is empty or __<rank>, not {part[:80]!r}")
-    return part
-
-
 def save_id(value: str) -> str:
     """The id of a save, or of an object's write, as a client gave it. Raises ConfigurationError."""
     if not _SAVE_ID.fullmatch(value):
         raise ConfigurationError(f"a save's id is 1 to 64 letters, digits, - and _, not {value[:80]!r}")
     return value
-
-
-def saved_files(files: Sequence[cache_pb2.SavedFile]) -> list[tuple[str, int]]:
-    """Names and sizes of a save's files. Raises ConfigurationError for names that could leave the save's folder."""
-    for file in files:
-        if (
-            not file.name
-            or "/" in file.name
-            or "\0" in file.name
-            or file.name in (".", "..")
-            or file.size < 0
-        ):
-            raise ConfigurationError(f"not a file of a save: {file.name[:80]!r} of {file.size} bytes")
-    if len({file.name for file in files}) != len(files):
-        raise ConfigurationError("a save lists a file twice")
-    return [(object_key(file.name), file.size) for file in files]
 
 
 def timeout(asked_s: float) -> float:
