@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,9 +72,26 @@ def expected_weights(bucket: str, shared_home: dict[str, str]) -> str:
 def test_killed_and_resumed_equals_uninterrupted(
     bucket: str, shared_home: dict[str, str], expected_weights: str, kill_at: int
 ) -> None:
+    check_kill_at(bucket, shared_home, expected_weights, kill_at)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("round_", range(20))
+def test_killed_anywhere_and_resumed(
+    bucket: str, shared_home: dict[str, str], expected_weights: str, round_: int
+) -> None:
+    check_kill_at(
+        bucket, shared_home, expected_weights, random.Random(round_).randrange(1, STEPS), f"-{round_}"
+    )
+
+
+def check_kill_at(
+    bucket: str, shared_home: dict[str, str], expected_weights: str, kill_at: int, run: str = ""
+) -> None:
+    run = f"killed-at-{kill_at}{run}"
     with environment(shared_home):
-        killed = train(bucket, f"killed-at-{kill_at}", kill_at=kill_at)
-        events = train(bucket, f"killed-at-{kill_at}")
+        killed = train(bucket, run, kill_at=kill_at)
+        events = train(bucket, run)
     assert killed[-1]["event"] != "done"
     resumed = [e["step"] for e in events if e["event"] == "resume"]
     saved = [e["step"] for e in killed if e["event"] == "save"]
