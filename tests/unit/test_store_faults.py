@@ -22,8 +22,10 @@ from tests.unit.store_parts import (
     chunk,
     crash_image,
     fill,
+    find_payload,
     held,
     payload,
+    segment_files,
 )
 from torchcache.errors import ConfigurationError, OutOfSpace, TorchCacheError
 
@@ -303,6 +305,48 @@ def test_an_index_that_fails_stores_nothing(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     fill(store, "c", range(30, 40), MIB)
     assert all(held(store, n, MIB) for n in range(30, 40))
+    store.close()
+
+
+def test_a_damaged_chunk_that_the_index_cannot_forget_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted as gone each time somebody asks, it would take its segment, and the good chunks in it, along."""
+    store = open_store(tmp_path, DiskCalls())
+    store.keep("a", True)
+    fill(store, "a", range(4), 3 * MIB)  # two a segment; the first is full
+    file = segment_files(tmp_path)[0]
+    with file.open("r+b") as damaged:
+        damaged.seek(find_payload(file, payload(0, 3 * MIB)) - 64)
+        damaged.write(bytes(64))
+    with monkeypatch.context() as failing:
+
+        @contextmanager
+        def full(_: Index) -> Iterator[None]:
+            raise OutOfSpace("the store's index can't be written: No space left on device")
+            yield
+
+        failing.setattr(Index, "writing", full)
+        assert not held(store, 0, 3 * MIB)
+    assert not held(store, 0, 3 * MIB)
+    assert all(held(store, n, 3 * MIB) for n in (1, 2, 3))
+    assert store.usage().chunks == 3
+    store.close()
+
+
+def test_an_index_that_points_to_anothers_record_costs_no_other(tmp_path: Path) -> None:
+    """As what could not be deleted does, once the number of its segment is given again."""
+    store = open_store(tmp_path, DiskCalls())
+    fill(store, "a", range(2))
+    with store._core.index.writing() as writer:
+        where = writer.get(index.chunk_key(chunk(0)))
+        assert where is not None
+        writer.put(index.chunk_key(chunk(9)), where)
+    assert not held(store, 9)
+    assert held(store, 0) and held(store, 1)
+    found = open_store(crash_image(tmp_path, tmp_path.with_name("crashed")), DiskCalls())
+    assert held(found, 0) and held(found, 1)
+    found.close()
     store.close()
 
 

@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def find(core: Core, chunk: ChunkId) -> StoredChunk | None:
-    """The chunk, its record's header checked; a record that isn't what the index says is quarantined, and a miss."""
+    """The chunk, its record's header checked; a record that is damaged, or another's, is forgotten, and a miss."""
     key = chunk_key(chunk)
     return _at(core, chunk, key, core.index.get(key))
 
@@ -34,11 +34,27 @@ def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> St
     if segment is None:
         return None
     record = segment.record(location.offset)
-    if record is None or record.chunk_index != chunk.index or record.identity != chunk.object.encoded:
+    if record is None:
         _forget(core, key, location)
+        return None
+    if record.chunk_index != chunk.index or record.identity != chunk.object.encoded:
+        _disbelieve(core, key, location)
         return None
     core.touch(segment)
     return segment.chunk(location.offset, record)
+
+
+def _disbelieve(core: Core, key: bytes, location: Location) -> None:
+    """Takes an entry out that points to another chunk's record, which is sound, and stays."""
+    try:
+        with core.index.writing() as writer:
+            if writer.get(key) == location:
+                writer.delete(key)
+    except OutOfSpace as error:
+        _log.warning("a wrong entry stays in the index: %s", error)
+        return
+    core.counts.add(corrupt=1)
+    _log.warning("an index entry pointed to another chunk's record and is dropped")
 
 
 def quarantine(core: Core, chunk: ChunkId) -> None:
@@ -57,7 +73,9 @@ def _forget(core: Core, key: bytes, location: Location) -> None:
                 return
             writer.delete(key)
     except OutOfSpace as error:
+        # Found damaged again by the next who asks; counted as gone only once it is.
         _log.warning("a damaged chunk stays in the index: %s", error)
+        return
     segment = core.space.segments.get(location.segment)
     if segment is None:
         return
