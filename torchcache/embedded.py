@@ -94,17 +94,25 @@ def attach(pool: EmbeddedMembers, deadline: float) -> list[dict[str, Any]]:
 
 
 def make_folder(root: Path) -> None:
-    """Makes the pool's folder. Raises ConfigurationError if that can't be, or if it is another user's."""
+    """Makes the pool's folder. Raises ConfigurationError if that can't be, or if other users could change it.
+
+    Who writes there says where the servers listen, and so who gets the token.
+    """
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = root.stat().st_uid
+        status = root.stat()
     except OSError as error:
         raise ConfigurationError(
             f"the pool's folder {root} can't be made ({error.strerror}): set TORCHCACHE_HOME, or pass root="
         ) from error
-    if owner != os.geteuid():
+    if status.st_uid != os.geteuid():
         raise ConfigurationError(
-            f"the pool's folder {root} belongs to another user (uid {owner}): set TORCHCACHE_HOME, or pass root="
+            f"the pool's folder {root} belongs to another user (uid {status.st_uid}): set TORCHCACHE_HOME, or pass "
+            "root="
+        )
+    if status.st_mode & stat.S_IWOTH:
+        raise ConfigurationError(
+            f"everyone may write to the pool's folder {root}: chmod 700 it, set TORCHCACHE_HOME, or pass root="
         )
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchcache.embedded import default_capacity_bytes, read_endpoint, running
+from torchcache.embedded import default_capacity_bytes, make_folder, read_endpoint, running
 from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.presence import Presence, locked, pool_lock, used
 
@@ -41,6 +41,15 @@ def test_what_the_pool_holds_counts_as_free(tmp_path: Path, monkeypatch: pytest.
     segment.parent.mkdir(parents=True)
     segment.write_bytes(os.urandom(1024 * 1024))
     assert default_capacity_bytes(tmp_path) >= 10 * GIB + 1024 * 1024 // 10
+
+
+def test_a_folder_that_everyone_may_write_to_is_refused(tmp_path: Path) -> None:
+    """Anybody could put an endpoint there, and be sent the token."""
+    make_folder(tmp_path / "made")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(ConfigurationError, match="everyone may write to the pool's folder"):
+        make_folder(tmp_path / "open")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"control": 7}'])
