@@ -123,6 +123,8 @@ def put(namespace: str, *objects: pb.ObjectRef) -> bytes:
 def test_writes_that_are_allowed() -> None:
     sized = pb.ObjectRef(store=SAMPLES, key="set/7", version="1", size=5)
     assert not write_plan(put("samples:set@1", sized)).is_save
+    posing = pb.ObjectRef(store=SAMPLES, key="set/7", version="save:abc", size=5)
+    assert not write_plan(put("s3://bucket/data", posing)).is_save, "it would keep the dataset from eviction"
     assert write_plan(put("save:s3/bucket/run/step-1@abc", SAVED)).is_save
     assert write_plan(put(f"put:s3/{SAVED.key}@abc", SAVED)).is_save
 

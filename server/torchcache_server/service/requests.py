@@ -63,7 +63,7 @@ class WritePlan:
     @property
     def is_save(self) -> bool:
         """The bytes exist nowhere else yet: eviction must not take them."""
-        return any(o.id.is_save for o in self.objects)
+        return any(o.id.is_save and not o.id.is_sample for o in self.objects)
 
 
 def read_plan(ticket: bytes) -> ReadPlan:
