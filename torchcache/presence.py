@@ -5,7 +5,6 @@ A lock goes with its process, however that ends; there is no pid to look up and 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -14,52 +13,37 @@ from pathlib import Path
 from typing import Final
 
 from torchcache.errors import ConfigurationError, ServerUnavailable
+from torchcache.locks import LockFile
 from torchcache.server_process import ServerProcess
-
-_POLL_S: Final = 0.01
 
 
 @contextmanager
 def pool_lock(root: Path, deadline: float) -> Iterator[None]:
     """Holds `pool.lock`. Raises ServerUnavailable if another process keeps it until the deadline."""
-    descriptor = _open_lock(root / "pool.lock")
-    try:
-        while not _lock(descriptor, fcntl.LOCK_EX):
-            if time.monotonic() >= deadline:
-                raise ServerUnavailable(f"another process has been attaching to the pool {root} for too long")
-            time.sleep(_POLL_S)
-        yield
-    finally:
-        # Not by closing alone: a child forked meanwhile would keep the lock.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+    with _open(root / "pool.lock") as lock:
+        if not lock.wait_exclusive(deadline - time.monotonic()):
+            raise ServerUnavailable(f"another process has been attaching to the pool {root} for too long")
+        try:
+            yield
+        finally:
+            lock.release()  # not by closing alone: a child forked meanwhile would keep the lock
 
 
-def _open_lock(path: Path) -> int:
+def _open(path: Path) -> LockFile:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        return LockFile(path)
     except OSError as error:
         raise ConfigurationError(f"the lock file {path} can't be opened: {error.strerror}") from error
-
-
-def _lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def locked(path: Path) -> bool:
     """Whether a living process holds the lock."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        lock = LockFile(path, create=False)
     except OSError:
         return False
-    try:
-        return not _lock(descriptor, fcntl.LOCK_SH)
-    finally:
-        os.close(descriptor)
+    with lock:
+        return not lock.try_shared()
 
 
 class Presence:
@@ -70,28 +54,28 @@ class Presence:
     """
 
     def __init__(self) -> None:
-        self._held: dict[Path, int] = {}
+        self._held: dict[Path, LockFile] = {}
         self._children: dict[Path, ServerProcess] = {}
 
     def hold(self, root: Path) -> None:
         """Holds the pool's `clients.lock`, for the life of this process. Under `pool.lock`."""
         path = root / "clients.lock"
         held = self._held.get(root)
-        if held is not None and _same_file(held, path):
+        if held is not None and held.is_at(path):
             return
-        descriptor = _open_lock(path)
-        if not _lock(descriptor, fcntl.LOCK_SH):
-            os.close(descriptor)
+        lock = _open(path)
+        if not lock.try_shared():
+            lock.close()
             raise ServerUnavailable(f"the pool {root} is being closed by somebody who doesn't hold its lock")
-        self._held[root] = descriptor
+        self._held[root] = lock
         if held is not None:
-            os.close(held)
+            held.close()
 
     def leave(self, root: Path) -> bool:
         """Gives the pool's `clients.lock` up. True if nobody uses the pool now. Under `pool.lock`."""
         held = self._held.pop(root, None)
         if held is not None:
-            os.close(held)  # children forked from here keep theirs
+            held.close()  # children forked from here keep theirs
         return not used(root / "clients.lock")
 
     def child(self, folder: Path) -> ServerProcess | None:
@@ -111,20 +95,10 @@ class Presence:
         self._children.clear()
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
-
-
 def used(path: Path) -> bool:
     """Whether a living process holds the lock, shared or not."""
-    descriptor = _open_lock(path)
-    try:
-        return not _lock(descriptor, fcntl.LOCK_EX)
-    finally:
-        os.close(descriptor)
+    with _open(path) as lock:
+        return not lock.try_exclusive()
 
 
 presence: Final = Presence()

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 from torchcache_server.process.endpoint import EndpointFile
-from torchcache_server.process.locks import LockFile
 from torchcache_server.process.presence import clients_present, wait_until_idle
+
+from torchcache.locks import LockFile
 
 _HOLD_SHARED = """
 import fcntl, sys, time

@@ -19,9 +19,9 @@ from typing import Any, Final
 import click
 
 from torchcache.errors import ConfigurationError, TorchCacheError
+from torchcache.locks import LockFile
 
 from .config import Embedded, ServerConfig, from_settings, parse_under_stores, read_toml
-from .locks import LockFile
 from .presence import POLL_S, clients_present, wait_until_idle
 from .server import Server
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from .locks import LockFile
+from torchcache.locks import LockFile
 
 POLL_S: Final = 2.0
 _LOG = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from torchcache.errors import ConfigurationError
+from torchcache.locks import LockFile
 from torchcache_server.store.disk import DiskCalls, read_file, replace_file
 from torchcache_server.store.index import remove_index
 from torchcache_server.store.segments import SUFFIX
@@ -33,10 +33,9 @@ class StoreFolder:
     def __init__(self, path: Path, disk: DiskCalls) -> None:
         self.path = os.path.abspath(path)
         self._disk = disk
-        self._lock_fd = -1
         try:
             self._make(self.path)
-            self._lock()
+            self._lock = self._take_lock()
             try:
                 self._enter()
             except BaseException:
@@ -69,9 +68,7 @@ class StoreFolder:
 
     def unlock(self) -> None:
         """Lets others use the folder."""
-        fd, self._lock_fd = self._lock_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._lock.close()
 
     def _make(self, path: str) -> None:
         missing = []
@@ -94,20 +91,14 @@ class StoreFolder:
                 f"everyone may write to the store {path}: chmod 700 it or choose another folder"
             )
 
-    def _lock(self) -> None:
-        path = os.path.join(self.path, _LOCK)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
+    def _take_lock(self) -> LockFile:
+        lock = LockFile(Path(self.path, _LOCK))
+        if not lock.try_exclusive():
+            lock.close()
             raise ConfigurationError(
                 f"the store {self.path} is in use by another server: stop that one or choose another folder"
-            ) from None
-        except OSError:
-            os.close(fd)
-            raise
-        self._lock_fd = fd
+            )
+        return lock
 
     def _enter(self) -> None:
         identity = self._read_identity()
