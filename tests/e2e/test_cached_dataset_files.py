@@ -62,6 +62,17 @@ def test_samples_are_the_objects_in_order(bucket: str) -> None:
         assert one.residency().fraction == 1.0  # what one dataset fetched serves the other
 
 
+def test_samples_are_in_order_where_a_folder_and_its_neighbour_begin_alike(s3: SeaweedFS) -> None:
+    """Bytewise "a-b" comes before "a/x"; who lists folder by folder says it the other way round."""
+    name = s3.make_bucket()
+    for key in ("data/a/x", "data/a-b", "data/a.c/y"):
+        s3.client.put_object(Bucket=name, Key=key, Body=key.encode())
+    with tc.LocalPool() as pool:
+        dataset = tc.CachedDataset.from_files(f"s3://{name}/data", pool=pool)
+        assert dataset.keys() == ["a-b", "a.c/y", "a/x"]
+        assert dataset[2] == b"data/a/x"
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_beside_a_used_pool(bucket: str, method: str) -> None:
     """The parent reads before, while and after its workers do."""

@@ -172,11 +172,19 @@ def test_nothing_found_says_what_was_looked_for(
     assert message in str(caught.value)
 
 
-def test_a_listing_out_of_order_is_refused(filled: SamplePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An index must mean the same sample on every rank."""
-    listed = [ObjectInfo(ObjectId("s3", f"bucket/data/{k}", "v"), 1) for k in ("b", "a")]
+def test_a_listing_in_another_order_is_sorted(filled: SamplePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SeaweedFS lists folder by folder. An index must mean the same sample on every rank."""
+    listed = [ObjectInfo(ObjectId("s3", f"bucket/data/{k}", "v"), 1) for k in ("a/x", "a/y", "a-b")]
     monkeypatch.setattr(filled, "list", lambda uri: iter(listed))
-    with pytest.raises(IntegrityError, match="out of order"):
+    assert from_files(filled).keys() == ["a-b", "a/x", "a/y"]
+
+
+def test_a_listing_that_names_an_object_twice_is_refused(
+    filled: SamplePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = [ObjectInfo(ObjectId("s3", "bucket/data/a", version), 1) for version in ("v", "w")]
+    monkeypatch.setattr(filled, "list", lambda uri: iter(listed))
+    with pytest.raises(IntegrityError, match="'bucket/data/a' behind 'bucket/data/a'"):
         from_files(filled)
 
 

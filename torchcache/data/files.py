@@ -35,15 +35,21 @@ class FileSamples:
         pattern: str,
         decode: Callable[[memoryview], Any] | None = None,
     ) -> None:
-        """Lists the objects, once. Raises ConfigurationError for a bad URI, ObjectNotFound if there are none."""
+        """Lists the objects. Raises ConfigurationError for a bad URI, ObjectNotFound if there are none."""
         self.uri = checked_uri(uri)
         self._pattern = pattern
         self._decode = decode
         self._pool = pool
         store, key = pool.resolve(self.uri)
         self._prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
-        listing = _Listing(pool.list(self.uri), self._prefix, pattern)
-        self._manifest = Manifest.write(store, listing, environment.home() / "manifests")
+        try:
+            listing = _Listing(pool.list(self.uri), self._prefix, pattern)
+            self._manifest = Manifest.write(store, listing, environment.home() / "manifests")
+        except _OutOfOrderError:
+            # Not every S3 lists bytewise by key: SeaweedFS goes folder by folder.
+            by_key = sorted(pool.list(self.uri), key=lambda object: object.id.key)
+            listing = _Listing(iter(by_key), self._prefix, pattern)
+            self._manifest = Manifest.write(store, listing, environment.home() / "manifests")
         if not len(self._manifest):
             raise ObjectNotFound(_nothing_found(self.uri, pattern, listing.others), object=self.uri)
 
@@ -109,6 +115,10 @@ class FileSamples:
         )
 
 
+class _OutOfOrderError(IntegrityError):
+    """A listing that isn't ordered bytewise by key, or that names an object twice."""
+
+
 class _Listing:
     """The objects of a listing that are samples: `others` counts the rest, once it has been gone through."""
 
@@ -124,7 +134,7 @@ class _Listing:
             key = object.id.key
             # Python orders strings by code point, which is the order of their UTF-8 bytes.
             if key <= last:
-                raise IntegrityError(f"a listing came out of order: {key!r} behind {last!r}", object=key)
+                raise _OutOfOrderError(f"a listing has {key!r} behind {last!r}", object=key)
             last = key
             if key.endswith("/"):
                 continue  # a marker that consoles make for an empty folder
