@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from torchcache.errors import ConfigurationError
+from torchcache.errors import ConfigurationError, ObjectChanged
 from torchcache.model import ByteRange, ObjectInfo
 
 RequestKind = Literal["read", "write", "meta"]
@@ -80,6 +80,20 @@ def check_key(key: str, uri: str) -> None:
         key.encode()
     except UnicodeEncodeError:
         raise ConfigurationError(f"the key of {uri!r} is not valid Unicode: no object is named so") from None
+
+
+def check_range(object: ObjectInfo, range: ByteRange, uri: str) -> None:
+    """Raises ConfigurationError unless `range` lies within the object, which is at `uri`."""
+    if not 0 <= range.start <= range.end <= object.size:
+        raise ConfigurationError(f"{uri} has {object.size} bytes, not {range}", object=uri)
+
+
+def changed(uri: str) -> ObjectChanged:
+    """The error of a read whose version isn't there any more."""
+    return ObjectChanged(
+        f"{uri} was overwritten since it was listed; create the dataset again to use the new version",
+        object=uri,
+    )
 
 
 class UnderStore(Protocol):

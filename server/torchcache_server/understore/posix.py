@@ -16,11 +16,10 @@ from torchcache.errors import (
     AlreadyExists,
     ConfigurationError,
     DeadlineExceeded,
-    ObjectChanged,
     TorchCacheError,
 )
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
-from torchcache_server.understore.base import Counters, Listing
+from torchcache_server.understore.base import Counters, Listing, changed, check_range
 from torchcache_server.understore.posix_files import Root, locked, translate, version_of
 from torchcache_server.understore.posix_walk import TEMPORARY_PREFIX, walk
 
@@ -80,8 +79,7 @@ class PosixUnderStore:
 
     def read(self, object: ObjectInfo, range: ByteRange, *, deadline: float) -> bytearray:
         key, uri = object.id.key, self._root.uri_of(object.id.key)
-        if not 0 <= range.start <= range.end <= object.size:
-            raise ConfigurationError(f"{uri} has {object.size} bytes, not {range}", object=uri)
+        check_range(object, range, uri)
         self._counters.add("read")
         data = bytearray(range.length)
         try:
@@ -95,7 +93,7 @@ class PosixUnderStore:
         except OSError as error:
             raise translate(error, "read", uri) from error
         if filled != len(data):
-            raise _changed(uri)
+            raise changed(uri)
         self._counters.add("read", requests=0, bytes=filled)
         return data
 
@@ -154,7 +152,7 @@ class PosixUnderStore:
 
     def _check_version(self, file: int, object: ObjectInfo) -> None:
         if version_of(os.fstat(file)) != object.id.version:
-            raise _changed(self._root.uri_of(object.id.key))
+            raise changed(self._root.uri_of(object.id.key))
 
     def _check_replaces(
         self, folder: int, target: str, replaces: str | None, uri: str
@@ -237,10 +235,3 @@ def _read_into(data: bytearray, file: int, offset: int) -> int:
             break
         filled += count
     return filled
-
-
-def _changed(uri: str) -> ObjectChanged:
-    return ObjectChanged(
-        f"{uri} was overwritten since it was listed; create the dataset again to use the new version",
-        object=uri,
-    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torchcache.errors import ConfigurationError, ObjectNotFound, TorchCacheError
+from torchcache.errors import ObjectNotFound, TorchCacheError
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
-from torchcache_server.understore.base import Counters, Listing
+from torchcache_server.understore.base import Counters, Listing, check_range
 from torchcache_server.understore.retry import RetryPolicy
 from torchcache_server.understore.s3_client import S3Calls
 from torchcache_server.understore.s3_download import Download
@@ -95,8 +95,7 @@ class S3UnderStore:
 
     def read(self, object: ObjectInfo, range: ByteRange, *, deadline: float) -> bytearray:
         target = self._root.locate(object.id.key)
-        if not 0 <= range.start <= range.end <= object.size:
-            raise ConfigurationError(f"{target.uri} has {object.size} bytes, not {range}", object=target.uri)
+        check_range(object, range, target.uri)
         if range.length == 0 < object.size:
             return bytearray()  # HTTP has no empty ranges.
         download = Download(target, object, range, self._counters)

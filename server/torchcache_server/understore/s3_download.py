@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchcache.errors import IntegrityError, ServerUnavailable, TorchCacheError
 from torchcache.model import ByteRange, ObjectInfo
-from torchcache_server.understore.base import Counters
-from torchcache_server.understore.s3_errors import changed
+from torchcache_server.understore.base import Counters, changed
 from torchcache_server.understore.s3_names import S3Object
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from torchcache.errors import (
     AlreadyExists,
     ConfigurationError,
     IntegrityError,
-    ObjectChanged,
     ObjectNotFound,
     Overloaded,
     ServerUnavailable,
     TorchCacheError,
 )
+from torchcache_server.understore.base import changed
 
 Action = Literal["read", "write", "list", "stat", "delete"]
 
@@ -156,13 +156,6 @@ def no_such_bucket(uri: str, endpoint: str) -> ObjectNotFound:
 def vanished(uri: str) -> ObjectNotFound:
     return ObjectNotFound(
         f"{uri} is gone from the under-store since it was listed; create the dataset again to list what is there now",
-        object=uri,
-    )
-
-
-def changed(uri: str) -> ObjectChanged:
-    return ObjectChanged(
-        f"{uri} was overwritten since it was listed; create the dataset again to use the new version",
         object=uri,
     )
 
