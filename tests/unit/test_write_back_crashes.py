@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from torchcache_server.cache.claims import Claim
+from torchcache_server.cache.orphans import ORPHAN_S
 from write_back_world import (
     KEY,
     Bucket,
@@ -239,6 +240,11 @@ def test_an_unreadable_record_keeps_every_byte() -> None:
     assert server.namespaces == [KEY.namespace("new")]
     with pytest.raises(NotCommitted):
         server.state()
+    for _ in range(2):
+        server.write_back.tidy()
+        server.clock_ahead_s += 2 * ORPHAN_S
+    server.write_back.tidy()
+    assert server.namespaces == [KEY.namespace("new")], "nor are they swept as nobody's, later"
 
 
 def test_metadata_stays_the_old_ones_until_the_new_shards_go_up() -> None:

@@ -198,13 +198,14 @@ class Slots:
     # ---- start ----
 
     def _load(self) -> None:
-        readable = self._load_saves()
+        self.is_complete = self._load_saves()
+        """Whether every committed save is known. If not, bytes that seem to be nobody's may be the only copy of one."""
         for _, record in self._store.records(_LEASE):
             fields = json.loads(record)
             slot = self.slot(SaveKey(*fields["key"]))
             # The stop may have come between the commit and the end of its lease.
             slot.dead_leases = set(fields["save_ids"]) - ({slot.save.save_id} if slot.save else set())
-        if readable:
+        if self.is_complete:
             self._drop_uncommitted()
         for slot in self.all():
             if slot.save is not None:

@@ -236,7 +236,8 @@ class WriteBack:
                 _log.warning("%s can't be tidied: %s", slot.key, error)
         self._forget_evicted()
         self._publisher.tidy()
-        self._orphans.sweep(used)
+        if self._slots.is_complete:
+            self._orphans.sweep(used)
 
     # ---- inside ----
 
