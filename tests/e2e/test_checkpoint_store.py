@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -186,6 +188,19 @@ def test_saves_in_the_background_and_one_writer_for_all(pool: tc.Pool, bucket: s
         future.result(60)
     for step in range(3):
         assert_same(load(pool, f"s3://{bucket}/run/step-{step}", content), {**content, "step": step})
+
+
+def test_a_save_in_the_background_is_finished_though_the_script_ends(bucket: str) -> None:
+    """As with torch's own writer: who does not wait for the last future has its checkpoint nevertheless."""
+    script = """if True:
+        import sys, torch, torch.distributed.checkpoint as dcp, torchcache as tc
+        dcp.async_save({"w": torch.arange(100_000)}, storage_writer=tc.CacheStorageWriter(sys.argv[1]))
+    """
+    uri = f"s3://{bucket}/step-1"
+    subprocess.run([sys.executable, "-c", script, uri], check=True, timeout=120)
+    content = {"w": torch.zeros(100_000, dtype=torch.int64)}
+    dcp.load(content, storage_reader=tc.CacheStorageReader(uri))
+    assert torch.equal(content["w"], torch.arange(100_000))
 
 
 def test_an_error_in_the_background_arrives(pool: tc.Pool, bucket: str) -> None:

@@ -11,7 +11,6 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future as LocalFuture
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from torchcache.connecting import connect
 from torchcache.errors import CheckpointError, ConfigurationError, DeadlineExceeded
 from torchcache.local_pool import LocalPool
 from torchcache.pool import Pool
+from torchcache.threads import Threads
 
 Durability = Literal["pool", "store"]
 
@@ -183,13 +183,13 @@ class CacheStorageWriter(StorageWriter):
         ticket = self._ticket_of(plan)
         results: list[WriteResult] = []
         writes: deque[LocalFuture[list[WriteResult]]] = deque()
-        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="torchcache-save") as executor:
+        with Threads(_WRITERS, name="torchcache-save") as threads:
             try:
                 sizes = [expected_bytes(item) for item in plan.items]
                 for number, run in enumerate(assign_files(sizes, writers=_WRITERS)):
                     items = plan.items[run.start : run.stop]
                     staged = StagedFile(file_name(ticket.rank, number), items, planner.resolve_data)
-                    writes.append(executor.submit(self._write_file, ticket, staged))
+                    writes.append(threads.submit(self._write_file, ticket, staged))
                     if len(writes) >= _FILES_IN_FLIGHT:
                         results += writes.popleft().result()
                 while writes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from torchcache.errors import ServerUnavailable, TransientError
 from torchcache.lanes.base import Buffer
@@ -14,6 +13,7 @@ from torchcache.pool.buffers import WriteCall, write_calls
 from torchcache.pool.members import Members
 from torchcache.pool.retry import Retry
 from torchcache.pool.session import Session
+from torchcache.threads import Threads
 
 Objects = Sequence[tuple[ObjectId, Sequence[Buffer]]]
 
@@ -39,7 +39,7 @@ class Writing:
             for group in by_owner.values():
                 self._write_group(group)
             return
-        with ThreadPoolExecutor(len(by_owner)) as threads:
+        with Threads(len(by_owner), name="torchcache-write") as threads:
             for done in [threads.submit(self._write_group, group) for group in by_owner.values()]:
                 done.result()
 

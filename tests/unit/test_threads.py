@@ -1,0 +1,70 @@
+"""Threads that run what is submitted, also while the interpreter ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+
+from torchcache.threads import Threads
+
+
+def test_results_errors_and_order() -> None:
+    ran: list[int] = []
+    with Threads(1, name="t") as threads:
+        futures = [threads.submit(ran.append, i) for i in range(50)]
+        failed = threads.submit(int, "x")
+        assert threads.submit(int, "7", base=8).result(10) == 7
+    assert ran == list(range(50))
+    assert all(future.done() for future in futures)
+    with pytest.raises(ValueError, match="'x'"):
+        failed.result()
+
+
+def test_no_more_threads_than_allowed_and_none_left() -> None:
+    before = threading.active_count()
+    names: set[str] = set()
+    gate = threading.Barrier(3)
+    with Threads(3, name="t") as threads:
+        for _ in range(30):
+            threads.submit(lambda: (gate.wait(10), names.add(threading.current_thread().name)))
+    assert names == {"t-0", "t-1", "t-2"}
+    assert threading.active_count() == before
+
+
+def test_what_is_cancelled_does_not_run_and_what_ran_is_let_go() -> None:
+    class Argument:
+        pass
+
+    argument, let_go, started = Argument(), threading.Event(), threading.Event()
+    weakref.finalize(argument, let_go.set)
+    with Threads(1, name="t") as threads:
+        threads.submit(lambda _: None, argument)
+        del argument
+        assert let_go.wait(10)
+        going = threading.Event()
+        threads.submit(lambda: (started.set(), going.wait(10)))
+        assert started.wait(10)
+        waiting = threads.submit(let_go.clear)
+        assert waiting.cancel()
+        going.set()
+    assert let_go.is_set()
+
+
+def test_they_start_when_the_main_thread_is_done() -> None:
+    script = """if True:
+        import threading
+        from torchcache.threads import Threads
+        def late():
+            threading.main_thread().join()
+            with Threads(2, name="t") as threads:
+                print(threads.submit(sum, [1, 2]).result())
+        threading.Thread(target=late).start()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "3\n"
