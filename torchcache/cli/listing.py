@@ -61,7 +61,7 @@ def ls(session: Session, uri: str | None, *, recursive: bool) -> None:
 
 
 def list_entries(pool: Pool, uri: str, *, recursive: bool) -> tuple[list[Entry], Entry]:
-    """The children of `uri`, or with `recursive` all objects below it, by name; and their total."""
+    """The children of `uri`, or with `recursive` all objects below it, as listed; and their total."""
     folder = folder_uri(pool, uri)
     objects = objects_under(pool, uri)
     entries: dict[str, Entry] = {}

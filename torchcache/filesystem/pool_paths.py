@@ -56,7 +56,7 @@ class PoolPaths:
             return dict(zip(unique, threads.map(attempt, unique), strict=True))
 
     def entries(self, path: str) -> Iterator[Entry]:
-        """Entries of all objects below the folder `path`, by key. Raises ObjectNotFound if its bucket is missing."""
+        """Entries of all objects below the folder `path`. Raises ObjectNotFound if its bucket is missing."""
         folder = self.uri(path).rstrip("/") + "/"
         store = path.partition("/")[0]
         for object in self._pool.list(folder):

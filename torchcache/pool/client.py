@@ -238,5 +238,5 @@ class Pool:
 
     # Last, because its name hides the type within the class.
     def list(self, uri: str) -> Iterator[ObjectInfo]:
-        """Every object under the folder `uri`, by key, bytewise, fetched page by page."""
+        """Every object under the folder `uri`, in the order of the under-store, fetched page by page."""
         return Objects(self._session()).list(uri)
