@@ -170,12 +170,12 @@ class Manifest:
         """Reads and checks a manifest. Raises IntegrityError, naming `where`, if it is damaged or makes no sense."""
         try:
             outer = json.loads(data)
-            _require(
+            require(
                 isinstance(outer, dict) and outer.get("format") == FORMAT, "it is no manifest of torchcache"
             )
-            _require(outer.get("version") == VERSION, f"its version {outer.get('version')!r} is unknown")
+            require(outer.get("version") == VERSION, f"its version {outer.get('version')!r} is unknown")
             body = outer["body"]
-            _require(hashlib.sha256(_canonical(body)).hexdigest() == outer["sha256"], "its checksum is wrong")
+            require(hashlib.sha256(_canonical(body)).hexdigest() == outer["sha256"], "its checksum is wrong")
             return _manifest(body)
         except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError) as error:
             raise IntegrityError(
@@ -217,7 +217,8 @@ def _item_row(item: Item, numbers: dict[str, int]) -> list[Any]:
     ]
 
 
-def _require(condition: bool, problem: str) -> None:
+def require(condition: bool, problem: str) -> None:
+    """Raises ValueError, with the problem, unless the condition holds."""
     if not condition:
         raise ValueError(problem)
 
@@ -226,7 +227,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     files: dict[str, int] = {}
     for name, size in body["files"]:
         files[checked_name(name)] = _count(size)
-    _require(len(files) == len(body["files"]), "a file is named twice")
+    require(len(files) == len(body["files"]), "a file is named twice")
     names = list(files)
     return Manifest(
         save_id=_text(body["save_id"]),
@@ -248,7 +249,7 @@ def checked_name(name: object) -> str:
     """A file's name relative to its checkpoint. Raises ValueError for one that would lead elsewhere."""
     text = _text(name)
     parts = text.split("/")
-    _require(
+    require(
         not any(part in {"", ".", ".."} for part in parts) and "\0" not in text, f"bad file name {name!r}"
     )
     return text
@@ -284,17 +285,15 @@ def _item(row: Sequence[Any], names: list[str], files: dict[str, int]) -> Item:
         frame_digest=int(_text(values["frame_digest"]), 16),
         digests=tuple(int.from_bytes(digests[i : i + 8], "big") for i in range(0, len(digests), 8)),
     )
-    _require(item.start + item.length <= files[item.file], f"{item.name!r} reaches beyond its file")
-    _require(
+    require(item.start + item.length <= files[item.file], f"{item.name!r} reaches beyond its file")
+    require(
         item.payload_start + item.payload_length <= item.length, f"the payload of {item.name!r} is too long"
     )
-    _require(
-        len(digests) == 8 * granules(item.payload_length), f"{item.name!r} has too few or many checksums"
-    )
+    require(len(digests) == 8 * granules(item.payload_length), f"{item.name!r} has too few or many checksums")
     if item.kind == "tensor":
-        _require(item.dtype is not None and item.shape is not None, f"{item.name!r} has no dtype or no shape")
+        require(item.dtype is not None and item.shape is not None, f"{item.name!r} has no dtype or no shape")
         elements = math.prod(item.shape or ())
-        _require(
+        require(
             item.payload_length % max(elements, 1) == 0, f"{item.name!r} is of another size than its shape"
         )
     return item
@@ -305,22 +304,22 @@ def _optional(check: Callable[[Any], _T], value: Any) -> _T | None:
 
 
 def _text(value: object) -> str:
-    _require(isinstance(value, str), f"{value!r} stands where a text should")
+    require(isinstance(value, str), f"{value!r} stands where a text should")
     return cast(str, value)
 
 
 def _count(value: object) -> int:
-    _require(type(value) is int and 0 <= value < 1 << 62, f"{value!r} stands where a count should")
+    require(type(value) is int and 0 <= value < 1 << 62, f"{value!r} stands where a count should")
     return cast(int, value)
 
 
 def _counts(values: object) -> tuple[int, ...]:
-    _require(isinstance(values, list), f"{values!r} stands where a list of counts should")
+    require(isinstance(values, list), f"{values!r} stands where a list of counts should")
     return tuple(_count(value) for value in cast(list[Any], values))
 
 
 def _kind(value: object) -> Kind:
-    _require(value in {"tensor", "opaque", "bytes"}, f"{value!r} is no kind of item")
+    require(value in {"tensor", "opaque", "bytes"}, f"{value!r} is no kind of item")
     return cast(Kind, value)
 
 

@@ -21,6 +21,7 @@ from torchcache.checkpoint.manifest import (
     Manifest,
     Tensor,
     checked_name,
+    require,
 )
 from torchcache.checkpoint.plain import NotPlainError, decode_plain, encode_plain
 from torchcache.errors import CheckpointError, IntegrityError
@@ -154,25 +155,20 @@ def load_metadata(data: bytes, *, where: str) -> Metadata:
 def _check(metadata: object, *, where: str) -> None:
     """A pickle can also make allowed classes with absurd content: refuse what loading relies on and isn't so."""
     try:
-        _require(type(metadata) is Metadata, "it holds no Metadata")
-        _require(isinstance(metadata.state_dict_metadata, dict), "its state_dict_metadata is no dict")  # type: ignore[attr-defined]
+        require(type(metadata) is Metadata, "it holds no Metadata")
+        require(isinstance(metadata.state_dict_metadata, dict), "its state_dict_metadata is no dict")  # type: ignore[attr-defined]
         for index, info in metadata.storage_data.items():  # type: ignore[attr-defined]
-            _require(
+            require(
                 type(index) is MetadataIndex and type(info) is StorageInfo,
                 "its storage_data is of another kind",
             )
             checked_name(info.relative_path)
             for count in (info.offset, info.length):
-                _require(type(count) is int and count >= 0, f"{index.fqn!r} has a bad offset or length")
+                require(type(count) is int and count >= 0, f"{index.fqn!r} has a bad offset or length")
     except (ValueError, TypeError, AttributeError) as error:
         raise IntegrityError(
             f"{where} is not the metadata of a checkpoint of FileSystemWriter: {error}", object=where
         ) from error
-
-
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise ValueError(problem)
 
 
 # ---- writing ----

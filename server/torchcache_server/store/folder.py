@@ -14,6 +14,7 @@ from torchcache.errors import ConfigurationError
 from torchcache.locks import LockFile
 from torchcache_server.store.disk import DiskCalls, read_file, replace_file
 from torchcache_server.store.index import remove_index
+from torchcache_server.store.ledger import RECORD_SUFFIX
 from torchcache_server.store.segments import SUFFIX
 
 _FORMAT: Final = "torchcache store 1"
@@ -139,7 +140,7 @@ class StoreFolder:
         for namespace in disk.names(self.segments):
             self._remove_files(os.path.join(self.segments, namespace), SUFFIX)
         for folder in (self.records, self.flags):
-            self._remove_files(folder, ".record")
+            self._remove_files(folder, RECORD_SUFFIX)
 
     def _remove_files(self, folder: str, suffix: str) -> None:
         if not os.path.isdir(folder) or os.path.islink(folder):

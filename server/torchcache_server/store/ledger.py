@@ -20,7 +20,7 @@ from torchcache_server.store.disk import DiskCalls, read_file, replace_file
 _MAGIC: Final = b"tcLEDGER"
 _HEAD: Final = struct.Struct("<8sQI")
 _SEED: Final = 0x6C_65_64_67_65_72
-_SUFFIX: Final = ".record"
+RECORD_SUFFIX: Final = ".record"
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Ledger:
             full = os.path.join(path, name)
             if name.endswith(".tmp"):
                 disk.unlink(full)
-            elif name.endswith(_SUFFIX):
+            elif name.endswith(RECORD_SUFFIX):
                 self._load(full)
 
     def _load(self, path: str) -> None:
@@ -85,7 +85,7 @@ class Ledger:
                 yield key, value
 
     def _file(self, key: bytes) -> str:
-        return os.path.join(self._path, hashlib.sha256(key).hexdigest() + _SUFFIX)
+        return os.path.join(self._path, hashlib.sha256(key).hexdigest() + RECORD_SUFFIX)
 
 
 def _decode(data: bytes) -> tuple[bytes, bytes] | None:
