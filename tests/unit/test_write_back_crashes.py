@@ -19,7 +19,7 @@ from write_back_world import (
     published,
 )
 
-from torchcache.errors import NotCommitted
+from torchcache.errors import NotCommitted, OutOfSpace
 
 
 def fresh(server: Server) -> None:
@@ -245,6 +245,24 @@ def test_an_unreadable_record_keeps_every_byte() -> None:
         server.clock_ahead_s += 2 * ORPHAN_S
     server.write_back.tidy()
     assert server.namespaces == [KEY.namespace("new")], "nor are they swept as nobody's, later"
+
+
+def test_a_commit_counts_though_the_end_of_its_lease_cannot_be_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full behind the save's record: a failure told now would be of a save that is there, and uploaded."""
+    server = Server(Bucket(), "a")
+    server.reserve("new")
+    server.put("new")
+
+    def full(_: bytes) -> None:
+        raise OutOfSpace("the store's disk can't delete the record; see to the disk")
+
+    monkeypatch.setattr(server.store, "delete_record", full)
+    assert server.commit("new") == "committed"
+    monkeypatch.undo()
+    server.restart()
+    assert server.state() == "committed new"
+    server.upload()
+    assert server.state() == "durable new"
 
 
 def test_metadata_stays_the_old_ones_until_the_new_shards_go_up() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torchcache.errors import DeadlineExceeded
+from torchcache.errors import DeadlineExceeded, TorchCacheError
 from torchcache.model import SAVE_PREFIX
 from torchcache_server.cache.save_records import decode_save, encode_save
 from torchcache_server.cache.saves import Save, SaveKey
@@ -151,7 +151,11 @@ class Slots:
                 slot.garbage.add(slot.save.namespace)
             slot.save, slot.uploaded, slot.lease = save, {}, None
             self.changed.notify_all()
-        self._write_leases(slot, slot.dead_leases)
+        try:
+            self._write_leases(slot, slot.dead_leases)
+        except TorchCacheError as error:
+            # The save is committed all the same; the next start knows its lease for ended.
+            _log.warning("%s: the end of its lease can't be noted: %s", slot.key, error)
 
     def update_save(self, slot: Slot, save: Save) -> None:
         """`save` went on: it became durable, or failed, or lost its claim."""
