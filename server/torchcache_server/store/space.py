@@ -145,14 +145,12 @@ class Space:
             found = self.namespaces[name] = Namespace(name)
         return found
 
-    def add(self, segment: Segment) -> Namespace:
-        """Takes a segment in; returns its namespace."""
-        namespace = self.namespace(segment.header.namespace)
-        namespace.segments[segment.number] = segment
+    def add(self, segment: Segment) -> None:
+        """Takes a segment in."""
+        self.namespace(segment.header.namespace).segments[segment.number] = segment
         self.segments[segment.number] = segment
         self.used_bytes += segment.tail
         self.next_number = max(self.next_number, segment.number + 1)
-        return namespace
 
     def remove(self, segment: Segment) -> None:
         """Lets a segment go; its namespace stays, maybe empty."""
