@@ -10,6 +10,7 @@ from pathlib import Path
 import lmdb
 import pytest
 from torchcache_server.store import DiskCalls, Store, index
+from torchcache_server.store.core import MAX_RESTING
 from torchcache_server.store.index import Index
 
 from tests.unit.store_parts import (
@@ -348,6 +349,28 @@ def test_an_index_that_points_to_anothers_record_costs_no_other(tmp_path: Path) 
     assert held(found, 0) and held(found, 1)
     found.close()
     store.close()
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_many_namespaces_do_not_use_up_the_descriptors(tmp_path: Path) -> None:
+    """F14: each has a file that takes its next record; a tree of many folders must not leave none for connections."""
+    store = open_store(tmp_path, DiskCalls())
+    before = descriptors()
+    for n in range(300):
+        fill(store, f"folder-{n}", range(2 * n, 2 * n + 1))
+    assert descriptors() - before <= MAX_RESTING
+    for n in range(300):
+        fill(store, f"folder-{n}", range(2 * n + 1, 2 * n + 2))
+    assert store.usage().segments == 300
+    for n in range(150):
+        store.drop(f"folder-{n}")
+    assert descriptors() - before <= MAX_RESTING
+    assert all(held(store, n) for n in range(300, 600))
+    store.close()
+    assert descriptors() < before
 
 
 def test_a_small_map_is_no_trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,6 +253,7 @@ def _release(core: Core, reserved: _Reserved) -> None:
     with core.lock:
         for part in reserved.parts:
             part.segment.writing.discard(part.offset)
+            core.rest(part.segment)
     for segment in reserved.touched:
         core.close_if_done(segment)
 

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from torchcache.errors import OutOfSpace, ServerUnavailable
 from torchcache_server.store.disk import DiskCalls
@@ -22,6 +23,9 @@ from torchcache_server.store.segments import Segment
 from torchcache_server.store.space import Space
 
 _log = logging.getLogger(__name__)
+
+MAX_RESTING: Final = 128
+"""Files that stay open for the next record of their namespaces."""
 
 
 @dataclass(slots=True)
@@ -91,6 +95,9 @@ class Core:
     clock: itertools.count[int] = field(
         default_factory=itertools.count
     )  # orders uses; no wall clock is asked
+    resting: dict[int, Segment] = field(
+        default_factory=dict
+    )  # open for more records, written by nobody just now; those written longest ago come first
 
     def touch(self, segment: Segment) -> None:
         """Notes that the segment's namespace is in use."""
@@ -132,10 +139,24 @@ class Core:
             self._unlink(segment)
         return removed
 
+    def rest(self, segment: Segment) -> None:
+        """Closes the files written longest ago, where many are open: every namespace has one. Under `lock`."""
+        if segment.writing or segment.sealed:
+            return
+        self.resting.pop(segment.number, None)
+        self.resting[segment.number] = segment
+        for number in list(self.resting)[:-MAX_RESTING]:
+            idle = self.resting[number]
+            if idle.writing or idle.try_close(self.disk):
+                del self.resting[number]
+
     def close_if_done(self, segment: Segment) -> None:
         """Closes a sealed segment's file once nobody writes into it; one that must be kept is synced before."""
         with self.lock:
-            if not segment.sealed or segment.writing or segment.fd is None:
+            if not segment.sealed or segment.writing:
+                return
+            self.resting.pop(segment.number, None)
+            if segment.fd is None:
                 return
             namespace = self.space.namespaces.get(segment.header.namespace)
         if namespace is not None and namespace.kept and not segment.dropped:

@@ -168,13 +168,26 @@ class Segment:
     def close(self, disk: DiskCalls) -> None:
         """Closes the descriptor; the mapping stays."""
         with self.file_lock:
-            if self.fd is not None:
-                fd, self.fd = self.fd, None
-                try:
-                    disk.close(fd)
-                except OSError as error:
-                    # Only an fsync promises anything; what it couldn't write shows there.
-                    _log.warning("segment %s: close says %s", self.path, error)
+            self._close(disk)
+
+    def try_close(self, disk: DiskCalls) -> bool:
+        """As `close`; False, and nothing is done, while the file is being synced."""
+        if not self.file_lock.acquire(blocking=False):
+            return False
+        try:
+            self._close(disk)
+        finally:
+            self.file_lock.release()
+        return True
+
+    def _close(self, disk: DiskCalls) -> None:
+        if self.fd is not None:
+            fd, self.fd = self.fd, None
+            try:
+                disk.close(fd)
+            except OSError as error:
+                # Only an fsync promises anything; what it couldn't write shows there.
+                _log.warning("segment %s: close says %s", self.path, error)
 
 
 def new_header(namespace: str, number: int, file_bytes: int) -> SegmentHeader:
