@@ -113,8 +113,11 @@ class Session:
                     self.ordering.down(member_before.server_id)
         if not by_id:
             reason = f": {failure.message}" if failure else ""
+            advice = (
+                "" if self.source.embedded else "; is this the address of a `torchcache serve` that runs?"
+            )
             raise ServerUnavailable(
-                f"no server of the pool {self.source.description} can be reached{reason}",
+                f"no server of the pool {self.source.description} can be reached{reason}{advice}",
                 server=", ".join(missing) or None,
             )
         return Members(by_id, tuple(missing))

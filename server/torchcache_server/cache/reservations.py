@@ -129,7 +129,7 @@ class Reservations:
         """Digests of the manifests that `wanted` would replace. Raises AlreadyExists if it mustn't."""
         if not wanted.overwrite:
             if slot.save is not None and slot.save.wants_upload:
-                raise already_there(slot.key, "a checkpoint, committed to the pool,")
+                raise already_there(slot.key, "a checkpoint, not uploaded yet")
             if stat_or_none(under_store, slot.key.manifest_key, deadline=deadline) is not None:
                 raise already_there(slot.key, "a checkpoint")
             if stat_or_none(under_store, slot.key.metadata_key, deadline=deadline) is not None:
@@ -191,7 +191,8 @@ class Reservations:
         except BaseException:
             with self._slots.changed:
                 slot.dead_leases.add(wanted.save_id)
-            self._release_dead(under_store, slot, deadline)  # at once if it can be, so that nobody waits for it
+            # At once if it can be, so that nobody waits for it.
+            self._release_dead(under_store, slot, deadline)
             raise
 
     def renew(self, key: SaveKey, save_id: str) -> None:

@@ -65,7 +65,7 @@ def _land(store: Store, chunk: ChunkId, future: Future[StoredChunk], deadline: f
         ) from None
     if not store.contains(chunk):
         raise OutOfSpace(
-            f"the store has no room to keep {chunk.object}; raise its capacity, or unpin or evict other data",
+            f"the store has no room to keep {chunk.object}; raise its capacity, or stage less at a time",
             object=str(chunk.object),
         )
 
