@@ -59,7 +59,10 @@ class ObjectId:
     @property
     def digest(self) -> bytes:
         """16 bytes, xxh3-128 of `encoded`. Finds a record; the record's header proves it is the right one."""
-        return xxhash.xxh3_128_digest(self.encoded)
+        known: bytes | None = self.__dict__.get("_digest")
+        if known is None:
+            known = self.__dict__["_digest"] = xxhash.xxh3_128_digest(self.encoded)
+        return known
 
     @property
     def is_sample(self) -> bool:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -25,6 +26,9 @@ MAX_OBJECTS: Final = 65_536
 MAX_KEY_BYTES: Final = 4096
 MAX_NAME_BYTES: Final = 1024
 """Of a version and of an under-store's name."""
+
+MAX_OBJECT_BYTES: Final = 1 << 50
+"""Larger than any object of any store: what claims more only wants its chunks counted."""
 
 MAX_NAMESPACE_BYTES: Final = MAX_KEY_BYTES + 2 * MAX_NAME_BYTES
 
@@ -139,14 +143,17 @@ def object_infos(refs: Iterable[cache_pb2.ObjectRef]) -> list[ObjectInfo]:
 
 def object_info(ref: cache_pb2.ObjectRef) -> ObjectInfo:
     """The object a reference names. Raises ConfigurationError."""
-    id_ = ObjectId(
-        under_store_name(ref.store), object_key(ref.key), _bounded("version", ref.version, MAX_NAME_BYTES)
-    )
-    if ref.size < UNKNOWN_SIZE:
-        raise ConfigurationError(f"an object can't have {ref.size} bytes", object=str(id_))
-    if ref.size == UNKNOWN_SIZE and not (id_.is_sample or id_.is_save):
+    return _object_info(ref.store, ref.key, ref.version, ref.size)
+
+
+@lru_cache(32_768)  # epochs name the same objects again and again, and an id keeps its encoding
+def _object_info(store: str, key: str, version: str, size: int) -> ObjectInfo:
+    id_ = ObjectId(under_store_name(store), object_key(key), _bounded("version", version, MAX_NAME_BYTES))
+    if not UNKNOWN_SIZE <= size <= MAX_OBJECT_BYTES:
+        raise ConfigurationError(f"an object can't have {size} bytes", object=str(id_))
+    if size == UNKNOWN_SIZE and not (id_.is_sample or id_.is_save):
         raise ConfigurationError("only the size of a sample may be left open", object=str(id_))
-    return ObjectInfo(id_, ref.size)
+    return ObjectInfo(id_, size)
 
 
 def under_store_name(name: str) -> str:
