@@ -92,6 +92,8 @@ def assert_published(under_store: UnderStore, save_id: str, key: SaveKey = KEY) 
     assert there.pop(".metadata") == f"metadata of {save_id}".encode()
     shards = {name: shard(save_id, size) for name, size in FILES.items()}
     extra = {name: there[name][:300] for name in there.keys() - shards.keys()}
-    assert there.keys() == shards.keys(), f"{sorted(there)} lie there, not {sorted(shards)}; too many: {extra}"
+    assert there.keys() == shards.keys(), (
+        f"{sorted(there)} lie there, not {sorted(shards)}; too many: {extra}"
+    )
     for name, data in shards.items():
         assert there[name] == data, f"{name} has other bytes than {save_id} wrote: {there[name][:40]!r}..."

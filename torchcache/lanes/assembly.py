@@ -60,9 +60,23 @@ class Assembly:
             return
         try:
             piece.verify()
-            self._place(piece)
+            if self._is_all_of_it(piece):
+                self._view, self._position = memoryview(piece.data).cast("B").toreadonly(), self._end
+            else:
+                self._place(piece)
         except (IntegrityError, ConfigurationError) as error:
             self.error = type(error)(error.message, object=str(self._extent.object.id), server=server)
+
+    def _is_all_of_it(self, piece: Piece) -> bool:
+        """Whether the piece is a small object, whole, and that is what was asked for: the most common case by far."""
+        return (
+            piece.data.size == piece.object_size == self._size == self._end
+            and piece.whole
+            and 0 < self._size <= CHUNK_BYTES
+            and piece.offset == self._position == 0
+            and self._view is None
+            and self._into is None
+        )
 
     def _place(self, piece: Piece) -> None:
         if self._size == UNKNOWN_SIZE:

@@ -14,7 +14,6 @@ from torchcache.lanes.access import Access
 from torchcache.lanes.assembly import Assembly
 from torchcache.lanes.base import Outcome, ReadOptions, Row
 from torchcache.lanes.connections import Connections, connections
-from torchcache.lanes.read_ahead import ReadAhead
 from torchcache.model import Extent, ObjectInfo, chunk_digest
 from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, WRITE_SCHEMA, decode_pieces, encode_chunks
 from torchcache.wire.status import error_from_flight
@@ -29,10 +28,6 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 
 MAX_BATCH_BYTES: Final = 16 * 1024 * 1024
 """The largest message a server may send. Batches are closed at 2 MiB and hold at most one chunk more."""
-
-
-READ_AHEAD_FROM_BYTES: Final = 2 * BATCH_BYTES
-"""An answer larger than this is worth a thread that takes it while what came is verified."""
 
 
 class FlightLane:
@@ -73,13 +68,11 @@ class FlightLane:
     ) -> None:
         """One do_get. No reference to the client or the stream may outlive the call, not even in a traceback."""
         with self._connections.call():
-            client = reader = ahead = None
+            client = reader = None
             try:
                 client = self._connections.channel(self._key, self._open)
                 reader = client.do_get(fl.Ticket(request.SerializeToString()), self._options(deadline))
-                if expected_bytes(request) > READ_AHEAD_FROM_BYTES:
-                    ahead = ReadAhead(reader)
-                for received in reader if ahead is None else ahead:
+                for received in reader:
                     if received.data is not None:
                         self._take(assemblies, received.data)
             except BaseException:
@@ -87,9 +80,7 @@ class FlightLane:
                     reader.cancel()
                 raise
             finally:
-                if ahead is not None:
-                    ahead.close()
-                del client, reader, ahead
+                del client, reader
 
     def _take(self, assemblies: Sequence[Assembly], batch: pa.RecordBatch) -> None:
         server = self._server
@@ -184,15 +175,6 @@ def read_request(extents: Sequence[Extent], options: ReadOptions, deadline: floa
         resident_only=options.resident_only,
         suspect=options.suspect,
         timeout_s=max(0.001, deadline - time.monotonic()),
-    )
-
-
-def expected_bytes(request: cache_pb2.ReadRequest) -> int:
-    """Bytes the answer will have, as far as the request tells: objects of unknown size count nothing."""
-    sizes = [ref.size for ref in request.objects]
-    return sum(
-        length if length >= 0 else max(0, sizes[number] - offset)
-        for number, offset, length in zip(request.object, request.offset, request.length, strict=True)
     )
 
 

@@ -136,13 +136,14 @@ def _strings(kind: pa.DataType, values: Sequence[bytes | None]) -> pa.Array:
 def encode_pieces(pieces: Sequence[Piece]) -> pa.RecordBatch:
     """One batch of READ_SCHEMA."""
     errors = [p.error.encode() if p.error is not None else None for p in pieces]
+    all_good = not any(errors)  # and then the column is made without looking at its rows
     columns = [
         _numbers(pa.uint32(), "<u4", [p.extent for p in pieces]),
         _numbers(pa.int64(), "<i8", [p.object_size for p in pieces]),
         _numbers(pa.int64(), "<i8", [p.offset for p in pieces]),
         pa.Array.from_buffers(pa.bool_(), len(pieces), [None, _bits([p.whole for p in pieces])]),
         _strings(pa.binary(), [p.digests for p in pieces]),
-        _strings(pa.string(), errors),
+        pa.nulls(len(pieces), pa.string()) if all_good else _strings(pa.string(), errors),
         binary_view_array([p.data for p in pieces]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=READ_SCHEMA)

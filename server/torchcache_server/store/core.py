@@ -12,17 +12,21 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from torchcache.errors import OutOfSpace, ServerUnavailable
+from torchcache_server.store.chunk import StoredChunk
 from torchcache_server.store.disk import DiskCalls
 from torchcache_server.store.eviction import choose_victims
 from torchcache_server.store.folder import StoreFolder
-from torchcache_server.store.index import Index
+from torchcache_server.store.index import Index, Location
 from torchcache_server.store.segments import Segment
 from torchcache_server.store.space import Space
 
 _log = logging.getLogger(__name__)
+
+MAX_KNOWN: Final = 32_768
+"""Records remembered at a time: some 15 MB of small ones, 75 MB of full chunks."""
 
 MAX_RESTING: Final = 128
 """Files that stay open for the next record of their namespaces."""
@@ -82,6 +86,14 @@ class Gate:
             return True
 
 
+class Known(NamedTuple):
+    """A record whose header was found sound: what it is, and its chunk."""
+
+    chunk_index: int
+    identity: bytes
+    chunk: StoredChunk
+
+
 @dataclass
 class Core:
     """The open store, without its public face."""
@@ -98,6 +110,16 @@ class Core:
     resting: dict[int, Segment] = field(
         default_factory=dict
     )  # open for more records, written by nobody just now; those written longest ago come first
+
+    known: dict[Location, Known] = field(default_factory=dict)  # read lately; replaced whole, never shrunk
+
+    def learn(self, location: Location, segment: Segment, known: Known) -> None:
+        """Remembers a sound record, so that the next look-up needn't read and check its header again."""
+        if len(self.known) >= MAX_KNOWN:
+            self.known = {}
+        self.known[location] = known
+        if segment.dropped:
+            self.known = {}  # or the view would keep the file's space
 
     def touch(self, segment: Segment) -> None:
         """Notes that the segment's namespace is in use."""
@@ -135,6 +157,7 @@ class Core:
         except OutOfSpace as error:
             # Harmless: what points to a segment that is gone is a miss. Freeing the room is what helps now.
             _log.warning("evicted chunks stay in the index: %s", error)
+        self.known = {}  # their views would keep the files' space
         for segment in removed:
             self._unlink(segment)
         return removed

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torchcache.errors import OutOfSpace
 from torchcache.model import ChunkId
 from torchcache_server.store.chunk import StoredChunk
-from torchcache_server.store.core import Core
+from torchcache_server.store.core import Core, Known
 from torchcache_server.store.index import Location, chunk_key
 
 _log = logging.getLogger(__name__)
@@ -33,6 +33,10 @@ def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> St
     segment = core.space.segments.get(location.segment)
     if segment is None:
         return None
+    known = core.known.get(location)
+    if known is not None and known.chunk_index == chunk.index and known.identity == chunk.object.encoded:
+        core.touch(segment)
+        return known.chunk
     record = segment.record(location.offset)
     if record is None:
         _forget(core, key, location)
@@ -41,7 +45,9 @@ def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> St
         _disbelieve(core, key, location)
         return None
     core.touch(segment)
-    return segment.chunk(location.offset, record)
+    found = segment.chunk(location.offset, record)
+    core.learn(location, segment, Known(chunk.index, record.identity, found))
+    return found
 
 
 def _disbelieve(core: Core, key: bytes, location: Location) -> None:
@@ -62,6 +68,7 @@ def quarantine(core: Core, chunk: ChunkId) -> None:
     key = chunk_key(chunk)
     location = core.index.get(key)
     if location is not None:
+        core.known.pop(location, None)
         _forget(core, key, location)
 
 

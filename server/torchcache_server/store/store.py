@@ -221,6 +221,7 @@ class Store:
         if not self._gate.close():
             return
         core = self._core
+        core.known = {}
         try:
             core.index.close(
                 {
