@@ -89,6 +89,7 @@ def test_another_format_is_emptied(tmp_path: Path, content: str, caplog: pytest.
     identity = store.server_id
     fill(store, "n", range(3))
     store.keep("n", True)
+    store.keep("n", False)
     store.put_record(b"k", b"v")
     store.close()
     (tmp_path / "store.json").write_text(content)
@@ -101,6 +102,28 @@ def test_another_format_is_emptied(tmp_path: Path, content: str, caplog: pytest.
     assert list(store.records(b"")) == []
     assert store.lookup(chunk(1)) is None
     assert (tmp_path / "server.log").read_text() == "mine"
+    store.close()
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": "0", "server_id": "x"}', None])
+def test_another_format_is_refused_while_it_holds_what_must_be_kept(
+    tmp_path: Path, content: str | None
+) -> None:
+    """F40, I2: a store that may hold an acknowledged checkpoint is never emptied."""
+    store = open_store(tmp_path)
+    fill(store, "n", range(3))
+    store.keep("n", True)
+    store.close()
+    identity = (tmp_path / "store.json").read_text()
+    if content is None:
+        (tmp_path / "store.json").unlink()
+    else:
+        (tmp_path / "store.json").write_text(content)
+    with pytest.raises(ConfigurationError, match="not have been uploaded"):
+        open_store(tmp_path)
+    (tmp_path / "store.json").write_text(identity)
+    store = open_store(tmp_path)
+    assert store.lookup(chunk(1)) is not None
     store.close()
 
 

@@ -169,7 +169,7 @@ def test_calls_may_be_repeated() -> None:
 def test_a_path_is_not_overwritten_unasked() -> None:
     server = Server(Bucket(), "a")
     server.save("first")
-    with pytest.raises(AlreadyExists, match=r"committed to the pool.*pass overwrite=True or another path"):
+    with pytest.raises(AlreadyExists, match=r"not uploaded yet: pass overwrite=True or another path"):
         server.reserve("second")
     server.upload()
     with pytest.raises(AlreadyExists, match="pass overwrite=True or another path"):

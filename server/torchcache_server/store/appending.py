@@ -135,7 +135,7 @@ def _reserve(core: Core, namespace: str, drafts: Sequence[Draft]) -> _Reserved:
         if layout.bytes > space.capacity_bytes or not core.make_room(namespace, short):
             raise OutOfSpace(
                 f"the store {core.folder.path} is full: {space.used_bytes} of {space.capacity_bytes} bytes are used "
-                f"and nothing may be evicted for {namespace!r}; raise the capacity, or unpin or evict a dataset"
+                f"and nothing may be evicted for {namespace!r}; raise the capacity"
             )
 
 

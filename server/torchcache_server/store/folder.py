@@ -104,6 +104,7 @@ class StoreFolder:
     def _enter(self) -> None:
         identity = self._read_identity()
         if identity is None:
+            self._refuse_to_lose()
             self._empty()
             identity = uuid.uuid4().hex
             data = json.dumps({"format": _FORMAT, "server_id": identity}).encode()
@@ -130,6 +131,15 @@ class StoreFolder:
             return server_id
         _log.warning("the store %s has the format %r, not %r: it is emptied", self.path, found, _FORMAT)
         return None
+
+    def _refuse_to_lose(self) -> None:
+        """Raises ConfigurationError if the folder holds what must be kept: it may be an acknowledged checkpoint."""
+        flags = self._disk.names(self.flags) if os.path.isdir(self.flags) else []
+        if any(name.endswith(RECORD_SUFFIX) for name in flags):
+            raise ConfigurationError(
+                f"the store {self.path} is damaged or of another version, and holds checkpoints that may not have been "
+                "uploaded yet: start the version of torchcache that wrote it until they are, or remove the folder"
+            )
 
     def _empty(self) -> None:
         """Removes what a store writes, and nothing else that may lie in the folder."""
