@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -141,6 +142,10 @@ class SeaweedFS:
         except subprocess.TimeoutExpired:
             self.kill()
         self.process = None
+        for port in self._ports:  # weed forgets its sockets
+            for offset in (0, 10000):
+                for left in Path(tempfile.gettempdir()).glob(f"seaweedfs-*-{port + offset}.sock"):
+                    left.unlink(missing_ok=True)
 
     def __enter__(self) -> SeaweedFS:
         return self
