@@ -76,8 +76,9 @@ def _allowed() -> dict[tuple[str, str], Any]:
     allowed[stock.__name__, "_StorageInfo"] = stock._StorageInfo
     allowed["torch", "Size"] = torch.Size
     allowed["torch.serialization", "_get_layout"] = _layout
-    allowed["builtins", "getattr"] = _enum_member
-    allowed["builtins", "set"] = set
+    for module in ("builtins", "__builtin__"):  # the second is what protocol 2 writes, for Python 2
+        allowed[module, "getattr"] = _enum_member
+        allowed[module, "set"] = set
     allowed["collections", "OrderedDict"] = collections.OrderedDict
     for module in ("pathlib", "pathlib._local"):
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"):
