@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.sample_classes import Box, Point
@@ -165,6 +165,7 @@ _PARTS = (
 )
 
 
+@example(b"nu" + bytes(8), b"")  # an empty tuple where a dtype should stand
 @given(st.lists(_PARTS, max_size=30).map(b"".join), st.binary(max_size=64))
 @settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow])
 def test_trees_of_likely_parts_are_refused_or_values(tree: bytes, leaves: bytes) -> None:

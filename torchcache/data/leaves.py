@@ -112,7 +112,11 @@ def dtype_description(dtype: np.dtype[Any]) -> Any:
 
 def dtype_from_description(description: Any) -> np.dtype[Any]:
     """The dtype described. Raises ValueError or TypeError for what describes none, or one that holds objects."""
-    dtype = np.lib.format.descr_to_dtype(description)
+    try:
+        dtype = np.lib.format.descr_to_dtype(description)
+    except (LookupError, AttributeError, ArithmeticError, SyntaxError) as error:
+        # numpy takes its descriptions from files it trusts, and says so in whatever way it trips over others.
+        raise ValueError(f"no dtype: {error}") from error
     if dtype.hasobject:
         raise ValueError("a dtype that holds Python objects")
     return dtype
