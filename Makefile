@@ -14,7 +14,7 @@ test: $(READY)
 	$(PYTEST) -m "not long"
 
 test-long: $(READY)
-	$(PYTEST) --timeout=3600
+	$(PYTEST) --timeout=3600 --hypothesis-profile=search
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

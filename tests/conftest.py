@@ -11,8 +11,9 @@ import pytest
 
 from examples.seaweedfs import SeaweedFS, environment
 
-# A slow machine is no failure.
-hypothesis.settings.register_profile("torchcache", deadline=None)
+# A slow machine is no failure, and a run that passed passes again: --hypothesis-profile=search looks for new examples.
+hypothesis.settings.register_profile("torchcache", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("torchcache")
 
 _NO_ACCOUNT = {

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torchcache_server.service import requests
-from torchcache_server.service.requests import read_plan, save_id, timeout, write_plan
+from torchcache_server.service.requests import MAX_OBJECT_BYTES, read_plan, save_id, timeout, write_plan
 
 from torchcache.errors import ConfigurationError
 from torchcache.model import SAMPLES
@@ -100,7 +100,7 @@ def test_no_bytes_make_the_parsers_fail_otherwise(data: bytes) -> None:
 )
 def test_extents_that_pass_lie_within_their_object(offset: int, length: int, size: int) -> None:
     objects = [pb.ObjectRef(store="s3", key="k", version="v", size=size)]
-    inside = 0 <= offset <= size and -1 <= length <= size - offset
+    inside = size <= MAX_OBJECT_BYTES and 0 <= offset <= size and -1 <= length <= size - offset
     try:
         plan = read_plan(ticket(objects=objects, offset=[offset], length=[length]))
     except ConfigurationError:
