@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import pyarrow as pa
@@ -29,9 +30,14 @@ _libc.mmap.argtypes = [
     ctypes.c_int64,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _PROT_READ: Final = 1
 _MAP_SHARED: Final = 1
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
+_POPULATE_READ: Final = 22  # MADV_POPULATE_READ, Linux 5.14
+_PUNCH_HOLE_KEEP_SIZE: Final = 0x02 | 0x01
+_PAGE: Final = 4096
 
 
 class _Mapping:
@@ -41,8 +47,9 @@ class _Mapping:
     segments would meet the limit of open files.
     """
 
-    def __init__(self, fd: int, size: int) -> None:
+    def __init__(self, fd: int, size: int, released: Callable[[], object] | None) -> None:
         self._size = size
+        self._released = released
         self._unmap = _libc.munmap  # still reachable while the interpreter is torn down
         self.address: int | None = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, fd, 0)
         if self.address == _MAP_FAILED:
@@ -53,6 +60,8 @@ class _Mapping:
     def __del__(self) -> None:
         if self.address is not None:
             self._unmap(self.address, self._size)
+            if self._released is not None:
+                self._released()
 
 
 class DiskCalls:
@@ -91,10 +100,49 @@ class DiskCalls:
         """One call; may read less."""
         return os.pread(fd, size, offset)
 
-    def map(self, fd: int, size: int) -> pa.Buffer:
-        """The file's first `size` bytes, mapped read-only and shared. Outlives `fd` and the file's name."""
-        mapping = _Mapping(fd, size)
+    def deallocate(self, fd: int, offset: int, size: int) -> None:
+        """Gives the room of `size` bytes at `offset` back: they read as zeros then. The file's size stays."""
+        while _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, offset, size) != 0:
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+
+    def map(self, fd: int, size: int, released: Callable[[], object] | None = None) -> pa.Buffer:
+        """The file's first `size` bytes, mapped read-only and shared. Outlives `fd` and the file's name.
+
+        `released` is called once the last view is gone, in any thread and at any point: it may take no lock.
+        """
+        mapping = _Mapping(fd, size, released)
         return pa.foreign_buffer(mapping.address, size, base=mapping)
+
+    def populate(self, buffer: pa.Buffer, offset: int, size: int) -> None:
+        """Brings `size` bytes at `offset` of a mapping into memory, other threads running meanwhile.
+
+        Raises OSError with EIO for what the disk can't read: touching such a page would end the process by SIGBUS.
+        """
+        first = buffer.address + offset
+        start = first - first % _PAGE
+        while _libc.madvise(start, first + size - start, _POPULATE_READ) != 0:
+            code = ctypes.get_errno()
+            if code == errno.EINVAL:  # an older kernel: the risk stays
+                return
+            if code == errno.EFAULT:  # its word for a page that can't be read
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if code not in (errno.EINTR, errno.EAGAIN):
+                raise OSError(code, os.strerror(code))
+
+    def lock_alone(self, fd: int) -> bool:
+        """Whether no reader of another process holds the file; if so it is ours until `fd` is closed."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def free_bytes(self, path: str) -> tuple[int, int]:
+        """What the file system that holds `path` has left for us, and its size."""
+        found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
     def next_data(self, fd: int, offset: int) -> int | None:
         """First byte at or behind `offset` that is not in a hole; None if there is none."""
