@@ -119,6 +119,7 @@ SEAM = (
     "deallocate",
     "populate",
     "lock_alone",
+    "unlock",
     "free_bytes",
     "next_data",
     "next_hole",

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from torchcache.errors import ConfigurationError, IntegrityError, NotResident, OutOfSpace, TorchCacheError
 from torchcache.model import ByteRange, ChunkId, ObjectInfo
 from torchcache_server.cache.fill_queue import Fill, FillQueue, Loan
-from torchcache_server.store import Store, StoredChunk
+from torchcache_server.store import Promise, Store, StoredChunk
 from torchcache_server.understore import UnderStore, choose
 
 _LOG = logging.getLogger(__name__)
@@ -168,24 +168,46 @@ class ReadThrough:
         deadline: float,
     ) -> StoredChunk:
         """Fetches a chunk and stores it; where there is no room for it, hands it on as it is."""
-        start = chunk.offset
-        data = under_store.read(
-            object,
-            ByteRange(start, start + chunk.length(object.size)),
-            deadline=max(deadline, time.monotonic() + _FILL_S),
-        )
-        with self._lock:
-            self._filled_chunks += 1
-            self._filled_bytes += len(data)
+        length = chunk.length(object.size)
+        # Asked for before the fetch: many fills at once could never all be kept.
+        room = self._room(namespace, chunk, length)
         try:
-            stored = self.store.put(namespace, chunk, object.size, data)
-        except OutOfSpace as error:
-            _LOG.debug("chunk %d of %s is not kept: %s", chunk.index, object.id, error)
+            data = under_store.read(
+                object,
+                ByteRange(chunk.offset, chunk.offset + length),
+                deadline=max(deadline, time.monotonic() + _FILL_S),
+            )
+            with self._lock:
+                self._filled_chunks += 1
+                self._filled_bytes += len(data)
+            stored = self._kept(namespace, object, chunk, data, room)
+        finally:
+            if room is not None:
+                room.release()
+        if stored is None:
             with self._lock:
                 self._passed_through += 1
             return StoredChunk.of(loan.tie_to(data), object.size)
         loan.release()
         return stored
+
+    def _room(self, namespace: str, chunk: ChunkId, length: int) -> Promise | None:
+        try:
+            return self.store.reserve(namespace, chunk, length)
+        except OutOfSpace as error:
+            _LOG.debug("chunk %d of %s will not be kept: %s", chunk.index, chunk.object, error)
+            return None
+
+    def _kept(
+        self, namespace: str, object: ObjectInfo, chunk: ChunkId, data: bytearray, room: Promise | None
+    ) -> StoredChunk | None:
+        if room is None:
+            return None
+        try:
+            return self.store.put(namespace, chunk, object.size, data, promised=room)
+        except OutOfSpace as error:
+            _LOG.debug("chunk %d of %s is not kept: %s", chunk.index, chunk.object, error)
+            return None
 
     def _under_store(self, object: ObjectInfo) -> UnderStore:
         under_store = choose(self._under_stores, object.id.store, object=str(object.id))

@@ -2,6 +2,22 @@
 
 from torchcache_server.store.chunk import Payload, StoredChunk
 from torchcache_server.store.disk import OS, DiskCalls
+from torchcache_server.store.health import Health
+from torchcache_server.store.policy import Policy
+from torchcache_server.store.room import Promise
+from torchcache_server.store.scrubbing import ScrubStep
 from torchcache_server.store.store import NamespaceUsage, Store, StoreUsage
 
-__all__ = ["OS", "DiskCalls", "NamespaceUsage", "Payload", "Store", "StoreUsage", "StoredChunk"]
+__all__ = [
+    "OS",
+    "DiskCalls",
+    "Health",
+    "NamespaceUsage",
+    "Payload",
+    "Policy",
+    "Promise",
+    "ScrubStep",
+    "Store",
+    "StoreUsage",
+    "StoredChunk",
+]

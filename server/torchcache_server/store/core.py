@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -17,10 +18,11 @@ from typing import Final, NamedTuple
 from torchcache.errors import OutOfSpace, ServerUnavailable
 from torchcache_server.store.chunk import StoredChunk
 from torchcache_server.store.disk import DiskCalls
-from torchcache_server.store.eviction import choose_victims
 from torchcache_server.store.folder import StoreFolder
+from torchcache_server.store.health import Watch
 from torchcache_server.store.index import Index, Location
-from torchcache_server.store.segments import Segment
+from torchcache_server.store.recycling import Spares
+from torchcache_server.store.segments import Segment, page_aligned
 from torchcache_server.store.space import Space
 
 _log = logging.getLogger(__name__)
@@ -40,6 +42,10 @@ class Counts:
     misses: int = 0
     corrupt: int = 0
     evicted_chunks: int = 0
+    expired_chunks: int = 0
+    compacted_bytes: int = 0
+    scrubbed_bytes: int = 0
+    scrub_rounds: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def looked_up(self, *, hits: int, misses: int) -> None:
@@ -48,11 +54,24 @@ class Counts:
             self.hits += hits
             self.misses += misses
 
-    def add(self, *, corrupt: int = 0, evicted_chunks: int = 0) -> None:
-        """Counts damaged and evicted chunks."""
+    def add(
+        self,
+        *,
+        corrupt: int = 0,
+        evicted_chunks: int = 0,
+        expired_chunks: int = 0,
+        compacted_bytes: int = 0,
+        scrubbed_bytes: int = 0,
+        scrub_rounds: int = 0,
+    ) -> None:
+        """Counts everything else."""
         with self._lock:
             self.corrupt += corrupt
             self.evicted_chunks += evicted_chunks
+            self.expired_chunks += expired_chunks
+            self.compacted_bytes += compacted_bytes
+            self.scrubbed_bytes += scrubbed_bytes
+            self.scrub_rounds += scrub_rounds
 
 
 class Gate:
@@ -102,6 +121,9 @@ class Core:
     folder: StoreFolder
     index: Index
     space: Space
+    spares: Spares
+    min_free_bytes: int = 0  # of the file system, to be left alone
+    watch: Watch = field(default_factory=Watch)
     lock: threading.Lock = field(default_factory=threading.Lock)
     counts: Counts = field(default_factory=Counts)
     clock: itertools.count[int] = field(
@@ -111,6 +133,9 @@ class Core:
         default_factory=dict
     )  # open for more records, written by nobody just now; those written longest ago come first
 
+    damaged_kept: dict[Location, str] = field(
+        default_factory=dict
+    )  # records found damaged that must be kept all the same, and their namespaces
     known: dict[Location, Known] = field(default_factory=dict)  # read lately; replaced whole, never shrunk
 
     def learn(self, location: Location, segment: Segment, known: Known) -> None:
@@ -121,22 +146,27 @@ class Core:
         if segment.dropped:
             self.known = {}  # or the view would keep the file's space
 
-    def touch(self, segment: Segment) -> None:
-        """Notes that the segment's namespace is in use."""
+    def touch(self, segment: Segment, key: bytes) -> None:
+        """Notes that a chunk of the segment is in use, and with it its namespace."""
         namespace = self.space.namespaces.get(segment.header.namespace)
         if namespace is not None:
             namespace.last_used = next(self.clock)
+            namespace.used_s = time.monotonic()
+            if namespace.order is not None:
+                namespace.order.used(key)
 
-    def make_room(self, namespace: str | None, need_bytes: int) -> bool:
-        """Evicts at least `need_bytes` from other namespaces; False, and nothing is done, if that much can't go."""
-        with self.lock:
-            victims = choose_victims(self.space.candidates(), namespace=namespace, need_bytes=need_bytes)
-            segments = [self.space.segments[number] for number in victims or ()]
-        if victims is None:
-            return False
-        evicted = self.remove(segments, unless_in_use=True)
-        self.counts.add(evicted_chunks=sum(s.chunks for s in evicted))
-        return any(s.dropped for s in segments)
+    def is_kept(self, segment: Segment) -> bool:
+        """Whether what the segment holds may exist nowhere else."""
+        namespace = self.space.namespaces.get(segment.header.namespace)
+        return namespace is not None and namespace.kept
+
+    def free_bytes(self) -> int:
+        """What the file system has left."""
+        try:
+            return self.disk.free_bytes(self.folder.path)[0]
+        except OSError as error:
+            _log.warning("the room on the disk of %s can't be told: %s", self.folder.path, error)
+            return self.min_free_bytes
 
     def remove(self, segments: Iterable[Segment], *, unless_in_use: bool = False) -> list[Segment]:
         """Unlinks segments; returns those that went by this call.
@@ -159,7 +189,7 @@ class Core:
             _log.warning("evicted chunks stay in the index: %s", error)
         self.known = {}  # their views would keep the files' space
         for segment in removed:
-            self._unlink(segment)
+            self._retire(segment)
         return removed
 
     def rest(self, segment: Segment) -> None:
@@ -189,14 +219,19 @@ class Core:
             except OSError as error:
                 # The segment remembers, and refuses whoever asks for durability.
                 _log.error("segment %s can't be synced: %s", segment.path, error)
+        if segment.floor_bytes > page_aligned(segment.tail) and segment.clear_behind(self.disk):
+            with self.lock:
+                self.space.trimmed(segment)
         segment.close(self.disk)
 
     def _in_use(self, segment: Segment) -> bool:
         return bool(segment.writing) or self.space.namespaces[segment.header.namespace].protected
 
-    def _unlink(self, segment: Segment) -> None:
+    def _retire(self, segment: Segment) -> None:
+        """Makes the file a spare, or unlinks it."""
         try:
-            self.disk.unlink(segment.path)
+            if not self._spared(segment):
+                self.disk.unlink(segment.path)
         except OSError as error:
             # It is forgotten all the same: the next start finds a file that no index knows and reads it again.
             _log.warning("segment %s can't be unlinked: %s", segment.path, error)
@@ -207,3 +242,13 @@ class Core:
                 except OSError as error:
                     _log.warning("an empty folder stays: %s", error)
         self.close_if_done(segment)
+
+    def _spared(self, segment: Segment) -> bool:
+        with self.lock, segment.file_lock:
+            if segment.writing:  # somebody still writes into it
+                return False
+            try:
+                return self.spares.keep(segment)
+            except OSError as error:
+                _log.warning("segment %s can't be used again: %s", segment.path, error)
+                return False

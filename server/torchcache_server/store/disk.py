@@ -132,17 +132,26 @@ class DiskCalls:
                 raise OSError(code, os.strerror(code))
 
     def lock_alone(self, fd: int) -> bool:
-        """Whether no reader of another process holds the file; if so it is ours until `fd` is closed."""
+        """Whether no reader of another process holds the file; if so it is ours alone until `unlock`."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
 
+    def unlock(self, fd: int) -> None:
+        """Lets readers hold the file again."""
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
     def free_bytes(self, path: str) -> tuple[int, int]:
         """What the file system that holds `path` has left for us, and its size."""
         found = os.statvfs(path)
         return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
+    def taken_bytes(self, path: str) -> int:
+        """What the files of a folder take of the disk; those in folders below it don't count."""
+        with os.scandir(path) as found:
+            return sum(512 * f.stat(follow_symlinks=False).st_blocks for f in found if f.is_file())
 
     def next_data(self, fd: int, offset: int) -> int | None:
         """First byte at or behind `offset` that is not in a hole; None if there is none."""

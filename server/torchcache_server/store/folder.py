@@ -63,6 +63,10 @@ class StoreFolder:
     def flags(self) -> str:
         return os.path.join(self.path, "flags")
 
+    @property
+    def spares(self) -> str:
+        return os.path.join(self.path, "spares")
+
     def mark_clean(self) -> None:
         """Notes that everything is in order; the last thing a server does before `unlock`. Raises OSError."""
         replace_file(self._disk, self.path, _CLEAN, [b"1\n"])

@@ -24,7 +24,7 @@ from torchcache.model import ChunkId
 _KEY: Final = struct.Struct(">I")
 _LOCATION: Final = struct.Struct(">QQ")  # big-endian: `members` sort by segment, then offset
 _NUMBER: Final = struct.Struct(">Q")
-_NOTE: Final = struct.Struct(">QQQ")
+_NOTE: Final = struct.Struct(">QQQQ")
 
 _MIN_MAP_BYTES: Final = 1 << 32
 _MAX_MAP_BYTES: Final = 1 << 44
@@ -39,10 +39,13 @@ class Location(NamedTuple):
 
 
 class SegmentNote(NamedTuple):
-    """What a clean stop knew of a segment: end of its records in bytes, chunks in it, its namespace's last use."""
+    """What a clean stop knew of a segment: the end of its records, how many there are and what they take, in bytes, and
+    its namespace's last use.
+    """
 
     tail: int
     chunks: int
+    live_bytes: int
     last_used: int
 
 
@@ -104,6 +107,22 @@ class Index:
         except lmdb.Error:
             values = [None for _ in keys]
         return [None if value is None else Location(*unpack(value)) for value in values]
+
+    def members(self, segment: int) -> list[tuple[bytes, int]]:
+        """Keys and offsets of a segment's chunks, by rising offset. A damaged index knows nothing."""
+        found: list[tuple[bytes, int]] = []
+        try:
+            with self._env.begin() as txn, txn.cursor(self._tables.members) as cursor:
+                more = cursor.set_range(_LOCATION.pack(segment, 0))
+                while more and cursor.key()[:8] == _NUMBER.pack(segment):
+                    place, key = cursor.item()
+                    # A chunk stored again elsewhere after its old place could not be forgotten isn't this segment's.
+                    if txn.get(key, db=self._tables.chunks) == place:
+                        found.append((key, Location(*_LOCATION.unpack(place)).offset))
+                    more = cursor.next()
+        except lmdb.Error:
+            return []
+        return found
 
     @contextmanager
     def writing(self) -> Iterator[IndexWriter]:

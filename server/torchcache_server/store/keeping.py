@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from dataclasses import asdict
 
 from torchcache.errors import OutOfSpace, TorchCacheError
 from torchcache_server.store.core import Core
 from torchcache_server.store.ledger import Ledger
+from torchcache_server.store.policy import Policy
 from torchcache_server.store.segments import folder_name
 from torchcache_server.store.space import Namespace, check_name
-
-_KEPT: Final = "kept"
-_PINNED: Final = "pinned"
 
 
 @contextmanager
@@ -30,37 +29,60 @@ def disk_errors(what: str) -> Iterator[None]:
 
 
 class Flags:
-    """Which namespaces are kept or pinned; durable, each change before it holds."""
+    """Which namespaces are kept, and the policy of each; durable, each change before it holds."""
 
     def __init__(self, core: Core, ledger: Ledger) -> None:
         self._core = core
         self._ledger = ledger
         self._lock = threading.Lock()  # one change at a time
         for name, value in ledger.items(b""):
-            words = value.decode().split()
             namespace = core.space.namespace(name.decode())
-            namespace.kept, namespace.pinned = _KEPT in words, _PINNED in words
+            namespace.kept, namespace.policy = _decoded(value)
 
-    def set(self, name: str, *, kept: bool | None = None, pinned: bool | None = None) -> None:
-        """Changes the flags that are given. Raises OutOfSpace, TorchCacheError: nothing has changed."""
+    def keep(self, name: str, kept: bool) -> None:
+        """Says that `name` must be kept, or need not. Raises OutOfSpace, TorchCacheError: nothing has changed."""
+        self._change(name, lambda _, policy: (kept, policy))
+
+    def set_policy(self, name: str, change: Callable[[Policy], Policy]) -> None:
+        """Changes the policy of `name`. Raises as `keep`, and what `change` raises."""
+        self._change(name, lambda kept, policy: (kept, change(policy)))
+
+    def clear(self, name: str) -> None:
+        """Forgets all flags of `name`. Raises as `keep`."""
+        self._change(name, lambda *_: (False, Policy()))
+
+    def _change(self, name: str, change: Callable[[bool, Policy], tuple[bool, Policy]]) -> None:
         check_name(name)
         with self._lock:
             with self._core.lock:
                 found = self._core.space.namespaces.get(name)
-                before = (found.kept, found.pinned) if found is not None else (False, False)
-            after = (before[0] if kept is None else kept, before[1] if pinned is None else pinned)
+                before = (found.kept, found.policy) if found is not None else (False, Policy())
+            after = change(*before)
             if after == before:
                 return
-            words = [word for word, is_set in zip((_KEPT, _PINNED), after, strict=True) if is_set]
-            with disk_errors(f"note that {name!r} is to be kept"):
-                if words:
-                    self._ledger.put(name.encode(), " ".join(words).encode())
-                else:
+            with disk_errors(f"note what is to become of {name!r}"):
+                if after == (False, Policy()):
                     self._ledger.delete(name.encode())
+                else:
+                    self._ledger.put(name.encode(), _encoded(*after))
             with self._core.lock:
                 namespace = self._core.space.namespace(name)
-                namespace.kept, namespace.pinned = after
+                namespace.kept, namespace.policy = after
                 self._core.space.forget_if_empty(name)
+
+
+def kept_names(ledger: Ledger) -> list[str]:
+    """The namespaces that must be kept."""
+    return [name.decode() for name, value in ledger.items(b"") if _decoded(value)[0]]
+
+
+def _encoded(kept: bool, policy: Policy) -> bytes:
+    return json.dumps({"kept": kept, **asdict(policy)}).encode()
+
+
+def _decoded(value: bytes) -> tuple[bool, Policy]:
+    fields = json.loads(value)
+    return bool(fields.pop("kept")), Policy(**fields)
 
 
 def sync(core: Core, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import lmdb
 
@@ -15,18 +15,24 @@ from torchcache_server.store.disk import DiskCalls
 from torchcache_server.store.folder import StoreFolder
 from torchcache_server.store.index import Index, IndexWriter, Location, SegmentNote, record_key, remove_index
 from torchcache_server.store.recovery import cut_tail, find_records
-from torchcache_server.store.segments import SUFFIX, Segment
+from torchcache_server.store.recycling import Spares
+from torchcache_server.store.segments import SUFFIX, Segment, folder_name
 from torchcache_server.store.space import Space
 
 _log = logging.getLogger(__name__)
 
 
-def open_core(folder: StoreFolder, disk: DiskCalls, space: Space) -> Core:
-    """Everything of a store but its durable records. Raises OSError, OutOfSpace."""
+def open_core(folder: StoreFolder, disk: DiskCalls, space: Space, *, kept: Iterable[str] = ()) -> Core:
+    """Everything of a store but its durable records. Raises OSError, OutOfSpace.
+
+    `kept` are the namespaces that must not be lost: a damaged header of one of their segments is made again.
+    """
     index, notes = _open_index(folder, space.capacity_bytes)
     try:
-        core = Core(disk, folder, index, space)
-        _load_segments(core, notes)
+        spares = Spares(disk, folder.spares)
+        spares.begin()
+        core = Core(disk, folder, index, space, spares)
+        _load_segments(core, notes, {folder_name(name): name for name in kept})
     except BaseException:
         index.close(None)
         raise
@@ -60,8 +66,8 @@ def _open_index(folder: StoreFolder, capacity_bytes: int) -> tuple[Index, dict[i
         raise OutOfSpace(f"its index can't be made: {error}") from error
 
 
-def _load_segments(core: Core, notes: dict[int, SegmentNote]) -> None:
-    for segment, is_whole in _open_segments(core.disk, core.folder.segments):
+def _load_segments(core: Core, notes: dict[int, SegmentNote], kept: Mapping[str, str]) -> None:
+    for segment, is_whole in _open_segments(core.disk, core.folder.segments, kept):
         note = notes.get(segment.number) if is_whole else None
         core.space.add(segment)
         if note is not None and segment.header.length <= note.tail <= segment.header.file_bytes:
@@ -75,7 +81,7 @@ def _load_segments(core: Core, notes: dict[int, SegmentNote]) -> None:
             writer.delete_segment(number)
 
 
-def _open_segments(disk: DiskCalls, root: str) -> Iterator[tuple[Segment, bool]]:
+def _open_segments(disk: DiskCalls, root: str, kept: Mapping[str, str]) -> Iterator[tuple[Segment, bool]]:
     """Every sound segment file, by number, and whether it has its full length; the others are removed."""
     paths = [
         os.path.join(root, folder, name)
@@ -84,7 +90,7 @@ def _open_segments(disk: DiskCalls, root: str) -> Iterator[tuple[Segment, bool]]
         if name.endswith(SUFFIX)
     ]
     for path in sorted(paths, key=os.path.basename):
-        opened = Segment.open(disk, path)
+        opened = Segment.open(disk, path, namespace=kept.get(os.path.basename(os.path.dirname(path))))
         if opened is None:
             _log.warning("segment %s has no sound header and is removed", path)
             disk.unlink(path)
@@ -94,7 +100,7 @@ def _open_segments(disk: DiskCalls, root: str) -> Iterator[tuple[Segment, bool]]
 
 def _believe(core: Core, segment: Segment, note: SegmentNote) -> None:
     core.space.take(segment, note.tail - segment.tail)
-    segment.chunks = note.chunks
+    segment.chunks, segment.live_bytes = note.chunks, note.live_bytes
     namespace = core.space.namespaces[segment.header.namespace]
     namespace.last_used = max(namespace.last_used, note.last_used)
 
@@ -110,6 +116,7 @@ def _reread(core: Core, segment: Segment) -> None:
                 writer,
                 record_key(record.identity, record.chunk_index),
                 Location(segment.number, offset),
+                record.record_bytes,
             )
             tail = offset + record.record_bytes
     core.space.take(segment, tail - segment.tail)
@@ -118,12 +125,12 @@ def _reread(core: Core, segment: Segment) -> None:
     namespace.last_used = max(namespace.last_used, segment.number)
 
 
-def _place(space: Space, writer: IndexWriter, key: bytes, location: Location) -> None:
+def _place(space: Space, writer: IndexWriter, key: bytes, location: Location, record_bytes: int) -> None:
     """Of two records of one chunk the later wins: the earlier was found damaged, or nobody has seen it."""
     before = writer.get(key)
     if before is not None and before > location:
         return
     writer.put(key, location)
     if before is not None and before.segment in space.segments:
-        space.segments[before.segment].chunks -= 1
-    space.segments[location.segment].chunks += 1
+        space.segments[before.segment].lose(None)
+    space.segments[location.segment].gain(record_bytes)

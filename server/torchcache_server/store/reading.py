@@ -10,6 +10,8 @@ from torchcache.model import ChunkId
 from torchcache_server.store.chunk import StoredChunk
 from torchcache_server.store.core import Core, Known
 from torchcache_server.store.index import Location, chunk_key
+from torchcache_server.store.record import RecordHeader
+from torchcache_server.store.segments import Segment
 
 _log = logging.getLogger(__name__)
 
@@ -31,23 +33,32 @@ def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> St
     if location is None:
         return None
     segment = core.space.segments.get(location.segment)
-    if segment is None:
+    if segment is None or (core.watch.out_of_service and not core.is_kept(segment)):
         return None
     known = core.known.get(location)
     if known is not None and known.chunk_index == chunk.index and known.identity == chunk.object.encoded:
-        core.touch(segment)
+        core.touch(segment, key)
         return known.chunk
-    record = segment.record(location.offset)
+    record = _record(core, segment, location.offset)
     if record is None:
-        _forget(core, key, location)
-        return None
-    if record.chunk_index != chunk.index or record.identity != chunk.object.encoded:
+        forget_if_replaceable(core, key, location)
+    elif record.chunk_index != chunk.index or record.identity != chunk.object.encoded:
         _disbelieve(core, key, location)
+    else:
+        core.touch(segment, key)
+        found = segment.chunk(location.offset, record)
+        core.learn(location, segment, Known(chunk.index, record.identity, found))
+        return found
+    return None
+
+
+def _record(core: Core, segment: Segment, offset: int) -> RecordHeader | None:
+    """The record; None if it isn't sound, or the disk can't read it."""
+    try:
+        return segment.populated_record(core.disk, offset)
+    except OSError as error:
+        _log.warning("a record at %d in %s can't be read: %s", offset, segment.path, error)
         return None
-    core.touch(segment)
-    found = segment.chunk(location.offset, record)
-    core.learn(location, segment, Known(chunk.index, record.identity, found))
-    return found
 
 
 def _disbelieve(core: Core, key: bytes, location: Location) -> None:
@@ -68,12 +79,29 @@ def quarantine(core: Core, chunk: ChunkId) -> None:
     key = chunk_key(chunk)
     location = core.index.get(key)
     if location is not None:
-        core.known.pop(location, None)
-        _forget(core, key, location)
+        forget(core, key, location)
 
 
-def _forget(core: Core, key: bytes, location: Location) -> None:
+def forget_if_replaceable(core: Core, key: bytes, location: Location) -> None:
+    """Takes a bad record out, but for one that must be kept: what is left of it may be all there is."""
+    segment = core.space.segments.get(location.segment)
+    if segment is None:
+        return
+    if not core.is_kept(segment):
+        forget(core, key, location)
+    elif core.damaged_kept.get(location) is None:
+        core.damaged_kept[location] = segment.header.namespace
+        _log.error(
+            "a record at %d in %s is damaged; it belongs to %s, which isn't in the under-store yet: save again",
+            location.offset,
+            segment.path,
+            segment.header.namespace,
+        )
+
+
+def forget(core: Core, key: bytes, location: Location) -> None:
     """Takes the record at `location` out, unless the chunk has been stored anew meanwhile."""
+    core.known.pop(location, None)
     try:
         with core.index.writing() as writer:
             if writer.get(key) != location:
@@ -87,8 +115,9 @@ def _forget(core: Core, key: bytes, location: Location) -> None:
     if segment is None:
         return
     core.counts.add(corrupt=1)
+    record = _record(core, segment, location.offset)
     with core.lock:
-        segment.chunks -= 1
+        segment.lose(record.record_bytes if record is not None else None)
         is_empty = segment.sealed and not segment.writing and not segment.chunks
     _log.warning("a damaged record at %d in %s is dropped", location.offset, segment.path)
     segment.bury(core.disk, location.offset)

@@ -152,6 +152,13 @@ def decode_record(view: memoryview, nonce: int, offset: int) -> RecordHeader | N
     )
 
 
+def peek_header_bytes(view: memoryview, offset: int) -> int:
+    """What the record at `offset` claims its header takes, unchecked, but no more than one can."""
+    if offset + _RECORD.size > len(view):
+        return 0
+    return min(int(_RECORD.unpack_from(view, offset)[4]), MAX_RECORD_BYTES - CHUNK_BYTES)
+
+
 def padding(payload_bytes: int) -> bytes:
     """Zeros between a payload's end and the next record."""
     return _ZEROS[: aligned(payload_bytes) - payload_bytes]

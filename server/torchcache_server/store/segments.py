@@ -1,7 +1,9 @@
 """Segment files: append-only, mapped whole, one namespace each.
 
 A segment is created at its full size, as a hole, so that it is mapped once and the mapping sees all that is written
-later. It is freed by unlinking; views that are still out keep the mapping, and the bytes, alive.
+later. It is freed by unlinking, or becomes another segment later (`recycling`); views that are still out keep the
+mapping, and the bytes, alive. A file's name says its segment's number and nonce: a header that is damaged can be made
+again where the namespace is known, and what must be kept isn't lost with its first 64 bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import secrets
 import threading
 from collections.abc import Sequence
@@ -26,9 +29,13 @@ from torchcache_server.store.record import (
     RecordHeader,
     SegmentHeader,
     decode_record,
+    peek_header_bytes,
 )
 
 SUFFIX: Final = ".segment"
+PAGE_BYTES: Final = 4096
+
+_NAME: Final = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})" + re.escape(SUFFIX))
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +45,20 @@ def folder_name(namespace: str) -> str:
     return hashlib.sha256(namespace.encode()).hexdigest()
 
 
-def file_name(number: int) -> str:
-    return f"{number:016x}{SUFFIX}"
+def file_name(number: int, nonce: int) -> str:
+    """Sorts by number."""
+    return f"{number:016x}-{nonce:016x}{SUFFIX}"
+
+
+def parse_file_name(name: str) -> tuple[int, int] | None:
+    """Number and nonce; None for a name that no segment has."""
+    found = _NAME.fullmatch(name)
+    return None if found is None else (int(found[1], 16), int(found[2], 16))
+
+
+def page_aligned(size: int) -> int:
+    """`size`, rounded up to whole pages: what the file system gives for it."""
+    return -(-size // PAGE_BYTES) * PAGE_BYTES
 
 
 @dataclass(slots=True, eq=False)
@@ -53,12 +72,17 @@ class Segment:
     tail: int  # end of what is taken; the next record goes here
     fd: int | None = None  # open while the segment takes records
     chunks: int = 0  # records the index points to
+    live_bytes: int = 0  # of these records; an estimate once one whose header is damaged has gone
+    floor_bytes: int = 0  # what the file takes of the disk whatever the tail: it was another segment before
+    unmapped: list[None] = field(default_factory=list)  # gets an item once the last view is gone
     writing: set[int] = field(default_factory=set)  # offsets of runs being written just now
     sealed: bool = False  # takes no more records
     dropped: bool = False  # unlinked, or about to be
     unsynced: bool = False  # written to since the last fsync
     sync_error: OSError | None = None  # an fsync failed
-    file_lock: threading.Lock = field(default_factory=threading.Lock)  # held while `fd` is synced or closed
+    file_lock: threading.Lock = field(
+        default_factory=threading.Lock
+    )  # while the file is synced, closed, renamed
 
     @property
     def number(self) -> int:
@@ -68,34 +92,66 @@ class Segment:
     def room_bytes(self) -> int:
         return 0 if self.sealed else self.header.file_bytes - self.tail
 
+    @property
+    def held_bytes(self) -> int:
+        """What the file takes of the disk."""
+        return max(self.floor_bytes, page_aligned(self.tail))
+
+    @property
+    def dead_bytes(self) -> int:
+        """What the records take that the index doesn't point to."""
+        return max(0, self.tail - self.header.length - self.live_bytes)
+
+    def gain(self, record_bytes: int) -> None:
+        """The index points to one more record."""
+        self.chunks += 1
+        self.live_bytes += record_bytes
+
+    def lose(self, record_bytes: int | None) -> None:
+        """The index points to a record less; None where its header can't be read any more: an average one."""
+        if record_bytes is None:
+            record_bytes = self.live_bytes // max(1, self.chunks)
+        self.chunks -= 1
+        self.live_bytes = max(0, self.live_bytes - record_bytes) if self.chunks else 0
+
     @classmethod
     def create(cls, disk: DiskCalls, folder: str, header: SegmentHeader) -> Segment:
         """Makes the file. Raises OSError, and then leaves nothing behind."""
-        path = os.path.join(folder, file_name(header.number))
+        path = os.path.join(folder, file_name(header.number, header.nonce))
         fd = disk.create(path)
         try:
             disk.truncate(fd, header.file_bytes)
-            write_all(disk, fd, [header.encode()], 0)
-            return cls._mapped(disk, path, fd, header, tail=header.length)
+            return cls.begin(disk, path, fd, header)
         except OSError:
             disk.close(fd)
             disk.unlink(path)
             raise
 
     @classmethod
-    def open(cls, disk: DiskCalls, path: str) -> tuple[Segment, bool] | None:
+    def begin(cls, disk: DiskCalls, path: str, fd: int, header: SegmentHeader) -> Segment:
+        """Makes the open file at `path`, of the right size, an empty segment. Raises OSError."""
+        write_all(disk, fd, [header.encode()], 0)
+        return cls._mapped(disk, path, fd, header, tail=header.length)
+
+    @classmethod
+    def open(cls, disk: DiskCalls, path: str, *, namespace: str | None = None) -> tuple[Segment, bool] | None:
         """Maps a file that is there; None if its header isn't sound. The flag says whether it has its full length.
 
-        A file that lost its end gets its length back, as a hole. `tail` is still to be found.
+        A file that lost its end gets its length back, as a hole. `tail` is still to be found. A damaged header is made
+        again if `namespace`, to which the file belongs, is given.
         """
         fd = disk.open(path)
         try:
-            raw = disk.pread(fd, 2 * MAX_IDENTITY_BYTES, 0)
-            header = SegmentHeader.decode(memoryview(raw))
-            if header is None or os.path.basename(path) != file_name(header.number):
+            size = disk.size(fd)
+            header = read_header(disk, fd, path)
+            if header is None and namespace is not None:
+                header = _remade_header(path, size, namespace)
+                if header is not None:
+                    _log.error("segment %s has a damaged header: made again from its name", path)
+                    write_all(disk, fd, [header.encode()], 0)
+            if header is None:
                 disk.close(fd)
                 return None
-            size = disk.size(fd)
             if size != header.file_bytes:
                 disk.truncate(fd, header.file_bytes)
             return cls._mapped(disk, path, fd, header, tail=header.length), size == header.file_bytes
@@ -105,12 +161,25 @@ class Segment:
 
     @classmethod
     def _mapped(cls, disk: DiskCalls, path: str, fd: int, header: SegmentHeader, *, tail: int) -> Segment:
-        buffer = disk.map(fd, header.file_bytes)
-        return cls(header, path, buffer, memoryview(buffer).cast("B"), tail, fd)
+        unmapped: list[None] = []
+        buffer = disk.map(fd, header.file_bytes, lambda: unmapped.append(None))
+        return cls(header, path, buffer, memoryview(buffer).cast("B"), tail, fd, unmapped=unmapped)
 
     def record(self, offset: int) -> RecordHeader | None:
         """The record at `offset`, its header checked; None if there is none."""
         return decode_record(self.view, self.header.nonce, offset)
+
+    def populated_record(self, disk: DiskCalls, offset: int) -> RecordHeader | None:
+        """`record`, with all of it brought into memory first. Raises OSError for what the disk can't read."""
+        room = self.header.file_bytes - offset
+        disk.populate(self.buffer, offset, min(room, PAGE_BYTES))
+        length = peek_header_bytes(self.view, offset)
+        if length > PAGE_BYTES:
+            disk.populate(self.buffer, offset, min(room, length))
+        record = self.record(offset)
+        if record is not None and record.payload_bytes:
+            disk.populate(self.buffer, offset + record.length, record.payload_bytes)
+        return record
 
     def chunk(self, offset: int, record: RecordHeader) -> StoredChunk:
         """The chunk in `record`, as a view."""
@@ -125,16 +194,30 @@ class Segment:
 
     def bury(self, disk: DiskCalls, offset: int) -> None:
         """Marks a record as dead, so that no rebuilt index finds it again. Only an attempt: it isn't synced."""
-        if self.dropped:
-            return
-        try:
-            fd = disk.open(self.path)
+        with self.file_lock:  # or the file might be another segment's by now
+            if self.dropped:
+                return
             try:
-                write_all(disk, fd, [DEAD_MAGIC], offset)
-            finally:
-                disk.close(fd)
-        except OSError as error:
-            _log.warning("the record at %d in %s can't be marked as dead: %s", offset, self.path, error)
+                fd = disk.open(self.path)
+                try:
+                    write_all(disk, fd, [DEAD_MAGIC], offset)
+                finally:
+                    disk.close(fd)
+            except OSError as error:
+                _log.warning("the record at %d in %s can't be marked as dead: %s", offset, self.path, error)
+
+    def clear_behind(self, disk: DiskCalls) -> bool:
+        """Makes a hole of what lies behind the tail; False if that can't be done."""
+        end = page_aligned(self.tail)
+        with self.file_lock:
+            if self.dropped or self.fd is None:
+                return False
+            try:
+                disk.deallocate(self.fd, end, self.header.file_bytes - end)
+            except OSError as error:
+                _log.warning("segment %s keeps its unused room: %s", self.path, error)
+                return False
+            return True
 
     def sync(self, disk: DiskCalls) -> None:
         """fsync, if anything was written since the last one.
@@ -188,6 +271,19 @@ class Segment:
             except OSError as error:
                 # Only an fsync promises anything; what it couldn't write shows there.
                 _log.warning("segment %s: close says %s", self.path, error)
+
+
+def read_header(disk: DiskCalls, fd: int, path: str) -> SegmentHeader | None:
+    """The header of a segment file; None if it isn't sound, or not the one that the name says. Raises OSError."""
+    header = SegmentHeader.decode(memoryview(disk.pread(fd, 2 * MAX_IDENTITY_BYTES, 0)))
+    if header is None or os.path.basename(path) != file_name(header.number, header.nonce):
+        return None
+    return header
+
+
+def _remade_header(path: str, file_bytes: int, namespace: str) -> SegmentHeader | None:
+    named = parse_file_name(os.path.basename(path))
+    return None if named is None else SegmentHeader(*named, file_bytes, namespace)
 
 
 def new_header(namespace: str, number: int, file_bytes: int) -> SegmentHeader:

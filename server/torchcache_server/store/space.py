@@ -1,11 +1,15 @@
 """Who holds how much: namespaces, their segments, and room for new records. No I/O, no locks of its own.
 
-The room that counts is what segments hold, header to tail. Behind the tail a file is a hole and takes no disk.
+The room that counts is what files take of the disk: whole pages up to a segment's tail, behind which it is a hole, or
+more where a segment was made of another one's file. Two sums stay within the capacity: what segments take and what is
+promised to fills that are on their way; and what segments and spare files take. So a promise costs no spare, and spares
+cost nobody room.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -13,8 +17,10 @@ from typing import Final, NamedTuple
 from torchcache.errors import ConfigurationError
 from torchcache.model import CHUNK_BYTES
 from torchcache_server.store.eviction import Candidate
+from torchcache_server.store.ordering import ReadingOrder
+from torchcache_server.store.policy import Policy
 from torchcache_server.store.record import MAX_RECORD_BYTES
-from torchcache_server.store.segments import Segment
+from torchcache_server.store.segments import PAGE_BYTES, Segment, page_aligned
 
 DEFAULT_SEGMENT_BYTES: Final = 64 * 1024 * 1024
 MAX_NAME_BYTES: Final = 16 * 1024
@@ -23,7 +29,6 @@ MAX_NAME_BYTES: Final = 16 * 1024
 MIN_SEGMENT_BYTES: Final = MAX_RECORD_BYTES + 2 * MAX_NAME_BYTES
 """Room for a segment's header and one full record."""
 
-_PAGE: Final = 4096
 _MAX_SEGMENTS: Final = 16384  # a quarter of the mappings that Linux gives a process
 
 
@@ -49,7 +54,7 @@ def segment_size(capacity_bytes: int, segment_bytes: int | None) -> int:
             f"a capacity of {capacity_bytes} bytes is less than one segment of {segment_bytes} bytes: raise the "
             "capacity or make segments smaller"
         )
-    return -(-segment_bytes // _PAGE) * _PAGE
+    return -(-segment_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def check_name(namespace: str) -> None:
@@ -73,11 +78,22 @@ class Run(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where a batch goes. `bytes` is what it takes in all, the headers of new segments included."""
+    """Where a batch goes. `bytes` is what it takes in all, the headers of new segments included.
+
+    `ends` is where the open segment, the first one, and each new one end then.
+    """
 
     runs: list[Run]
     new_segments: int
     bytes: int
+    ends: list[int]
+
+    def growth_bytes(self, open_segment: Segment | None, spares: int) -> int:
+        """What it takes of the disk beyond what is taken, `spares` files being at hand to be made new segments."""
+        grown = 0
+        if open_segment is not None:
+            grown = max(0, page_aligned(self.ends[0]) - open_segment.held_bytes)
+        return grown + sum(page_aligned(end) for end in self.ends[1 + spares :])
 
 
 def lay_out(sizes: Sequence[int], *, tail: int, room_bytes: int, start: int, segment_bytes: int) -> Layout:
@@ -86,6 +102,7 @@ def lay_out(sizes: Sequence[int], *, tail: int, room_bytes: int, start: int, seg
     `start` is where a new segment's first record goes. No size may be larger than a new segment's room.
     """
     runs: list[Run] = []
+    ends = [tail]
     segment, at, end = 0, tail, tail + room_bytes
     first = 0
     for i, size in enumerate(sizes):
@@ -93,10 +110,12 @@ def lay_out(sizes: Sequence[int], *, tail: int, room_bytes: int, start: int, seg
             if i > first:
                 runs.append(Run(segment, at - sum(sizes[first:i]), first, i))
             segment, at, end, first = segment + 1, start, segment_bytes, i
+            ends.append(at)
         at += size
+        ends[-1] = at
     if len(sizes) > first:
         runs.append(Run(segment, at - sum(sizes[first:]), first, len(sizes)))
-    return Layout(runs, segment, sum(sizes) + segment * start)
+    return Layout(runs, segment, sum(sizes) + segment * start, ends)
 
 
 @dataclass(slots=True, eq=False)
@@ -106,9 +125,11 @@ class Namespace:
     name: str
     segments: dict[int, Segment] = field(default_factory=dict)
     open: Segment | None = None  # takes the next records
-    pinned: bool = False
+    policy: Policy = Policy()  # noqa: RUF009 - frozen
     kept: bool = False
-    last_used: int = 0
+    last_used: int = 0  # orders namespaces
+    used_s: float = field(default_factory=time.monotonic)  # for the policy's time to live
+    order: ReadingOrder | None = None  # in which it will be read, where that is known
     names_unsynced: bool = False  # files were created since the folder's last fsync
     sync_lock: threading.Lock = field(
         default_factory=threading.Lock
@@ -116,11 +137,11 @@ class Namespace:
 
     @property
     def protected(self) -> bool:
-        return self.pinned or self.kept
+        return self.policy.pinned or self.kept
 
     @property
     def bytes(self) -> int:
-        return sum(s.tail for s in self.segments.values())
+        return sum(s.held_bytes for s in self.segments.values())
 
     @property
     def chunks(self) -> int:
@@ -133,7 +154,8 @@ class Space:
 
     capacity_bytes: int
     segment_bytes: int
-    used_bytes: int = 0
+    used_bytes: int = 0  # by segments
+    promised_bytes: int = 0  # to fills that are on their way
     namespaces: dict[str, Namespace] = field(default_factory=dict)
     segments: dict[int, Segment] = field(default_factory=dict)
     next_number: int = 1
@@ -149,7 +171,7 @@ class Space:
         """Takes a segment in."""
         self.namespace(segment.header.namespace).segments[segment.number] = segment
         self.segments[segment.number] = segment
-        self.used_bytes += segment.tail
+        self.used_bytes += segment.held_bytes
         self.next_number = max(self.next_number, segment.number + 1)
 
     def remove(self, segment: Segment) -> None:
@@ -161,26 +183,40 @@ class Space:
         del namespace.segments[segment.number]
         if namespace.open is segment:
             namespace.open = None
-        self.used_bytes -= segment.tail
+        self.used_bytes -= segment.held_bytes
 
     def take(self, segment: Segment, size: int) -> None:
         """Takes the next `size` bytes of a segment."""
-        segment.tail += size
-        if not segment.dropped:
-            self.used_bytes += size
+        self._resize(segment, segment.tail + size, segment.floor_bytes)
 
-    def give_back(self, segment: Segment, offset: int, size: int) -> None:
-        """Returns what `take` took, if nobody has taken what follows."""
-        if segment.tail == offset + size and not segment.dropped:
-            segment.tail = offset
-            self.used_bytes -= size
+    def give_back(self, segment: Segment, offset: int, size: int) -> bool:
+        """Returns what `take` took, if nobody has taken what follows; says whether it did."""
+        if segment.tail != offset + size or segment.dropped:
+            return False
+        self._resize(segment, offset, segment.floor_bytes)
+        return True
+
+    def trimmed(self, segment: Segment) -> None:
+        """What lies behind the segment's tail has become a hole."""
+        self._resize(segment, segment.tail, 0)
+
+    def _resize(self, segment: Segment, tail: int, floor_bytes: int) -> None:
+        before = segment.held_bytes
+        segment.tail, segment.floor_bytes = tail, floor_bytes
+        if not segment.dropped:
+            self.used_bytes += segment.held_bytes - before
 
     def forget_if_empty(self, name: str) -> bool:
         """Drops a namespace that holds nothing and has nothing to remember; says whether it has no segments."""
         namespace = self.namespaces.get(name)
         if namespace is None:
             return True
-        if not namespace.segments and not namespace.protected:
+        if (
+            not namespace.segments
+            and not namespace.kept
+            and namespace.policy == Policy()
+            and not namespace.order
+        ):
             del self.namespaces[name]
         return not namespace.segments
 
@@ -188,5 +224,11 @@ class Space:
         """Every segment, as eviction sees it."""
         for segment in self.segments.values():
             namespace = self.namespaces[segment.header.namespace]
-            protected = namespace.protected or bool(segment.writing)
-            yield Candidate(segment.number, namespace.name, segment.tail, namespace.last_used, protected)
+            yield Candidate(
+                segment=segment.number,
+                namespace=namespace.name,
+                bytes=segment.held_bytes,
+                last_used=namespace.last_used,
+                priority=namespace.policy.priority,
+                protected=namespace.protected or bool(segment.writing),
+            )

@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchcache.errors import ConfigurationError, OutOfSpace
 from torchcache.model import ChunkId
-from torchcache_server.store.appending import append, draft
+from torchcache_server.store.appending import append
 from torchcache_server.store.chunk import Payload, StoredChunk
-from torchcache_server.store.core import Gate
+from torchcache_server.store.core import Core, Gate
 from torchcache_server.store.disk import OS, DiskCalls
 from torchcache_server.store.folder import StoreFolder
+from torchcache_server.store.health import Health, WatchedDisk
 from torchcache_server.store.index import SegmentNote, chunk_key
-from torchcache_server.store.keeping import Flags, disk_errors, sync
+from torchcache_server.store.keeping import Flags, disk_errors, kept_names, sync
 from torchcache_server.store.ledger import Ledger
 from torchcache_server.store.opening import open_core
+from torchcache_server.store.ordering import ReadingOrder
+from torchcache_server.store.policy import Policy
 from torchcache_server.store.reading import find, find_many, quarantine
+from torchcache_server.store.room import Promise, evict_others, promise
+from torchcache_server.store.scrubbing import Scrub, ScrubStep
 from torchcache_server.store.space import Space, segment_size
+from torchcache_server.store.tidying import tidy
+from torchcache_server.store.writing import draft
+
+_MAX_MIN_FREE_BYTES = 1 << 30
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class NamespaceUsage:
-    """What a dataset or checkpoint holds. `kept`: not yet in the under-store; `pinned`: by a user's wish."""
+    """What a dataset or checkpoint holds. `bytes` of the disk; `kept`: not yet in the under-store."""
 
     name: str
     bytes: int
     chunks: int
     pinned: bool
     kept: bool
+    policy: Policy = Policy()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, slots=True)
 class StoreUsage:
-    """The store as it is, and what happened since it was opened."""
+    """The store as it is, and what happened since it was opened.
+
+    `used_bytes` is what segments take of the disk, of which `dead_bytes` are records that nobody finds any more;
+    `spare_bytes` what files take that wait to become segments; `overhead_bytes` index and records; `free_bytes` what
+    the file system has left. `damaged_kept` counts damaged records that exist nowhere else. `out_of_service` says why,
+    if the disk is.
+    """
 
     capacity_bytes: int
     used_bytes: int
@@ -48,38 +64,64 @@ class StoreUsage:
     misses: int
     corrupt: int
     evicted_chunks: int
+    spare_bytes: int = 0
+    dead_bytes: int = 0
+    overhead_bytes: int = 0
+    free_bytes: int = 0
+    min_free_bytes: int = 0
+    recycled_segments: int = 0
+    compacted_bytes: int = 0
+    expired_chunks: int = 0
+    scrubbed_bytes: int = 0
+    scrub_rounds: int = 0
+    damaged_kept: int = 0
+    disk_errors: int = 0
+    out_of_service: str = ""
 
 
 class Store:
     """Chunks on a local disk, in segments, found by an index. Thread-safe; one process owns the folder.
 
     Chunks are stored under a namespace, a dataset or checkpoint, and found without it. When the capacity is reached the
-    namespace used longest ago yields, but never to itself, and never if kept or pinned.
+    namespace used longest ago yields, but never to itself unless the order of reading is known, and never if it is kept
+    or pinned.
     """
 
     def __init__(
-        self, path: Path, *, capacity_bytes: int, segment_bytes: int | None = None, disk: DiskCalls = OS
+        self,
+        path: Path,
+        *,
+        capacity_bytes: int,
+        segment_bytes: int | None = None,
+        min_free_bytes: int | None = None,
+        disk: DiskCalls = OS,
     ) -> None:
         """Creates the store in folder `path`, or opens the one there and recovers what an unclean stop left.
 
+        `min_free_bytes` stay free on the file system, whatever the capacity; by default a hundredth, at most 1 GiB.
         Raises ConfigurationError: the folder is in use, someone else's or not usable, or the capacity too small.
         """
         space = Space(capacity_bytes, segment_size(capacity_bytes, segment_bytes))
-        folder = StoreFolder(path, disk)
+        watched = WatchedDisk(disk)
+        folder = StoreFolder(path, watched)
         with ExitStack() as undo:
             undo.callback(folder.unlock)
             try:
-                self._core = open_core(folder, disk, space)
+                flags = Ledger(watched, folder.flags)
+                self._records = Ledger(watched, folder.records)
+                self._core = open_core(folder, watched, space, kept=kept_names(flags))
                 undo.callback(self._core.index.close, None)
-                self._flags = Flags(self._core, Ledger(disk, folder.flags))
-                self._records = Ledger(disk, folder.records)
+                self._flags = Flags(self._core, flags)
             except (OSError, OutOfSpace) as error:
                 raise ConfigurationError(f"the store {path} can't be opened: {error}") from error
             undo.pop_all()
+        watched.watch = self._core.watch
+        self._core.min_free_bytes = _min_free_bytes(self._core, min_free_bytes)
+        self._scrub = Scrub(self._core)
         self._gate = Gate(str(path))
         self.server_id = folder.server_id
         over = space.used_bytes - capacity_bytes
-        if over > 0 and not self._core.make_room(None, over):
+        if over > 0 and not evict_others(self._core, None, over):
             _log.warning("the store %s holds %d bytes more than its capacity, and may evict none", path, over)
 
     # ---- chunks ----
@@ -105,14 +147,38 @@ class Store:
             location = self._core.index.get(chunk_key(chunk))
             return location is not None and location.segment in self._core.space.segments
 
-    def put(self, namespace: str, chunk: ChunkId, object_size: int, payload: Payload) -> StoredChunk:
+    def reserve(self, namespace: str, chunk: ChunkId, size_bytes: int) -> Promise:
+        """Room for a chunk of `size_bytes` that is about to be fetched, for `put`; to be released in the end.
+
+        Raises OutOfSpace if it could not be kept: the store is full, the quota used up, the disk out of service, or all
+        that is here is needed sooner.
+        """
+        with self._gate:
+            return promise(self._core, namespace, size_bytes, chunk_key(chunk))
+
+    def put(
+        self,
+        namespace: str,
+        chunk: ChunkId,
+        object_size: int,
+        payload: Payload,
+        *,
+        promised: Promise | None = None,
+    ) -> StoredChunk:
         """Stores a chunk; one that is there already is returned as it is, whatever its namespace.
 
-        `object_size` is in bytes, of the whole object. Raises OutOfSpace if the disk is full or nothing may be evicted.
+        `object_size` is in bytes, of the whole object; `promised` what `reserve` gave. Raises OutOfSpace if the disk is
+        full or nothing may be evicted.
         """
-        return self.put_many(namespace, [(chunk, object_size, payload)])[0]
+        return self.put_many(namespace, [(chunk, object_size, payload)], promised=promised)[0]
 
-    def put_many(self, namespace: str, rows: Sequence[tuple[ChunkId, int, Payload]]) -> list[StoredChunk]:
+    def put_many(
+        self,
+        namespace: str,
+        rows: Sequence[tuple[ChunkId, int, Payload]],
+        *,
+        promised: Promise | None = None,
+    ) -> list[StoredChunk]:
         """`put` for many (chunk, object size, payload) at once, in one index transaction: all or none is stored."""
         with self._gate:
             found = find_many(self._core, [chunk for chunk, _, _ in rows])
@@ -121,9 +187,8 @@ class Store:
             for row, there in zip(rows, found, strict=True):
                 if there is None:
                     missing.setdefault(row[0], row)
-            stored = (
-                append(self._core, namespace, [draft(*row) for row in missing.values()]) if missing else []
-            )
+            drafts = [draft(*row) for row in missing.values()]
+            stored = append(self._core, namespace, drafts, promised) if drafts else []
             fresh = dict(zip(missing, stored, strict=True))
             return [fresh[row[0]] if there is None else there for row, there in zip(rows, found, strict=True)]
 
@@ -152,24 +217,89 @@ class Store:
     def keep(self, namespace: str, keep: bool) -> None:
         """Says that `namespace` must not be evicted, being nowhere else; or that it may be. Survives a restart."""
         with self._gate:
-            self._flags.set(namespace, kept=keep)
+            self._flags.keep(namespace, keep)
+
+    # ---- who stays and who goes ----
+
+    def policy(self, namespace: str) -> Policy:
+        """How the namespace is treated when room is short."""
+        with self._gate, self._core.lock:
+            found = self._core.space.namespaces.get(namespace)
+            return found.policy if found is not None else Policy()
+
+    def set_policy(self, namespace: str, policy: Policy) -> None:
+        """Says how the namespace, which may be empty yet, is treated when room is short. Survives a restart."""
+        with self._gate:
+            self._flags.set_policy(namespace, lambda _: policy)
 
     def pin(self, namespace: str, pinned: bool) -> None:
         """Says that `namespace` is to stay, by a user's wish; or that it needn't. Survives a restart."""
         with self._gate:
-            self._flags.set(namespace, pinned=pinned)
+            self._flags.set_policy(namespace, lambda policy: replace(policy, pinned=pinned))
+
+    def expect(self, namespace: str, chunks: Iterable[ChunkId] | None) -> None:
+        """Says in which order the namespace's chunks will be read from now on; None: nobody knows any more.
+
+        A chunk that is read several times comes as often. Then what is needed farthest in the future yields first.
+        """
+        order = None if chunks is None else ReadingOrder(map(chunk_key, chunks))
+        with self._gate, self._core.lock:
+            self._core.space.namespace(namespace).order = order
+            self._core.space.forget_if_empty(namespace)
+
+    def evict(self, namespace: str) -> int:
+        """Drops what the namespace holds, but not its policy; returns the bytes freed. One that isn't there has none.
+
+        Raises ConfigurationError if it is pinned, or not yet in the under-store.
+        """
+        with self._gate:
+            core = self._core
+            with core.lock:
+                found = core.space.namespaces.get(namespace)
+                if found is not None and found.protected:
+                    raise ConfigurationError(
+                        f"{namespace!r} is pinned: unpin it first"
+                        if found.policy.pinned
+                        else f"{namespace!r} isn't in the under-store yet, and its only copy is here: it stays"
+                    )
+                segments = list(found.segments.values()) if found is not None else []
+            gone = core.remove(segments, unless_in_use=True)
+            freed = sum(s.held_bytes for s in gone)
+            with core.lock:
+                core.spares.trim(freed)  # who evicts by hand wants the disk back
+            core.counts.add(evicted_chunks=sum(s.chunks for s in gone))
+            return freed
 
     def drop(self, namespace: str) -> int:
-        """Removes all of a namespace, its flags too; returns the bytes freed."""
+        """Removes all of a namespace, its flags and policy too; returns the bytes freed."""
         with self._gate:
-            self._flags.set(namespace, kept=False, pinned=False)
-            with self._core.lock:
-                found = self._core.space.namespaces.get(namespace)
+            self._flags.clear(namespace)
+            core = self._core
+            with core.lock:
+                found = core.space.namespaces.get(namespace)
                 segments = list(found.segments.values()) if found is not None else []
-            freed = sum(s.tail for s in self._core.remove(segments))
-            with self._core.lock:
-                self._core.space.forget_if_empty(namespace)
+            freed = sum(s.held_bytes for s in core.remove(segments))
+            with core.lock:
+                if found is not None:
+                    found.order = None
+                core.space.forget_if_empty(namespace)
             return freed
+
+    # ---- upkeep ----
+
+    def tidy(self) -> None:
+        """Drops what is too old, compacts what is mostly dead, keeps the disk from filling. For every second or so."""
+        with self._gate:
+            tidy(self._core)
+
+    def scrub(self, max_bytes: int) -> ScrubStep:
+        """Verifies the next `max_bytes` or so of the store, going round; what is bad and may go is quarantined."""
+        with self._gate:
+            return self._scrub.step(max_bytes)
+
+    def health(self) -> Health:
+        """Whether the disk is in service."""
+        return self._core.watch.health
 
     # ---- what is there ----
 
@@ -177,22 +307,42 @@ class Store:
         """All namespaces, by name."""
         with self._gate, self._core.lock:
             found = sorted(self._core.space.namespaces.values(), key=lambda n: n.name)
-            return [NamespaceUsage(n.name, n.bytes, n.chunks, n.pinned, n.kept) for n in found]
+            return [
+                NamespaceUsage(n.name, n.bytes, n.chunks, n.policy.pinned, n.kept, n.policy) for n in found
+            ]
 
     def usage(self) -> StoreUsage:
         """Totals and counters."""
-        with self._gate, self._core.lock:
-            space, counts = self._core.space, self._core.counts
-            return StoreUsage(
-                capacity_bytes=space.capacity_bytes,
-                used_bytes=space.used_bytes,
-                chunks=sum(s.chunks for s in space.segments.values()),
-                segments=len(space.segments),
-                hits=counts.hits,
-                misses=counts.misses,
-                corrupt=counts.corrupt,
-                evicted_chunks=counts.evicted_chunks,
-            )
+        with self._gate:
+            core, health = self._core, self._core.watch.health
+            overhead = _taken_bytes(core, core.folder.index, core.folder.records, core.folder.flags)
+            free = core.free_bytes()
+            with core.lock:
+                space, counts = core.space, core.counts
+                segments = list(space.segments.values())
+                return StoreUsage(
+                    capacity_bytes=space.capacity_bytes,
+                    used_bytes=space.used_bytes,
+                    chunks=sum(s.chunks for s in segments),
+                    segments=len(segments),
+                    hits=counts.hits,
+                    misses=counts.misses,
+                    corrupt=counts.corrupt,
+                    evicted_chunks=counts.evicted_chunks,
+                    spare_bytes=core.spares.bytes,
+                    dead_bytes=sum(s.dead_bytes for s in segments),
+                    overhead_bytes=overhead,
+                    free_bytes=free,
+                    min_free_bytes=core.min_free_bytes,
+                    recycled_segments=core.spares.recycled,
+                    compacted_bytes=counts.compacted_bytes,
+                    expired_chunks=counts.expired_chunks,
+                    scrubbed_bytes=counts.scrubbed_bytes,
+                    scrub_rounds=counts.scrub_rounds,
+                    damaged_kept=len(core.damaged_kept),
+                    disk_errors=health.errors,
+                    out_of_service=health.out_of_service,
+                )
 
     # ---- durable records ----
 
@@ -226,7 +376,7 @@ class Store:
             core.index.close(
                 {
                     s.number: SegmentNote(
-                        s.tail, s.chunks, core.space.namespaces[s.header.namespace].last_used
+                        s.tail, s.chunks, s.live_bytes, core.space.namespaces[s.header.namespace].last_used
                     )
                     for s in core.space.segments.values()
                 }
@@ -238,3 +388,21 @@ class Store:
             for segment in core.space.segments.values():
                 segment.close(core.disk)
             core.folder.unlock()
+
+
+def _min_free_bytes(core: Core, asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    try:
+        return min(core.disk.free_bytes(core.folder.path)[1] // 100, _MAX_MIN_FREE_BYTES)
+    except OSError as error:
+        _log.warning("the size of the disk of %s can't be told: %s", core.folder.path, error)
+        return 0
+
+
+def _taken_bytes(core: Core, *folders: str) -> int:
+    try:
+        return sum(core.disk.taken_bytes(folder) for folder in folders)
+    except OSError as error:
+        _log.warning("what index and records take can't be told: %s", error)
+        return 0
