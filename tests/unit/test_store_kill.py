@@ -112,5 +112,5 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "takes no more" in done.stdout
+    assert "is full but for" in done.stdout
     assert done.stdout.endswith("done\n")

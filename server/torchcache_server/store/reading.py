@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Sequence
 
@@ -10,8 +11,6 @@ from torchcache.model import ChunkId
 from torchcache_server.store.chunk import StoredChunk
 from torchcache_server.store.core import Core, Known
 from torchcache_server.store.index import Location, chunk_key
-from torchcache_server.store.record import RecordHeader
-from torchcache_server.store.segments import Segment
 
 _log = logging.getLogger(__name__)
 
@@ -39,26 +38,24 @@ def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> St
     if known is not None and known.chunk_index == chunk.index and known.identity == chunk.object.encoded:
         core.touch(segment, key)
         return known.chunk
-    record = _record(core, segment, location.offset)
+    try:
+        record = segment.populated_record(core.disk, location.offset)
+    except OSError as error:
+        _log.warning("a record at %d in %s can't be read: %s", location.offset, segment.path, error)
+        if error.errno == errno.EIO:
+            forget_if_replaceable(core, key, location)
+        return None
     if record is None:
         forget_if_replaceable(core, key, location)
     elif record.chunk_index != chunk.index or record.identity != chunk.object.encoded:
         _disbelieve(core, key, location)
     else:
         core.touch(segment, key)
+        core.damaged_kept.pop(location, None)  # the disk thought better of it
         found = segment.chunk(location.offset, record)
         core.learn(location, segment, Known(chunk.index, record.identity, found))
         return found
     return None
-
-
-def _record(core: Core, segment: Segment, offset: int) -> RecordHeader | None:
-    """The record; None if it isn't sound, or the disk can't read it."""
-    try:
-        return segment.populated_record(core.disk, offset)
-    except OSError as error:
-        _log.warning("a record at %d in %s can't be read: %s", offset, segment.path, error)
-        return None
 
 
 def _disbelieve(core: Core, key: bytes, location: Location) -> None:
@@ -115,7 +112,10 @@ def forget(core: Core, key: bytes, location: Location) -> None:
     if segment is None:
         return
     core.counts.add(corrupt=1)
-    record = _record(core, segment, location.offset)
+    try:
+        record = segment.populated_record(core.disk, location.offset)
+    except OSError:
+        record = None
     with core.lock:
         segment.lose(record.record_bytes if record is not None else None)
         is_empty = segment.sealed and not segment.writing and not segment.chunks

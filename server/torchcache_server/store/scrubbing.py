@@ -51,9 +51,12 @@ class Scrub:
                     if size >= max_bytes:
                         break
                     read = _verified_bytes(core, segment, offset)
+                    location = Location(segment.number, offset)
                     if read is None:
                         damaged.append(segment.header.namespace)
-                        forget_if_replaceable(core, key, Location(segment.number, offset))
+                        forget_if_replaceable(core, key, location)
+                    else:
+                        core.damaged_kept.pop(location, None)
                     size += read or 0
                     chunks += 1
                     self._offset = offset + 1
