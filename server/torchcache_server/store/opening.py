@@ -5,19 +5,30 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Final
 
 import lmdb
+import numpy as np
 
 from torchcache.errors import OutOfSpace
 from torchcache_server.store.core import Core
 from torchcache_server.store.disk import DiskCalls
 from torchcache_server.store.folder import StoreFolder
-from torchcache_server.store.index import Index, IndexWriter, Location, SegmentNote, record_key, remove_index
-from torchcache_server.store.recovery import cut_tail, find_records
+from torchcache_server.store.index import PLACE, Index, Location, SegmentNote, remove_index
+from torchcache_server.store.recovery import UNREADABLE, Scan, scan_and_cut
 from torchcache_server.store.recycling import Spares
 from torchcache_server.store.segments import SUFFIX, Segment, folder_name
 from torchcache_server.store.space import Space
+
+_SCAN_THREADS: Final = 8
+_FEW_SEGMENTS: Final = 8  # fewer than these are scanned one after the other
+_BATCH_BYTES: Final = 64 << 20  # of places go to the index at a time: 1.7 million
+_TELL_EVERY_S: Final = 5
+_NOWHERE: Final = Location(-1, 0)
 
 _log = logging.getLogger(__name__)
 
@@ -67,22 +78,33 @@ def _open_index(folder: StoreFolder, capacity_bytes: int) -> tuple[Index, dict[i
 
 
 def _load_segments(core: Core, notes: dict[int, SegmentNote], kept: Mapping[str, str]) -> None:
-    for segment, is_whole in _open_segments(core.disk, core.folder.segments, kept):
+    doubtful: list[Segment] = []
+    for segment, is_whole in _open_segments(core, kept):
         note = notes.get(segment.number) if is_whole else None
         core.space.add(segment)
         if note is not None and segment.header.length <= note.tail <= segment.header.file_bytes:
             _believe(core, segment, note)
         else:
-            _reread(core, segment)
+            doubtful.append(segment)
         segment.close(core.disk)
         segment.unsynced = True  # who knows what the last server came to sync
     with core.index.writing() as writer:
         for number in notes.keys() - core.space.segments.keys():
             writer.delete_segment(number)
+        for segment in doubtful:
+            writer.delete_segment(segment.number)
+    _reread(core, doubtful)
 
 
-def _open_segments(disk: DiskCalls, root: str, kept: Mapping[str, str]) -> Iterator[tuple[Segment, bool]]:
-    """Every sound segment file, by number, and whether it has its full length; the others are removed."""
+def _open_segments(core: Core, kept: Mapping[str, str]) -> Iterator[tuple[Segment, bool]]:
+    """Every sound segment file, by number, and whether it has its full length. `kept`: namespaces, by their folders.
+
+    One without a sound header is removed, unless it is of a namespace that is kept: then it gets a new one. One that
+    can't be read is left out, and left where it is: the disk may be better next time, and what is kept may be in it.
+    Other segments are none the worse for it, and a checkpoint that is in those can still be uploaded; so the store
+    opens without it, also if it is of a namespace that is kept.
+    """
+    disk, root = core.disk, core.folder.segments
     paths = [
         os.path.join(root, folder, name)
         for folder in disk.names(root)
@@ -90,12 +112,27 @@ def _open_segments(disk: DiskCalls, root: str, kept: Mapping[str, str]) -> Itera
         if name.endswith(SUFFIX)
     ]
     for path in sorted(paths, key=os.path.basename):
-        opened = Segment.open(disk, path, namespace=kept.get(os.path.basename(os.path.dirname(path))))
+        try:
+            opened = Segment.open(disk, path, namespace=kept.get(os.path.basename(os.path.dirname(path))))
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            _log.error("segment %s can't be read and is left out: %s; see to the disk", path, error)
+            _reserve_number(core.space, path)
+            continue
         if opened is None:
             _log.warning("segment %s has no sound header and is removed", path)
             disk.unlink(path)
         else:
             yield opened
+
+
+def _reserve_number(space: Space, path: str) -> None:
+    """Keeps a file's number from being given to a new one: of two records of a chunk the later must be told."""
+    try:
+        space.next_number = max(space.next_number, int(os.path.basename(path)[:16], 16) + 1)
+    except ValueError:
+        pass  # no file of ours is called so
 
 
 def _believe(core: Core, segment: Segment, note: SegmentNote) -> None:
@@ -105,32 +142,94 @@ def _believe(core: Core, segment: Segment, note: SegmentNote) -> None:
     namespace.last_used = max(namespace.last_used, note.last_used)
 
 
-def _reread(core: Core, segment: Segment) -> None:
-    """Indexes a segment's records anew and cuts what lies behind the last."""
-    tail = segment.tail
-    with core.index.writing() as writer:
-        writer.delete_segment(segment.number)
-        for offset, record in find_records(core.disk, segment):
-            _place(
-                core.space,
-                writer,
-                record_key(record.identity, record.chunk_index),
-                Location(segment.number, offset),
-                record.record_bytes,
-            )
-            tail = offset + record.record_bytes
-    core.space.take(segment, tail - segment.tail)
-    cut_tail(core.disk, segment, tail)
+def _reread(core: Core, segments: Sequence[Segment]) -> None:
+    """Indexes the records of these segments anew and cuts what lies behind the last of each."""
+    places = bytearray()
+    with closing(_scans(core.disk, segments)) as scans:
+        for segment, found in zip(segments, scans, strict=True):
+            if isinstance(found, OSError):
+                _leave_out(core, segment, found)
+            else:
+                _take_in(core, segment, found)
+                places += found.places
+            if len(places) >= _BATCH_BYTES:
+                _place(core, places)
+                places = bytearray()
+    _place(core, places)
+
+
+def _take_in(core: Core, segment: Segment, found: Scan) -> None:
+    core.space.take(segment, found.tail - segment.tail)
     namespace = core.space.namespaces[segment.header.namespace]
     namespace.last_used = max(namespace.last_used, segment.number)
+    if found.error is not None:
+        segment.sealed = True
+        _log.error(
+            "parts of segment %s can't be read: %s; of its chunks %d are found; see to the disk",
+            segment.path,
+            found.error,
+            len(found.places) // PLACE.itemsize,
+        )
 
 
-def _place(space: Space, writer: IndexWriter, key: bytes, location: Location, record_bytes: int) -> None:
-    """Of two records of one chunk the later wins: the earlier was found damaged, or nobody has seen it."""
-    before = writer.get(key)
-    if before is not None and before > location:
+def _scans(disk: DiskCalls, segments: Sequence[Segment]) -> Generator[Scan | OSError, None, None]:
+    """What each segment holds, in their order; or why it can't be read. Says how far it is, if that takes long."""
+    if len(segments) < _FEW_SEGMENTS:
+        for segment in segments:
+            yield _scan(disk, segment)
         return
-    writer.put(key, location)
-    if before is not None and before.segment in space.segments:
-        space.segments[before.segment].lose(None)
-    space.segments[location.segment].gain(record_bytes)
+    told = time.monotonic()
+    with ThreadPoolExecutor(_SCAN_THREADS, "recovery") as threads:
+        scans = [threads.submit(_scan, disk, segment) for segment in segments]
+        try:
+            for done, found in enumerate(scans):
+                if time.monotonic() - told >= _TELL_EVERY_S:
+                    told = time.monotonic()
+                    _log.warning("recovering: %s of %s segments", f"{done:,}", f"{len(segments):,}")
+                yield found.result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _scan(disk: DiskCalls, segment: Segment) -> Scan | OSError:
+    try:
+        segment.reopen(disk)
+        try:
+            return scan_and_cut(disk, segment)
+        finally:
+            segment.close(disk)
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        return error
+
+
+def _leave_out(core: Core, segment: Segment, error: OSError) -> None:
+    """As `_open_segments` does with a file that can't be opened."""
+    _log.error("segment %s can't be read and is left out: %s; see to the disk", segment.path, error)
+    core.space.remove(segment)
+    core.space.forget_if_empty(segment.header.namespace)
+
+
+def _place(core: Core, found: bytearray) -> None:
+    """Of two records of one chunk the later wins: the earlier was found damaged, or nobody has seen it."""
+    places = np.sort(np.frombuffer(found, f"S{PLACE.itemsize}")).view(PLACE)
+    keys = places["key"]
+    latest = places[np.append(keys[1:] != keys[:-1], True)] if len(places) else places
+    segments = core.space.segments
+    with core.index.writing() as writer:
+        before = writer.get_many(latest["key"].tolist())
+        if before:
+            wins = [
+                before.get(key, _NOWHERE) < (segment, offset) for key, segment, offset, _ in latest.tolist()
+            ]
+            latest = latest[np.array(wins)]
+            for key in before.keys() & set(latest["key"].tolist()):
+                old = writer.delete(key)
+                if old is not None and old.segment in segments:
+                    segments[old.segment].lose(None)
+        writer.put_all(latest)
+    numbers, which, counts = np.unique(latest["segment"], return_inverse=True, return_counts=True)
+    sizes = np.bincount(which, weights=latest["record_bytes"], minlength=len(numbers))
+    for number, count, size in zip(numbers.tolist(), counts.tolist(), sizes.tolist(), strict=True):
+        segments[number].gain(int(size), chunks=count)

@@ -35,6 +35,9 @@ _CHECKED_FROM: Final = 16  # behind magic and checksum
 _RECORD: Final = struct.Struct("<8sQHHIIIqQI")
 _SEGMENT: Final = struct.Struct("<8sQHHIQQQI")
 
+IDENTITY_AT: Final = _RECORD.size
+"""Where in a record's header the identity starts; the blocks' digests follow it."""
+
 MAX_IDENTITY_BYTES: Final = 16 * 1024
 """Longest `ObjectId.encoded`: S3's keys have 1024 bytes, a path 4096."""
 
@@ -115,6 +118,10 @@ def record_bytes(identity_bytes: int, payload_bytes: int) -> int:
     return header_bytes(identity_bytes, payload_bytes) + aligned(payload_bytes)
 
 
+MAX_HEADER_BYTES: Final = header_bytes(MAX_IDENTITY_BYTES, CHUNK_BYTES)
+"""Longest header of a record."""
+
+
 def encode_record(header: RecordHeader, nonce: int, offset: int) -> bytes:
     """The bytes of a record's header, for the place `offset` of the segment with `nonce`."""
     identity = header.identity
@@ -128,35 +135,56 @@ def encode_record(header: RecordHeader, nonce: int, offset: int) -> bytes:
 
 
 def decode_record(view: memoryview, nonce: int, offset: int) -> RecordHeader | None:
-    """The record at `offset` of a segment, `view` being the whole file; None if there is no sound header.
-
-    No length is used before it is known to lie within the file, none is believed before the checksum holds. The
-    payload is promised to lie within the file too, but isn't looked at.
-    """
-    if offset < 0 or offset % ALIGN_BYTES or offset + _RECORD.size > len(view):
+    """The record at `offset` of a segment, `view` being the whole file; None if there is no sound header."""
+    found = sound_record(view, offset, nonce, offset, len(view))
+    if found is None:
         return None
-    fields = _RECORD.unpack_from(view, offset)
-    magic, checksum, version, _, length, payload_bytes, index, object_size, digest, identity_bytes = fields
-    if magic != RECORD_MAGIC or version != FORMAT_VERSION:
-        return None
-    if length != header_bytes(identity_bytes, payload_bytes) or offset + length + payload_bytes > len(view):
-        return None
+    length, payload_bytes, index, object_size, digest, identity_bytes = found
     header = view[offset : offset + length]
-    if _checksum(header, _seed_of(nonce, offset)) != checksum:
-        return None
-    digests_at = _RECORD.size + identity_bytes
+    digests_at = IDENTITY_AT + identity_bytes
     digests_end = digests_at + 8 * -(-payload_bytes // BLOCK_BYTES)
-    identity = bytes(header[_RECORD.size : digests_at])
+    identity = bytes(header[IDENTITY_AT:digests_at])
     return RecordHeader(
         length, payload_bytes, index, object_size, digest, identity, bytes(header[digests_at:digests_end])
     )
 
 
-def peek_header_bytes(view: memoryview, offset: int) -> int:
-    """What the record at `offset` claims its header takes, unchecked, but no more than one can."""
-    if offset + _RECORD.size > len(view):
+def sound_record(
+    view: memoryview, at: int, nonce: int, offset: int, file_bytes: int
+) -> tuple[int, int, int, int, int, int] | None:
+    """The record at `offset` of a segment of `file_bytes`, which is at `at` in `view`; None if its header isn't sound.
+
+    No length is used before it is known to lie within the view, none is believed before the checksum holds. The
+    payload is promised to lie within the file too, but isn't looked at.
+
+    Returns the header's length, payload length, chunk index, object size, chunk digest and identity length: a plain
+    tuple, as a start asks for every record there is.
+    """
+    if at < 0 or offset % ALIGN_BYTES or at + IDENTITY_AT > len(view):
+        return None
+    fields = _RECORD.unpack_from(view, at)
+    magic, checksum, version, _, length, payload_bytes, _, _, _, identity_bytes = fields
+    if magic != RECORD_MAGIC or version != FORMAT_VERSION:
+        return None
+    if length != header_bytes(identity_bytes, payload_bytes) or at + length > len(view):
+        return None
+    if offset + length + payload_bytes > file_bytes:
+        return None
+    checked = view[at + _CHECKED_FROM : at + length]
+    if xxhash.xxh3_64_intdigest(checked, seed=_seed_of(nonce, offset)) != checksum:
+        return None
+    return fields[4:]
+
+
+def stated_length(view: memoryview, at: int) -> int:
+    """Length of the header that seems to be at `at` in `view`, at most `MAX_HEADER_BYTES`; 0 if there is none.
+
+    Nothing is checked but the magic: it says how much to read for `sound_record`.
+    """
+    if at + IDENTITY_AT > len(view):
         return 0
-    return min(int(_RECORD.unpack_from(view, offset)[4]), MAX_RECORD_BYTES - CHUNK_BYTES)
+    magic, _, _, _, length, *_ = _RECORD.unpack_from(view, at)
+    return min(length, MAX_HEADER_BYTES) if magic == RECORD_MAGIC else 0
 
 
 def padding(payload_bytes: int) -> bytes:

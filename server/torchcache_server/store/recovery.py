@@ -2,81 +2,188 @@
 
 A process that is killed leaves gaps: several threads write into one segment, and none knows the others' fate. So a
 scan goes on behind a gap at the next sound header. A record whose payload's end is missing is torn, and left out.
+
+Nothing is read through the mapping: what a disk can't read is an error here, there it would end the process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Final
+import errno
+import struct
+from collections.abc import Iterable
+from typing import Final, NamedTuple
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
-from torchcache.model import BLOCK_BYTES, block_digests
+from torchcache.model import BLOCK_BYTES
 from torchcache_server.store.disk import DiskCalls
-from torchcache_server.store.record import ALIGN_BYTES, RECORD_MAGIC, RecordHeader
+from torchcache_server.store.index import pack_place
+from torchcache_server.store.record import ALIGN_BYTES, IDENTITY_AT, RECORD_MAGIC, sound_record, stated_length
 from torchcache_server.store.segments import Segment
 
+_DIGEST: Final = struct.Struct("<Q").unpack_from
 _MAGIC_WORD: Final = int.from_bytes(RECORD_MAGIC, "little")
-_SEARCH_BYTES: Final = 1 << 20
+_PAGE: Final = 4096
+_HEAD_BYTES: Final = 1024  # most headers are shorter
+_AHEAD_BYTES: Final = 1 << 20  # read at a time where records are close together, or searched for
+_CLOSE_BYTES: Final = 32 * 1024  # two records of less than this are read in one go
+_MAX_ERRORS: Final = 8  # each may take the disk seconds
+
+UNREADABLE: Final = (errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA)
+"""What a disk or file system says of single places it can't read."""
 
 
-def find_records(disk: DiskCalls, segment: Segment) -> Iterator[tuple[int, RecordHeader]]:
-    """The whole records of a segment with their offsets, by rising offset."""
-    at = segment.header.length
-    for start, end in _data_extents(disk, segment, at):
-        at = max(at, start - start % ALIGN_BYTES)
-        while at < end:
-            record = segment.record(at)
-            if record is None:
-                at = _next_magic(segment.view, at + ALIGN_BYTES, end)
-                continue
-            if _end_is_written(segment.view, at, record):
-                yield at, record
-                at += record.record_bytes
-            else:
-                at += ALIGN_BYTES
+class Scan(NamedTuple):
+    """What a segment's file holds: its whole records as bytes of `PLACE`s, and where the next one may go.
+
+    `error` is what the disk said of some part, if it did. Then there may be more than was found, up to `tail`.
+    """
+
+    places: bytearray
+    tail: int
+    error: OSError | None = None
 
 
-def cut_tail(disk: DiskCalls, segment: Segment, tail: int) -> None:
-    """Makes `tail` the segment's end: what lies behind it becomes a hole. The descriptor must be open."""
-    if segment.fd is None:
-        raise ValueError("a segment is cut while it is open")
-    disk.truncate(segment.fd, tail)
-    disk.truncate(segment.fd, segment.header.file_bytes)
-    segment.tail = tail
+def scan_and_cut(disk: DiskCalls, segment: Segment) -> Scan:
+    """Finds the records of a segment and makes a hole of what lies behind the last. The descriptor must be open.
 
-
-def _data_extents(disk: DiskCalls, segment: Segment, at: int) -> Iterable[tuple[int, int]]:
-    """Parts of the file from `at` on that are not holes."""
+    Nothing is cut if parts of the file can't be read: there may be good records behind them. Raises OSError for what
+    isn't only about a part of the file.
+    """
     if segment.fd is None:
         raise ValueError("a segment is scanned while it is open")
-    size = segment.header.file_bytes
-    while at < size and (start := disk.next_data(segment.fd, at)) is not None:
-        at = min(size, disk.next_hole(segment.fd, start))
+    reader = _Reader(disk, segment.fd, segment)
+    places, tail = reader.records(), reader.tail
+    if reader.error is None:
+        try:
+            disk.truncate(segment.fd, tail)
+            disk.truncate(segment.fd, segment.header.file_bytes)
+            return Scan(places, tail)
+        except OSError as error:
+            reader.note(error)
+    return Scan(places, max(tail, reader.data_end), reader.error)
+
+
+def _data_extents(disk: DiskCalls, fd: int, at: int, size: int) -> Iterable[tuple[int, int]]:
+    """Parts of the file from `at` on that are not holes."""
+    while at < size and (start := disk.next_data(fd, at)) is not None:
+        at = min(size, disk.next_hole(fd, start))
         yield start, at
 
 
-def _next_magic(view: memoryview, at: int, end: int) -> int:
-    """First aligned place from `at` on where a record might start; `end` if there is none."""
-    while at < end:
-        stop = min(at + _SEARCH_BYTES, end)
-        whole = (stop - at) // ALIGN_BYTES * ALIGN_BYTES
-        words = np.frombuffer(view[at : at + whole], dtype="<u8")[:: ALIGN_BYTES // 8]
-        hits = np.flatnonzero(words == _MAGIC_WORD)
-        if len(hits):
-            return at + int(hits[0]) * ALIGN_BYTES
-        at = stop if whole else end
-    return end
+class _Reader:
+    """Walks through a segment, and reads no more of it than headers and the ends of payloads if those are long."""
 
+    def __init__(self, disk: DiskCalls, fd: int, segment: Segment) -> None:
+        self._disk = disk
+        self._fd = fd
+        self._number = segment.number
+        self._nonce = segment.header.nonce
+        self._size = segment.header.file_bytes
+        self._start = 0  # of what is in `_view`, in the file
+        self._view = memoryview(b"")
+        self.places = bytearray()
+        self.tail = segment.header.length
+        self._readable = 0  # end of what the last read gave
+        self._errors = 0
+        self.error: OSError | None = None
+        self.data_end = segment.header.length
 
-def _end_is_written(view: memoryview, offset: int, record: RecordHeader) -> bool:
-    """Whether the payload's last block is there.
+    def records(self) -> bytearray:
+        """The segment's whole records, but for those in parts that can't be read. Raises OSError."""
+        at = self.data_end
+        for start, end in _data_extents(self._disk, self._fd, at, self._size):
+            self.data_end = end
+            at = max(at, start - start % ALIGN_BYTES)
+            while at < end:
+                try:
+                    at = self._walk(at, end)
+                    if at < end:
+                        at = self._next_magic(at + ALIGN_BYTES, end)
+                except OSError as error:
+                    self.note(error)
+                    behind = self._readable // _PAGE * _PAGE + _PAGE
+                    at = behind if self._errors < _MAX_ERRORS else end
+        return self.places
 
-    A write that was cut short by a kill lacks its end. What a power cut took elsewhere the readers find: they verify
-    every block. Reading all payloads here would make a start take as long as reading the disk.
-    """
-    if not record.payload_bytes:
-        return True
-    start = offset + record.length
-    last = (record.payload_bytes - 1) // BLOCK_BYTES * BLOCK_BYTES
-    return block_digests(view[start + last : start + record.payload_bytes]) == record.block_digests[-8:]
+    def note(self, error: OSError) -> None:
+        """Remembers what is wrong with parts of the file; raises what isn't of that kind."""
+        if error.errno not in UNREADABLE:
+            raise error
+        self.error = error
+        self._errors += 1
+
+    def _walk(self, at: int, end: int) -> int:
+        """Takes in records from `at` on, one behind the other; returns where there is no whole one, or `end`."""
+        while at < end:
+            here = at - self._start
+            header = sound_record(self._view, here, self._nonce, at, self._size)
+            if header is None:
+                header, here = self._read_header(at), 0
+                if header is None:
+                    return at
+            length, payload_bytes, index, _, _, identity_bytes = header
+            identity = self._view[here + IDENTITY_AT : here + IDENTITY_AT + identity_bytes]
+            size = length + -(-payload_bytes // ALIGN_BYTES) * ALIGN_BYTES
+            place = pack_place(identity, index, (self._number, at), size)
+            if payload_bytes and not self._end_is_written(at, here, length, payload_bytes, identity_bytes):
+                return at
+            self.places += place
+            self.tail = at = at + size
+        return at
+
+    def _read_header(self, at: int) -> tuple[int, int, int, int, int, int] | None:
+        """The sound header at `at`, then at the start of `_view`."""
+        self._read(at, ALIGN_BYTES, _HEAD_BYTES)
+        length = stated_length(self._view, 0)
+        if length > len(self._view):
+            self._read(at, length, length)
+        return sound_record(self._view, 0, self._nonce, at, self._size)
+
+    def _end_is_written(
+        self, at: int, here: int, length: int, payload_bytes: int, identity_bytes: int
+    ) -> bool:
+        """Whether the payload's last block is there, of the record at `at`, whose header is at `here` in `_view`.
+
+        A write that was cut short by a kill lacks its end. What a power cut took elsewhere the readers find: they
+        verify every block. Reading all payloads here would make a start take as long as reading the disk.
+        """
+        last = (payload_bytes - 1) // BLOCK_BYTES
+        [wanted] = _DIGEST(self._view, here + IDENTITY_AT + identity_bytes + 8 * last)
+        first, end = length + last * BLOCK_BYTES, length + payload_bytes
+        if here + end > len(self._view):
+            # The next record's header comes along, and more records if they are close.
+            self._read(
+                at + first, end - first, _AHEAD_BYTES if end < _CLOSE_BYTES else end - first + _HEAD_BYTES
+            )
+            here = -first
+        return bool(xxh3_64_intdigest(self._view[here + first : here + end]) == wanted)
+
+    def _next_magic(self, at: int, end: int) -> int:
+        """First aligned place from `at` on where a record might start; `end` if there is none."""
+        while at < end:
+            here = at - self._start
+            if here < 0 or here + ALIGN_BYTES > len(self._view):
+                self._read(at, ALIGN_BYTES, _AHEAD_BYTES)
+                here = 0
+            whole = min(len(self._view) - here, end - at) // ALIGN_BYTES * ALIGN_BYTES
+            words = np.frombuffer(self._view[here : here + whole], dtype="<u8")[:: ALIGN_BYTES // 8]
+            hits = np.flatnonzero(words == _MAGIC_WORD)
+            if len(hits):
+                return at + int(hits[0]) * ALIGN_BYTES
+            at = at + whole if whole else end
+        return end
+
+    def _read(self, start: int, size: int, ahead: int) -> None:
+        """Puts the file from `start` on into `_view`. Asks for `ahead` bytes; `size`, or the file's end, will do."""
+        stop, wanted = min(start + size, self._size), min(start + ahead, self._size)
+        self._start, self._view, self._readable = start, memoryview(b""), start
+        parts: list[bytes] = []
+        while self._readable < stop:
+            part = self._disk.pread(self._fd, wanted - self._readable, self._readable)
+            if not part:
+                break
+            parts.append(part)
+            self._readable += len(part)
+        self._view = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))

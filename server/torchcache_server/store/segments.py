@@ -29,7 +29,7 @@ from torchcache_server.store.record import (
     RecordHeader,
     SegmentHeader,
     decode_record,
-    peek_header_bytes,
+    stated_length,
 )
 
 SUFFIX: Final = ".segment"
@@ -102,9 +102,9 @@ class Segment:
         """What the records take that the index doesn't point to."""
         return max(0, self.tail - self.header.length - self.live_bytes)
 
-    def gain(self, record_bytes: int) -> None:
-        """The index points to one more record."""
-        self.chunks += 1
+    def gain(self, record_bytes: int, *, chunks: int = 1) -> None:
+        """The index points to one more record, or to `chunks` more that take `record_bytes` together."""
+        self.chunks += chunks
         self.live_bytes += record_bytes
 
     def lose(self, record_bytes: int | None) -> None:
@@ -173,7 +173,7 @@ class Segment:
         """`record`, with all of it brought into memory first. Raises OSError for what the disk can't read."""
         room = self.header.file_bytes - offset
         disk.populate(self.buffer, offset, min(room, PAGE_BYTES))
-        length = peek_header_bytes(self.view, offset)
+        length = stated_length(self.view, offset)
         if length > PAGE_BYTES:
             disk.populate(self.buffer, offset, min(room, length))
         record = self.record(offset)
