@@ -17,6 +17,7 @@ from torchcache_server.store.disk import OS, DiskCalls
 from torchcache_server.store.folder import StoreFolder
 from torchcache_server.store.index import SegmentNote, chunk_key
 from torchcache_server.store.keeping import Flags, disk_errors, sync
+from torchcache_server.store.layout import RECORDS
 from torchcache_server.store.ledger import Ledger
 from torchcache_server.store.opening import open_core
 from torchcache_server.store.reading import find, find_many, quarantine
@@ -62,17 +63,20 @@ class Store:
     ) -> None:
         """Creates the store in folder `path`, or opens the one there and recovers what an unclean stop left.
 
-        Raises ConfigurationError: the folder is in use, someone else's or not usable, or the capacity too small.
+        Raises ConfigurationError: the folder is in use, someone else's or not usable, or the capacity too small; or a
+        durable record is damaged, in both its copies. `set_aside` names those that `torchcache doctor` took out.
         """
         space = Space(capacity_bytes, segment_size(capacity_bytes, segment_bytes))
         folder = StoreFolder(path, disk)
         with ExitStack() as undo:
             undo.callback(folder.unlock)
             try:
+                # First what must not be lost: if it is damaged, nothing else is touched.
+                flags, self._records = Ledger(disk, folder.flags), Ledger(disk, folder.records)
+                self.set_aside = folder.set_aside(RECORDS)
                 self._core = open_core(folder, disk, space)
                 undo.callback(self._core.index.close, None)
-                self._flags = Flags(self._core, Ledger(disk, folder.flags))
-                self._records = Ledger(disk, folder.records)
+                self._flags = Flags(self._core, flags)
             except (OSError, OutOfSpace) as error:
                 raise ConfigurationError(f"the store {path} can't be opened: {error}") from error
             undo.pop_all()
