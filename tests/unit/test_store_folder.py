@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
-from torchcache_server.store import OS, Store
+from torchcache_server.store import OS, Store, folder, opening
 from torchcache_server.store.identity import read_identity
 
 from tests.unit.store_parts import CAPACITY, FailingDisk, chunk, fill, flip_bit, held
@@ -339,4 +340,43 @@ def test_a_smaller_capacity_evicts_at_once(tmp_path: Path) -> None:
     assert store.usage().used_bytes <= CAPACITY // 4
     assert store.usage().evicted_chunks > 0
     assert all(store.contains(chunk(n)) for n in range(8)), "n0 is kept"
+    store.close()
+
+
+@pytest.mark.parametrize("part", [1 / 2, 0.0, 1 / 4])
+def test_an_index_that_was_cut_is_not_trusted(tmp_path: Path, part: float) -> None:
+    """F7, I4: LMDB would end the process by SIGBUS at every start, before anybody could say why."""
+    store = open_store(tmp_path)
+    fill(store, "n", range(1000), 100)
+    store.close()
+    index = tmp_path / "index" / "data.mdb"
+    os.truncate(index, int(index.stat().st_size * part))
+    store = open_store(tmp_path)
+    assert all(held(store, n, 100) for n in range(1000))
+    store.close()
+
+
+def test_no_flipped_bit_of_the_index_is_trusted(tmp_path: Path) -> None:
+    """F6, I2: LMDB has no checksums: a chunk that must be kept would be gone, or the process."""
+    store = open_store(tmp_path)
+    fill(store, "n", range(300), 100)
+    store.close()
+    random = Random(5)
+    index = tmp_path / "index" / "data.mdb"
+    for _ in range(60):
+        flip_bit(index, random.randrange(index.stat().st_size), random.randrange(8))
+        store = open_store(tmp_path)
+        assert all(held(store, n, 100) for n in range(300))
+        store.close()
+
+
+def test_an_index_as_it_was_left_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every start would read all segments."""
+    store = open_store(tmp_path)
+    fill(store, "n", range(300), 100)
+    store.close()
+    monkeypatch.setattr(folder, "remove_index", lambda _: pytest.fail("the index is thrown away"))
+    monkeypatch.setattr(opening, "remove_index", lambda _: pytest.fail("the index is thrown away"))
+    store = open_store(tmp_path)
+    assert all(held(store, n, 100) for n in range(300))
     store.close()

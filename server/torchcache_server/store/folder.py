@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -9,10 +10,12 @@ import uuid
 from pathlib import Path
 from typing import Final
 
+import xxhash
+
 from torchcache.errors import ConfigurationError
 from torchcache.locks import LockFile
 from torchcache_server.store import layout
-from torchcache_server.store.disk import DiskCalls, replace_file
+from torchcache_server.store.disk import DiskCalls, read_file, replace_file
 from torchcache_server.store.identity import (
     DAMAGED,
     FORMAT,
@@ -27,6 +30,7 @@ from torchcache_server.store.ledger import RECORD_SUFFIX
 from torchcache_server.store.segments import SUFFIX
 
 _LEDGERS: Final = (layout.RECORDS, layout.FLAGS)
+_READ_BYTES: Final = 4 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +87,13 @@ class StoreFolder:
         return layout.set_aside(self.path, kind)
 
     def mark_clean(self) -> None:
-        """Notes that everything is in order; the last thing a server does before `unlock`. Raises OSError."""
-        replace_file(self._disk, self.path, layout.CLEAN, [b"1\n"])
+        """Notes that everything is in order; the last thing a server does before `unlock`, its index closed.
+
+        The note is a checksum of the index: LMDB has none, and ends the process over a page that isn't what it was.
+        Raises OSError.
+        """
+        digest = index_digest(self._disk, self.path)
+        replace_file(self._disk, self.path, layout.CLEAN, [f"{digest}\n".encode()])
 
     def unlock(self) -> None:
         """Lets others use the folder."""
@@ -113,9 +122,8 @@ class StoreFolder:
             self._make_folders()
         for name in self._disk.names(self.spares):
             self._disk.unlink(os.path.join(self.spares, name))
-        clean = os.path.join(self.path, layout.CLEAN)
-        self.was_clean = os.path.exists(clean)
-        self._disk.unlink(clean)
+        self.was_clean = read_clean(self._disk, self.path)
+        self._disk.unlink(os.path.join(self.path, layout.CLEAN))
         self._disk.fsync_dir(self.path)
 
     def _begin_anew(self, identity: Identity) -> None:
@@ -216,6 +224,35 @@ def check_folder(path: str) -> None:
         raise ConfigurationError(
             f"everyone may write to the store {path}: chmod 700 it or choose another folder"
         )
+
+
+def read_clean(disk: DiskCalls, path: str) -> bool:
+    """Whether the last server that used the store stopped in order, and left the index that is there now."""
+    try:
+        noted = read_file(disk, os.path.join(path, layout.CLEAN))
+        if noted == f"{index_digest(disk, path)}\n".encode():
+            return True
+        _log.warning("the index of %s isn't what the last server left: it is rebuilt", path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        _log.warning("the index of %s can't be read, and is rebuilt: %s", path, error)
+    return False
+
+
+def index_digest(disk: DiskCalls, path: str) -> str:
+    """Checksum of a store's index, which must not be open. Raises OSError."""
+    fd = disk.open(os.path.join(path, layout.INDEX, "data.mdb"))
+    try:
+        digest, at = xxhash.xxh3_128(), 0
+        while part := disk.pread(fd, _READ_BYTES, at):
+            digest.update(part)
+            at += len(part)
+        return digest.hexdigest()
+    finally:
+        disk.close(fd)
 
 
 def take_lock(path: str, *, create: bool = True) -> LockFile:
