@@ -69,6 +69,7 @@ class MemoryStore:
         self.synced: dict[str, set[ChunkId]] = {}
         self.kept: set[str] = set()
         self.record: dict[bytes, bytes] = {}
+        self.set_aside: list[str] = []
 
     def power_cut(self) -> None:
         for namespace, chunks in self.chunks.items():

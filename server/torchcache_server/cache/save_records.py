@@ -1,9 +1,13 @@
-"""A committed save as a record of the store: a length, a header in JSON, the metadata, the manifest. Pure."""
+"""What is noted of saves, as records of the store. Pure.
+
+A committed save is a length, a header in JSON, the metadata, the manifest; the others are JSON alone.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torchcache import errors
@@ -11,6 +15,11 @@ from torchcache.errors import TorchCacheError
 from torchcache_server.cache.saves import Save, SaveKey
 
 _FORMAT = 1
+
+SAVE = b"save/"
+LEASE = b"lease/"
+UPLOADED = b"uploaded/"
+"""What the keys of the three kinds of records start with; `SaveKey.digest` follows."""
 
 
 def encode_save(save: Save) -> bytes:
@@ -47,8 +56,10 @@ def decode_save(record: bytes) -> Save:
         end = middle + fields["manifest_bytes"]
         if end != len(record):
             raise ValueError(f"record of {len(record)} bytes where {end} are due")
+        if fields["state"] not in ("committed", "durable", "failed"):
+            raise ValueError(f"record of a save in state {fields['state']!r}")
         return Save(
-            key=SaveKey(*fields["key"]),
+            key=_key_of(fields["key"]),
             save_id=fields["save_id"],
             files=tuple((name, size) for name, size in fields["files"]),
             metadata=record[4 + header_bytes : middle],
@@ -65,6 +76,48 @@ def decode_save(record: bytes) -> Save:
         )
     except (struct.error, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a save's record: {error!r}") from error
+
+
+def encode_lease(key: SaveKey, save_ids: Collection[str]) -> bytes:
+    """The record that claims of `save_ids` may lie in the under-store, for `decode_lease`."""
+    fields = {"key": [key.store, key.path, key.part], "save_ids": sorted(save_ids)}
+    return json.dumps(fields).encode()
+
+
+def decode_lease(record: bytes) -> tuple[SaveKey, set[str]]:
+    """Raises ValueError if `record` isn't one that this version wrote."""
+    try:
+        fields = json.loads(record)
+        return _key_of(fields["key"]), set(_texts(fields["save_ids"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a lease's record: {error!r}") from error
+
+
+def encode_uploaded(save_id: str, versions: Mapping[str, str]) -> bytes:
+    """The record of what shards of a save lie in the under-store, and as what version, for `decode_uploaded`."""
+    return json.dumps({"save_id": save_id, "uploaded": dict(versions)}).encode()
+
+
+def decode_uploaded(record: bytes) -> tuple[str, dict[str, str]]:
+    """Raises ValueError if `record` isn't one that this version wrote."""
+    try:
+        fields = json.loads(record)
+        names = _texts(fields["uploaded"])
+        return fields["save_id"], dict(zip(names, _texts(fields["uploaded"].values()), strict=True))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a record of an upload: {error!r}") from error
+
+
+def _key_of(fields: Any) -> SaveKey:
+    store, path, part = _texts(fields)
+    return SaveKey(store, path, part)
+
+
+def _texts(values: Any) -> list[str]:
+    texts = list(values)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("texts are expected")
+    return texts
 
 
 def _error_fields(error: TorchCacheError | None) -> list[str | None] | None:

@@ -8,25 +8,30 @@ acknowledged.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torchcache.errors import DeadlineExceeded, TorchCacheError
 from torchcache.model import SAVE_PREFIX
-from torchcache_server.cache.save_records import decode_save, encode_save
+from torchcache_server.cache.save_records import (
+    LEASE,
+    SAVE,
+    UPLOADED,
+    decode_lease,
+    decode_save,
+    decode_uploaded,
+    encode_lease,
+    encode_save,
+    encode_uploaded,
+)
 from torchcache_server.cache.saves import Save, SaveKey
 from torchcache_server.store import Store
 
 _log = logging.getLogger(__name__)
-
-_SAVE = b"save/"
-_LEASE = b"lease/"
-_UPLOADED = b"uploaded/"
 
 
 @dataclass(slots=True)
@@ -90,6 +95,9 @@ class Slots:
         self._slots: dict[SaveKey, Slot] = {}
         self.changed = threading.Condition()
         """Guards the fields of all slots; notified when a lease or a save begins or ends."""
+        self.guarded: frozenset[str] = frozenset()
+        """Namespaces that nobody may drop: a record that can't be read may speak of them. They were there at the start,
+        like whatever a record then spoke of."""
         self._load()
 
     def slot(self, key: SaveKey) -> Slot:
@@ -134,18 +142,17 @@ class Slots:
             slot.dead_leases = left
 
     def _write_leases(self, slot: Slot, save_ids: set[str]) -> None:
-        record_key = _LEASE + slot.key.digest
+        record_key = LEASE + slot.key.digest
         if not save_ids:
             self._store.delete_record(record_key)
             return
-        fields = {"key": [slot.key.store, slot.key.path, slot.key.part], "save_ids": sorted(save_ids)}
-        self._store.put_record(record_key, json.dumps(fields).encode())
+        self._store.put_record(record_key, encode_lease(slot.key, save_ids))
 
     # ---- saves ----
 
     def begin_save(self, slot: Slot, save: Save) -> None:
         """The commit point of the pool: when this returns, `save` is what the path holds, over any restart."""
-        self._store.put_record(_SAVE + slot.key.digest, encode_save(save))
+        self._store.put_record(SAVE + slot.key.digest, encode_save(save))
         with self.changed:
             if slot.save is not None:
                 slot.garbage.add(slot.save.namespace)
@@ -159,18 +166,18 @@ class Slots:
 
     def update_save(self, slot: Slot, save: Save) -> None:
         """`save` went on: it became durable, or failed, or lost its claim."""
-        self._store.put_record(_SAVE + slot.key.digest, encode_save(save))
+        self._store.put_record(SAVE + slot.key.digest, encode_save(save))
         self._store.keep(save.namespace, save.must_be_kept)
         with self.changed:
             slot.save = save
             self.changed.notify_all()
         if save.state == "durable":
-            self._store.delete_record(_UPLOADED + slot.key.digest)
+            self._store.delete_record(UPLOADED + slot.key.digest)
 
     def forget_save(self, slot: Slot) -> None:
         """What the under-store holds is somebody else's now."""
-        self._store.delete_record(_SAVE + slot.key.digest)
-        self._store.delete_record(_UPLOADED + slot.key.digest)
+        self._store.delete_record(SAVE + slot.key.digest)
+        self._store.delete_record(UPLOADED + slot.key.digest)
         with self.changed:
             if slot.save is not None:
                 slot.garbage.add(slot.save.namespace)
@@ -186,15 +193,17 @@ class Slots:
                 slot.uploaded.pop(name, None)
             else:
                 slot.uploaded[name] = version
-            record = json.dumps({"save_id": save.save_id, "uploaded": slot.uploaded}).encode()
+            record = encode_uploaded(save.save_id, slot.uploaded)
         # Two shards that end together may write their records in either order: after a restart one is uploaded again.
-        self._store.put_record(_UPLOADED + slot.key.digest, record)
+        self._store.put_record(UPLOADED + slot.key.digest, record)
 
     def drop(self, slot: Slot, namespace: str) -> None:
-        """Drops a namespace, unless another part of the same path uses it."""
+        """Drops a namespace, unless another part of the same path uses it, or a record that can't be read may."""
         with self.changed:
             used = any(namespace in other.namespaces for other in self._slots.values())
-        if not used:
+        if namespace in self.guarded:
+            _log.warning("%s stays: a record that can't be read may speak of it", namespace)
+        elif not used:
             self._store.drop(namespace)
         with self.changed:
             slot.garbage.discard(namespace)
@@ -202,39 +211,57 @@ class Slots:
     # ---- start ----
 
     def _load(self) -> None:
-        self.is_complete = self._load_saves()
-        """Whether every committed save is known. If not, bytes that seem to be nobody's may be the only copy of one."""
-        for _, record in self._store.records(_LEASE):
-            fields = json.loads(record)
-            slot = self.slot(SaveKey(*fields["key"]))
-            # The stop may have come between the commit and the end of its lease.
-            slot.dead_leases = set(fields["save_ids"]) - ({slot.save.save_id} if slot.save else set())
-        if self.is_complete:
-            self._drop_uncommitted()
+        unread = self._read(SAVE, self._load_save)
+        unread += self._read(LEASE, self._load_lease)
+        by_digest = {slot.key.digest: slot for slot in self.all()}
+        unread += self._read(UPLOADED, lambda digest, record: _load_uploaded(by_digest.get(digest), record))
+        known = (SAVE, LEASE, UPLOADED)
+        unread += [key for key, _ in self._store.records(b"") if not key.startswith(known)]
+        saved = {usage.name for usage in self._store.namespaces() if usage.name.startswith(SAVE_PREFIX)}
+        if unread:
+            _log.error(
+                "%d records of saves can't be read, like %r: no save that is here now is dropped. Start the version of "
+                "torchcache that wrote them",
+                len(unread),
+                unread[0],
+            )
+        if self._store.set_aside:
+            _log.error(
+                "%d records of saves were damaged and set aside: no save that is here now is dropped. Once you have "
+                "what you want of them, remove the folder 'damaged' of the store and start again",
+                len(self._store.set_aside),
+            )
+        if unread or self._store.set_aside:
+            self.guarded = frozenset(saved)
+        for name in sorted(saved.difference(self.guarded, *(slot.namespaces for slot in self.all()))):
+            self._store.drop(name)
         for slot in self.all():
             if slot.save is not None:
                 self._store.keep(slot.save.namespace, slot.save.must_be_kept)
 
-    def _load_saves(self) -> bool:
-        readable = True
-        for record_key, record in self._store.records(_SAVE):
+    def _read(self, kind: bytes, load: Callable[[bytes, bytes], None]) -> list[bytes]:
+        """Hands each record of a kind to `load`, behind its key's digest; returns the keys of those it can't read."""
+        unread = []
+        for record_key, record in self._store.records(kind):
             try:
-                save = decode_save(record)
+                load(record_key.removeprefix(kind), record)
             except ValueError:
-                # Its bytes may be the only copy there is: leave everything where it is.
-                _log.exception("a committed save's record can't be read: no namespace will be dropped")
-                readable = False
-                continue
-            slot = self.slot(save.key)
-            slot.save = save
-            progress = self._store.get_record(_UPLOADED + record_key.removeprefix(_SAVE))
-            if progress is not None:
-                fields = json.loads(progress)
-                slot.uploaded = fields["uploaded"] if fields["save_id"] == save.save_id else {}
-        return readable
+                _log.exception("the record %r of a save can't be read", record_key)
+                unread.append(record_key)
+        return unread
 
-    def _drop_uncommitted(self) -> None:
-        used = set().union(*(slot.namespaces for slot in self.all()))
-        for usage in self._store.namespaces():
-            if usage.name.startswith(SAVE_PREFIX) and usage.name not in used:
-                self._store.drop(usage.name)
+    def _load_save(self, _: bytes, record: bytes) -> None:
+        save = decode_save(record)
+        self.slot(save.key).save = save
+
+    def _load_lease(self, _: bytes, record: bytes) -> None:
+        key, save_ids = decode_lease(record)
+        slot = self.slot(key)
+        # The stop may have come between the commit and the end of its lease.
+        slot.dead_leases = save_ids - ({slot.save.save_id} if slot.save else set())
+
+
+def _load_uploaded(slot: Slot | None, record: bytes) -> None:
+    save_id, uploaded = decode_uploaded(record)
+    if slot is not None and slot.save is not None and slot.save.save_id == save_id:
+        slot.uploaded = uploaded

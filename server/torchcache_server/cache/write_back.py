@@ -236,8 +236,7 @@ class WriteBack:
                 _log.warning("%s can't be tidied: %s", slot.key, error)
         self._forget_evicted()
         self._publisher.tidy()
-        if self._slots.is_complete:
-            self._orphans.sweep(used)
+        self._orphans.sweep(used | self._slots.guarded)
 
     # ---- inside ----
 

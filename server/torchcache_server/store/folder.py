@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import logging
 import os
 import stat
@@ -10,17 +10,27 @@ import uuid
 from pathlib import Path
 from typing import Final
 
+import xxhash
+
 from torchcache.errors import ConfigurationError
 from torchcache.locks import LockFile
+from torchcache_server.store import layout
 from torchcache_server.store.disk import DiskCalls, read_file, replace_file
+from torchcache_server.store.identity import (
+    DAMAGED,
+    FORMAT,
+    NOTHING,
+    Identity,
+    mend,
+    read_identity,
+    write_identity,
+)
 from torchcache_server.store.index import remove_index
 from torchcache_server.store.ledger import RECORD_SUFFIX
 from torchcache_server.store.segments import SUFFIX
 
-_FORMAT: Final = "torchcache store 1"
-_IDENTITY: Final = "store.json"
-_LOCK: Final = "store.lock"
-_CLEAN: Final = "clean"
+_LEDGERS: Final = (layout.RECORDS, layout.FLAGS)
+_READ_BYTES: Final = 4 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +38,8 @@ _log = logging.getLogger(__name__)
 class StoreFolder:
     """An open store folder. `was_clean` says whether the last server that used it stopped in order.
 
-    Raises ConfigurationError if the folder is in use, someone else's, or can't be made.
+    Raises ConfigurationError if the folder is in use, someone else's, or can't be made; and if it isn't this version's,
+    or has lost its notes, and may hold an acknowledged checkpoint.
     """
 
     def __init__(self, path: Path, disk: DiskCalls) -> None:
@@ -36,7 +47,7 @@ class StoreFolder:
         self._disk = disk
         try:
             self._make(self.path)
-            self._lock = self._take_lock()
+            self._lock = take_lock(self.path)
             try:
                 self._enter()
             except BaseException:
@@ -49,27 +60,40 @@ class StoreFolder:
 
     @property
     def segments(self) -> str:
-        return os.path.join(self.path, "segments")
+        return os.path.join(self.path, layout.SEGMENTS)
 
     @property
     def index(self) -> str:
-        return os.path.join(self.path, "index")
+        return os.path.join(self.path, layout.INDEX)
 
     @property
     def records(self) -> str:
-        return os.path.join(self.path, "records")
+        return os.path.join(self.path, layout.RECORDS)
 
     @property
     def flags(self) -> str:
-        return os.path.join(self.path, "flags")
+        return os.path.join(self.path, layout.FLAGS)
 
     @property
     def spares(self) -> str:
-        return os.path.join(self.path, "spares")
+        """Files that once were segments. Empty after a start."""
+        return os.path.join(self.path, layout.SPARES)
+
+    def set_aside(self, kind: str) -> list[str]:
+        """Names of the records of folder `kind` that `torchcache doctor` set aside as damaged. Raises OSError.
+
+        A flag's is the digest of its namespace, as its folder of segments is called, and `.record`.
+        """
+        return layout.set_aside(self.path, kind)
 
     def mark_clean(self) -> None:
-        """Notes that everything is in order; the last thing a server does before `unlock`. Raises OSError."""
-        replace_file(self._disk, self.path, _CLEAN, [b"1\n"])
+        """Notes that everything is in order; the last thing a server does before `unlock`, its index closed.
+
+        The note is a checksum of the index: LMDB has none, and ends the process over a page that isn't what it was.
+        Raises OSError.
+        """
+        digest = index_digest(self._disk, self.path)
+        replace_file(self._disk, self.path, layout.CLEAN, [f"{digest}\n".encode()])
 
     def unlock(self) -> None:
         """Lets others use the folder."""
@@ -83,72 +107,91 @@ class StoreFolder:
             at = os.path.dirname(at)
         for folder in reversed(missing):
             self._disk.make_dir(folder)
-        status = os.stat(path)
-        if not stat.S_ISDIR(status.st_mode):
-            raise ConfigurationError(f"the store {path} is not a folder: choose another path")
-        if status.st_uid != os.geteuid():
-            raise ConfigurationError(
-                f"the store {path} belongs to user {status.st_uid}, this server runs as user {os.geteuid()}: "
-                "choose a folder of your own"
-            )
-        if status.st_mode & stat.S_IWOTH:
-            raise ConfigurationError(
-                f"everyone may write to the store {path}: chmod 700 it or choose another folder"
-            )
-
-    def _take_lock(self) -> LockFile:
-        lock = LockFile(Path(self.path, _LOCK))
-        if not lock.try_exclusive():
-            lock.close()
-            raise ConfigurationError(
-                f"the store {self.path} is in use by another server: stop that one or choose another folder"
-            )
-        return lock
+            self._disk.fsync_dir(os.path.dirname(folder))
+        check_folder(path)
 
     def _enter(self) -> None:
-        identity = self._read_identity()
-        if identity is None:
-            self._refuse_to_lose()
-            self._empty()
-            identity = uuid.uuid4().hex
-            data = json.dumps({"format": _FORMAT, "server_id": identity}).encode()
-            replace_file(self._disk, self.path, _IDENTITY, [data])
-        self.server_id = identity
-        for folder in (self.segments, self.index, self.records, self.flags):
-            self._disk.make_dir(folder)
-        clean = os.path.join(self.path, _CLEAN)
-        self.was_clean = os.path.exists(clean)
-        self._disk.unlink(clean)
+        self._refuse_what_is_odd()
+        identity = read_identity(self._disk, self.path)
+        if identity.server_id is None:
+            self._begin_anew(identity)
+        else:
+            self.server_id = identity.server_id
+            self._refuse_lost_ledgers()
+            mend(self._disk, self.path, identity)
+            self._make_folders()
+        for name in self._disk.names(self.spares):
+            self._disk.unlink(os.path.join(self.spares, name))
+        self.was_clean = read_clean(self._disk, self.path)
+        self._disk.unlink(os.path.join(self.path, layout.CLEAN))
         self._disk.fsync_dir(self.path)
 
-    def _read_identity(self) -> str | None:
-        """The server's id, or None for a new folder and for one that another version wrote."""
-        path = os.path.join(self.path, _IDENTITY)
-        if not os.path.lexists(path):
-            return None
-        try:
-            content = json.loads(read_file(self._disk, path))
-            found, server_id = str(content["format"]), str(content["server_id"])
-        except (ValueError, KeyError, TypeError):
-            found, server_id = "damaged", ""
-        if found == _FORMAT and server_id:
-            return server_id
-        _log.warning("the store %s has the format %r, not %r: it is emptied", self.path, found, _FORMAT)
-        return None
+    def _begin_anew(self, identity: Identity) -> None:
+        """Empties the folder of what a store writes and makes it this version's."""
+        left = any(os.path.isdir(os.path.join(self.path, name)) for name in layout.FOLDERS)
+        if left or identity.found != NOTHING:
+            self._refuse_to_lose(identity)
+            if identity.found != NOTHING or self._disk.names(self.segments):
+                _log.warning(
+                    "the store %s has the format %r, not %r: it is emptied", self.path, identity.found, FORMAT
+                )
+            self._empty()
+        self.server_id = uuid.uuid4().hex
+        # Before the identity: where that is there and a folder isn't, somebody removed it.
+        self._make_folders()
+        self._disk.fsync_dir(self.path)
+        write_identity(self._disk, self.path, self.server_id)
 
-    def _refuse_to_lose(self) -> None:
-        """Raises ConfigurationError if the folder holds what must be kept: it may be an acknowledged checkpoint."""
-        flags = self._disk.names(self.flags) if os.path.isdir(self.flags) else []
-        if any(name.endswith(RECORD_SUFFIX) for name in flags):
+    def _make_folders(self) -> None:
+        for name in layout.FOLDERS:
+            self._disk.make_dir(os.path.join(self.path, name))
+
+    def _refuse_what_is_odd(self) -> None:
+        for oddity in layout.oddities(self.path):
             raise ConfigurationError(
-                f"the store {self.path} is damaged or of another version, and holds checkpoints that may not have been "
-                "uploaded yet: start the version of torchcache that wrote it until they are, or remove the folder"
+                f"the store {self.path} can't be opened: {oddity.path} {oddity.what}, which no server made: remove it "
+                "or choose another folder"
             )
+
+    def _refuse_lost_ledgers(self) -> None:
+        """Raises ConfigurationError if a folder is gone that said what must be kept, and there is something to keep."""
+        for name in _LEDGERS:
+            folder = os.path.join(self.path, name)
+            if not os.path.isdir(folder) and self._disk.names(self.segments):
+                raise ConfigurationError(
+                    f"the store {self.path} has lost its folder {name!r}, which said what checkpoints it holds: put it "
+                    f"back from a backup, or let `torchcache doctor --store {self.path} --repair` make it anew; all "
+                    "checkpoints are kept then"
+                )
+
+    def _refuse_to_lose(self, identity: Identity) -> None:
+        """Raises ConfigurationError if the folder holds what must be kept: it may be an acknowledged checkpoint."""
+        if not self._may_hold_checkpoints():
+            return
+        if identity.found in (NOTHING, DAMAGED):
+            state = "missing" if identity.found == NOTHING else "damaged"
+            what = f"its files {layout.IDENTITY} and {layout.IDENTITY_COPY} are {state}: put one back from a backup"
+        else:
+            what = (
+                f"its format is {identity.found!r}, not {FORMAT!r}: start the version of torchcache that wrote it until"
+                " they are"
+            )
+        raise ConfigurationError(
+            f"the store {self.path} holds checkpoints that may not have been uploaded yet, and {what}, or remove the "
+            "folder"
+        )
+
+    def _may_hold_checkpoints(self) -> bool:
+        """Whether there are flags; or, where their folder is gone, records. Or damaged ones of either."""
+        if self._disk.names(os.path.join(self.path, layout.DAMAGED)):
+            return True
+        ledger = self.flags if os.path.isdir(self.flags) else self.records
+        return any(name.endswith(RECORD_SUFFIX) for name in self._disk.names(ledger))
 
     def _empty(self) -> None:
         """Removes what a store writes, and nothing else that may lie in the folder."""
         disk = self._disk
-        for name in (_IDENTITY, _CLEAN):
+        for name in (layout.IDENTITY, layout.IDENTITY_COPY, layout.CLEAN):
             disk.unlink(os.path.join(self.path, name))
         remove_index(self.index)
         for namespace in disk.names(self.segments):
@@ -157,9 +200,67 @@ class StoreFolder:
             self._remove_files(folder, RECORD_SUFFIX)
 
     def _remove_files(self, folder: str, suffix: str) -> None:
-        if not os.path.isdir(folder) or os.path.islink(folder):
-            return
         for name in self._disk.names(folder):
             if name.endswith(suffix):
                 self._disk.unlink(os.path.join(folder, name))
         self._disk.remove_dir(folder)
+
+
+def check_folder(path: str) -> None:
+    """Raises ConfigurationError unless `path` is a folder, no symlink, of this user and for his writing alone."""
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        raise ConfigurationError(
+            f"the store {path} is a symlink: give the folder that it leads to, {os.path.realpath(path)}"
+        )
+    if not stat.S_ISDIR(status.st_mode):
+        raise ConfigurationError(f"the store {path} is not a folder: choose another path")
+    if status.st_uid != os.geteuid():
+        raise ConfigurationError(
+            f"the store {path} belongs to user {status.st_uid}, this server runs as user {os.geteuid()}: "
+            "choose a folder of your own"
+        )
+    if status.st_mode & stat.S_IWOTH:
+        raise ConfigurationError(
+            f"everyone may write to the store {path}: chmod 700 it or choose another folder"
+        )
+
+
+def read_clean(disk: DiskCalls, path: str) -> bool:
+    """Whether the last server that used the store stopped in order, and left the index that is there now."""
+    try:
+        noted = read_file(disk, os.path.join(path, layout.CLEAN))
+        if noted == f"{index_digest(disk, path)}\n".encode():
+            return True
+        _log.warning("the index of %s isn't what the last server left: it is rebuilt", path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        _log.warning("the index of %s can't be read, and is rebuilt: %s", path, error)
+    return False
+
+
+def index_digest(disk: DiskCalls, path: str) -> str:
+    """Checksum of a store's index, which must not be open. Raises OSError."""
+    fd = disk.open(os.path.join(path, layout.INDEX, "data.mdb"))
+    try:
+        digest, at = xxhash.xxh3_128(), 0
+        while part := disk.pread(fd, _READ_BYTES, at):
+            digest.update(part)
+            at += len(part)
+        return digest.hexdigest()
+    finally:
+        disk.close(fd)
+
+
+def take_lock(path: str, *, create: bool = True) -> LockFile:
+    """The lock of the store at `path`. Raises ConfigurationError if a server has it, OSError if it can't be opened."""
+    lock = LockFile(Path(path, layout.LOCK), create=create)
+    if not lock.try_exclusive():
+        lock.close()
+        raise ConfigurationError(
+            f"the store {path} is in use by another server: stop that one or choose another folder"
+        )
+    return lock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from torchcache_server.store.ledger import Ledger
 from torchcache_server.store.policy import Policy
 from torchcache_server.store.segments import folder_name
 from torchcache_server.store.space import Namespace, check_name
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -81,8 +84,13 @@ def _encoded(kept: bool, policy: Policy) -> bytes:
 
 
 def _decoded(value: bytes) -> tuple[bool, Policy]:
-    fields = json.loads(value)
-    return bool(fields.pop("kept")), Policy(**fields)
+    """What another version wrote is taken for "keep it"."""
+    try:
+        fields = json.loads(value)
+        return bool(fields.pop("kept")), Policy(**fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("flags that can't be read: what they speak of is kept: %r", error)
+        return True, Policy()
 
 
 def sync(core: Core, name: str) -> None:

@@ -18,6 +18,7 @@ from torchcache_server.store.folder import StoreFolder
 from torchcache_server.store.health import Health, WatchedDisk
 from torchcache_server.store.index import SegmentNote, chunk_key
 from torchcache_server.store.keeping import Flags, disk_errors, kept_names, sync
+from torchcache_server.store.layout import RECORDS
 from torchcache_server.store.ledger import Ledger
 from torchcache_server.store.opening import open_core
 from torchcache_server.store.ordering import ReadingOrder
@@ -99,7 +100,8 @@ class Store:
         """Creates the store in folder `path`, or opens the one there and recovers what an unclean stop left.
 
         `min_free_bytes` stay free on the file system, whatever the capacity; by default a hundredth, at most 1 GiB.
-        Raises ConfigurationError: the folder is in use, someone else's or not usable, or the capacity too small.
+        Raises ConfigurationError: the folder is in use, someone else's or not usable, or the capacity too small; or a
+        durable record is damaged, in both its copies. `set_aside` names those that `torchcache doctor` took out.
         """
         space = Space(capacity_bytes, segment_size(capacity_bytes, segment_bytes))
         watched = WatchedDisk(disk)
@@ -107,8 +109,9 @@ class Store:
         with ExitStack() as undo:
             undo.callback(folder.unlock)
             try:
-                flags = Ledger(watched, folder.flags)
-                self._records = Ledger(watched, folder.records)
+                # First what must not be lost: if it is damaged, nothing else is touched.
+                flags, self._records = Ledger(watched, folder.flags), Ledger(watched, folder.records)
+                self.set_aside = folder.set_aside(RECORDS)
                 self._core = open_core(folder, watched, space, kept=kept_names(flags))
                 undo.callback(self._core.index.close, None)
                 self._flags = Flags(self._core, flags)
