@@ -26,6 +26,11 @@ def compact(core: Core, segment: Segment, stays: Callable[[bytes], bool]) -> int
     Returns the bytes that became free: 0, and nothing happened, if the segment is in use or must be kept, or there is
     no room to move to. What can't be read is lost: it is a miss from now on.
     """
+    with core.moving:
+        return _compact(core, segment, stays)
+
+
+def _compact(core: Core, segment: Segment, stays: Callable[[bytes], bool]) -> int:
     with core.lock:
         if segment.dropped or segment.writing or core.is_kept(segment):
             return 0
@@ -57,10 +62,10 @@ def _move(core: Core, segment: Segment, entries: Sequence[tuple[bytes, int]]) ->
             batch.append(one)
             size += one.header.record_bytes
         if size >= _BATCH_BYTES:
-            if not _append(core, segment.header.namespace, batch):
+            if not _append(core, segment, batch):
                 return False
             batch, size = [], 0
-    return not batch or _append(core, segment.header.namespace, batch)
+    return not batch or _append(core, segment, batch)
 
 
 def _draft(core: Core, segment: Segment, key: bytes, offset: int) -> Draft | None:
@@ -77,9 +82,11 @@ def _draft(core: Core, segment: Segment, key: bytes, offset: int) -> Draft | Non
     return Draft(key, record, payload, moved_from=Location(segment.number, offset))
 
 
-def _append(core: Core, namespace: str, drafts: Sequence[Draft]) -> bool:
+def _append(core: Core, origin: Segment, drafts: Sequence[Draft]) -> bool:
+    namespace = origin.header.namespace
     try:
-        reserved = reserve(core, namespace, drafts)
+        # The file that is emptied counts as gone: a full store has no other room to move to.
+        reserved = reserve(core, namespace, drafts, promised_bytes=origin.held_bytes)
     except OutOfSpace as error:
         _log.warning("nothing can be moved within %r: %s", namespace, error)
         return False

@@ -1,7 +1,8 @@
 """What the store's parts share: the open disk, index and space, one lock, and how segments leave.
 
-Order of locks: a namespace's `sync_lock`, the index's write transaction, `lock`, a segment's `file_lock`. `lock` guards
-the space; it is held for memory and for making a segment, never while payloads are written or synced.
+Order of locks: `moving`, a namespace's `sync_lock`, the index's write transaction, `lock`, a segment's `file_lock`.
+`lock` guards the space and the spares; it is held for memory and for making a segment, never while payloads are written
+or synced.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ class Core:
     min_free_bytes: int = 0  # of the file system, to be left alone
     watch: Watch = field(default_factory=Watch)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    moving: threading.Lock = field(default_factory=threading.Lock)  # one segment is emptied at a time
     counts: Counts = field(default_factory=Counts)
     clock: itertools.count[int] = field(
         default_factory=itertools.count
