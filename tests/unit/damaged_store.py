@@ -19,7 +19,7 @@ from torchcache.model import CHUNK_BYTES, ChunkId, ObjectId
 KEY = SaveKey("s3", "run/step-1")
 SAVE_ID = "0123abcd"
 SHARD = "__0_0.distcp"
-SHARD_BYTES = CHUNK_BYTES + 5000
+SHARD_BYTES = CHUNK_BYTES + 40_000
 SIZE = 40_000  # three blocks
 DATASET = "s3/data/"
 OTHER = "s3/other/"
@@ -162,6 +162,10 @@ def header_of_a_segment(path: Path) -> None:
     flip_bit(segment_of(path, OTHER), 20)
 
 
+def header_of_a_checkpoint(path: Path) -> None:
+    flip_bit(segment_of(path, NAMESPACE), 20)
+
+
 def vanished_segment(path: Path) -> None:
     segment_of(path, OTHER).unlink()
 
@@ -193,7 +197,7 @@ def payload_of_a_checkpoint(path: Path) -> None:
 
 def chunk_of_a_checkpoint(path: Path) -> None:
     file = segment_of(path, NAMESPACE)
-    overwrite(file, find_payload(file, shard_payload(1)) - 128, bytes(5128))
+    overwrite(file, find_payload(file, shard_payload(1)) - 128, bytes(40_128))
 
 
 def both_identities(path: Path) -> None:
@@ -232,6 +236,7 @@ REPAIRABLE = [
     Damage(end_of_a_payload, {"torn"}, (12,)),
     Damage(header_of_a_record, {"index"}, (12,)),
     Damage(header_of_a_segment, {"header", "index"}, tuple(range(10, 15))),
+    Damage(header_of_a_checkpoint, {"header"}),
     Damage(vanished_segment, {"index"}, tuple(range(10, 15))),
     Damage(missing_index, {"index"}),
     Damage(cut_index, {"index"}),

@@ -13,6 +13,7 @@ from typing import Final
 
 from torchcache.errors import ConfigurationError
 from torchcache.locks import LockFile
+from torchcache.model import SAVE_PREFIX
 from torchcache.save_names import KEPT_PREFIXES
 from torchcache_server.cache.save_records import SAVE, decode_save
 from torchcache_server.cache.saves import Save
@@ -22,6 +23,7 @@ from torchcache_server.store.folder import check_owner, take_lock
 from torchcache_server.store.folder_inspection import Notes, inspect_folder
 from torchcache_server.store.inspection import Contents, inspect_segments, segment_files
 from torchcache_server.store.keeping import protecting_flags
+from torchcache_server.store.layout import FLAGS, RECORDS, SEGMENTS
 from torchcache_server.store.ledger import record_name
 from torchcache_server.store.mending import Mender
 from torchcache_server.store.reading_disk import ReadingDisk
@@ -101,13 +103,15 @@ def _examine(report: Report, *, repair: bool, progress: Progress) -> None:
     due = [save for save in saves if save.must_be_kept]
     wanted = {object.id.encoded for save in due for object in save.objects.values()}
     kept = {folder_name(name) for name, is_kept in notes.flags.items() if is_kept} | notes.doubtful_flags
+    namespaces = {folder_name(name): name for name in (*notes.flags, *(save.namespace for save in saves))}
     files = segment_files(root)
     size = sum(Path(path).stat().st_blocks * 512 for path in files)
     with progress(root, size) as advance:
         contents = inspect_segments(
             disk,
             root,
-            is_kept=lambda folder: "flags" in notes.lost or folder in kept,
+            is_kept=lambda folder: FLAGS in notes.lost or folder in kept,
+            namespaces=namespaces,
             wanted=wanted,
             advance=advance,
         )
@@ -115,9 +119,10 @@ def _examine(report: Report, *, repair: bool, progress: Progress) -> None:
     report.findings += [_settled(finding, contents) for finding in contents.findings]
     report.findings += [finding for save in due for finding in _missing(root, save, contents)]
     report.findings += _kept_nothing(root, notes, {save.namespace for save in saves})
+    if not notes.records_in_doubt and not unread:
+        report.findings += _uncommitted(root, contents, {save.namespace for save in saves})
     if repair:
-        namespaces = {folder_name(save.namespace): save.namespace for save in saves} | contents.namespaces
-        _repair(report, namespaces)
+        _repair(report, namespaces | contents.namespaces)
 
 
 def _saves(root: str, notes: Notes) -> tuple[list[Save], list[Finding]]:
@@ -132,7 +137,7 @@ def _saves(root: str, notes: Notes) -> tuple[list[Save], list[Finding]]:
             findings.append(
                 Finding(
                     kind="save-record",
-                    path=os.path.join(root, "records", record_name(key)),
+                    path=os.path.join(root, RECORDS, record_name(key)),
                     what=f"the record of a checkpoint isn't one that this version writes: {error}",
                     consequence="the checkpoint can't be read; nothing that it may need is dropped",
                 )
@@ -164,7 +169,7 @@ def _missing(root: str, save: Save, contents: Contents) -> Iterator[Finding]:
         if lack:
             yield Finding(
                 kind="save",
-                path=os.path.join(root, "segments", folder_name(save.namespace)),
+                path=os.path.join(root, SEGMENTS, folder_name(save.namespace)),
                 what=f"the checkpoint {save.key} (save {save.save_id}) isn't whole: of {name} "
                 f"{len(lack):,} of {object.chunk_count:,} chunks are missing or damaged, the first is {lack[0]}",
                 consequence="it can't be restored or uploaded from here: save it again",
@@ -172,12 +177,25 @@ def _missing(root: str, save: Save, contents: Contents) -> Iterator[Finding]:
             )
 
 
+def _uncommitted(root: str, contents: Contents, saved: set[str]) -> Iterator[Finding]:
+    for folder, name in contents.namespaces.items():
+        if name.startswith(SAVE_PREFIX) and name not in saved:
+            yield Finding(
+                kind="uncommitted",
+                path=os.path.join(root, SEGMENTS, folder),
+                what=f"{name} is a save that no record speaks of: it was given up, or is uploaded and replaced",
+                consequence="the next start drops it",
+                is_damage=False,
+                namespace=name,
+            )
+
+
 def _kept_nothing(root: str, notes: Notes, saved: set[str]) -> Iterator[Finding]:
     for name, is_kept in notes.flags.items():
-        if is_kept and name not in saved and not Path(root, "segments", folder_name(name)).is_dir():
+        if is_kept and name not in saved and not Path(root, SEGMENTS, folder_name(name)).is_dir():
             yield Finding(
                 kind="kept-nothing",
-                path=os.path.join(root, "flags", record_name(name.encode())),
+                path=os.path.join(root, FLAGS, record_name(name.encode())),
                 what=f"{name} is to be kept, but there is nothing of it, nor of a checkpoint that needs it",
                 consequence="none: a save that was begun and given up leaves it; the next start forgets it",
                 is_damage=False,

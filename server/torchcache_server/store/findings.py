@@ -25,6 +25,7 @@ Kind = Literal[
     "torn",  # a chunk whose write was cut short
     "index",
     "kept-nothing",  # a namespace that must be kept, and isn't there
+    "uncommitted",  # bytes of a save that no record speaks of
     "save",  # a checkpoint that isn't whole
     "save-record",  # a record of a save that this version can't read
 ]

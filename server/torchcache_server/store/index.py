@@ -76,6 +76,11 @@ def chunk_key(chunk: ChunkId) -> bytes:
     return chunk.object.digest + _KEY.pack(chunk.index)
 
 
+def record_key(identity: bytes, index: int) -> bytes:
+    """The same, from what a record's header says: `ObjectId.encoded` and the chunk's index."""
+    return xxhash.xxh3_128_digest(identity) + _KEY.pack(index)
+
+
 class Index:
     """The open database. Reading needs no lock; one writer at a time, others wait."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,9 +15,10 @@ from torchcache_server.store.disk import DiskCalls
 from torchcache_server.store.findings import Finding
 from torchcache_server.store.folder import index_trust
 from torchcache_server.store.index import IndexReader, record_key
-from torchcache_server.store.record import MAX_IDENTITY_BYTES, SegmentHeader
-from torchcache_server.store.segment_scan import UNREADABLE, Found, Scan, identity_text
-from torchcache_server.store.segments import SUFFIX, file_name
+from torchcache_server.store.record import SegmentHeader
+from torchcache_server.store.recovery import UNREADABLE
+from torchcache_server.store.segment_scan import Found, Scan, identity_text
+from torchcache_server.store.segments import SUFFIX, read_header, remade_header
 
 _REBUILT: Final = "thrown away: the next start makes it anew from the segments"
 
@@ -42,19 +43,23 @@ def inspect_segments(
     root: str,
     *,
     is_kept: IsKept,
+    namespaces: Mapping[str, str],
     wanted: set[bytes],
     advance: Callable[[int], None],
 ) -> Contents:
     """Reads all segments, and the index if it is to be trusted. `advance` gets the bytes of each step.
 
-    `wanted` are the identities of objects that `held` is to tell of. Raises OSError.
+    `namespaces` are those that are known from elsewhere, by their folders; `wanted` the identities of objects that
+    `held` is to tell of. Raises OSError.
     """
     contents = Contents(held={identity: {} for identity in wanted})
     index, remark = _open_index(disk, root)
     if remark is not None:
         contents.findings.append(remark)
     try:
-        inspection = _Inspection(disk, is_kept, contents, index, advance)
+        inspection = _Inspection(
+            disk, contents, is_kept=is_kept, known=namespaces, index=index, advance=advance
+        )
         for path in segment_files(root):
             inspection.segment(path)
         contents.findings += inspection.conclusions(root)
@@ -115,8 +120,10 @@ class _Inspection:
     def __init__(
         self,
         disk: DiskCalls,
-        is_kept: IsKept,
         contents: Contents,
+        *,
+        is_kept: IsKept,
+        known: Mapping[str, str],
         index: IndexReader | None,
         advance: Callable[[int], None],
     ) -> None:
@@ -127,24 +134,24 @@ class _Inspection:
         self._advance = advance
         self._numbers: set[int] = set()
         self._disagreements: Counter[str] = Counter()
-        self._headless: list[str] = []
+        self._known = known
 
     def segment(self, path: str) -> None:
         """Checks one file, and notes what is in it."""
         fd = self._disk.open(path)
         try:
             try:
-                header = _read_header(self._disk, fd, path)
+                header = read_header(self._disk, fd, path) or self._remade(fd, path)
             except OSError as error:
                 if error.errno not in UNREADABLE:
                     raise
                 self._contents.findings.append(_unreadable(path, f"the disk can't read its header: {error}"))
                 return
             if header is None:
-                self._headless.append(path)
+                self._contents.findings.append(_headless(path, is_kept=self._is_kept(_folder(path))))
                 return
             self._contents.segments += 1
-            self._contents.namespaces[os.path.basename(os.path.dirname(path))] = header.namespace
+            self._contents.namespaces[_folder(path)] = header.namespace
             self._numbers.add(header.number)
             before = self._contents.bytes
             scan = Scan(self._disk, fd, header, advance=self._read)
@@ -162,8 +169,7 @@ class _Inspection:
             self._disagreements["entries that lead to no record"] += len(members)
 
     def conclusions(self, root: str) -> Iterator[Finding]:
-        """What can be said once all segments were seen: headless ones, and what the index says that isn't so."""
-        yield from map(self._bad_header, self._headless)
+        """What the index says that the segments don't bear out, once all were seen."""
         if self._index is None:
             return
         for number in self._index.segments():
@@ -195,7 +201,7 @@ class _Inspection:
     def _bad_record(self, path: str, header: SegmentHeader, found: Found, *, is_indexed: bool) -> Finding:
         record = found.header
         chunk = f"chunk {record.chunk_index} of {identity_text(record.identity)}"
-        kept = self._is_kept(os.path.basename(os.path.dirname(path)))
+        kept = self._is_kept(_folder(path))
         # What a trusted index doesn't know nobody is given: the chunk is elsewhere, or was never acknowledged. Without
         # one the next start leaves out what is torn.
         is_dead = not is_indexed if self._index is not None else found.is_torn
@@ -217,19 +223,40 @@ class _Inspection:
             chunk=(record.identity, record.chunk_index),
         )
 
-    def _bad_header(self, path: str) -> Finding:
-        folder = os.path.basename(os.path.dirname(path))
-        kept = self._is_kept(folder)
-        return Finding(
-            kind="header",
-            path=path,
-            what="the header of the segment is damaged",
-            consequence="its namespace must be kept: the next start makes the header again, if it can tell whose it is"
-            if kept
-            else "the next start removes it; its chunks are fetched or computed again",
-            repair="" if kept else "removed",
-            namespace=self._contents.namespaces.get(folder, ""),
-        )
+    def _remade(self, fd: int, path: str) -> SegmentHeader | None:
+        """The header of a segment that must be kept, as far as it can be told without the damaged one."""
+        folder = _folder(path)
+        if folder not in self._known or not self._is_kept(folder):
+            return None
+        header = remade_header(path, self._disk.size(fd), self._known[folder])
+        if header is not None:
+            self._contents.findings.append(
+                Finding(
+                    kind="header",
+                    path=path,
+                    what="the header of the segment is damaged",
+                    consequence="its namespace must be kept: the next start makes the header again",
+                    repair="made again from the file's name",
+                    namespace=header.namespace,
+                )
+            )
+        return header
+
+
+def _folder(path: str) -> str:
+    return os.path.basename(os.path.dirname(path))
+
+
+def _headless(path: str, *, is_kept: bool) -> Finding:
+    return Finding(
+        kind="header",
+        path=path,
+        what="the header of the segment is damaged" + (", and whose it is isn't known" if is_kept else ""),
+        consequence="it may have to be kept, and stays as it is"
+        if is_kept
+        else "the next start removes it; its chunks are fetched or computed again",
+        repair="" if is_kept else "removed",
+    )
 
 
 def _unreadable(path: str, what: str, namespace: str = "") -> Finding:
@@ -240,12 +267,6 @@ def _unreadable(path: str, what: str, namespace: str = "") -> Finding:
         consequence="the chunks there are lost; see to the disk",
         namespace=namespace,
     )
-
-
-def _read_header(disk: DiskCalls, fd: int, path: str) -> SegmentHeader | None:
-    """The header of a segment's file; None if it isn't sound, or not the one that the name says. Raises OSError."""
-    header = SegmentHeader.decode(memoryview(disk.pread(fd, 2 * MAX_IDENTITY_BYTES, 0)))
-    return header if header is not None and os.path.basename(path) == file_name(header.number) else None
 
 
 def _cut(path: str, size: int, header: SegmentHeader) -> Finding:

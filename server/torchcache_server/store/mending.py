@@ -21,6 +21,7 @@ from torchcache_server.store.ledger import (
     record_name,
 )
 from torchcache_server.store.record import DEAD_MAGIC
+from torchcache_server.store.segments import Segment
 
 
 class Mender:
@@ -137,7 +138,17 @@ class Mender:
 
     def _header(self, finding: Finding) -> None:
         self._segments_changed = True
-        self._remove(finding)
+        if finding.namespace:
+            opened = Segment.open(self._disk, finding.path, namespace=finding.namespace)
+            if opened is not None:
+                segment, _ = opened
+                segment.unsynced = True
+                try:
+                    segment.sync(self._disk)
+                finally:
+                    segment.close(self._disk)
+        else:
+            self._remove(finding)
 
     def _bury(self, finding: Finding) -> None:
         self._segments_changed = True

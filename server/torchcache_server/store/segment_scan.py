@@ -4,7 +4,6 @@ disk can't read is said, where a mapping would end the process.
 
 from __future__ import annotations
 
-import errno
 import mmap
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
@@ -20,13 +19,12 @@ from torchcache_server.store.record import (
     SegmentHeader,
     decode_record,
 )
+from torchcache_server.store.recovery import UNREADABLE
 
 _STEP_BYTES: Final = 4 << 20
 _PAGE: Final = 4096
 _ANONYMOUS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _MAGIC_WORD: Final = int.from_bytes(RECORD_MAGIC, "little")
-UNREADABLE: Final = (errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA)
-"""What a disk or file system says of places it can't read."""
 
 
 class Found(NamedTuple):
