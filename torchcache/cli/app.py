@@ -12,6 +12,7 @@ import click
 from torchcache import __version__
 from torchcache.cli.checkpoints import checkpoint
 from torchcache.cli.command import EXIT_CODES, EXIT_FAILED, EXIT_INTERRUPTED
+from torchcache.cli.doctor import doctor
 from torchcache.cli.listing import ls
 from torchcache.cli.serve import serve
 from torchcache.cli.stage import stage
@@ -32,7 +33,7 @@ def cli(*, traceback: bool) -> None:
     """
 
 
-for _command in (serve, status, stage, ls, checkpoint):
+for _command in (serve, status, stage, ls, checkpoint, doctor):
     cli.add_command(_command)
 
 

@@ -122,7 +122,9 @@ class StoreFolder:
             self._make_folders()
         for name in self._disk.names(self.spares):
             self._disk.unlink(os.path.join(self.spares, name))
-        self.was_clean = read_clean(self._disk, self.path)
+        self.was_clean, why_not = index_trust(self._disk, self.path)
+        if why_not:
+            _log.warning("the index %s is made anew: %s", self.index, why_not)
         self._disk.unlink(os.path.join(self.path, layout.CLEAN))
         self._disk.fsync_dir(self.path)
 
@@ -208,6 +210,14 @@ class StoreFolder:
 
 def check_folder(path: str) -> None:
     """Raises ConfigurationError unless `path` is a folder, no symlink, of this user and for his writing alone."""
+    if check_owner(path) & stat.S_IWOTH:
+        raise ConfigurationError(
+            f"everyone may write to the store {path}: chmod 700 it or choose another folder"
+        )
+
+
+def check_owner(path: str) -> int:
+    """The mode of `path`. Raises ConfigurationError unless it is a folder, no symlink, of this user."""
     status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
         raise ConfigurationError(
@@ -220,26 +230,24 @@ def check_folder(path: str) -> None:
             f"the store {path} belongs to user {status.st_uid}, this server runs as user {os.geteuid()}: "
             "choose a folder of your own"
         )
-    if status.st_mode & stat.S_IWOTH:
-        raise ConfigurationError(
-            f"everyone may write to the store {path}: chmod 700 it or choose another folder"
-        )
+    return status.st_mode
 
 
-def read_clean(disk: DiskCalls, path: str) -> bool:
-    """Whether the last server that used the store stopped in order, and left the index that is there now."""
+def index_trust(disk: DiskCalls, path: str) -> tuple[bool, str]:
+    """Whether the last server stopped in order and its index is as it was then. If only the former: why not."""
     try:
         noted = read_file(disk, os.path.join(path, layout.CLEAN))
-        if noted == f"{index_digest(disk, path)}\n".encode():
-            return True
-        _log.warning("the index of %s isn't what the last server left: it is rebuilt", path)
     except FileNotFoundError:
-        pass
+        return False, ""
+    try:
+        is_noted = noted == f"{index_digest(disk, path)}\n".encode()
+        return is_noted, "" if is_noted else "it isn't as the last server left it"
+    except FileNotFoundError:
+        return False, "it is missing"
     except OSError as error:
         if error.errno != errno.EIO:
             raise
-        _log.warning("the index of %s can't be read, and is rebuilt: %s", path, error)
-    return False
+        return False, f"it can't be read: {error}"
 
 
 def index_digest(disk: DiskCalls, path: str) -> str:

@@ -76,6 +76,11 @@ def chunk_key(chunk: ChunkId) -> bytes:
     return chunk.object.digest + _KEY.pack(chunk.index)
 
 
+def record_key(identity: bytes, index: int) -> bytes:
+    """The same, from what a record's header says: `ObjectId.encoded` and the chunk's index."""
+    return xxhash.xxh3_128_digest(identity) + _KEY.pack(index)
+
+
 class Index:
     """The open database. Reading needs no lock; one writer at a time, others wait."""
 
@@ -249,3 +254,49 @@ def remove_index(path: str) -> None:
             os.unlink(os.path.join(path, name))
         except FileNotFoundError:
             pass
+
+
+class IndexReader:
+    """An index that nobody has open, to be read only: not even its lock file is touched. Methods raise lmdb.Error.
+
+    For one that is known to be as it was left: LMDB may end the process over any other.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._env = lmdb.open(path, readonly=True, lock=False, create=False, max_dbs=3, readahead=False)
+        try:
+            self._chunks = self._env.open_db(b"chunks", create=False)
+            self._members = self._env.open_db(b"members", create=False)
+        except lmdb.Error:
+            self._env.close()
+            raise
+
+    def place(self, key: bytes) -> Location | None:
+        """The chunk's place, or None."""
+        with self._env.begin(self._chunks) as txn:
+            value = txn.get(key)
+        return None if value is None else Location(*_LOCATION.unpack(value))
+
+    def members(self, number: int) -> dict[int, bytes]:
+        """Offsets of a segment's records, and the keys of their chunks."""
+        found = {}
+        with self._env.begin(self._members) as txn, txn.cursor() as cursor:
+            there = cursor.set_range(_LOCATION.pack(number, 0))
+            while there and cursor.key()[:8] == _NUMBER.pack(number):
+                found[Location(*_LOCATION.unpack(cursor.key())).offset] = cursor.value()
+                there = cursor.next()
+        return found
+
+    def segments(self) -> list[int]:
+        """Numbers of the segments that have records, rising."""
+        numbers = []
+        with self._env.begin(self._members) as txn, txn.cursor() as cursor:
+            there = cursor.first()
+            while there:
+                [number] = _NUMBER.unpack(cursor.key()[:8])
+                numbers.append(number)
+                there = cursor.set_range(_LOCATION.pack(number + 1, 0))
+        return numbers
+
+    def close(self) -> None:
+        self._env.close()

@@ -93,6 +93,16 @@ def _decoded(value: bytes) -> tuple[bool, Policy]:
         return True, Policy()
 
 
+def is_kept(value: bytes) -> bool:
+    """Whether flags of this value forbid to lose the namespace."""
+    return _decoded(value)[0]
+
+
+def protecting_flags(*, kept: bool) -> bytes:
+    """The value of flags that keep a namespace; or pin it, so that a user can undo it."""
+    return _encoded(kept, Policy(pinned=not kept))
+
+
 def sync(core: Core, name: str) -> None:
     """Makes the namespace's chunks durable: its files, then their names. Raises OutOfSpace, TorchCacheError."""
     with core.lock:

@@ -25,8 +25,8 @@ DAMAGED: Final = "damaged"
 it may speak of."""
 
 FOLDERS: Final = (SEGMENTS, INDEX, RECORDS, FLAGS, SPARES)
-_FILES: Final = (IDENTITY, IDENTITY_COPY, LOCK, CLEAN)
-_INDEX_FILES: Final = ("data.mdb", "lock.mdb")
+ROOT_FILES: Final = (IDENTITY, IDENTITY_COPY, LOCK, CLEAN)
+INDEX_FILES: Final = ("data.mdb", "lock.mdb")
 
 
 class Oddity(NamedTuple):
@@ -50,7 +50,7 @@ def oddities(root: str) -> Iterator[Oddity]:
 
     Raises OSError.
     """
-    for name in _FILES:
+    for name in ROOT_FILES:
         yield from _unless(os.path.join(root, name), "a file")
     for name in (*FOLDERS, DAMAGED):
         folder = os.path.join(root, name)
@@ -65,7 +65,7 @@ def oddities(root: str) -> Iterator[Oddity]:
                 else:
                     yield from _no_files(inner.path, SUFFIX)
         elif name == INDEX:
-            for file in _INDEX_FILES:
+            for file in INDEX_FILES:
                 yield from _unless(os.path.join(folder, file), "a file")
         else:
             yield from _no_files(folder, "" if name == SPARES else RECORD_SUFFIX)

@@ -154,7 +154,7 @@ def read_record(disk: DiskCalls, path: str) -> Reading:
 
     Anything that isn't a file counts as damaged, and so does what the disk can't read. Raises OSError for other causes.
     """
-    data = _read_what_can_be(disk, path)
+    data = readable_bytes(disk, path)
     # The end of a file of twice the same length, the second at a page's start, tells where that start is.
     second_at = -(-len(data) // (2 * PAGE_BYTES)) * PAGE_BYTES
     copies = (_decode(data, 0, _SEEDS[0]), _decode(data, second_at, _SEEDS[1]))
@@ -177,7 +177,7 @@ def _decode(data: bytes, at: int, seed: int) -> tuple[bytes, bytes] | None:
     return data[start : start + key_bytes], data[start + key_bytes : end]
 
 
-def _read_what_can_be(disk: DiskCalls, path: str) -> bytes:
+def readable_bytes(disk: DiskCalls, path: str) -> bytes:
     """The file's bytes; zeros for pages that the disk can't read, nothing for what is no file."""
     try:
         fd = disk.open(path)

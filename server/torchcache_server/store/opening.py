@@ -19,6 +19,7 @@ from torchcache_server.store.core import Core
 from torchcache_server.store.disk import DiskCalls
 from torchcache_server.store.folder import StoreFolder
 from torchcache_server.store.index import PLACE, Index, Location, SegmentNote, remove_index
+from torchcache_server.store.layout import FLAGS
 from torchcache_server.store.recovery import UNREADABLE, Scan, scan_and_cut
 from torchcache_server.store.recycling import Spares
 from torchcache_server.store.segments import SUFFIX, Segment, folder_name
@@ -111,16 +112,21 @@ def _open_segments(core: Core, kept: Mapping[str, str]) -> Iterator[tuple[Segmen
         for name in disk.names(os.path.join(root, folder))
         if name.endswith(SUFFIX)
     ]
+    doubtful = {name.partition(".")[0] for name in core.folder.set_aside(FLAGS)}
     for path in sorted(paths, key=os.path.basename):
+        folder = os.path.basename(os.path.dirname(path))
         try:
-            opened = Segment.open(disk, path, namespace=kept.get(os.path.basename(os.path.dirname(path))))
+            opened = Segment.open(disk, path, namespace=kept.get(folder))
         except OSError as error:
             if error.errno not in UNREADABLE:
                 raise
             _log.error("segment %s can't be read and is left out: %s; see to the disk", path, error)
             _reserve_number(core.space, path)
             continue
-        if opened is None:
+        if opened is None and folder in doubtful:
+            _log.error("segment %s has no sound header, and may have to be kept: it is left out", path)
+            _reserve_number(core.space, path)
+        elif opened is None:
             _log.warning("segment %s has no sound header and is removed", path)
             disk.unlink(path)
         else:

@@ -145,7 +145,7 @@ class Segment:
             size = disk.size(fd)
             header = read_header(disk, fd, path)
             if header is None and namespace is not None:
-                header = _remade_header(path, size, namespace)
+                header = remade_header(path, size, namespace)
                 if header is not None:
                     _log.error("segment %s has a damaged header: made again from its name", path)
                     write_all(disk, fd, [header.encode()], 0)
@@ -281,7 +281,8 @@ def read_header(disk: DiskCalls, fd: int, path: str) -> SegmentHeader | None:
     return header
 
 
-def _remade_header(path: str, file_bytes: int, namespace: str) -> SegmentHeader | None:
+def remade_header(path: str, file_bytes: int, namespace: str) -> SegmentHeader | None:
+    """The header of a segment file of which only name, size and namespace are known; None if it isn't called as one."""
     named = parse_file_name(os.path.basename(path))
     return None if named is None else SegmentHeader(*named, file_bytes, namespace)
 
