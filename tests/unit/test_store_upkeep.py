@@ -429,6 +429,24 @@ def test_a_read_that_fails_for_want_of_something_else_costs_no_chunk(tmp_path: P
     store.close()
 
 
+def test_who_reads_a_chunk_here_is_not_ended_by_the_disk(tmp_path: Path) -> None:
+    """F12: a known chunk whose page has gone and can't be read any more."""
+    disk = FailingDisk()
+    store = Store(tmp_path / "s", capacity_bytes=CAPACITY, disk=disk)
+    fill(store, "a", range(2))
+    store.keep("kept", True)
+    fill(store, "kept", range(10, 11))
+    assert all(held(store, n) for n in (0, 1, 10))
+    disk.fail("populate", errno.EIO, times=2)
+    assert not store.verify(chunk(0))
+    assert store.read(chunk(10)) is None
+    found = store.read(chunk(10))
+    assert found is not None and bytes(found.payload) == payload(10)
+    assert [store.contains(chunk(n)) for n in (0, 1, 10)] == [False, True, True]
+    assert store.usage().corrupt == 1
+    store.close()
+
+
 def test_a_kept_segment_survives_its_header(store: Store, tmp_path: Path) -> None:
     """F6, I2: its name says number and nonce, its folder the namespace; one that isn't kept is removed."""
     store.keep("kept", True)

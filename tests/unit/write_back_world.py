@@ -84,6 +84,8 @@ class MemoryStore:
         self.gate.passing(f"lookup {chunk.object.key} {chunk.index}")
         return next((chunks[chunk] for chunks in self.chunks.values() if chunk in chunks), None)
 
+    read = lookup
+
     def sync(self, namespace: str) -> None:
         self.gate.passing("sync")
         self.synced[namespace] = set(self.chunks.get(namespace, {}))

@@ -60,7 +60,7 @@ def _verified_chunks(store: Store, object: ObjectInfo, check: Callable[[], None]
     for index in range(object.chunk_count):
         check()
         chunk = ChunkId(object.id, index)
-        stored = store.lookup(chunk)
+        stored = store.read(chunk)
         if stored is None or len(stored.payload) != chunk.length(object.size):
             raise IntegrityError(
                 f"chunk {index} of {object.id} is gone from the store", object=str(object.id)

@@ -11,6 +11,7 @@ from torchcache.model import ChunkId
 from torchcache_server.store.chunk import StoredChunk
 from torchcache_server.store.core import Core, Known
 from torchcache_server.store.index import Location, chunk_key
+from torchcache_server.store.segments import Segment
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +29,22 @@ def find_many(core: Core, chunks: Sequence[ChunkId]) -> list[StoredChunk | None]
     return [_at(core, *found) for found in zip(chunks, keys, locations, strict=True)]
 
 
+def find_in_memory(core: Core, chunk: ChunkId) -> StoredChunk | None:
+    """`find` for who touches the payload in this process: what the disk can't read is a miss, and no SIGBUS."""
+    found = find(core, chunk)
+    if found is None or not found.payload.size:
+        return found
+    try:
+        core.disk.populate(found.payload, 0, found.payload.size)
+    except OSError as error:
+        _log.warning("chunk %d of %s can't be read: %s", chunk.index, chunk.object, error)
+        location = core.index.get(chunk_key(chunk))
+        if error.errno == errno.EIO and location is not None:
+            forget_if_replaceable(core, chunk_key(chunk), location, is_readable=False)
+        return None
+    return found
+
+
 def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> StoredChunk | None:
     if location is None:
         return None
@@ -43,7 +60,7 @@ def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> St
     except OSError as error:
         _log.warning("a record at %d in %s can't be read: %s", location.offset, segment.path, error)
         if error.errno == errno.EIO:
-            forget_if_replaceable(core, key, location)
+            forget_if_replaceable(core, key, location, is_readable=False)
         return None
     if record is None:
         forget_if_replaceable(core, key, location)
@@ -79,13 +96,16 @@ def quarantine(core: Core, chunk: ChunkId) -> None:
         forget(core, key, location)
 
 
-def forget_if_replaceable(core: Core, key: bytes, location: Location) -> None:
-    """Takes a bad record out, but for one that must be kept: what is left of it may be all there is."""
+def forget_if_replaceable(core: Core, key: bytes, location: Location, *, is_readable: bool = True) -> None:
+    """Takes a bad record out, but for one that must be kept: what is left of it may be all there is.
+
+    What isn't readable isn't touched again.
+    """
     segment = core.space.segments.get(location.segment)
     if segment is None:
         return
     if not core.is_kept(segment):
-        forget(core, key, location)
+        forget(core, key, location, is_readable=is_readable)
     elif core.damaged_kept.get(location) is None:
         core.damaged_kept[location] = segment.header.namespace
         _log.error(
@@ -96,7 +116,7 @@ def forget_if_replaceable(core: Core, key: bytes, location: Location) -> None:
         )
 
 
-def forget(core: Core, key: bytes, location: Location) -> None:
+def forget(core: Core, key: bytes, location: Location, *, is_readable: bool = True) -> None:
     """Takes the record at `location` out, unless the chunk has been stored anew meanwhile."""
     core.known.pop(location, None)
     try:
@@ -112,14 +132,20 @@ def forget(core: Core, key: bytes, location: Location) -> None:
     if segment is None:
         return
     core.counts.add(corrupt=1)
-    try:
-        record = segment.populated_record(core.disk, location.offset)
-    except OSError:
-        record = None
+    record_bytes = _record_bytes(core, segment, location.offset) if is_readable else None
     with core.lock:
-        segment.lose(record.record_bytes if record is not None else None)
+        segment.lose(record_bytes)
         is_empty = segment.sealed and not segment.writing and not segment.chunks
     _log.warning("a damaged record at %d in %s is dropped", location.offset, segment.path)
     segment.bury(core.disk, location.offset)
     if is_empty:
         core.remove([segment])
+
+
+def _record_bytes(core: Core, segment: Segment, offset: int) -> int | None:
+    """What a bad record takes; None if it doesn't even tell that any more."""
+    try:
+        record = segment.populated_record(core.disk, offset)
+    except OSError:
+        return None
+    return record.record_bytes if record is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from dataclasses import dataclass, field
@@ -50,13 +51,9 @@ class Scrub:
                         continue
                     if size >= max_bytes:
                         break
-                    read = _verified_bytes(core, segment, offset)
-                    location = Location(segment.number, offset)
+                    read = self._verify(segment, key, offset)
                     if read is None:
                         damaged.append(segment.header.namespace)
-                        forget_if_replaceable(core, key, location)
-                    else:
-                        core.damaged_kept.pop(location, None)
                     size += read or 0
                     chunks += 1
                     self._offset = offset + 1
@@ -74,14 +71,19 @@ class Scrub:
                 self._segment, self._offset = number, 0
             return self.core.space.segments[number]
 
-
-def _verified_bytes(core: Core, segment: Segment, offset: int) -> int | None:
-    """Bytes of a sound record; None for one that is damaged or can't be read."""
-    try:
-        record = segment.populated_record(core.disk, offset)
-    except OSError as error:
-        _log.warning("a record at %d in %s can't be read: %s", offset, segment.path, error)
-        return None
-    if record is None or not segment.chunk(offset, record).is_intact():
-        return None
-    return record.record_bytes
+    def _verify(self, segment: Segment, key: bytes, offset: int) -> int | None:
+        """Bytes of the record; None for one that is bad, or can't be read: it is taken out if it may go."""
+        core, location = self.core, Location(segment.number, offset)
+        try:
+            record = segment.populated_record(core.disk, offset)
+        except OSError as error:
+            _log.warning("a record at %d in %s can't be read: %s", offset, segment.path, error)
+            if error.errno != errno.EIO:
+                return 0  # no word on the record
+            forget_if_replaceable(core, key, location, is_readable=False)
+            return None
+        if record is None or not segment.chunk(offset, record).is_intact():
+            forget_if_replaceable(core, key, location)
+            return None
+        core.damaged_kept.pop(location, None)
+        return record.record_bytes

@@ -23,7 +23,7 @@ from torchcache_server.store.ledger import Ledger
 from torchcache_server.store.opening import open_core
 from torchcache_server.store.ordering import ReadingOrder
 from torchcache_server.store.policy import Policy
-from torchcache_server.store.reading import find, find_many, quarantine
+from torchcache_server.store.reading import find_in_memory, find_many, quarantine
 from torchcache_server.store.room import Promise, evict_others, promise
 from torchcache_server.store.scrubbing import Scrub, ScrubStep
 from torchcache_server.store.space import Space, segment_size
@@ -144,6 +144,11 @@ class Store:
             self._core.counts.looked_up(hits=len(found) - misses, misses=misses)
             return found
 
+    def read(self, chunk: ChunkId) -> StoredChunk | None:
+        """The chunk for who reads it in this process, all of it in memory; or None. Not verified. Counts nothing."""
+        with self._gate:
+            return find_in_memory(self._core, chunk)
+
     def contains(self, chunk: ChunkId) -> bool:
         """Whether the index knows the chunk. Counts nothing."""
         with self._gate:
@@ -198,7 +203,7 @@ class Store:
     def verify(self, chunk: ChunkId) -> bool:
         """Whether the chunk is there and its payload matches its checksums. Counts nothing."""
         with self._gate:
-            found = find(self._core, chunk)
+            found = find_in_memory(self._core, chunk)
             return found is not None and found.is_intact()
 
     def quarantine(self, chunk: ChunkId) -> None:
