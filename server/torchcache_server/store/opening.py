@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -25,7 +26,7 @@ from torchcache_server.store.recycling import Spares
 from torchcache_server.store.segments import SUFFIX, Segment, folder_name
 from torchcache_server.store.space import Space
 
-_SCAN_THREADS: Final = 8
+_SCAN_THREADS: Final = 16
 _FEW_SEGMENTS: Final = 8  # fewer than these are scanned one after the other
 _BATCH_BYTES: Final = 64 << 20  # of places go to the index at a time: 1.7 million
 _TELL_EVERY_S: Final = 5
@@ -186,13 +187,14 @@ def _scans(disk: DiskCalls, segments: Sequence[Segment]) -> Generator[Scan | OSE
         return
     told = time.monotonic()
     with ThreadPoolExecutor(_SCAN_THREADS, "recovery") as threads:
-        scans = [threads.submit(_scan, disk, segment) for segment in segments]
+        scans = deque(threads.submit(_scan, disk, segment) for segment in segments)
         try:
-            for done, found in enumerate(scans):
+            while scans:
                 if time.monotonic() - told >= _TELL_EVERY_S:
                     told = time.monotonic()
+                    done = len(segments) - len(scans)
                     _log.warning("recovering: %s of %s segments", f"{done:,}", f"{len(segments):,}")
-                yield found.result()
+                yield scans.popleft().result()
         finally:
             threads.shutdown(cancel_futures=True)
 
