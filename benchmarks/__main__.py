@@ -10,8 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import start_up
 from benchmarks.flight_lane import SHAPES, TINY, Comparison, compare
 from benchmarks.rounds import machine
+from benchmarks.verification import Cost, costs
 
 
 def show(comparisons: list[Comparison], rounds: int) -> None:
@@ -28,9 +30,18 @@ def show(comparisons: list[Comparison], rounds: int) -> None:
             times = (f"{t * 1e3:.1f}" for t in (result.median_s, result.fastest_s, result.slowest_s))
             table.add_row(shape, result.name, *times, f"{result.gigabytes_per_s:.2f}", ratio)
         table.add_section()
-    console = Console()
-    console.print(table)
-    console.print("; ".join(f"{k} {v}" for k, v in machine().items()), style="dim")
+    Console().print(table)
+
+
+def show_costs(found: list[Cost], rounds: int) -> None:
+    title = f"Verification on the flight lane, medians of {rounds} alternating rounds"
+    table = Table(title=title, title_style="bold")
+    for name in ("what", "verified, ms", "not verified, ms", "costs"):
+        table.add_column(name, justify="left" if name == "what" else "right")
+    for cost in found:
+        times = (f"{r.median_s * 1e3:.1f}" for r in (cost.verified, cost.unverified))
+        table.add_row(cost.shape, *times, f"{cost.share:.1%}")
+    Console().print(table)
 
 
 def main() -> None:
@@ -42,9 +53,21 @@ def main() -> None:
     rounds = 1 if args.tiny else args.rounds
     comparisons = [compare(shape, rounds=rounds) for shape in (TINY if args.tiny else SHAPES)]
     show(comparisons, rounds)
+    verification = costs(rounds=rounds, tiny=args.tiny)
+    show_costs(verification, rounds)
+    starts = start_up.start_ups([start_up.TINY if args.tiny else start_up.MILLION], None)
+    start_up.show(starts)
+    Console().print("; ".join(f"{k} {v}" for k, v in machine().items()), style="dim")
     if args.json:
-        figures = [{**asdict(c), "ratio": c.ratio, "ratio_to_views": c.ratio_to_views} for c in comparisons]
-        args.json.write_text(json.dumps({"machine": machine(), "flight_lane": figures}, indent=1))
+        figures = {
+            "machine": machine(),
+            "flight_lane": [
+                {**asdict(c), "ratio": c.ratio, "ratio_to_views": c.ratio_to_views} for c in comparisons
+            ],
+            "verification": [{**asdict(c), "share": c.share} for c in verification],
+            "start_up": [asdict(s) for s in starts],
+        }
+        args.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

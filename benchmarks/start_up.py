@@ -35,6 +35,10 @@ class Shape:
     size: int
 
 
+MILLION = Shape(1_000_000, 1024)
+TINY = Shape(2_000, 1024)
+
+
 @dataclass(frozen=True)
 class StartUp:
     """Seconds from `Store(...)` to its return. `cold`: nothing of the segments was in memory."""
@@ -152,8 +156,8 @@ def show(results: list[StartUp]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.start_up", description=__doc__)
-    parser.add_argument("--chunks", type=int, default=1_000_000)
-    parser.add_argument("--size", type=int, default=4096, help="bytes of a chunk")
+    parser.add_argument("--chunks", type=int, default=MILLION.chunks)
+    parser.add_argument("--size", type=int, default=MILLION.size, help="bytes of a chunk")
     parser.add_argument("--disk", type=Path, help="a folder on a disk, to measure there too")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()

@@ -19,3 +19,9 @@ def test_a_tiny_round(tmp_path: Path) -> None:
     for comparison in figures["flight_lane"]:
         assert comparison["ours"]["bytes"] == comparison["bare_one"]["bytes"] > 0
         assert comparison["ratio"] > 0
+    for cost in figures["verification"]:
+        assert cost["verified"]["bytes"] == cost["unverified"]["bytes"] > 0
+        assert cost["share"] < 1
+    for start in figures["start_up"]:
+        assert start["segments"] > 0
+        assert min(start["clean_s"], start["killed_s"], start["no_index_s"]) > 0
