@@ -5,7 +5,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-long bench lint format proto clean
+PROOFS := $(CURDIR)/.proofs
+
+.PHONY: demo test test-long reliability bench lint format proto clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -15,6 +17,13 @@ test: $(READY)
 
 test-long: $(READY)
 	$(PYTEST) --timeout=3600 --hypothesis-profile=search
+
+# The tests that publish figures, the long ones too, and docs/reliability.md from what they say.
+reliability: $(READY)
+	rm -rf $(PROOFS)
+	TORCHCACHE_PROOFS=$(PROOFS) $(PYTEST) --timeout=14400 --hypothesis-profile=search \
+		$$(grep -rl --include='test_*.py' 'from tests.proofs import' tests)
+	$(BIN)/python -m tests.reliability_report $(PROOFS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
@@ -33,7 +42,7 @@ proto: $(READY)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. torchcache/wire/v1/cache.proto
 
 clean:
-	rm -rf .venv .demo .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .demo $(PROOFS) .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -122,6 +122,8 @@ def test_a_chunk_twice_in_a_batch_is_written_once(store: Store) -> None:
 
 
 def test_a_segment_that_is_written_to_does_not_yield(store: Store, disk: Hooked) -> None:
+    """F38."""
+
     def crowd() -> None:
         with pytest.raises(OutOfSpace):
             for n in range(100, 170):
@@ -148,7 +150,7 @@ def test_who_is_written_to_is_passed_over_for_the_next(store: Store, disk: Hooke
 
 
 def test_kept_while_others_look_for_room(store: Store) -> None:
-    """The flag counts from when `keep` returns, also for who has chosen victims before."""
+    """F38, I6: the flag counts from when `keep` returns, also for who has chosen victims before."""
     fill(store, "a", range(3))
     core = store._core
     victims = list(core.space.segments.values())

@@ -152,7 +152,7 @@ DAMAGE = [
 def test_a_damaged_record_is_a_miss_and_takes_no_other_along(
     crashed: Path, damage: Callable[[Path, int], None], victim: int, clean: bool
 ) -> None:
-    """F4, F5, F6, F8."""
+    """F4, F5, F6, F8, I1."""
     if clean:
         open_store(crashed).close()
     (file,) = segment_files(crashed)

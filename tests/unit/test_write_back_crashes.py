@@ -1,4 +1,4 @@
-"""A server killed between any two steps of a save, and what its restart makes of it (F2, F3, F30, F36)."""
+"""A server killed between any two steps of a save, and what its restart makes of it (F2, F3, F30, F36; I2, I3)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,217 @@
+"""Writes the generated parts of docs/reliability.md: what the last run proved, and which test shows what.
+
+`python -m tests.reliability_report [FOLDER]`: with the folder that `TORCHCACHE_PROOFS` named (see proofs.py) it
+rewrites the table of proofs too, else only the lists of tests. `make reliability` does all of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from benchmarks.rounds import machine
+
+ROOT: Final = Path(__file__).parents[1]
+DOCUMENT: Final = ROOT / "docs" / "reliability.md"
+
+INVARIANTS: Final = {
+    "I1": "no wrong byte",
+    "I2": "acknowledged is restorable",
+    "I3": "the old checkpoint or the new one",
+    "I4": "every call ends",
+    "I5": "back to baseline",
+    "I6": "only copies stay",
+}
+
+FAULTS: Final = {
+    "F1": "killed while filling",
+    "F2": "killed while writing a checkpoint",
+    "F3": "power cut: unsynced writes lost, reordered",
+    "F4": "torn chunk",
+    "F5": "bit flip in a payload",
+    "F6": "bit flip in a header or in the index",
+    "F7": "truncated file",
+    "F8": "zeros where a chunk was",
+    "F9": "a sound chunk under the wrong key",
+    "F10": "disk full on a fill",
+    "F11": "disk full on a checkpoint",
+    "F12": "EIO on a read",
+    "F13": "EIO on fsync",
+    "F14": "out of descriptors",
+    "F15": "read-only disk, or gone",
+    "F34": "a shard of a checkpoint is damaged",
+    "F36": "stopped while uploads wait",
+    "F38": "eviction against readers and against what isn't durable",
+    "F39": "a capacity below one segment",
+    "F40": "a store of another format",
+}
+"""Those of the failure model that the store has to bear, by their numbers there."""
+
+_NAMED: Final = 6  # tests by name in a row; more are counted
+
+
+@dataclass
+class Proof:
+    """What all runs of one proof add up to."""
+
+    name: str
+    counts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, list[str]] = field(default_factory=dict)  # what can't be added: seeds, words
+    wall_s: float = 0.0
+
+    def add(self, line: Mapping[str, object]) -> None:
+        """Takes in one line of the proof's file."""
+        for key, value in line.items():
+            if key == "wall_s" and isinstance(value, int | float):
+                self.wall_s += value
+            elif key.endswith("seed"):
+                self._list("seed", f"{key[:-4].strip('_')} {value}".strip())
+            elif key != "proof" and isinstance(value, str):
+                self._list(key, value)
+            elif isinstance(value, int | float):
+                self.counts[key] = self.counts.get(key, 0) + value
+
+    def _list(self, key: str, value: str) -> None:
+        values = self.facts.setdefault(key, [])
+        if value not in values:
+            values.append(value)
+
+
+def read_proofs(folder: Path) -> list[Proof]:
+    """All proofs in the folder, by name. Numbers of several lines are added up, seeds and words are listed."""
+    found: dict[str, Proof] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for text in file.read_text().splitlines():
+            line = json.loads(text)
+            name = str(line["proof"])
+            found.setdefault(name, Proof(name)).add(line)
+    return [found[name] for name in sorted(found)]
+
+
+def proofs_table(proofs: Iterable[Proof], where: Mapping[str, str], ran: str) -> str:
+    """Markdown. `where`: the test file of each proof. `ran`: when and on what."""
+    rows = ["| what | how many | seed | wall time | test |", "|---|---|---|---|---|"]
+    for proof in proofs:
+        counts = [f"{_number(value)} {key.replace('_', ' ')}" for key, value in proof.counts.items()]
+        words = [f"{k.replace('_', ' ')}: {', '.join(v)}" for k, v in proof.facts.items() if k != "seed"]
+        seeds = ", ".join(proof.facts.get("seed", []))
+        test = _link(where[proof.name]) if proof.name in where else ""
+        cells = (
+            proof.name.replace("-", " "),
+            ", ".join(counts + words),
+            seeds,
+            _time(proof.wall_s),
+            test,
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*rows, "", ran])
+
+
+def proofs_in(tests: Path) -> dict[str, str]:
+    """The file, from the repository's root, in which each proof is."""
+    return {
+        name: file.relative_to(tests.parent).as_posix()
+        for file in sorted(tests.rglob("*.py"))
+        for name in re.findall(r'\bproof\(\s*f?"([\w-]+)"', file.read_text())
+    }
+
+
+def marked_tests(tests: Path) -> dict[str, list[tuple[str, str]]]:
+    """For each fault and invariant the (file, test) whose docstring names it; or the file, where its docstring does."""
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for file in sorted(tests.rglob("test_*.py")):
+        path = file.relative_to(tests.parent).as_posix()
+        for name, said in _docstrings(ast.parse(file.read_text()), file.name):
+            for mark in _marks(said):
+                found[mark].append((path, name))
+    return found
+
+
+def _marks(said: str) -> list[str]:
+    """F1, I6 and the like, each once; "F3 to F5" are three."""
+    for first, last in re.findall(r"\bF(\d{1,2}) to F(\d{1,2})\b", said):
+        said += "".join(f" F{number}" for number in range(int(first), int(last)))
+    return sorted(set(re.findall(r"\b[FI]\d{1,2}\b", said)))
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef, name: str) -> Iterable[tuple[str, str]]:
+    yield name, ast.get_docstring(node) or ""
+    if not isinstance(node, ast.FunctionDef):
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef) and child.name.lower().startswith("test"):
+                yield from _docstrings(child, child.name)
+
+
+def marks_table(title: str, marks: Mapping[str, str], tests: Mapping[str, list[tuple[str, str]]]) -> str:
+    """Markdown: what each mark means, and the tests that name it."""
+    rows = [f"| | {title} | shown by |", "|---|---|---|"]
+    for mark, meaning in marks.items():
+        found = tests.get(mark, [])
+        named = [f"[{test}](../{file})" for file, test in found[:_NAMED]]
+        if len(found) > _NAMED:
+            named.append(f"and {len(found) - _NAMED} more")
+        rows.append(f"| {mark} | {meaning} | {', '.join(named)} |")
+    return "\n".join(rows)
+
+
+def replace_part(document: str, name: str, content: str) -> str:
+    """Puts `content` between the markers of the part `name`. Raises ValueError if the document hasn't both."""
+    start, end = f"<!-- {name}: generated -->", f"<!-- end of {name} -->"
+    before, found, rest = document.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the document has no part {name!r}: it needs the lines {start} and {end}")
+    return f"{before}{start}\n{content}\n{end}{after}"
+
+
+def ran_on(day: datetime.date) -> str:
+    """The line under the table: when, of which commit, and on what it ran."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    facts = machine()
+    return (
+        f"Run on {day.isoformat()} at commit {commit}: Python {facts['python']}, {facts['system']}, "
+        f"{facts['cores']} cores of {facts['cpu']}, lmdb {facts['lmdb']}, xxhash {facts['xxhash']}."
+    )
+
+
+def _link(path: str) -> str:
+    return f"[{path.removeprefix('tests/')}](../{path})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def main(folder: Path | None) -> None:
+    document, tests = DOCUMENT.read_text(), ROOT / "tests"
+    marks = marked_tests(tests)
+    document = replace_part(document, "invariants", marks_table("invariant", INVARIANTS, marks))
+    document = replace_part(document, "faults", marks_table("fault", FAULTS, marks))
+    if folder is not None:
+        proofs = read_proofs(folder)
+        if not proofs:
+            raise SystemExit(f"{folder} holds no proofs: run the tests with TORCHCACHE_PROOFS={folder}")
+        ran = ran_on(datetime.datetime.now(datetime.UTC).date())
+        document = replace_part(document, "proofs", proofs_table(proofs, proofs_in(tests), ran))
+    DOCUMENT.write_text(document)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

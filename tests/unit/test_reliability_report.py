@@ -1,0 +1,135 @@
+"""The generator of docs/reliability.md, and that what it says leads somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.reliability_report import (
+    DOCUMENT,
+    FAULTS,
+    INVARIANTS,
+    ROOT,
+    marked_tests,
+    marks_table,
+    proofs_in,
+    proofs_table,
+    read_proofs,
+    replace_part,
+)
+
+PROOFS = {
+    "crash-states.jsonl": [
+        {"proof": "crash-states", "states": 1_000_000, "seed": 7, "wall_s": 3599.6},
+        {"proof": "crash-states", "states": 234, "seed": 8, "shape": "torn", "wall_s": 0.4},
+    ],
+    "bad.jsonl": [{"proof": "bad-luck", "hit_rate": 0.5, "first_seed": 7, "last_seed": 9, "wall_s": 61.25}],
+}
+
+TABLE = """\
+| what | how many | seed | wall time | test |
+|---|---|---|---|---|
+| bad luck | 0.50 hit rate | first 7, last 9 | 61.2 s | [unit/test_luck.py](../tests/unit/test_luck.py) |
+| crash states | 1,000,234 states, shape: torn | 7, 8 | 60 min |  |
+
+On a day."""
+
+TESTS = '''
+"""Disks that fail (F12)."""
+
+class TestOne:
+    """Not a mark: F123, AF1."""
+
+    def test_a(self):
+        """F1, F2: twice F1; I6; F20 to F22."""
+
+def test_b():
+    """F2."""
+    with proof("bad-luck") as figures:
+        pass
+
+def helper():
+    """F2."""
+'''
+
+MARKS = """\
+| | fault | shown by |
+|---|---|---|
+| F1 | killed | [test_a](../tests/unit/test_luck.py) |
+| F2 | torn | [test_a](../tests/unit/test_luck.py), [test_b](../tests/unit/test_luck.py) |
+| F3 | lost |  |
+| F12 | EIO | [test_luck.py](../tests/unit/test_luck.py) |"""
+
+
+@pytest.fixture
+def tests_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tests" / "unit"
+    folder.mkdir(parents=True)
+    (folder / "test_luck.py").write_text(TESTS)
+    return tmp_path / "tests"
+
+
+def test_the_table_of_proofs(tmp_path: Path, tests_folder: Path) -> None:
+    for name, lines in PROOFS.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert proofs_table(read_proofs(tmp_path), proofs_in(tests_folder), "On a day.") == TABLE
+
+
+def test_the_lists_of_tests(tests_folder: Path) -> None:
+    meanings = {"F1": "killed", "F2": "torn", "F3": "lost", "F12": "EIO"}
+    found = marked_tests(tests_folder)
+    assert marks_table("fault", meanings, found) == MARKS
+    assert sorted(found) == ["F1", "F12", "F2", "F20", "F21", "F22", "I6"]
+
+
+def test_many_tests_of_one_fault_are_counted() -> None:
+    found = {"F1": [("tests/test_x.py", f"test_{n}") for n in range(9)]}
+    [row] = marks_table("fault", {"F1": "killed"}, found).splitlines()[2:]
+    assert row.count("](") == 6
+    assert row.endswith("[test_5](../tests/test_x.py), and 3 more |")
+
+
+def test_only_the_part_between_the_markers_changes() -> None:
+    document = (
+        "a\n<!-- x: generated -->\nold\n<!-- end of x -->\nb\n<!-- y: generated -->\n<!-- end of y -->\n"
+    )
+    once = replace_part(document, "x", "new")
+    assert once == document.replace("old", "new")
+    assert replace_part(once, "x", "new") == once
+    for broken in ("", "<!-- x: generated -->", "<!-- end of x -->"):
+        with pytest.raises(ValueError, match="no part 'x'"):
+            replace_part(broken, "x", "new")
+
+
+# ---- the document itself ----
+
+
+@pytest.mark.parametrize("part", ["proofs", "invariants", "faults"])
+def test_the_documents_tables_are_tables(part: str) -> None:
+    document = DOCUMENT.read_text()
+    [content] = re.findall(rf"<!-- {part}: generated -->\n(.*?)<!-- end of {part} -->", document, re.DOTALL)
+    lines = [line for line in content.splitlines() if line.startswith("|")]
+    assert len(lines) >= (2 if part == "proofs" else 8), "proofs come with the first run"
+    assert set(lines[1]) == {"|", "-"}
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def test_every_fault_and_invariant_of_the_store_has_a_test_and_the_document_knows_it() -> None:
+    found = marked_tests(ROOT / "tests")
+    document = DOCUMENT.read_text()
+    for mark in (*INVARIANTS, *FAULTS):
+        assert found[mark], f"no test says that it shows {mark}"
+        [row] = re.findall(rf"^\| {mark} \|.*$", document, re.MULTILINE)
+        assert "](../tests/" in row, f"{mark} is shown by nothing: run python -m tests.reliability_report"
+
+
+def test_every_test_the_document_names_is_there() -> None:
+    """If this fails: python -m tests.reliability_report."""
+    there = {pair for pairs in marked_tests(ROOT / "tests").values() for pair in pairs}
+    named = re.findall(r"\[(test_\w+(?:\.py)?)\]\(\.\./(tests/[^)]+)\)", DOCUMENT.read_text())
+    assert named
+    for test, file in named:
+        assert (file, test) in there, f"{test} isn't in {file}, or shows nothing there"
