@@ -13,6 +13,7 @@ from torchcache_server.store.record import ALIGN_BYTES
 
 from tests.unit.store_parts import (
     CAPACITY,
+    MIB,
     chunk,
     crash_image,
     fill,
@@ -44,7 +45,7 @@ class BadSectors(DiskCalls):
     def __init__(self, path: Path, *pages: int) -> None:
         self._file = path.stat().st_ino
         self._pages = sorted(pages)
-        self.reads = 0
+        self.reads = self.read_bytes = 0
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         if os.fstat(fd).st_ino == self._file:
@@ -54,6 +55,7 @@ class BadSectors(DiskCalls):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             if bad is not None:
                 size = min(size, bad - offset)
+            self.read_bytes += size
         return super().pread(fd, size, offset)
 
 
@@ -92,6 +94,27 @@ def test_records_of_any_shape_are_found_again(tmp_path: Path, size: int, key_byt
     assert [bytes(found.payload) for c in chunks if (found := store.lookup(c))] == [
         payload(n, size) for n in range(4)
     ]
+    store.close()
+
+
+@pytest.mark.parametrize("size", [100, 3000, SIZE])
+def test_what_a_file_held_as_another_segment_is_passed_over_in_one_go(tmp_path: Path, size: int) -> None:
+    """F9, F1: behind the tail lie records of the segment that the file was before, each with a magic of its own."""
+    donor = open_store(tmp_path / "donor")
+    fill(donor, "n", range(100, 100 + 5 * MIB // (size + 200)), size)
+    donor.close()
+    store = open_store(tmp_path / "live")
+    fill(store, "n", range(3), size)
+    image = crash_image(tmp_path / "live", tmp_path / "image")
+    store.close()
+    (old,), (file,) = segment_files(tmp_path / "donor"), segment_files(image)
+    end = find_payload(file, payload(2, size)) + size
+    overwrite(file, end, old.read_bytes()[end:])
+    disk = BadSectors(file)
+    store = open_store(image, disk)
+    assert store.usage().chunks == 3
+    assert resident(store, range(200), size) == [0, 1, 2]
+    assert disk.read_bytes < 2 * file.stat().st_size
     store.close()
 
 

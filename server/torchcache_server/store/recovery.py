@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
@@ -83,6 +84,9 @@ class _Reader:
         self._size = segment.header.file_bytes
         self._start = 0  # of what is in `_view`, in the file
         self._view = memoryview(b"")
+        self._magics: list[int] | None = (
+            None  # where in the file `_view` has a record's first word, once asked for
+        )
         self.places = bytearray()
         self.tail = segment.header.length
         self._readable = 0  # end of what the last read gave
@@ -120,6 +124,8 @@ class _Reader:
             here = at - self._start
             header = sound_record(self._view, here, self._nonce, at, self._size)
             if header is None:
+                if self._in_view(here, ALIGN_BYTES) and self._in_view(here, stated_length(self._view, here)):
+                    return at  # read again, it would be the same
                 header, here = self._read_header(at), 0
                 if header is None:
                     return at
@@ -161,24 +167,31 @@ class _Reader:
         return bool(xxh3_64_intdigest(self._view[here + first : here + end]) == wanted)
 
     def _next_magic(self, at: int, end: int) -> int:
-        """First aligned place from `at` on where a record might start; `end` if there is none."""
+        """First aligned place from `at` on where a record might start; `end` if there is none.
+
+        A file that was another segment before is full of them.
+        """
         while at < end:
-            here = at - self._start
-            if here < 0 or here + ALIGN_BYTES > len(self._view):
+            if not self._in_view(at - self._start, ALIGN_BYTES):
                 self._read(at, ALIGN_BYTES, _AHEAD_BYTES)
-                here = 0
-            whole = min(len(self._view) - here, end - at) // ALIGN_BYTES * ALIGN_BYTES
-            words = np.frombuffer(self._view[here : here + whole], dtype="<u8")[:: ALIGN_BYTES // 8]
-            hits = np.flatnonzero(words == _MAGIC_WORD)
-            if len(hits):
-                return at + int(hits[0]) * ALIGN_BYTES
-            at = at + whole if whole else end
+            whole = len(self._view) // ALIGN_BYTES * ALIGN_BYTES
+            if self._magics is None:
+                words = np.frombuffer(self._view[:whole], dtype="<u8")[:: ALIGN_BYTES // 8]
+                self._magics = (np.flatnonzero(words == _MAGIC_WORD) * ALIGN_BYTES + self._start).tolist()
+            nearest = bisect_left(self._magics, at)
+            if nearest < len(self._magics):
+                return min(self._magics[nearest], end)
+            at = max(at + ALIGN_BYTES, self._start + whole)
         return end
+
+    def _in_view(self, here: int, size: int) -> bool:
+        return here >= 0 and here + size <= len(self._view)
 
     def _read(self, start: int, size: int, ahead: int) -> None:
         """Puts the file from `start` on into `_view`. Asks for `ahead` bytes; `size`, or the file's end, will do."""
         stop, wanted = min(start + size, self._size), min(start + ahead, self._size)
         self._start, self._view, self._readable = start, memoryview(b""), start
+        self._magics = None
         parts: list[bytes] = []
         while self._readable < stop:
             part = self._disk.pread(self._fd, wanted - self._readable, self._readable)
