@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import start_up
+from benchmarks import eviction, recycling, start_up
 from benchmarks.flight_lane import SHAPES, TINY, Comparison, compare
-from benchmarks.rounds import machine
+from benchmarks.rounds import Result, machine
 from benchmarks.verification import Cost, costs
 
 
@@ -44,6 +44,16 @@ def show_costs(found: list[Cost], rounds: int) -> None:
     Console().print(table)
 
 
+def show_recycling(found: dict[str, Result], rounds: int) -> None:
+    title = f"Chunks of 4 MiB into the store, and gone again, medians of {rounds} alternating rounds"
+    table = Table(title=title, title_style="bold")
+    for name in ("into", "ms", "GB/s"):
+        table.add_column(name, justify="left" if name == "into" else "right")
+    for result in found.values():
+        table.add_row(result.name, f"{result.median_s * 1e3:.1f}", f"{result.gigabytes_per_s:.2f}")
+    Console().print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
@@ -55,6 +65,10 @@ def main() -> None:
     show(comparisons, rounds)
     verification = costs(rounds=rounds, tiny=args.tiny)
     show_costs(verification, rounds)
+    writes = recycling.compare(rounds=rounds, chunks=recycling.TINY_CHUNKS if args.tiny else recycling.CHUNKS)
+    show_recycling(writes, rounds)
+    rates = eviction.rates(*(eviction.TINY if args.tiny else eviction.SHAPE))
+    eviction.show(rates)
     starts = start_up.start_ups([start_up.TINY if args.tiny else start_up.MILLION], None)
     start_up.show(starts)
     Console().print("; ".join(f"{k} {v}" for k, v in machine().items()), style="dim")
@@ -65,6 +79,8 @@ def main() -> None:
                 {**asdict(c), "ratio": c.ratio, "ratio_to_views": c.ratio_to_views} for c in comparisons
             ],
             "verification": [{**asdict(c), "share": c.share} for c in verification],
+            "recycling": {name: asdict(result) for name, result in writes.items()},
+            "eviction": [asdict(rate) for rate in rates],
             "start_up": [asdict(s) for s in starts],
         }
         args.json.write_text(json.dumps(figures, indent=1))

@@ -191,21 +191,46 @@ READINGS: Final[dict[str, Callable[[int, int], list[int]]]] = {
 }
 
 
-def main(chunks: int = 3000, epochs: int = 5) -> None:
-    table = Table(title=f"Hit rates, cache of half of {chunks:,} chunks, {epochs} epochs behind the first")
+SHAPE: Final = (3000, 5)
+TINY: Final = (100, 2)
+"""Chunks, and epochs behind the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Hits of each policy as part of the reads; `moved` are chunks copied for each that was taken in."""
+
+    reading: str
+    lru: float
+    ours: float
+    ours_ordered: float
+    belady: float
+    moved: float
+
+
+def rates(chunks: int, epochs: int) -> list[Rates]:
+    """A cache of half the chunks. Shuffled epochs are counted from the second on: the first hits nothing."""
+    found = []
+    for name, reading in READINGS.items():
+        accesses = reading(chunks, epochs + 1)
+        counted = chunks * epochs if reading is shuffled_epochs else len(accesses)
+        plain, stays, ordered, best = (
+            policy(accesses, chunks // 2) for policy in (lru, resident_stays, farthest_yields, belady)
+        )
+        hits = (outcome.hits / counted for outcome in (plain, stays, ordered, best))
+        found.append(Rates(name, *hits, ordered.moved / ordered.filled))
+    return found
+
+
+def show(found: list[Rates]) -> None:
+    table = Table(title="Hit rates, cache of half the chunks", title_style="bold")
     for name in ("what is read", "LRU", "ours", "ours, order known", "Belady", "moved / filled"):
         table.add_column(name, justify="left" if name == "what is read" else "right")
-    for name, reading in READINGS.items():
-        # The first epoch hits nothing whatever the policy: it isn't counted.
-        accesses = reading(chunks, epochs + 1)
-        counted = len(accesses) * epochs // (epochs + 1) if name == "shuffled epochs" else len(accesses)
-        outcomes = [
-            policy(accesses, chunks // 2) for policy in (lru, resident_stays, farthest_yields, belady)
-        ]
-        rates = [f"{outcome.hits / counted:.3f}" for outcome in outcomes]
-        table.add_row(name, *rates, f"{outcomes[2].moved / outcomes[2].filled:.1f}")
+    for one in found:
+        hits = (f"{rate:.3f}" for rate in (one.lru, one.ours, one.ours_ordered, one.belady))
+        table.add_row(one.reading, *hits, f"{one.moved:.1f}")
     Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    show(rates(*SHAPE))
