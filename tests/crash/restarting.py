@@ -35,7 +35,10 @@ _SPARE_SEGMENTS: Final = 3  # so that what is stored after the restart evicts no
 
 
 def materialise(image: Image, root: str, trace: Trace, rng: random.Random) -> None:
-    """Writes the image into `root`, which doesn't exist. The index isn't of it: without a clean mark it may be anything."""
+    """Writes the image into `root`, which doesn't exist.
+
+    The index isn't behind the seam: with a clean mark it is as it was then, without one it may be anything.
+    """
     os.mkdir(root, 0o700)
     for path in sorted(image.folders):
         os.mkdir(f"{root}/{path}", 0o700)
@@ -99,7 +102,7 @@ class Restart:
         materialise(image, self._root, self._trace, rng)
         try:
             return self._twice(bucket, rng)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
+        except Exception as error:
             return Observation(trouble=f"the restart raised {error!r}")
         finally:
             remove_tree(self._root)
@@ -118,7 +121,9 @@ class Restart:
         again = self._serving(objects, lambda *with_: self._again(rng, objects, *with_), killed=True)
         if trusted and killed:
             # The segments may tell more than the first index: that a chunk was quarantined is nothing durable.
-            chunks = [was if was == "missing" else now for was, now in zip(seen.chunks, again.chunks, strict=False)]
+            chunks = [
+                was if was == "missing" else now for was, now in zip(seen.chunks, again.chunks, strict=False)
+            ]
             again = again._replace(chunks=tuple(chunks))
         if again != seen:
             how = "a kill" if killed else "a stop"
@@ -164,16 +169,18 @@ class Restart:
     def _observe(self, store: Store, write_back: WriteBack | None, objects: dict[str, bytes]) -> Observation:
         found = store.lookup_many(self._chunks)
         chunks = tuple(_judge(*pair) for pair in zip(found, self._digests, strict=True))
-        flags = {usage.name: Flags(usage.kept, usage.pinned) for usage in store.namespaces() if usage.name != "after"}
+        flags = {
+            usage.name: Flags(usage.kept, usage.pinned)
+            for usage in store.namespaces()
+            if usage.name != "after"
+        }
         saves: dict[SaveKey, SaveSeen] = {}
         if write_back is not None:
             by_id = dict(zip(self._chunks, chunks, strict=True))
             for key in self._keys:
                 saves[key] = _save_seen(write_back, key, by_id, flags, objects)
         held = tuple((name, flag) for name, flag in flags.items() if flag != Flags())
-        return Observation(
-            "", store.server_id, chunks, held, tuple(store.records(b"")), tuple(saves.items())
-        )
+        return Observation("", store.server_id, chunks, held, tuple(store.records(b"")), tuple(saves.items()))
 
     def _finish(
         self, write_back: WriteBack, objects: dict[str, bytes], saves: dict[SaveKey, SaveSeen]
@@ -224,7 +231,9 @@ def _save_seen(
         for name, data in parts_of(save_id).items()
     }
     if objects.get(key.manifest_key) == manifest_of(save_id):
-        in_bucket = {name: objects.get(f"{key.path}/{name}") == data for name, data in parts_of(save_id).items()}
+        in_bucket = {
+            name: objects.get(f"{key.path}/{name}") == data for name, data in parts_of(save_id).items()
+        }
         return SaveSeen(save_id, all(in_store[name] or in_bucket[name] for name in in_store))
     kept = flags.get(key.namespace(save_id), Flags()).kept
     return SaveSeen(save_id, all(in_store.values()) and kept)
@@ -239,5 +248,3 @@ def _difference(before: Observation, after: Observation) -> str:
         if was != now
     ]
     return "; ".join(parts)[:2000]
-
-

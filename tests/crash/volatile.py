@@ -1,13 +1,14 @@
 """What a power cut may leave of a disk. A pure model of what is volatile: the content of files, and names in folders.
 
-The POSIX it models is the pessimistic one: fsync of a file makes its content durable and not its name, fsync of a folder
-its names and nothing of the files. What isn't durable survives in any part and any order; writes tear at 512 bytes, a
+The POSIX it models is the pessimistic one: fsync of a file makes its content durable and not its name, fsync of a
+folder its names and nothing of the files. What isn't durable survives in any part and any order; writes tear at 512 bytes, a
 file may have its new size without its new bytes. Only two things are certain: a rename within a folder is one step, and
 one between two folders never loses the file.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
@@ -62,7 +63,9 @@ class Content:
     def digest(self) -> bytes:
         if self._digest is None:
             end = len(self.data.rstrip(b"\0"))
-            self._digest = xxhash.xxh3_128_digest(memoryview(self.data)[:end]) + self.size.to_bytes(8, "little")
+            self._digest = xxhash.xxh3_128_digest(memoryview(self.data)[:end]) + self.size.to_bytes(
+                8, "little"
+            )
         return self._digest
 
     def apply(self, op: Op) -> None:
@@ -125,8 +128,12 @@ class File:
 def _tear(content: Content, op: Op, rng: random.Random) -> None:
     """Some sectors of a write: up to one, from one on, or any."""
     end = op.offset + len(op.data)
-    bounds = [op.offset, *range(op.offset // SECTOR_BYTES * SECTOR_BYTES + SECTOR_BYTES, end, SECTOR_BYTES), end]
-    pieces = list(zip(bounds, bounds[1:], strict=False))
+    bounds = [
+        op.offset,
+        *range(op.offset // SECTOR_BYTES * SECTOR_BYTES + SECTOR_BYTES, end, SECTOR_BYTES),
+        end,
+    ]
+    pieces = list(itertools.pairwise(bounds))
     cut = rng.randrange(len(pieces) + 1)
     match rng.randrange(3):
         case 0:

@@ -1,4 +1,4 @@
-"""What a server does until the power goes: each workload a few hundred calls of the seam. Which chunks, drawn by seed."""
+"""What a server does until the power goes: each workload a hundred calls or so of the seam; a seed draws the chunks."""
 
 from __future__ import annotations
 
@@ -198,4 +198,3 @@ def go_on_saving(world: World, rng: random.Random) -> None:
     world.save(f"next-{rng.randrange(1000)}")
     world.upload()
     world.upload()
-

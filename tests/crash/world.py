@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -58,7 +59,9 @@ def small_world(seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(space, "MIN_SEGMENT_BYTES", SEGMENT_BYTES))
         stack.enter_context(mock.patch("secrets.randbits", rng.getrandbits))
-        stack.enter_context(mock.patch("uuid.uuid4", lambda: SimpleNamespace(hex=f"{rng.getrandbits(128):032x}")))
+        stack.enter_context(
+            mock.patch("uuid.uuid4", lambda: SimpleNamespace(hex=f"{rng.getrandbits(128):032x}"))
+        )
         for module in (commits, uploader):
             stack.enter_context(mock.patch.object(module, "time", still))
         logging.disable(logging.CRITICAL)
@@ -70,12 +73,14 @@ def chunk(number: int) -> ChunkId:
     return ChunkId(ObjectId("s3", f"bucket/key-{number}", "v1"), 0)
 
 
+@lru_cache(maxsize=1000)
 def payload(number: int) -> bytes:
     """The only bytes that chunk `number` ever has."""
     rng = random.Random(number)
     return rng.randbytes(rng.choice(_SIZES))
 
 
+@lru_cache(maxsize=1000)
 def parts_of(save_id: str) -> dict[str, bytes]:
     """A save's files; one has several blocks, one is empty."""
     rng = random.Random(save_id)
@@ -96,7 +101,9 @@ class Trace:
     promises: Promises
     items: list[Item] = field(default_factory=list)
     payloads: dict[ChunkId, bytes] = field(default_factory=dict)
-    indexes: dict[int, bytes] = field(default_factory=dict)  # node of a clean mark -> the index it vouches for
+    indexes: dict[int, bytes] = field(
+        default_factory=dict
+    )  # node of a clean mark -> the index it vouches for
     saves: bool = False  # the cache's save protocol runs over the store
 
 
@@ -341,4 +348,3 @@ def abandon(store: Store) -> None:
     for segment in core.space.segments.values():
         segment.close(core.disk)
     core.folder.unlock()
-
