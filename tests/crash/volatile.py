@@ -1,9 +1,9 @@
 """What a power cut may leave of a disk. A pure model of what is volatile: the content of files, and names in folders.
 
 The POSIX it models is the pessimistic one: fsync of a file makes its content durable and not its name, fsync of a
-folder its names and nothing of the files. What isn't durable survives in any part and any order; writes tear at 512 bytes, a
-file may have its new size without its new bytes. Only two things are certain: a rename within a folder is one step, and
-one between two folders never loses the file.
+folder its names and nothing of the files. What isn't durable survives in any part and any order; writes tear at 512
+bytes, a file may have its new size without its new bytes. Only two things are certain: a rename within a folder is one
+step, and one between two folders never loses the file.
 """
 
 from __future__ import annotations
