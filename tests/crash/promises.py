@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torchcache_server.cache.saves import SaveKey
+from torchcache_server.store import Policy
 
 from torchcache.model import ChunkId
 
@@ -16,7 +17,7 @@ Found = Literal["good", "damaged", "missing", "WRONG"]
 
 class Flags(NamedTuple):
     kept: bool = False
-    pinned: bool = False
+    policy: Policy = Policy()
 
 
 class SaveSeen(NamedTuple):

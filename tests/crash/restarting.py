@@ -25,6 +25,7 @@ from tests.crash.world import (
     saved_chunk,
 )
 from tests.unit.write_back_world import Bucket, manifest_of
+from torchcache.errors import ConfigurationError
 from torchcache.model import ChunkId, ObjectId
 
 _CLEAN: Final = f"{STORE}/clean"
@@ -120,11 +121,11 @@ class Restart:
         seen = self._serving(objects, first, killed=killed)
         again = self._serving(objects, lambda *with_: self._again(rng, objects, *with_), killed=True)
         if trusted and killed:
-            # The segments may tell more than the first index: that a chunk was quarantined is nothing durable.
-            chunks = [
-                was if was == "missing" else now for was, now in zip(seen.chunks, again.chunks, strict=False)
-            ]
-            again = again._replace(chunks=tuple(chunks))
+            # The segments may tell more than the first index: that a chunk was quarantined isn't durable. Or less.
+            pairs = zip(seen.chunks, again.chunks, strict=False)
+            again = again._replace(
+                chunks=tuple(now if was == "good" or now == "WRONG" else was for was, now in pairs)
+            )
         if again != seen:
             how = "a kill" if killed else "a stop"
             return Observation(trouble=f"the start after {how} finds {_difference(seen, again)}")
@@ -137,6 +138,9 @@ class Restart:
         new = store.lookup(_NEW)
         if new is None or not new.is_intact() or bytes(new.payload) != _NEW_BYTES:
             return Observation(trouble="what was stored after the restart is gone")
+        for namespace, flags in seen.flags:
+            if (flags.kept or flags.policy.pinned) and _may_be_evicted(store, namespace):
+                return Observation(trouble=f"I6: {namespace} has {flags}, and can be evicted")
         if write_back is not None and rng.random() < 0.2:
             trouble = self._finish(write_back, objects, dict(seen.saves))
             if trouble:
@@ -170,7 +174,7 @@ class Restart:
         found = store.lookup_many(self._chunks)
         chunks = tuple(_judge(*pair) for pair in zip(found, self._digests, strict=True))
         flags = {
-            usage.name: Flags(usage.kept, usage.pinned)
+            usage.name: Flags(usage.kept, usage.policy)
             for usage in store.namespaces()
             if usage.name != "after"
         }
@@ -237,6 +241,14 @@ def _save_seen(
         return SaveSeen(save_id, all(in_store[name] or in_bucket[name] for name in in_store))
     kept = flags.get(key.namespace(save_id), Flags()).kept
     return SaveSeen(save_id, all(in_store.values()) and kept)
+
+
+def _may_be_evicted(store: Store, namespace: str) -> bool:
+    try:
+        store.evict(namespace)
+    except ConfigurationError:
+        return False
+    return True
 
 
 def _difference(before: Observation, after: Observation) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Final
+
+from torchcache_server.store import Policy
 
 from tests.crash.world import World, payload
 
@@ -32,16 +35,17 @@ def kept_data(world: World, rng: random.Random) -> None:
     world.sync("kept")
     world.record(b"r", b"one")
     world.put("kept", *range(at + 2, at + 5))
-    world.pin("pinned", True)
+    world.policy("pinned", Policy(pinned=True, priority=7))
     world.put("pinned", at + 10)
     world.record(b"r", b"two" * rng.randrange(1, 500))
     world.sync("kept")
     world.sync("pinned")
     world.record(b"q", b"another")
-    world.pin("kept", True)
+    world.policy("kept", Policy(pinned=True))
     world.keep("kept", False)
     world.record(b"q", None)
-    world.pin("pinned", False)
+    world.policy("pinned", Policy(quota_bytes=1 << 20))
+    world.policy("pinned", Policy())
 
 
 def eviction(world: World, rng: random.Random) -> None:
@@ -123,6 +127,97 @@ def restarts(world: World, rng: random.Random) -> None:
     world.stop()
 
 
+def recycling(world: World, rng: random.Random) -> None:
+    """Segments become others, of other namespaces, and of those that they were of before."""
+    world.open()
+    at = rng.randrange(1000)
+    world.keep("a", True)
+    world.put("a", *_large(at, 6))
+    world.sync("a")
+    world.drop("a")
+    world.keep("b", True)
+    world.put("b", *_large(at + 100, 4))
+    world.sync("b")
+    world.keep("a", True)
+    world.put("a", *_large(at + 200, 4))
+    world.sync("a")
+    world.put("c", *_large(at + 300, 3))
+    world.drop("b")
+    world.keep("b", True)
+    world.put("b", at + 400)
+    world.sync("b")
+    world.evict("c")
+    world.put("d", *_large(at + 500, 3))
+    world.drop("a")
+    world.put("b", *_large(at + 600, 3))
+    world.sync("b")
+
+
+def compaction(world: World, rng: random.Random) -> None:
+    """What is left of segments that are mostly dead moves on, and their files with it."""
+    world.open()
+    at = rng.randrange(1000)
+    world.keep("kept", True)
+    world.put("kept", *_large(at + 50, 2))
+    world.sync("kept")
+    large = _large(at, 5)
+    world.put("a", *large, at + 100, at + 101)
+    for number in large[:-1]:
+        world.quarantine("a", number)
+    world.tidy("a")
+    world.put("a", at + 102)
+    world.put("b", *_large(at + 200, 3))
+    for number in _large(at + 200, 2):
+        world.quarantine("b", number)
+    world.sync("a")
+    world.tidy("a", "b")
+    world.put("kept", *_large(at + 60, 3))
+    world.sync("kept")
+    world.put("b", *large)
+
+
+def upkeep(world: World, rng: random.Random) -> None:
+    """A scrub that finds damage, a time to live that is over, a quota, room that is reserved first."""
+    world.open()
+    at = rng.randrange(1000)
+    world.policy("short", Policy(ttl_s=1e-9))
+    world.policy("limited", Policy(quota_bytes=60 * 1024, priority=-5))
+    world.keep("kept", True)
+    world.put("kept", *_large(at, 2))
+    world.sync("kept")
+    world.put("short", *_large(at + 100, 2))
+    world.fill("limited", *_large(at + 200, 5))
+    world.put("a", *_large(at + 300, 3))
+    world.sync("a")
+    world.damage("a", _large(at + 300, 1)[0])
+    world.scrub()
+    world.tidy("short")
+    world.put("a", *_large(at + 300, 3))
+    world.sync("a")
+    world.put("kept", *_large(at + 400, 2))
+    world.sync("kept")
+
+
+def ordered(world: World, rng: random.Random) -> None:
+    """With a known order the farthest next use yields: segments are compacted in part."""
+    world.open()
+    at = rng.randrange(1000)
+    world.keep("kept", True)
+    world.put("kept", at)
+    world.sync("kept")
+    numbers = _large(at + 100, 40)
+    rng.shuffle(numbers)
+    world.expect("a", *numbers, *numbers)
+    world.fill("a", *numbers)
+    world.put("kept", *_large(at + 10, 2))
+    world.sync("kept")
+
+
+def _large(at: int, count: int) -> list[int]:
+    """Numbers from `at` on whose payloads fill segments."""
+    return list(itertools.islice((n for n in itertools.count(at) if len(payload(n)) >= 12_000), count))
+
+
 def save_and_replace(world: World, rng: random.Random) -> None:
     """A checkpoint, uploaded, and the next one in its place; the old one is retired."""
     world.open()
@@ -159,7 +254,19 @@ def stop_while_saving(world: World, rng: random.Random) -> None:
 
 
 STORE_WORKLOADS: Final[dict[str, Workload]] = {
-    workload.__name__: workload for workload in (fills, kept_data, eviction, dropping, damage, restarts)
+    workload.__name__: workload
+    for workload in (
+        fills,
+        kept_data,
+        eviction,
+        dropping,
+        damage,
+        restarts,
+        recycling,
+        compaction,
+        upkeep,
+        ordered,
+    )
 }
 SAVE_WORKLOADS: Final[dict[str, Workload]] = {
     workload.__name__: workload for workload in (save_and_replace, replace_pending, stop_while_saving)

@@ -18,7 +18,7 @@ from unittest import mock
 from torchcache_server.cache import commits, uploader
 from torchcache_server.cache.saves import SaveKey
 from torchcache_server.cache.write_back import WriteBack
-from torchcache_server.store import DiskCalls, Store, space
+from torchcache_server.store import DiskCalls, Policy, Store, room, space
 from torchcache_server.store.index import chunk_key
 
 from tests.crash.promises import (
@@ -37,7 +37,7 @@ from tests.crash.promises import (
 from tests.crash.recorder import Item, Recorder
 from tests.crash.volatile import Disk
 from tests.unit.write_back_world import Bucket, Gate, MemoryUnderStore, manifest_of, metadata_of, soon
-from torchcache.errors import NotCommitted
+from torchcache.errors import NotCommitted, OutOfSpace
 from torchcache.model import ChunkId, ObjectId
 
 STORE: Final = "pool/store"
@@ -62,6 +62,7 @@ def small_world(seed: int) -> Iterator[None]:
         stack.enter_context(
             mock.patch("uuid.uuid4", lambda: SimpleNamespace(hex=f"{rng.getrandbits(128):032x}"))
         )
+        stack.enter_context(mock.patch.object(room, "random", rng))
         for module in (commits, uploader):
             stack.enter_context(mock.patch.object(module, "time", still))
         logging.disable(logging.CRITICAL)
@@ -143,7 +144,7 @@ class World:
     def open(self) -> Store:
         self.store = open_store(self._root, self._recorder)
         self._promise(Opened(self.store.server_id))
-        self._flags = {usage.name: Flags(usage.kept, usage.pinned) for usage in self.store.namespaces()}
+        self._flags = {usage.name: Flags(usage.kept, usage.policy) for usage in self.store.namespaces()}
         if self.trace.saves:
             self._write_back = open_saves(self.store, self.bucket)
         return self.store
@@ -193,6 +194,38 @@ class World:
         """What comes may evict it."""
         self._promise(MayGo(namespace))
 
+    def evict(self, namespace: str) -> None:
+        self.may_go(namespace)
+        self.there.evict(namespace)
+
+    def fill(self, namespace: str, *numbers: int) -> None:
+        """As a miss is filled: room is reserved before the chunk is fetched. What can't be kept passes through."""
+        for number in numbers:
+            data = payload(number)
+            self.trace.payloads[chunk(number)] = data
+            try:
+                promised = self.there.reserve(namespace, chunk(number), len(data))
+            except OutOfSpace:
+                continue
+            try:
+                self.there.put(namespace, chunk(number), len(data), data, promised=promised)
+            finally:
+                promised.release()
+            self._promise(Stored(namespace, frozenset({chunk(number)})))
+
+    def expect(self, namespace: str, *numbers: int) -> None:
+        self.there.expect(namespace, [chunk(number) for number in numbers])
+
+    def tidy(self, *may_go: str) -> None:
+        """Upkeep; `may_go` are the namespaces whose segments it may move or drop."""
+        for namespace in may_go:
+            self.may_go(namespace)
+        self.there.tidy()
+
+    def scrub(self) -> None:
+        while not self.there.scrub(1 << 20).finished:
+            pass
+
     def quarantine(self, namespace: str, number: int) -> None:
         self._promise(MayGo(namespace, frozenset({chunk(number)})))
         self.there.quarantine(chunk(number))
@@ -228,9 +261,9 @@ class World:
         self.there.keep(namespace, keep)
         self._promise(FlagsChange(namespace, self._flags[namespace], done=True))
 
-    def pin(self, namespace: str, pinned: bool) -> None:
-        self._set(namespace, self._flags.get(namespace, Flags())._replace(pinned=pinned))
-        self.there.pin(namespace, pinned)
+    def policy(self, namespace: str, policy: Policy) -> None:
+        self._set(namespace, self._flags.get(namespace, Flags())._replace(policy=policy))
+        self.there.set_policy(namespace, policy)
         self._promise(FlagsChange(namespace, self._flags[namespace], done=True))
 
     def _set(self, namespace: str, flags: Flags) -> None:
@@ -324,6 +357,7 @@ def open_store(root: str, disk: DiskCalls, *, more_segments: int = 0) -> Store:
         Path(root, STORE),
         capacity_bytes=CAPACITY_BYTES + more_segments * SEGMENT_BYTES,
         segment_bytes=SEGMENT_BYTES,
+        min_free_bytes=0,
         disk=disk,
     )
 

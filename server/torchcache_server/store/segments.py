@@ -284,7 +284,10 @@ def read_header(disk: DiskCalls, fd: int, path: str) -> SegmentHeader | None:
 def remade_header(path: str, file_bytes: int, namespace: str) -> SegmentHeader | None:
     """The header of a segment file of which only name, size and namespace are known; None if it isn't called as one."""
     named = parse_file_name(os.path.basename(path))
-    return None if named is None else SegmentHeader(*named, file_bytes, namespace)
+    if named is None:
+        return None
+    header = SegmentHeader(*named, file_bytes, namespace)
+    return header if header.length < file_bytes else None  # a file that was just made holds nothing
 
 
 def new_header(namespace: str, number: int, file_bytes: int) -> SegmentHeader:
