@@ -153,6 +153,24 @@ def recycling(world: World, rng: random.Random) -> None:
     world.sync("b")
 
 
+def kept_late(world: World, rng: random.Random) -> None:
+    """A dataset of which a part was evicted, for what must be kept, is to be kept itself from then on."""
+    world.open()
+    at = rng.randrange(1000)
+    world.put("a", *_large(at, 12))
+    world.keep("b", True)
+    world.may_go("a")
+    for number in _large(at + 200, 14):
+        if world.there.usage().recycled_segments:
+            break
+        world.put("b", number)
+    world.sync("b")
+    world.keep("a", True)
+    world.put("b", *_small(at + 300, 1))
+    world.sync("b")
+    world.sync("a")
+
+
 def compaction(world: World, rng: random.Random) -> None:
     """What is left of segments that are mostly dead moves on, and their files with it."""
     world.open()
@@ -213,6 +231,11 @@ def ordered(world: World, rng: random.Random) -> None:
     world.sync("kept")
 
 
+def _small(at: int, count: int) -> list[int]:
+    """Numbers from `at` on whose payloads are some hundred bytes."""
+    return list(itertools.islice((n for n in itertools.count(at) if len(payload(n)) <= 1000), count))
+
+
 def _large(at: int, count: int) -> list[int]:
     """Numbers from `at` on whose payloads fill segments."""
     return list(itertools.islice((n for n in itertools.count(at) if len(payload(n)) >= 12_000), count))
@@ -263,6 +286,7 @@ STORE_WORKLOADS: Final[dict[str, Workload]] = {
         damage,
         restarts,
         recycling,
+        kept_late,
         compaction,
         upkeep,
         ordered,
@@ -282,7 +306,7 @@ def go_on(world: World, rng: random.Random) -> None:
     world.believe_what_is_there()
     at = 2000 + rng.randrange(1000)
     world.sync_what_is_there()
-    world.put("kept", at, at + 1)
+    world.put_if_room("kept", at, at + 1)
     world.keep("kept", True)
     world.sync("kept")
     world.record(b"r", b"later")
@@ -290,7 +314,7 @@ def go_on(world: World, rng: random.Random) -> None:
     if rng.random() < 0.5:
         world.stop()
         world.open()
-    world.put("a", at + 2)
+    world.put_if_room("a", at + 2)
     world.keep("a", True)
     world.sync("a")
 

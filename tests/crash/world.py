@@ -174,6 +174,12 @@ class World:
         rows = [(chunk(number), len(payload(number)), payload(number)) for number in numbers]
         self.put_rows(namespace, rows)
 
+    def put_if_room(self, namespace: str, *numbers: int) -> None:
+        try:
+            self.put(namespace, *numbers)
+        except OutOfSpace:
+            pass
+
     def put_rows(self, namespace: str, rows: Sequence[tuple[ChunkId, int, bytes]]) -> None:
         self.trace.payloads |= {id: data for id, _, data in rows}
         self.there.put_many(namespace, rows)

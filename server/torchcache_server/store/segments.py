@@ -138,13 +138,14 @@ class Segment:
         """Maps a file that is there; None if its header isn't sound. The flag says whether it has its full length.
 
         A file that lost its end gets its length back, as a hole. `tail` is still to be found. A damaged header is made
-        again if `namespace`, to which the file belongs, is given.
+        again if `namespace`, to which the file belongs, is given. Another segment's isn't: a power cut may leave a file
+        that was recycled its old name too.
         """
         fd = disk.open(path)
         try:
             size = disk.size(fd)
             header = read_header(disk, fd, path)
-            if header is None and namespace is not None:
+            if header is None and namespace is not None and _decoded(disk, fd) is None:
                 header = remade_header(path, size, namespace)
                 if header is not None:
                     _log.error("segment %s has a damaged header: made again from its name", path)
@@ -275,10 +276,14 @@ class Segment:
 
 def read_header(disk: DiskCalls, fd: int, path: str) -> SegmentHeader | None:
     """The header of a segment file; None if it isn't sound, or not the one that the name says. Raises OSError."""
-    header = SegmentHeader.decode(memoryview(disk.pread(fd, 2 * MAX_IDENTITY_BYTES, 0)))
+    header = _decoded(disk, fd)
     if header is None or os.path.basename(path) != file_name(header.number, header.nonce):
         return None
     return header
+
+
+def _decoded(disk: DiskCalls, fd: int) -> SegmentHeader | None:
+    return SegmentHeader.decode(memoryview(disk.pread(fd, 2 * MAX_IDENTITY_BYTES, 0)))
 
 
 def remade_header(path: str, file_bytes: int, namespace: str) -> SegmentHeader | None:
