@@ -37,12 +37,12 @@ _UNIT: Final = (
 )
 
 
-def tests_for(mutant: Mutant) -> list[str]:
+def tests_for(mutant: Mutant, copy: Path) -> list[str]:
     """All tests of the store and of saves; those come first that are likely to notice, and quick."""
     others = sorted(
-        path.relative_to(ROOT).as_posix()
+        path.relative_to(copy).as_posix()
         for pattern in ("test_store_*.py", "test_cache_*.py", "test_doctor*.py")
-        for path in (ROOT / "tests" / "unit").glob(pattern)
+        for path in (copy / "tests" / "unit").glob(pattern)
     )
     first = (*_STATES, *_UNIT) if mutant.loses_bytes else (*_UNIT, *_STATES)
     return list(dict.fromkeys([*first, *others]))
@@ -62,13 +62,13 @@ def copies(count: int) -> Iterator[SimpleQueue[Path]]:
         yield free
 
 
-def killer_of(mutant: Mutant, free: SimpleQueue[Path], tests: Sequence[str]) -> str | None:
-    """The first of `tests` that fails for the mutant; None if none does."""
+def killer_of(mutant: Mutant, free: SimpleQueue[Path], tests: Sequence[str] = ()) -> str | None:
+    """The first of `tests`, or of all, that fails for the mutant; None if none does."""
     copy = free.get()
     original = (copy / mutant.path).read_text()
     try:
         (copy / mutant.path).write_text(mutant.source)
-        return first_failure(copy, tests)
+        return first_failure(copy, tests or tests_for(mutant, copy))
     finally:
         (copy / mutant.path).write_text(original)
         free.put(copy)
@@ -97,12 +97,12 @@ def killers(found: Sequence[Mutant], processes: int) -> Iterator[tuple[Mutant, s
     """Each mutant and its killer, in order. Raises RuntimeError if tests fail without any change."""
     with copies(processes) as free, ThreadPoolExecutor(processes) as threads:
         unchanged = free.get()
-        failure = first_failure(unchanged, tests_for(found[0]))
+        failure = first_failure(unchanged, tests_for(found[0], unchanged))
         if failure is not None:
             raise RuntimeError(f"{failure} fails without any change")
         free.put(unchanged)
         yield from zip(
             found,
-            threads.map(lambda mutant: killer_of(mutant, free, tests_for(mutant)), found),
+            threads.map(lambda mutant: killer_of(mutant, free), found),
             strict=True,
         )
