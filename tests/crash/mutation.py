@@ -36,6 +36,7 @@ _MARKS: Final = (
 
 EQUIVALENT: Final = {
     "store/recovery.py:_next_magic words == _MAGIC_WORD": "only a faster search: where it stops is checked",
+    "store/segment_scan.py:records words == _MAGIC_WORD": "the same",
 }
 """Changes that change nothing anybody could see, and why. They are not made."""
 

@@ -138,15 +138,14 @@ class Segment:
         """Maps a file that is there; None if its header isn't sound. The flag says whether it has its full length.
 
         A file that lost its end gets its length back, as a hole. `tail` is still to be found. A damaged header is made
-        again if `namespace`, to which the file belongs, is given. Another segment's isn't: a power cut may leave a file
-        that was recycled its old name too.
+        again if `namespace`, to which the file belongs, is given.
         """
         fd = disk.open(path)
         try:
             size = disk.size(fd)
             header = read_header(disk, fd, path)
-            if header is None and namespace is not None and _decoded(disk, fd) is None:
-                header = remade_header(path, size, namespace)
+            if header is None and namespace is not None:
+                header = remade_header(disk, fd, path, namespace)
                 if header is not None:
                     _log.error("segment %s has a damaged header: made again from its name", path)
                     write_all(disk, fd, [header.encode()], 0)
@@ -286,13 +285,17 @@ def _decoded(disk: DiskCalls, fd: int) -> SegmentHeader | None:
     return SegmentHeader.decode(memoryview(disk.pread(fd, 2 * MAX_IDENTITY_BYTES, 0)))
 
 
-def remade_header(path: str, file_bytes: int, namespace: str) -> SegmentHeader | None:
-    """The header of a segment file of which only name, size and namespace are known; None if it isn't called as one."""
+def remade_header(disk: DiskCalls, fd: int, path: str, namespace: str) -> SegmentHeader | None:
+    """The header of a segment file of which only name, size and namespace are known. Raises OSError.
+
+    None if it isn't called as one, is too short to hold anything, or has become another segment: a power cut may leave
+    a file that was recycled its old name too.
+    """
     named = parse_file_name(os.path.basename(path))
-    if named is None:
+    if named is None or _decoded(disk, fd) is not None:
         return None
-    header = SegmentHeader(*named, file_bytes, namespace)
-    return header if header.length < file_bytes else None  # a file that was just made holds nothing
+    header = SegmentHeader(*named, disk.size(fd), namespace)
+    return header if header.length < header.file_bytes else None
 
 
 def new_header(namespace: str, number: int, file_bytes: int) -> SegmentHeader:
