@@ -41,7 +41,7 @@ def tests_for(mutant: Mutant, copy: Path) -> list[str]:
     """All tests of the store and of saves; those come first that are likely to notice, and quick."""
     others = sorted(
         path.relative_to(copy).as_posix()
-        for pattern in ("test_store_*.py", "test_cache_*.py", "test_doctor*.py")
+        for pattern in ("test_store_*.py", "test_cache_*.py", "test_examination*.py")
         for path in (copy / "tests" / "unit").glob(pattern)
     )
     first = (*_STATES, *_UNIT) if mutant.loses_bytes else (*_UNIT, *_STATES)
