@@ -105,10 +105,18 @@ class StoreFolder:
         while not os.path.lexists(at):
             missing.append(at)
             at = os.path.dirname(at)
+        self._sync_name(at)  # a server that was killed may have made it, and no more
         for folder in reversed(missing):
             self._disk.make_dir(folder)
-            self._disk.fsync_dir(os.path.dirname(folder))
+            self._sync_name(folder)
         check_folder(path)
+
+    def _sync_name(self, folder: str) -> None:
+        """Makes a folder's own name durable: with it everything in the store would be gone."""
+        try:
+            self._disk.fsync_dir(os.path.dirname(folder))
+        except PermissionError:
+            pass  # a folder that isn't ours to read is none in which we made one
 
     def _enter(self) -> None:
         self._refuse_what_is_odd()

@@ -228,7 +228,7 @@ class _Inspection:
         folder = _folder(path)
         if folder not in self._known or not self._is_kept(folder):
             return None
-        header = remade_header(path, self._disk.size(fd), self._known[folder])
+        header = remade_header(self._disk, fd, path, self._known[folder])
         if header is not None:
             self._contents.findings.append(
                 Finding(

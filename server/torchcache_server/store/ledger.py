@@ -68,6 +68,8 @@ class Ledger:
                 + ", and may speak of a checkpoint that is nowhere else: put it back from a backup, or let `torchcache "
                 f"doctor --store {os.path.dirname(path)} --repair` set it aside; what it may speak of is kept then"
             )
+        # A server that was killed may have left names that aren't durable: what they say is acted upon from here on.
+        disk.fsync_dir(path)
 
     def _load(self, name: str) -> bool:
         reading = read_record(self._disk, os.path.join(self._path, name))

@@ -46,6 +46,7 @@ def open_core(folder: StoreFolder, disk: DiskCalls, space: Space, *, kept: Itera
         spares.begin()
         core = Core(disk, folder, index, space, spares)
         _load_segments(core, notes, {folder_name(name): name for name in kept})
+        _sync_names(disk, folder.segments)
     except BaseException:
         index.close(None)
         raise
@@ -77,6 +78,18 @@ def _open_index(folder: StoreFolder, capacity_bytes: int) -> tuple[Index, dict[i
         return Index(folder.index, capacity_bytes=capacity_bytes), {}
     except lmdb.Error as error:
         raise OutOfSpace(f"its index can't be made: {error}") from error
+
+
+def _sync_names(disk: DiskCalls, root: str) -> None:
+    """Makes durable which segments there are, so that none that has gone comes back.
+
+    Its number may be another's by then: numbers go on behind the highest that is there.
+    """
+    for folder in [*(os.path.join(root, name) for name in disk.names(root)), root]:
+        try:
+            disk.fsync_dir(folder)
+        except OSError as error:
+            _log.error("the names in %s can't be made durable: %s; see to the disk", folder, error)
 
 
 def _load_segments(core: Core, notes: dict[int, SegmentNote], kept: Mapping[str, str]) -> None:

@@ -145,7 +145,7 @@ class Segment:
             size = disk.size(fd)
             header = read_header(disk, fd, path)
             if header is None and namespace is not None:
-                header = remade_header(path, size, namespace)
+                header = remade_header(disk, fd, path, namespace)
                 if header is not None:
                     _log.error("segment %s has a damaged header: made again from its name", path)
                     write_all(disk, fd, [header.encode()], 0)
@@ -275,16 +275,27 @@ class Segment:
 
 def read_header(disk: DiskCalls, fd: int, path: str) -> SegmentHeader | None:
     """The header of a segment file; None if it isn't sound, or not the one that the name says. Raises OSError."""
-    header = SegmentHeader.decode(memoryview(disk.pread(fd, 2 * MAX_IDENTITY_BYTES, 0)))
+    header = _decoded(disk, fd)
     if header is None or os.path.basename(path) != file_name(header.number, header.nonce):
         return None
     return header
 
 
-def remade_header(path: str, file_bytes: int, namespace: str) -> SegmentHeader | None:
-    """The header of a segment file of which only name, size and namespace are known; None if it isn't called as one."""
+def _decoded(disk: DiskCalls, fd: int) -> SegmentHeader | None:
+    return SegmentHeader.decode(memoryview(disk.pread(fd, 2 * MAX_IDENTITY_BYTES, 0)))
+
+
+def remade_header(disk: DiskCalls, fd: int, path: str, namespace: str) -> SegmentHeader | None:
+    """The header of a segment file of which only name, size and namespace are known. Raises OSError.
+
+    None if it isn't called as one, is too short to hold anything, or has become another segment: a power cut may leave
+    a file that was recycled its old name too.
+    """
     named = parse_file_name(os.path.basename(path))
-    return None if named is None else SegmentHeader(*named, file_bytes, namespace)
+    if named is None or _decoded(disk, fd) is not None:
+        return None
+    header = SegmentHeader(*named, disk.size(fd), namespace)
+    return header if header.length < header.file_bytes else None
 
 
 def new_header(namespace: str, number: int, file_bytes: int) -> SegmentHeader:

@@ -1,0 +1,108 @@
+"""Runs tests against changed copies of the source tree, and names the test that noticed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import Final
+
+from tests.crash.exploring import SCRATCH
+from tests.crash.mutation import Mutant
+
+ROOT: Final = Path(__file__).parents[2]
+_COPIED: Final = ("server", "torchcache", "tests", "examples")
+_ENOUGH_S: Final = 900
+
+_STATES: Final = ("tests/crash/test_seam_calls.py", "tests/crash/test_crash_states.py")
+_UNIT: Final = (
+    "tests/unit/test_store_record.py",
+    "tests/unit/test_store_ledger.py",
+    "tests/unit/test_store_folder.py",
+    "tests/unit/test_store_recovery.py",
+    "tests/unit/test_store_faults.py",
+    "tests/conformance/test_stores.py",
+    "tests/unit/test_write_back.py",
+    "tests/unit/test_write_back_crashes.py",
+    "tests/unit/test_write_back_upload.py",
+    "tests/unit/test_service_data.py",
+)
+
+
+def tests_for(mutant: Mutant, copy: Path) -> list[str]:
+    """All tests of the store and of saves; those come first that are likely to notice, and quick."""
+    others = sorted(
+        path.relative_to(copy).as_posix()
+        for pattern in ("test_store_*.py", "test_cache_*.py", "test_examination*.py")
+        for path in (copy / "tests" / "unit").glob(pattern)
+    )
+    first = (*_STATES, *_UNIT) if mutant.loses_bytes else (*_UNIT, *_STATES)
+    return list(dict.fromkeys([*first, *others]))
+
+
+@contextmanager
+def copies(count: int) -> Iterator[SimpleQueue[Path]]:
+    """Copies of the source tree to change."""
+    with TemporaryDirectory(dir=SCRATCH, prefix="mutants-") as scratch:
+        free: SimpleQueue[Path] = SimpleQueue()
+        for number in range(count):
+            copy = Path(scratch, str(number))
+            for name in _COPIED:
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy(ROOT / "pyproject.toml", copy)
+            free.put(copy)
+        yield free
+
+
+def killer_of(mutant: Mutant, free: SimpleQueue[Path], tests: Sequence[str] = ()) -> str | None:
+    """The first of `tests`, or of all, that fails for the mutant; None if none does."""
+    copy = free.get()
+    original = (copy / mutant.path).read_text()
+    try:
+        (copy / mutant.path).write_text(mutant.source)
+        return first_failure(copy, tests or tests_for(mutant, copy))
+    finally:
+        (copy / mutant.path).write_text(original)
+        free.put(copy)
+
+
+def first_failure(copy: Path, tests: Sequence[str]) -> str | None:
+    """Runs tests in a copy of the tree. Raises RuntimeError if they can't even be run."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHCACHE_")}
+    environ |= {"PYTHONPATH": f"{copy}{os.pathsep}{copy / 'server'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-m", "not long", *tests]
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environ, capture_output=True, text=True, timeout=_ENOUGH_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "none in particular: they hang"
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or failed is None:
+        raise RuntimeError(f"the tests can't be run:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+    return failed[1]
+
+
+def killers(found: Sequence[Mutant], processes: int) -> Iterator[tuple[Mutant, str | None]]:
+    """Each mutant and its killer, in order. Raises RuntimeError if tests fail without any change."""
+    with copies(processes) as free, ThreadPoolExecutor(processes) as threads:
+        unchanged = free.get()
+        failure = first_failure(unchanged, tests_for(found[0], unchanged))
+        if failure is not None:
+            raise RuntimeError(f"{failure} fails without any change")
+        free.put(unchanged)
+        yield from zip(
+            found,
+            threads.map(lambda mutant: killer_of(mutant, free), found),
+            strict=True,
+        )

@@ -1,0 +1,331 @@
+"""What a server does until the power goes: each workload a hundred calls or so of the seam; a seed draws the chunks."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Final
+
+from torchcache_server.store import Policy
+
+from tests.crash.world import World, payload
+
+Workload = Callable[[World, random.Random], None]
+
+
+def fills(world: World, rng: random.Random) -> None:
+    """Two datasets, in turns; nothing is promised of them but I1."""
+    world.open()
+    at = rng.randrange(1000)
+    for turn in range(5):
+        count = rng.randrange(1, 4)
+        world.put("ab"[turn % 2], *range(at, at + count))
+        at += count
+    world.sync("a")
+    world.put("a", at)
+
+
+def kept_data(world: World, rng: random.Random) -> None:
+    """Data that is nowhere else, and records that must survive anything."""
+    world.open()
+    at = rng.randrange(1000)
+    world.keep("kept", True)
+    world.put("kept", at, at + 1)
+    world.sync("kept")
+    world.record(b"r", b"one")
+    world.put("kept", *range(at + 2, at + 5))
+    world.policy("pinned", Policy(pinned=True, priority=7))
+    world.put("pinned", at + 10)
+    world.record(b"r", b"two" * rng.randrange(1, 500))
+    world.sync("kept")
+    world.sync("pinned")
+    world.record(b"q", b"another")
+    world.policy("kept", Policy(pinned=True))
+    world.keep("kept", False)
+    world.record(b"q", None)
+    world.policy("pinned", Policy(quota_bytes=1 << 20))
+    world.policy("pinned", Policy())
+
+
+def eviction(world: World, rng: random.Random) -> None:
+    """The store is full of what may go, and of what may not."""
+    world.open()
+    at = rng.randrange(1000)
+    world.keep("kept", True)
+    world.put("kept", at, at + 1)
+    world.put("old", *range(at + 10, at + 14))
+    world.sync("kept")
+    world.put("older", *range(at + 20, at + 24))
+    world.sync("old")
+    for namespace in ("old", "older"):
+        world.may_go(namespace)
+    for number in range(at + 100, at + 140, 4):
+        world.put("new", *range(number, number + 4))
+    world.put("kept", at + 2)
+    world.sync("kept")
+
+
+def dropping(world: World, rng: random.Random) -> None:
+    """What was dropped is stored again elsewhere."""
+    world.open()
+    at = rng.randrange(1000)
+    numbers = range(at, at + 3)
+    world.keep("a", True)
+    world.put("a", *numbers)
+    world.sync("a")
+    world.put("b", at + 10)
+    world.drop("a")
+    world.keep("b", True)
+    world.put("b", *numbers)
+    world.sync("b")
+    world.put("a", at + 11)
+    world.sync("a")
+    world.drop("b")
+
+
+def damage(world: World, rng: random.Random) -> None:
+    """Records are found damaged, forgotten, and stored anew."""
+    world.open()
+    at = rng.randrange(1000)
+    while len(payload(at)) < 1000:
+        at += 1
+    world.keep("a", True)
+    world.put("a", at, at + 1, at + 2)
+    world.sync("a")
+    world.damage("a", at)
+    world.quarantine("a", at)
+    world.put("a", at)
+    world.sync("a")
+    world.quarantine("a", at + 1)
+    world.put("b", at + 1)
+    world.keep("b", True)
+    world.sync("b")
+
+
+def restarts(world: World, rng: random.Random) -> None:
+    """Clean stops: the next server trusts the index."""
+    at = rng.randrange(1000)
+    world.open()
+    world.keep("a", True)
+    world.put("a", at, at + 1)
+    world.put("b", at + 10)
+    world.sync("a")
+    world.stop()
+    world.open()
+    world.put("a", at + 2)
+    world.put("b", at + 11)
+    world.quarantine("b", at + 10)
+    world.sync("a")
+    world.record(b"r", b"one")
+    world.stop()
+    world.open()
+    world.put("a", at + 3)
+    world.drop("b")
+    world.sync("a")
+    world.put("b", at + 12)
+    world.stop()
+
+
+def recycling(world: World, rng: random.Random) -> None:
+    """Segments become others, of other namespaces, and of those that they were of before."""
+    world.open()
+    at = rng.randrange(1000)
+    world.keep("a", True)
+    world.put("a", *_large(at, 6))
+    world.sync("a")
+    world.drop("a")
+    world.keep("b", True)
+    world.put("b", *_large(at + 100, 4))
+    world.sync("b")
+    world.keep("a", True)
+    world.put("a", *_large(at + 200, 4))
+    world.sync("a")
+    world.put("c", *_large(at + 300, 3))
+    world.drop("b")
+    world.keep("b", True)
+    world.put("b", at + 400)
+    world.sync("b")
+    world.evict("c")
+    world.put("d", *_large(at + 500, 3))
+    world.drop("a")
+    world.put("b", *_large(at + 600, 3))
+    world.sync("b")
+
+
+def kept_late(world: World, rng: random.Random) -> None:
+    """A dataset of which a part was evicted, for what must be kept, is to be kept itself from then on."""
+    world.open()
+    at = rng.randrange(1000)
+    world.put("a", *_large(at, 12))
+    world.keep("b", True)
+    world.may_go("a")
+    for number in _large(at + 200, 14):
+        if world.there.usage().recycled_segments:
+            break
+        world.put("b", number)
+    world.sync("b")
+    world.keep("a", True)
+    world.put("b", *_small(at + 300, 1))
+    world.sync("b")
+    world.sync("a")
+
+
+def compaction(world: World, rng: random.Random) -> None:
+    """What is left of segments that are mostly dead moves on, and their files with it."""
+    world.open()
+    at = rng.randrange(1000)
+    world.keep("kept", True)
+    world.put("kept", *_large(at + 50, 2))
+    world.sync("kept")
+    large = _large(at, 5)
+    world.put("a", *large, at + 100, at + 101)
+    for number in large[:-1]:
+        world.quarantine("a", number)
+    world.tidy("a")
+    world.put("a", at + 102)
+    world.put("b", *_large(at + 200, 3))
+    for number in _large(at + 200, 2):
+        world.quarantine("b", number)
+    world.sync("a")
+    world.tidy("a", "b")
+    world.put("kept", *_large(at + 60, 3))
+    world.sync("kept")
+    world.put("b", *large)
+
+
+def upkeep(world: World, rng: random.Random) -> None:
+    """A scrub that finds damage, a time to live that is over, a quota, room that is reserved first."""
+    world.open()
+    at = rng.randrange(1000)
+    world.policy("short", Policy(ttl_s=1e-9))
+    world.policy("limited", Policy(quota_bytes=60 * 1024, priority=-5))
+    world.keep("kept", True)
+    world.put("kept", *_large(at, 2))
+    world.sync("kept")
+    world.put("short", *_large(at + 100, 2))
+    world.fill("limited", *_large(at + 200, 5))
+    world.put("a", *_large(at + 300, 3))
+    world.sync("a")
+    world.damage("a", _large(at + 300, 1)[0])
+    world.scrub()
+    world.tidy("short")
+    world.put("a", *_large(at + 300, 3))
+    world.sync("a")
+    world.put("kept", *_large(at + 400, 2))
+    world.sync("kept")
+
+
+def ordered(world: World, rng: random.Random) -> None:
+    """With a known order the farthest next use yields: segments are compacted in part."""
+    world.open()
+    at = rng.randrange(1000)
+    world.keep("kept", True)
+    world.put("kept", at)
+    world.sync("kept")
+    numbers = _large(at + 100, 40)
+    rng.shuffle(numbers)
+    world.expect("a", *numbers, *numbers)
+    world.fill("a", *numbers)
+    world.put("kept", *_large(at + 10, 2))
+    world.sync("kept")
+
+
+def _small(at: int, count: int) -> list[int]:
+    """Numbers from `at` on whose payloads are some hundred bytes."""
+    return list(itertools.islice((n for n in itertools.count(at) if len(payload(n)) <= 1000), count))
+
+
+def _large(at: int, count: int) -> list[int]:
+    """Numbers from `at` on whose payloads fill segments."""
+    return list(itertools.islice((n for n in itertools.count(at) if len(payload(n)) >= 12_000), count))
+
+
+def save_and_replace(world: World, rng: random.Random) -> None:
+    """A checkpoint, uploaded, and the next one in its place; the old one is retired."""
+    world.open()
+    world.save(f"old-{rng.randrange(1000)}")
+    world.upload()
+    world.save(f"new-{rng.randrange(1000)}")
+    world.upload()
+    world.upload()
+
+
+def replace_pending(world: World, rng: random.Random) -> None:
+    """The next checkpoint is committed while the last one is nowhere else yet."""
+    world.open()
+    world.put("dataset", rng.randrange(1000))
+    world.save(f"old-{rng.randrange(1000)}")
+    world.save(f"new-{rng.randrange(1000)}")
+    world.upload()
+    world.write_back.tidy()
+    world.stop()
+
+
+def stop_while_saving(world: World, rng: random.Random) -> None:
+    """The server is stopped with a checkpoint not yet uploaded, and another half written."""
+    world.open()
+    world.save(f"old-{rng.randrange(1000)}")
+    world.stop()
+    world.open()
+    world.upload()
+    world.save(f"new-{rng.randrange(1000)}")
+    world.stop()
+    world.open()
+    world.write_back.tidy()
+    world.upload()
+
+
+STORE_WORKLOADS: Final[dict[str, Workload]] = {
+    workload.__name__: workload
+    for workload in (
+        fills,
+        kept_data,
+        eviction,
+        dropping,
+        damage,
+        restarts,
+        recycling,
+        kept_late,
+        compaction,
+        upkeep,
+        ordered,
+    )
+}
+SAVE_WORKLOADS: Final[dict[str, Workload]] = {
+    workload.__name__: workload for workload in (save_and_replace, replace_pending, stop_while_saving)
+}
+
+
+# ---- after a restart ----
+
+
+def go_on(world: World, rng: random.Random) -> None:
+    """What the restarted server finds is made durable, and more is stored."""
+    world.open()
+    world.believe_what_is_there()
+    at = 2000 + rng.randrange(1000)
+    world.sync_what_is_there()
+    world.put_if_room("kept", at, at + 1)
+    world.keep("kept", True)
+    world.sync("kept")
+    world.record(b"r", b"later")
+    world.record(b"q", None)
+    if rng.random() < 0.5:
+        world.stop()
+        world.open()
+    world.put_if_room("a", at + 2)
+    world.keep("a", True)
+    world.sync("a")
+
+
+def go_on_saving(world: World, rng: random.Random) -> None:
+    """Checkpoints that were there are uploaded, and another one is saved."""
+    world.open()
+    world.believe_what_is_there()
+    world.write_back.tidy()
+    if rng.random() < 0.5 and world.current():
+        world.upload()
+    world.save(f"next-{rng.randrange(1000)}")
+    world.upload()
+    world.upload()

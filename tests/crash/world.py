@@ -1,0 +1,390 @@
+"""A server whose every step is written down: the real store and the real saves, over a recorded disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+from unittest import mock
+
+from torchcache_server.cache import commits, uploader
+from torchcache_server.cache.saves import SaveKey
+from torchcache_server.cache.write_back import WriteBack
+from torchcache_server.store import DiskCalls, Policy, Store, room, space
+from torchcache_server.store.index import chunk_key
+
+from tests.crash.promises import (
+    Flags,
+    FlagsChange,
+    InBucket,
+    MayGo,
+    Opened,
+    Promise,
+    Promises,
+    RecordChanges,
+    SaveChanges,
+    Stored,
+    Synced,
+)
+from tests.crash.recorder import Item, Recorder
+from tests.crash.volatile import Disk
+from tests.unit.write_back_world import Bucket, Gate, MemoryUnderStore, manifest_of, metadata_of, soon
+from torchcache.errors import NotCommitted, OutOfSpace
+from torchcache.model import ChunkId, ObjectId
+
+STORE: Final = "pool/store"
+"""The store's place below the root: it makes both folders."""
+KIB: Final = 1024
+SEGMENT_BYTES: Final = 96 * KIB
+CAPACITY_BYTES: Final = 6 * SEGMENT_BYTES
+KEY: Final = SaveKey("s3", "run/step-1")
+
+_LEASE_S: Final = 30.0
+_SIZES: Final = (0, 1, 300, 512, 1000, 4000, 12_000, 16 * KIB, 16 * KIB + 1, 24_000, 40_000)
+
+
+@contextmanager
+def small_world(seed: int) -> Iterator[None]:
+    """Segments that hold a few records, and no chance or time but the seed's, so that a trace can be had again."""
+    rng = random.Random(f"world {seed}")
+    still = SimpleNamespace(time=lambda: 12.5, monotonic=time.monotonic)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(space, "MIN_SEGMENT_BYTES", SEGMENT_BYTES))
+        stack.enter_context(mock.patch("secrets.randbits", rng.getrandbits))
+        stack.enter_context(
+            mock.patch("uuid.uuid4", lambda: SimpleNamespace(hex=f"{rng.getrandbits(128):032x}"))
+        )
+        stack.enter_context(mock.patch.object(room, "random", rng))
+        for module in (commits, uploader):
+            stack.enter_context(mock.patch.object(module, "time", still))
+        logging.disable(logging.CRITICAL)
+        stack.callback(logging.disable, logging.NOTSET)
+        yield
+
+
+def chunk(number: int) -> ChunkId:
+    return ChunkId(ObjectId("s3", f"bucket/key-{number}", "v1"), 0)
+
+
+@lru_cache(maxsize=1000)
+def payload(number: int) -> bytes:
+    """The only bytes that chunk `number` ever has."""
+    rng = random.Random(number)
+    return rng.randbytes(rng.choice(_SIZES))
+
+
+@lru_cache(maxsize=1000)
+def parts_of(save_id: str) -> dict[str, bytes]:
+    """A save's files; one has several blocks, one is empty."""
+    rng = random.Random(save_id)
+    sizes = {"__0_0.distcp": rng.randrange(17_000, 40_000), "__0_1.distcp": 700, "__1_0.distcp": 0}
+    return {name: rng.randbytes(size) for name, size in sizes.items()}
+
+
+def saved_chunk(key: SaveKey, save_id: str, name: str) -> ChunkId:
+    return ChunkId(ObjectId(key.store, f"{key.path}/{name}", f"save:{save_id}"), 0)
+
+
+@dataclass
+class Trace:
+    """What was done from a known state on, and all one needs to judge what a crash leaves of it."""
+
+    name: str
+    disk: Disk
+    promises: Promises
+    items: list[Item] = field(default_factory=list)
+    payloads: dict[ChunkId, bytes] = field(default_factory=dict)
+    indexes: dict[int, bytes] = field(
+        default_factory=dict
+    )  # node of a clean mark -> the index it vouches for
+    saves: bool = False  # the cache's save protocol runs over the store
+
+
+class _Objects(dict[str, bytes]):
+    """What lies in the bucket; every change is a step of the trace."""
+
+    def __init__(self, there: dict[str, bytes], promise: Any) -> None:
+        super().__init__(there)
+        self._promise = promise
+
+    def __setitem__(self, key: str, data: bytes) -> None:
+        super().__setitem__(key, data)
+        self._promise(InBucket(key, data))
+
+    def pop(self, key: str, *default: Any) -> Any:
+        self._promise(InBucket(key, None))
+        return super().pop(key, *default)
+
+
+class World:
+    """One server, on folder `root`, which holds what `trace` starts from. Its calls extend the trace."""
+
+    def __init__(self, root: str, trace: Trace) -> None:
+        self.trace = trace
+        self._root = root
+        self._recorder = Recorder(root, trace.disk, self._before_create)
+        trace.items = self._recorder.trace
+        self._held = trace.promises.copy()
+        self.bucket = Bucket()
+        self.bucket.objects = _Objects(trace.promises.bucket, self._promise)
+        self.store: Store | None = None
+        self._flags: dict[str, Flags] = {}
+        self._write_back: WriteBack | None = None
+
+    # ---- the server ----
+
+    def open(self) -> Store:
+        self.store = open_store(self._root, self._recorder)
+        self._promise(Opened(self.store.server_id))
+        self._flags = {usage.name: Flags(usage.kept, usage.policy) for usage in self.store.namespaces()}
+        if self.trace.saves:
+            self._write_back = open_saves(self.store, self.bucket)
+        return self.store
+
+    def stop(self) -> None:
+        """In order."""
+        if self._write_back is not None:
+            self._write_back.close()
+        self.there.close()
+
+    def kill(self) -> None:
+        """Lets the folder go without a word; nothing is recorded."""
+        if self._write_back is not None:
+            self._write_back.close()
+        if self.store is not None:
+            abandon(self.store)
+
+    @property
+    def there(self) -> Store:
+        if self.store is None:
+            raise RuntimeError("the store isn't open")
+        return self.store
+
+    # ---- chunks ----
+
+    def put(self, namespace: str, *numbers: int) -> None:
+        rows = [(chunk(number), len(payload(number)), payload(number)) for number in numbers]
+        self.put_rows(namespace, rows)
+
+    def put_if_room(self, namespace: str, *numbers: int) -> None:
+        try:
+            self.put(namespace, *numbers)
+        except OutOfSpace:
+            pass
+
+    def put_rows(self, namespace: str, rows: Sequence[tuple[ChunkId, int, bytes]]) -> None:
+        self.trace.payloads |= {id: data for id, _, data in rows}
+        self.there.put_many(namespace, rows)
+        self._promise(Stored(namespace, frozenset(id for id, _, _ in rows)))
+
+    def sync(self, namespace: str) -> None:
+        self.there.sync(namespace)
+        self._promise(Synced(namespace))
+
+    def drop(self, namespace: str) -> None:
+        self.may_go(namespace)
+        self._promise(FlagsChange(namespace, Flags(), done=False))
+        self.there.drop(namespace)
+        self._flags.pop(namespace, None)
+        self._promise(FlagsChange(namespace, Flags(), done=True))
+
+    def may_go(self, namespace: str) -> None:
+        """What comes may evict it."""
+        self._promise(MayGo(namespace))
+
+    def evict(self, namespace: str) -> None:
+        self.may_go(namespace)
+        self.there.evict(namespace)
+
+    def fill(self, namespace: str, *numbers: int) -> None:
+        """As a miss is filled: room is reserved before the chunk is fetched. What can't be kept passes through."""
+        for number in numbers:
+            data = payload(number)
+            self.trace.payloads[chunk(number)] = data
+            try:
+                promised = self.there.reserve(namespace, chunk(number), len(data))
+            except OutOfSpace:
+                continue
+            try:
+                self.there.put(namespace, chunk(number), len(data), data, promised=promised)
+            finally:
+                promised.release()
+            self._promise(Stored(namespace, frozenset({chunk(number)})))
+
+    def expect(self, namespace: str, *numbers: int) -> None:
+        self.there.expect(namespace, [chunk(number) for number in numbers])
+
+    def tidy(self, *may_go: str) -> None:
+        """Upkeep; `may_go` are the namespaces whose segments it may move or drop."""
+        for namespace in may_go:
+            self.may_go(namespace)
+        self.there.tidy()
+
+    def scrub(self) -> None:
+        while not self.there.scrub(1 << 20).finished:
+            pass
+
+    def quarantine(self, namespace: str, number: int) -> None:
+        self._promise(MayGo(namespace, frozenset({chunk(number)})))
+        self.there.quarantine(chunk(number))
+
+    def damage(self, namespace: str, number: int) -> None:
+        """The disk flips bits in a record's payload, for good."""
+        self._promise(MayGo(namespace, frozenset({chunk(number)})))
+        for folder, _, names in os.walk(os.path.join(self._root, STORE, "segments")):
+            for name in names:
+                path = os.path.join(folder, name)
+                with open(path, "rb") as file:
+                    at = file.read().find(payload(number))
+                if at >= 0:
+                    self._overwrite(path, at + len(payload(number)) // 2)
+
+    def _overwrite(self, path: str, at: int) -> None:
+        fd = self._recorder.open(path)
+        try:
+            self._recorder.pwritev(fd, [b"flipped"], at)
+            self._recorder.fsync(fd)
+        finally:
+            self._recorder.close(fd)
+
+    def holds(self, number: int) -> bool:
+        """Whether a reader gets it."""
+        found = self.there.lookup(chunk(number))
+        return found is not None and found.is_intact()
+
+    # ---- flags and records ----
+
+    def keep(self, namespace: str, keep: bool) -> None:
+        self._set(namespace, self._flags.get(namespace, Flags())._replace(kept=keep))
+        self.there.keep(namespace, keep)
+        self._promise(FlagsChange(namespace, self._flags[namespace], done=True))
+
+    def policy(self, namespace: str, policy: Policy) -> None:
+        self._set(namespace, self._flags.get(namespace, Flags())._replace(policy=policy))
+        self.there.set_policy(namespace, policy)
+        self._promise(FlagsChange(namespace, self._flags[namespace], done=True))
+
+    def _set(self, namespace: str, flags: Flags) -> None:
+        self._flags[namespace] = flags
+        self._promise(FlagsChange(namespace, flags, done=False))
+
+    def record(self, key: bytes, value: bytes | None) -> None:
+        self._promise(RecordChanges(key, value, done=False))
+        if value is None:
+            self.there.delete_record(key)
+        else:
+            self.there.put_record(key, value)
+        self._promise(RecordChanges(key, value, done=True))
+
+    def believe_what_is_there(self) -> None:
+        """A value that was read after a restart is as good as one that was acknowledged."""
+        store = self.there
+        for key in self._held.records:
+            self._promise(RecordChanges(key, store.get_record(key), done=True))
+        for namespace in self._held.flags:
+            self._promise(FlagsChange(namespace, self._flags.get(namespace, Flags()), done=True))
+        if self.trace.saves:
+            for key in self._held.saves:
+                self._promise(SaveChanges(key, self.current(key), done=True))
+
+    def sync_what_is_there(self) -> None:
+        """Of all that a reader is given after a restart."""
+        for namespace, numbers in self._resident().items():
+            self._promise(Stored(namespace, numbers))
+            self.sync(namespace)
+
+    def _resident(self) -> dict[str, frozenset[ChunkId]]:
+        ids = list(self.trace.payloads)
+        found = zip(ids, self.there.lookup_many(ids), strict=True)
+        intact = {id for id, stored in found if stored is not None and stored.is_intact()}
+        core = self.there._core
+        places: dict[str, set[ChunkId]] = {}
+        for id in intact:
+            location = core.index.get(chunk_key(id))
+            if location is not None:
+                places.setdefault(core.space.segments[location.segment].header.namespace, set()).add(id)
+        return {namespace: frozenset(ids) for namespace, ids in sorted(places.items())}
+
+    # ---- saves ----
+
+    @property
+    def write_back(self) -> WriteBack:
+        if self._write_back is None:
+            raise RuntimeError("no saves are served")
+        return self._write_back
+
+    def current(self, key: SaveKey = KEY) -> str:
+        return current_save(self.write_back, key)
+
+    def save(self, save_id: str, key: SaveKey = KEY) -> None:
+        """Reserve, write, commit: as the service does it."""
+        self.write_back.reserve(key, save_id, writer="a test", overwrite=True, deadline=soon())
+        namespace = key.namespace(save_id)
+        self.there.keep(namespace, True)
+        for name, data in parts_of(save_id).items():
+            self.put_rows(namespace, [(saved_chunk(key, save_id, name), len(data), data)])
+        self.there.sync(namespace)
+        self.commit(save_id, key)
+
+    def commit(self, save_id: str, key: SaveKey = KEY) -> None:
+        files = [(name, len(data)) for name, data in parts_of(save_id).items()]
+        self._promise(SaveChanges(key, save_id, done=False))
+        self.write_back.commit(
+            key, save_id, files, metadata_of(save_id), manifest_of(save_id), deadline=soon()
+        )
+        self._promise(SaveChanges(key, save_id, done=True))
+
+    def upload(self, key: SaveKey = KEY) -> None:
+        self.write_back.upload(key)
+
+    # ---- inside ----
+
+    def _promise(self, promise: Promise) -> None:
+        promise.apply(self._held)
+        self._recorder.promise(promise)
+
+    def _before_create(self, path: str, node: int) -> None:
+        """The index isn't seen at the seam; a clean mark vouches for it, as it is before the mark is made."""
+        if os.path.basename(path).startswith("clean"):
+            with open(os.path.join(self._root, STORE, "index", "data.mdb"), "rb") as file:
+                self.trace.indexes[node] = file.read()
+
+
+def open_store(root: str, disk: DiskCalls, *, more_segments: int = 0) -> Store:
+    return Store(
+        Path(root, STORE),
+        capacity_bytes=CAPACITY_BYTES + more_segments * SEGMENT_BYTES,
+        segment_bytes=SEGMENT_BYTES,
+        min_free_bytes=0,
+        disk=disk,
+    )
+
+
+def open_saves(store: Store, bucket: Bucket) -> WriteBack:
+    return WriteBack(store, {"s3": MemoryUnderStore(bucket, Gate())}, upload_threads=0, lease_s=_LEASE_S)
+
+
+def current_save(write_back: WriteBack, key: SaveKey) -> str:
+    """Id of the save that a reader is given; "" for none."""
+    try:
+        return write_back.get(key, deadline=soon()).save_id
+    except NotCommitted:
+        return ""
+
+
+def abandon(store: Store) -> None:
+    """As if its process had been killed: no clean stop, and the kernel takes its descriptors and locks."""
+    core = store._core
+    core.known = {}
+    core.index.close(None)
+    for segment in core.space.segments.values():
+        segment.close(core.disk)
+    core.folder.unlock()
