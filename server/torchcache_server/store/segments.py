@@ -77,6 +77,9 @@ class Segment:
     unmapped: list[None] = field(default_factory=list)  # gets an item once the last view is gone
     writing: set[int] = field(default_factory=set)  # offsets of runs being written just now
     sealed: bool = False  # takes no more records
+    doubtful: bool = (
+        False  # parts could not be read, and the index may lack records: the next start looks again
+    )
     dropped: bool = False  # unlinked, or about to be
     unsynced: bool = False  # written to since the last fsync
     sync_error: OSError | None = None  # an fsync failed
@@ -123,8 +126,7 @@ class Segment:
             disk.truncate(fd, header.file_bytes)
             return cls.begin(disk, path, fd, header)
         except OSError:
-            disk.close(fd)
-            disk.unlink(path)
+            discard(disk, path, fd)
             raise
 
     @classmethod
@@ -263,6 +265,12 @@ class Segment:
             self.file_lock.release()
         return True
 
+    def discard(self, disk: DiskCalls) -> None:
+        """Takes back a segment that was just made. Only an attempt."""
+        if self.fd is not None:
+            fd, self.fd = self.fd, None
+            discard(disk, self.path, fd)
+
     def _close(self, disk: DiskCalls) -> None:
         if self.fd is not None:
             fd, self.fd = self.fd, None
@@ -273,9 +281,23 @@ class Segment:
                 _log.warning("segment %s: close says %s", self.path, error)
 
 
+def discard(disk: DiskCalls, path: str, fd: int) -> None:
+    """Takes back a file that was just made. Only an attempt: what is left the next start takes for an empty segment."""
+    try:
+        try:
+            disk.close(fd)
+        finally:
+            disk.unlink(path)
+    except OSError as error:
+        _log.warning("%s can't be taken back: %s", path, error)
+
+
 def read_header(disk: DiskCalls, fd: int, path: str) -> SegmentHeader | None:
     """The header of a segment file; None if it isn't sound, or not the one that the name says. Raises OSError."""
-    header = SegmentHeader.decode(memoryview(disk.pread(fd, 2 * MAX_IDENTITY_BYTES, 0)))
+    raw, most = b"", 2 * MAX_IDENTITY_BYTES
+    while part := disk.pread(fd, most - len(raw), len(raw)):
+        raw += part
+    header = SegmentHeader.decode(memoryview(raw))
     if header is None or os.path.basename(path) != file_name(header.number, header.nonce):
         return None
     return header
