@@ -173,7 +173,9 @@ class Segment:
 
     def populated_record(self, disk: DiskCalls, offset: int) -> RecordHeader | None:
         """`record`, with all of it brought into memory first. Raises OSError for what the disk can't read."""
-        room = self.header.file_bytes - offset
+        room = self.tail - offset  # behind the tail is a hole, which a look would fill on a tmpfs
+        if room <= 0:
+            return None
         disk.populate(self.buffer, offset, min(room, PAGE_BYTES))
         length = stated_length(self.view, offset)
         if length > PAGE_BYTES:
