@@ -6,17 +6,22 @@ import errno
 import os
 import random
 import shutil
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torchcache_server.store import DiskCalls, Store
+import pytest
+from torchcache_server.store import DiskCalls, Store, space
 
 from torchcache.model import ChunkId, ObjectId
 
 MIB = 1024 * 1024
 CAPACITY = 64 * MIB  # segments of 8 MiB: many, and each holds at least one full record
+SMALL_SEGMENT = 64 * 1024  # what `small_store` allows; chunks must be small too, then
 
 
 def chunk(number: int, *, version: str = "v1", index: int = 0) -> ChunkId:
@@ -25,6 +30,11 @@ def chunk(number: int, *, version: str = "v1", index: int = 0) -> ChunkId:
 
 def payload(number: int, size: int = 1000) -> bytes:
     """Bytes that no other number has."""
+    return _small_payload(number, size) if size < SMALL_SEGMENT else random.Random(number).randbytes(size)
+
+
+@lru_cache(maxsize=512)
+def _small_payload(number: int, size: int) -> bytes:
     return random.Random(number).randbytes(size)
 
 
@@ -41,6 +51,22 @@ def held(store: Store, number: int, size: int = 1000) -> bool:
         return False
     assert bytes(found.payload) == payload(number, size)
     return True
+
+
+@contextmanager
+def small_store() -> Iterator[Path]:
+    """A folder for stores with segments of `SMALL_SEGMENT` bytes, in memory where there is room: quick to fill."""
+    memory = (
+        "/dev/shm" if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 64 * MIB else None
+    )
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=memory) as folder:
+        patch.setattr(space, "MIN_SEGMENT_BYTES", SMALL_SEGMENT)
+        yield Path(folder)
+
+
+def descriptors() -> int:
+    """How many files this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def crash_image(store_path: Path, target: Path) -> Path:
@@ -83,7 +109,7 @@ class FailingDisk(DiskCalls):
         left = [times]
 
         def rule(arguments: tuple[Any, ...]) -> Exception | None:
-            if path_has and path_has not in _name_of(arguments[0]):
+            if path_has and path_has not in name_of(arguments[0]):
                 return None
             if not left[0]:
                 return None
@@ -102,47 +128,25 @@ class FailingDisk(DiskCalls):
             raise error
 
 
-def _name_of(argument: Any) -> str:
+def name_of(argument: Any) -> str:
     return argument if isinstance(argument, str) else str(Path(f"/proc/self/fd/{argument}").readlink())
 
 
-SEAM = (
-    "make_dir",
-    "create",
-    "open",
-    "close",
-    "size",
-    "truncate",
-    "pwritev",
-    "pread",
-    "map",
-    "deallocate",
-    "populate",
-    "lock_alone",
-    "unlock",
-    "free_bytes",
-    "next_data",
-    "next_hole",
-    "fsync",
-    "fsync_dir",
-    "rename",
-    "unlink",
-    "remove_dir",
-    "names",
-)
+SEAM = tuple(name for name in vars(DiskCalls) if not name.startswith("_"))
+"""Every call of the seam, those that are still to be added too."""
 
 
 def _failing(name: str) -> Callable[..., Any]:
     real = getattr(DiskCalls, name)
 
-    def call(self: FailingDisk, *arguments: Any) -> Any:
+    def call(self: FailingDisk, *arguments: Any, **more: Any) -> Any:
         try:
             self._called(name, *arguments)
         except OSError:
             if name == "close":
                 real(self, *arguments)  # as Linux does: the descriptor is gone either way
             raise
-        return real(self, *arguments)
+        return real(self, *arguments, **more)
 
     return call
 
@@ -168,7 +172,7 @@ class FullDisk(DiskCalls):
 
     def pwritev(self, fd: int, buffers: Any, offset: int) -> int:
         wanted = sum(memoryview(b).nbytes for b in buffers)
-        path = _name_of(fd)
+        path = name_of(fd)
         with self._lock:
             if wanted > self._left:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

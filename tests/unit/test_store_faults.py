@@ -22,6 +22,7 @@ from tests.unit.store_parts import (
     ShortWrites,
     chunk,
     crash_image,
+    descriptors,
     fill,
     find_payload,
     held,
@@ -353,10 +354,6 @@ def test_an_index_that_points_to_anothers_record_costs_no_other(tmp_path: Path) 
     assert held(found, 0) and held(found, 1)
     found.close()
     store.close()
-
-
-def descriptors() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def test_many_namespaces_do_not_use_up_the_descriptors(tmp_path: Path) -> None:

@@ -124,6 +124,14 @@ class Index:
             values = [None for _ in keys]
         return [None if value is None else Location(*unpack(value)) for value in values]
 
+    def owns(self, key: bytes, location: Location) -> bool:
+        """Whether both tables say that the chunk lies there. A damaged index says no."""
+        try:
+            with self._env.begin() as txn:
+                return IndexWriter(txn, self._tables).owns(key, location)
+        except lmdb.Error:
+            return False
+
     def members(self, segment: int) -> list[tuple[bytes, int]]:
         """Keys and offsets of a segment's chunks, by rising offset. A damaged index knows nothing."""
         found: list[tuple[bytes, int]] = []
@@ -184,11 +192,18 @@ class IndexWriter:
         value = self._txn.get(key, db=self._chunks)
         return None if value is None else Location(*_LOCATION.unpack(value))
 
+    def owns(self, key: bytes, location: Location) -> bool:
+        """Whether both tables say that the chunk lies there."""
+        packed = _LOCATION.pack(*location)
+        return bool(
+            self._txn.get(key, db=self._chunks) == packed and self._txn.get(packed, db=self._members) == key
+        )
+
     def put(self, key: bytes, location: Location) -> Location | None:
         """Places a chunk; returns the place it had before, which is forgotten."""
         before = self.get(key)
         if before is not None:
-            self._txn.delete(_LOCATION.pack(*before), db=self._members)
+            self._forget_place(key, before)
         packed = _LOCATION.pack(*location)
         self._txn.put(key, packed, db=self._chunks)
         self._txn.put(packed, key, db=self._members)
@@ -222,9 +237,16 @@ class IndexWriter:
         """Forgets a chunk; returns the place it had."""
         before = self.get(key)
         if before is not None:
-            self._txn.delete(_LOCATION.pack(*before), db=self._members)
+            self._forget_place(key, before)
             self._txn.delete(key, db=self._chunks)
         return before
+
+    def _forget_place(self, key: bytes, location: Location) -> None:
+        packed = _LOCATION.pack(*location)
+        if (
+            self._txn.get(packed, db=self._members) == key
+        ):  # else the chunk's entry was wrong: another lies there
+            self._txn.delete(packed, db=self._members)
 
     def delete_segment(self, number: int) -> int:
         """Forgets all chunks of a segment; returns how many there were."""

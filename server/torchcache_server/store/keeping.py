@@ -61,7 +61,7 @@ class Flags:
                 found = self._core.space.namespaces.get(name)
                 before = (found.kept, found.policy) if found is not None else (False, Policy())
             after = change(*before)
-            if after == before:
+            if after == before and not self._ledger.is_unsure(name.encode()):
                 return
             with disk_errors(f"note what is to become of {name!r}"):
                 if after == (False, Policy()):

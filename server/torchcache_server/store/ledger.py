@@ -54,6 +54,7 @@ class Ledger:
         self._path = path
         self._lock = threading.Lock()
         self._keys: set[bytes] = set()
+        self._unsure: set[bytes] = set()  # what became of them is not known, a call having failed
         disk.make_dir(path)
         damaged = []
         for name in disk.names(path):
@@ -98,16 +99,25 @@ class Ledger:
     def put(self, key: bytes, value: bytes) -> None:
         """Stores a value: the old one or the new one is there, whatever happens meanwhile."""
         with self._lock:
+            self._unsure.add(key)
             self._write(key, value)
             self._keys.add(key)
+            self._unsure.discard(key)
+
+    def is_unsure(self, key: bytes) -> bool:
+        """Whether a call for this key failed, and a later start may find another value than `get` gives."""
+        with self._lock:
+            return key in self._unsure
 
     def delete(self, key: bytes) -> None:
         """Removes a value; absent is fine."""
         with self._lock:
-            if key in self._keys:
+            if key in self._keys or key in self._unsure:
+                self._unsure.add(key)
                 self._disk.unlink(os.path.join(self._path, record_name(key)))
                 self._keys.discard(key)
                 self._disk.fsync_dir(self._path)
+                self._unsure.discard(key)
 
     def items(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Keys that start with `prefix`, in order, with their values; those deleted meanwhile are left out.

@@ -183,7 +183,7 @@ def _take_in(core: Core, segment: Segment, found: Scan) -> None:
     namespace = core.space.namespaces[segment.header.namespace]
     namespace.last_used = max(namespace.last_used, segment.number)
     if found.error is not None:
-        segment.sealed = True
+        segment.sealed = segment.doubtful = True
         _log.error(
             "parts of segment %s can't be read: %s; of its chunks %d are found; see to the disk",
             segment.path,

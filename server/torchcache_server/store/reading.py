@@ -104,7 +104,7 @@ def forget_if_replaceable(core: Core, key: bytes, location: Location, *, is_read
     segment = core.space.segments.get(location.segment)
     if segment is None:
         return
-    if not core.is_kept(segment):
+    if not core.is_kept(segment) or not core.index.owns(key, location):
         forget(core, key, location, is_readable=is_readable)
     elif core.damaged_kept.get(location) is None:
         core.damaged_kept[location] = segment.header.namespace
@@ -123,6 +123,7 @@ def forget(core: Core, key: bytes, location: Location, *, is_readable: bool = Tr
         with core.index.writing() as writer:
             if writer.get(key) != location:
                 return
+            is_its_place = writer.owns(key, location)
             writer.delete(key)
     except OutOfSpace as error:
         # Found damaged again by the next who asks; counted as gone only once it is.
@@ -132,6 +133,9 @@ def forget(core: Core, key: bytes, location: Location, *, is_readable: bool = Tr
     if segment is None:
         return
     core.counts.add(corrupt=1)
+    if not is_its_place:  # what lies there is another's, or no record at all: it stays as it is
+        _log.warning("an index entry pointed to a place that isn't its chunk's, and is dropped")
+        return
     record_bytes = _record_bytes(core, segment, location.offset) if is_readable else None
     with core.lock:
         segment.lose(record_bytes)

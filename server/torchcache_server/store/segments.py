@@ -77,6 +77,9 @@ class Segment:
     unmapped: list[None] = field(default_factory=list)  # gets an item once the last view is gone
     writing: set[int] = field(default_factory=set)  # offsets of runs being written just now
     sealed: bool = False  # takes no more records
+    doubtful: bool = (
+        False  # parts could not be read, and the index may lack records: the next start looks again
+    )
     dropped: bool = False  # unlinked, or about to be
     unsynced: bool = False  # written to since the last fsync
     sync_error: OSError | None = None  # an fsync failed
@@ -123,8 +126,7 @@ class Segment:
             disk.truncate(fd, header.file_bytes)
             return cls.begin(disk, path, fd, header)
         except OSError:
-            disk.close(fd)
-            disk.unlink(path)
+            discard(disk, path, fd)
             raise
 
     @classmethod
@@ -171,7 +173,9 @@ class Segment:
 
     def populated_record(self, disk: DiskCalls, offset: int) -> RecordHeader | None:
         """`record`, with all of it brought into memory first. Raises OSError for what the disk can't read."""
-        room = self.header.file_bytes - offset
+        room = self.tail - offset  # behind the tail is a hole, which a look would fill on a tmpfs
+        if room <= 0:
+            return None
         disk.populate(self.buffer, offset, min(room, PAGE_BYTES))
         length = stated_length(self.view, offset)
         if length > PAGE_BYTES:
@@ -263,6 +267,12 @@ class Segment:
             self.file_lock.release()
         return True
 
+    def discard(self, disk: DiskCalls) -> None:
+        """Takes back a segment that was just made. Only an attempt."""
+        if self.fd is not None:
+            fd, self.fd = self.fd, None
+            discard(disk, self.path, fd)
+
     def _close(self, disk: DiskCalls) -> None:
         if self.fd is not None:
             fd, self.fd = self.fd, None
@@ -271,6 +281,17 @@ class Segment:
             except OSError as error:
                 # Only an fsync promises anything; what it couldn't write shows there.
                 _log.warning("segment %s: close says %s", self.path, error)
+
+
+def discard(disk: DiskCalls, path: str, fd: int) -> None:
+    """Takes back a file that was just made. Only an attempt: what is left the next start takes for an empty segment."""
+    try:
+        try:
+            disk.close(fd)
+        finally:
+            disk.unlink(path)
+    except OSError as error:
+        _log.warning("%s can't be taken back: %s", path, error)
 
 
 def read_header(disk: DiskCalls, fd: int, path: str) -> SegmentHeader | None:
@@ -282,7 +303,10 @@ def read_header(disk: DiskCalls, fd: int, path: str) -> SegmentHeader | None:
 
 
 def _decoded(disk: DiskCalls, fd: int) -> SegmentHeader | None:
-    return SegmentHeader.decode(memoryview(disk.pread(fd, 2 * MAX_IDENTITY_BYTES, 0)))
+    raw, most = b"", 2 * MAX_IDENTITY_BYTES
+    while part := disk.pread(fd, most - len(raw), len(raw)):
+        raw += part
+    return SegmentHeader.decode(memoryview(raw))
 
 
 def remade_header(disk: DiskCalls, fd: int, path: str, namespace: str) -> SegmentHeader | None:

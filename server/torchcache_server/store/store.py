@@ -387,6 +387,7 @@ class Store:
                         s.tail, s.chunks, s.live_bytes, core.space.namespaces[s.header.namespace].last_used
                     )
                     for s in core.space.segments.values()
+                    if not s.doubtful
                 }
             )
             core.folder.mark_clean()

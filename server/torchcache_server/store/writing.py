@@ -24,7 +24,7 @@ from torchcache_server.store.record import (
     header_bytes,
     padding,
 )
-from torchcache_server.store.segments import Segment, file_name, folder_name, new_header
+from torchcache_server.store.segments import Segment, discard, file_name, folder_name, new_header
 from torchcache_server.store.space import Layout, Namespace, lay_out
 
 _log = logging.getLogger(__name__)
@@ -217,12 +217,11 @@ def _take(core: Core, owner: Namespace, layout: Layout, drafts: Sequence[Draft])
     """Makes the segments the layout asks for and takes the room. All or nothing: raises OSError."""
     made: list[Segment] = []
     try:
-        for ahead in range(layout.new_segments):
-            made.append(_new_segment(core, owner.name, ahead))
+        for _ in range(layout.new_segments):
+            made.append(_new_segment(core, owner.name))
     except OSError:
         for segment in made:
-            segment.close(core.disk)
-            core.disk.unlink(segment.path)
+            segment.discard(core.disk)
         raise
     touched = [owner.open, *made]
     for segment in made:
@@ -244,12 +243,16 @@ def _take(core: Core, owner: Namespace, layout: Layout, drafts: Sequence[Draft])
     return Reserved(parts, [s for s in touched if s is not None])
 
 
-def _new_segment(core: Core, namespace: str, ahead: int) -> Segment:
-    """A spare that gets a new header, or a new file. Raises OSError."""
+def _new_segment(core: Core, namespace: str) -> Segment:
+    """A spare that gets a new header, or a new file. Raises OSError.
+
+    Its number is used up either way: a file that can't be removed again must not share it with another.
+    """
     disk, file_bytes = core.disk, core.space.segment_bytes
     folder = os.path.join(core.folder.segments, folder_name(namespace))
     disk.make_dir(folder)
-    header = new_header(namespace, core.space.next_number + ahead, file_bytes)
+    header = new_header(namespace, core.space.next_number, file_bytes)
+    core.space.next_number += 1
     path = os.path.join(folder, file_name(header.number, header.nonce))
     spare = core.spares.take(path, file_bytes)
     if spare is None:
@@ -259,8 +262,7 @@ def _new_segment(core: Core, namespace: str, ahead: int) -> Segment:
         segment = Segment.begin(disk, path, fd, header)
         disk.unlock(fd)
     except OSError:
-        disk.close(fd)
-        disk.unlink(path)
+        discard(disk, path, fd)
         raise
     segment.floor_bytes = held_bytes
     return segment
