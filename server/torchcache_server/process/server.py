@@ -21,7 +21,7 @@ from torchcache_server.service.admission import Admission
 from torchcache_server.service.control import ControlService, ServerFacts
 from torchcache_server.service.counters import ServiceCounters
 from torchcache_server.service.interceptors import Token
-from torchcache_server.store import Store
+from torchcache_server.store import OS, DiskCalls, Store
 from torchcache_server.understore.base import UnderStore
 from torchcache_server.understore.s3 import S3UnderStore
 
@@ -40,9 +40,13 @@ _LOG = logging.getLogger(__name__)
 class Server:
     """Serves from construction until `close`."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        """Raises ConfigurationError, or another TorchCacheError, with everything closed again."""
+    def __init__(self, config: ServerConfig, *, disk: DiskCalls = OS) -> None:
+        """Raises ConfigurationError, or another TorchCacheError, with everything closed again.
+
+        `disk` is what the store calls: a test may give one that fails.
+        """
         self.config = config
+        self._disk = disk
         self.instance = secrets.token_hex(8)
         self._admission = Admission()
         self._stack = ExitStack()
@@ -58,7 +62,7 @@ class Server:
         token = Token(read_or_create_token(config.token_file))
         tls = _read_tls(config.tls) if config.tls else None
         self._under_stores = _open_under_stores(config, closing)
-        store = Store(config.store, capacity_bytes=config.capacity_bytes)
+        store = Store(config.store, capacity_bytes=config.capacity_bytes, disk=self._disk)
         closing.callback(store.close)
         read_through = ReadThrough(store, self._under_stores)
         closing.callback(read_through.close)
