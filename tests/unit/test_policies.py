@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,29 @@ def test_evict_frees_and_the_policy_stays(store: Store, policies: Policies) -> N
     assert not held(store, 0)
     assert store.policy("d") == Policy(priority=2)
     assert policies.evict("d") == policies.evict("unheard of") == 0
+
+
+def test_time_to_live_begins_anew_with_every_use(
+    store: Store, policies: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes into a dataset that was long idle, or is read there, is not dropped a second later."""
+    real, later_s = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + later_s[0])
+    policies.change("d", PolicyChange(ttl_s=60.0))
+
+    def chunks_after(seconds: float) -> int:
+        later_s[0] += seconds
+        store.tidy()
+        return store.usage().chunks
+
+    fill(store, "d", range(1))
+    assert chunks_after(59) == 1
+    later_s[0] += 59
+    fill(store, "d", range(1, 2))
+    assert chunks_after(59) == 2, "writing is a use"
+    assert held(store, 0)
+    assert chunks_after(59) == 2, "and reading"
+    assert chunks_after(2) == 0
 
 
 @pytest.mark.parametrize("why", ["pinned", "kept"])

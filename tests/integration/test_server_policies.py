@@ -195,6 +195,7 @@ def test_what_nobody_uses_is_dropped_after_its_time(start: Start, use: Use) -> N
         # Not asked for by residency: that might count as a use.
         wait_until(lambda: user.pool.status()[0].expired_chunks == 16, "dropped")
         assert user.held("first") == 0
+        user.command("limit", user.uri("first"), "--ttl", "none")
         user.read("first")
         assert user.held("first") == 1
 
@@ -261,7 +262,7 @@ def test_status_shows_what_was_asked(start: Start, use: Use) -> None:
         wanted = "pinned, priority -7, quota 48.0 MB, dropped when unused for 1 d 12 h"
         assert wanted in out
         out, err = user.words("status")
-        [line] = [line for line in out.splitlines() if line.startswith(user.uri("first"))]
+        [line] = [line for line in out.splitlines() if user.uri("first") in line]
         assert line.rstrip().endswith(wanted)
         assert "in service" in out
         assert err == ""
