@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
 
 import pytest
 from torchcache_server.cache.maintenance import (
@@ -15,14 +14,9 @@ from torchcache_server.cache.maintenance import (
     Chores,
     Maintenance,
 )
+from torchcache_server.store import ScrubStep
 
 MIB = 1024 * 1024
-
-
-@dataclass
-class Step:
-    bytes: int
-    finished: bool = False
 
 
 class Scripted:
@@ -35,6 +29,7 @@ class Scripted:
         self.scrubbed = 0
         self.asked: list[int] = []
         self.rounds = 0
+        self.damaged: tuple[str, ...] = ()
         self.tidied = 0
         self.tidying: Exception | None = None
         self.scrubbing: Exception | None = None
@@ -47,18 +42,18 @@ class Scripted:
         if self.tidying:
             raise self.tidying
 
-    def scrub(self, max_bytes: int) -> Step:
+    def scrub(self, max_bytes: int) -> ScrubStep:
         self.asked.append(max_bytes)
         if self.scrubbing:
             raise self.scrubbing
         taken = min(self.left, max(1, max_bytes // self.chunk_bytes))
         self.left -= taken
         self.scrubbed += taken * self.chunk_bytes
-        if self.left:
-            return Step(taken * self.chunk_bytes)
-        self.left = self.chunks
-        self.rounds += 1
-        return Step(taken * self.chunk_bytes, finished=True)
+        finished = not self.left
+        if finished:
+            self.left = self.chunks
+            self.rounds += 1
+        return ScrubStep(taken * self.chunk_bytes, taken, self.damaged, finished)
 
 
 class Time:
@@ -111,6 +106,16 @@ def test_the_store_is_tidied_every_second_scrub_or_not() -> None:
     store = Scripted()
     Time(store).run(100)
     assert store.tidied == 101
+
+
+def test_damage_is_told_by_the_dataset(caplog: pytest.LogCaptureFixture) -> None:
+    """F5."""
+    store = Scripted(chunks=1)
+    store.damaged = ("s3://b/y", "s3://b/x", "s3://b/y")
+    Time(store).run(1)
+    assert [r.getMessage() for r in caplog.records] == [
+        "the scrub found 3 damaged chunks, of s3://b/x, s3://b/y"
+    ]
 
 
 def test_a_round_of_a_small_store_is_not_begun_again_at_once() -> None:

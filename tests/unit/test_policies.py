@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from torchcache_server.cache import policies as policies_module
 from torchcache_server.cache.policies import Policies, PolicyChange
-from torchcache_server.store import Store
-from torchcache_server.store.policy import Policy
+from torchcache_server.store import Policy, Store
 
 from tests.unit.store_parts import CAPACITY, fill, held
 from torchcache.errors import ConfigurationError

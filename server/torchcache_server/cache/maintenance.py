@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from torchcache_server.cache.work_queue import retry_delay_s
+from torchcache_server.store import ScrubStep
 
 _log = logging.getLogger(__name__)
 
@@ -26,23 +27,13 @@ LONGEST_PAUSE_S: Final = 60.0
 CLOSE_S: Final = 10.0
 
 
-class Step(Protocol):
-    """What one step of the scrub did: payload bytes verified, and whether a round ended with it."""
-
-    @property
-    def bytes(self) -> int: ...
-
-    @property
-    def finished(self) -> bool: ...
-
-
 class Tended(Protocol):
     """What of the store is called here."""
 
     def tidy(self) -> object:
         """Drops what is past its time, compacts segments that are mostly dead, keeps the disk's watermark."""
 
-    def scrub(self, max_bytes: int) -> Step:
+    def scrub(self, max_bytes: int) -> ScrubStep:
         """Verifies about the next `max_bytes` of payloads."""
 
 
@@ -108,6 +99,9 @@ class Chores:
             return SCRUB_S
         step = self._store.scrub(int(self._allowed))
         self._allowed -= step.bytes
+        if step.damaged:
+            names = ", ".join(sorted(set(step.damaged)))
+            _log.warning("the scrub found %d damaged chunks, of %s", len(step.damaged), names)
         if not step.finished:
             return SCRUB_S
         self._round_began = max(now + SCRUB_S, self._round_began + ROUND_S)

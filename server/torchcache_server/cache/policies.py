@@ -9,8 +9,7 @@ from typing import Final
 from torchcache.errors import ConfigurationError
 from torchcache.model import SAVE_PREFIX
 from torchcache.save_names import KEPT_PREFIXES
-from torchcache_server.store import NamespaceUsage, Store
-from torchcache_server.store.policy import Policy
+from torchcache_server.store import NamespaceUsage, Policy, Store
 
 MAX_WAITING: Final = 10_000
 """Namespaces with a policy that hold nothing: each takes memory and a record, and none is ever evicted."""
