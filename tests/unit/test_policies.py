@@ -12,8 +12,8 @@ from torchcache_server.cache import policies as policies_module
 from torchcache_server.cache.policies import Policies, PolicyChange
 from torchcache_server.store import Policy, Store
 
-from tests.unit.store_parts import CAPACITY, fill, held
-from torchcache.errors import ConfigurationError
+from tests.unit.store_parts import CAPACITY, MIB, chunk, fill, held, payload
+from torchcache.errors import ConfigurationError, OutOfSpace
 
 SAVE = "save:s3/b/run/step-1@id"
 
@@ -112,6 +112,17 @@ def test_evict_frees_and_the_policy_stays(store: Store, policies: Policies) -> N
     assert not held(store, 0)
     assert store.policy("d") == Policy(priority=2)
     assert policies.evict("d") == policies.evict("unheard of") == 0
+
+
+def test_a_quota_counts_what_is_on_its_way(store: Store, policies: Policies) -> None:
+    """F10: fills that are under way together must not each take the same room."""
+    quota = 5 * MIB
+    policies.change("d", PolicyChange(quota_bytes=quota))
+    with pytest.raises(OutOfSpace, match="quota"):
+        promised = [store.reserve("d", chunk(n), 2 * MIB) for n in range(3)]
+        for number, room in enumerate(promised):
+            store.put("d", chunk(number), 2 * MIB, payload(number, 2 * MIB), promised=room)
+    assert store.namespaces()[0].bytes <= quota
 
 
 def test_time_to_live_begins_anew_with_every_use(
