@@ -139,14 +139,15 @@ class _Data(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyped
 class StandIn:
     """A running stand-in, as a context manager."""
 
-    def __init__(self, script: Script | None = None) -> None:
+    def __init__(self, script: Script | None = None, *, port: int = 0) -> None:
         self.script = script or Script()
+        self._asked_port = port
 
     def __enter__(self) -> Self:
         self._data = _Data(self.script)
         self._control = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
         self._control.add_generic_rpc_handlers((_Handler(self),))
-        self.port = self._control.add_insecure_port("127.0.0.1:0")
+        self.port = self._control.add_insecure_port(f"127.0.0.1:{self._asked_port}")
         self._control.start()
         return self
 
@@ -203,6 +204,8 @@ class StandIn:
             "GetStatus": cache_pb2.StatusReply(
                 info=self.answer("GetInfo", None), store_path="/nowhere", hits=3
             ),
+            "SetPolicy": cache_pb2.NamespaceStatus(name="d", bytes=5, chunks=1, pinned=True, quota_bytes=7),
+            "Evict": cache_pb2.EvictReply(freed_bytes=5),
             "PublishObject": cache_pb2.PublishReply(
                 done=len([c for c in self.script.calls if c[0] == method]) > 1,
                 object=cache_pb2.ObjectRef(store="s3", key="bucket/k", version="e", size=5),

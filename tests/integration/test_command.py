@@ -97,6 +97,24 @@ def test_stage_ls_and_status(s3: SeaweedFS) -> None:
     assert "s3://" in human
 
 
+def test_a_policy_waits_for_its_dataset(tmp_path: Path) -> None:
+    """Over the embedded pool: pinned and limited first, fetched then; evicted at last."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a").write_bytes(bytes(100_000))
+    assert "nothing of it is in the pool now" in torchcache("pin", str(folder)).stdout
+    torchcache("limit", str(folder), "--quota", "1GB", "--ttl", "2d")
+    torchcache("stage", str(folder))
+    [server] = torchcache_json("status")["servers"]
+    [found] = [n for n in server["namespaces"] if n["name"] == f"file://{folder}"]
+    assert (found["pinned"], found["quota_bytes"], found["ttl_s"]) == (True, 10**9, 172_800)
+    assert found["chunks"] == 1
+    assert f"file://{folder}" in one_line(torchcache("evict", str(folder), code=2).stderr)
+    torchcache("unpin", str(folder))
+    assert torchcache_json("evict", str(folder))["freed_bytes"] >= 100_000
+    assert torchcache_json("ls", str(folder))["total"]["resident_bytes"] == 0
+
+
 def test_bad_input_is_one_line(s3: SeaweedFS) -> None:
     bucket = s3.make_bucket()
     for words in (["ls"], ["stage"], ["checkpoint", "ls"]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torchcache.errors import (
     AlreadyExists,
@@ -14,7 +16,7 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.model import Extent, ObjectId, ObjectInfo
-from torchcache.pool import Residency, SaveInfo, ServerStatus, UnderStoreStatus
+from torchcache.pool import NamespaceStatus, Residency, SaveInfo, ServerStatus, UnderStoreStatus
 
 
 class MemoryPool:
@@ -28,6 +30,8 @@ class MemoryPool:
         self.resident: set[ObjectId] = set()
         self.errors: dict[str, TorchCacheError] = {}  # by URI: what reading it raises
         self.reads: list[list[Extent]] = []
+        self.namespaces: dict[str, NamespaceStatus] = {}
+        self.disk: dict[str, Any] = {}  # fields of its status that are to be others
 
     # ---- names ----
 
@@ -161,6 +165,40 @@ class MemoryPool:
             resident_bytes=sum(o.size for o in held),
         )
 
+    # ---- policies ----
+
+    def hold(self, name: str, size: int, *, dirty: bool = False) -> None:
+        self.namespaces[name] = NamespaceStatus(name=name, bytes=size, chunks=1, pinned=False, dirty=dirty)
+
+    def set_policy(
+        self,
+        namespace: str,
+        *,
+        pinned: bool | None = None,
+        priority: int | None = None,
+        quota_bytes: int | None = None,
+        ttl_s: float | None = None,
+    ) -> dict[str, NamespaceStatus]:
+        nothing = NamespaceStatus(name=namespace, bytes=0, chunks=0, pinned=False, dirty=False)
+        before = self.namespaces.get(namespace, nothing)
+        after = self.namespaces[namespace] = dataclasses.replace(
+            before,
+            pinned=before.pinned if pinned is None else pinned,
+            priority=before.priority if priority is None else priority,
+            quota_bytes=before.quota_bytes if quota_bytes is None else quota_bytes or None,
+            ttl_s=before.ttl_s if ttl_s is None else ttl_s or None,
+        )
+        return {"127.0.0.1:7440": after}
+
+    def evict(self, namespace: str) -> int:
+        held = self.namespaces.get(namespace)
+        if held is None:
+            return 0
+        if held.pinned or held.dirty:
+            raise ConfigurationError(f"{namespace} is {'pinned' if held.pinned else 'not yet durable'}")
+        self.namespaces[namespace] = dataclasses.replace(held, bytes=0, chunks=0)
+        return held.bytes
+
     # ---- saves ----
 
     def get_save(self, store: str, path: str, part: str = "", *, manifest: bool = True) -> SaveInfo:
@@ -176,7 +214,8 @@ class MemoryPool:
     # ---- the pool ----
 
     def status(self) -> list[ServerStatus]:
-        return [server_status(self.roots)]
+        namespaces = tuple(self.namespaces.values())
+        return [dataclasses.replace(server_status(self.roots), namespaces=namespaces, **self.disk)]
 
     def unreachable(self) -> list[str]:
         return []
@@ -222,6 +261,18 @@ def server_status(roots: dict[str, str]) -> ServerStatus:
         read_calls=40,
         write_calls=4,
         upload_pending_bytes=1_500_000,
+        spare_bytes=11_000_000,
+        dead_bytes=12_000_000,
+        overhead_bytes=13_000_000,
+        free_bytes=14_000_000_000,
+        recycled_segments=15,
+        compacted_bytes=16,
+        expired_chunks=17,
+        scrubbed_bytes=18_000_000_000,
+        scrub_rounds=19,
+        damaged_kept=0,
+        disk_errors=0,
+        out_of_service="",
         under_stores=under_stores,
         namespaces=(),
     )

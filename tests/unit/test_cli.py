@@ -15,6 +15,7 @@ from torchcache.checkpoint.layout import GRANULE_BYTES
 from torchcache.checkpoint.manifest import Item, Manifest, frame_digest, payload_digests
 from torchcache.checkpoint.verification import PIECE_BYTES
 from torchcache.cli.app import run
+from torchcache.cli.durations import parse_duration
 from torchcache.cli.output import duration_text, percent_text, size_text
 from torchcache.errors import (
     AlreadyExists,
@@ -68,7 +69,11 @@ def test_help_and_version_come_without_the_heavy_imports() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["status"], ["stage"], ["ls"], ["checkpoint", "ls"], ["checkpoint", "verify"]]
+    "words",
+    [
+        *([], ["status"], ["stage"], ["ls"], ["pin"], ["unpin"], ["evict"], ["limit"]),
+        *(["checkpoint", "ls"], ["checkpoint", "verify"]),
+    ],
 )
 def test_every_help_tells_the_exit_codes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*words, "--help"]) == 0
@@ -158,6 +163,41 @@ def test_status_shows_servers_and_under_stores(pool: MemoryPool, capsys: pytest.
     assert server["under_stores"][0]["read_requests"] == 7
 
 
+def test_status_shows_the_disk(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status"]) == 0
+    out, err = capsys.readouterr()
+    for part in ("in service", "11.0 MB", "12.0 MB", "13.0 MB", "14.0 GB", "18.0 GB", " 19 "):
+        assert part in out
+    assert err == ""
+
+
+def test_status_says_loudly_that_a_disk_is_out_of_service(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F12, F15: what a server goes on without is in the table, on stderr and in the document."""
+    pool.disk = {"out_of_service": "pwritev: Input/output error", "disk_errors": 3, "damaged_kept": 2}
+    assert run(["status"]) == 0
+    out, err = capsys.readouterr()
+    assert "out of service: pwritev: Input/output error" in out
+    assert err.startswith(
+        "torchcache: the disk of the server 127.0.0.1:7440 is out of service: pwritev: Input"
+    )
+    [server] = run_json(capsys, "status")["servers"]
+    assert server["out_of_service"] == "pwritev: Input/output error"
+    assert (server["disk_errors"], server["damaged_kept"]) == (3, 2)
+
+
+def test_status_shows_what_was_asked_of_a_dataset(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool.hold("s3://b/data", 5_000_000, dirty=True)
+    pool.set_policy("s3://b/data", pinned=True, priority=-3, quota_bytes=10**9, ttl_s=3 * 86400.0)
+    assert run(["status"]) == 0
+    notes = "pinned, priority -3, quota 1.0 GB, dropped when unused for 3 d 0 h, not yet durable"
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "s3://b/data" in line]
+    assert line.rstrip().endswith(notes)
+
+
 def test_ls_sums_folders_and_shows_what_the_pool_holds(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +272,121 @@ def test_stage_reports_the_first_failure_after_all_were_tried(
     assert len(pool.resident) == 2
     assert run(["stage", "s3://b/data", "--pattern", "*.png"]) == 1
     assert capsys.readouterr().err == "torchcache: there is nothing that matches '*.png' under s3://b/data\n"
+
+
+# ---- pin, unpin, evict, limit ----
+
+
+@pytest.mark.parametrize("name", ["s3://b/data", "samples:Set-3@0", "samples", "file:///data"])
+def test_a_dataset_is_pinned_by_its_name_and_unpinned(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    pool.hold(name, 5_000_000)
+    uri = {"file:///data": "/data/", "s3://b/data": "s3://b/data/"}.get(name, name)
+    assert run(["pin", uri]) == 0
+    assert capsys.readouterr().out == f"pinned {uri}: 5.0 MB in the pool stays\n"
+    assert pool.namespaces[name].pinned
+    [found] = run_json(capsys, "unpin", uri)["namespaces"]
+    assert (found["server"], found["name"], found["pinned"]) == ("127.0.0.1:7440", name, False)
+    assert list(pool.namespaces) == [name]
+
+
+def test_what_is_not_in_the_pool_yet_is_pinned_for_when_it_comes(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["pin", "s3://b/later"]) == 0
+    assert capsys.readouterr().out == "pinned s3://b/later: nothing of it is in the pool now\n"
+    assert pool.namespaces["s3://b/later"].pinned
+
+
+def test_a_checkpoint_is_pinned_with_its_copy_in_the_pool(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """I6. Not the copies of others whose paths begin the same."""
+    others = ["save:s3/b/run/step-10@x", "save:s3/b/run/step-1@2/deeper@y", "save:file/b/run/step-1@x"]
+    for name in ("save:s3/b/run/step-1@id1", "save:s3/b/run/step-1@id2", *others):
+        pool.hold(name, 7)
+    done = run_json(capsys, "pin", RUN)
+    names = [RUN, "save:s3/b/run/step-1@id1", "save:s3/b/run/step-1@id2"]
+    assert [n["name"] for n in done["namespaces"]] == names
+    assert [name for name, found in pool.namespaces.items() if found.pinned] == [*names[1:], RUN]
+    assert run(["limit", RUN, "--priority", "2"]) == 2
+    assert "is a checkpoint: it can be pinned or evicted" in capsys.readouterr().err
+
+
+def test_a_save_that_is_not_there_is_not_pinned(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pin", "save:s3/b/run@gone"]) == 1
+    assert "the pool holds nothing named save:s3/b/run@gone" in capsys.readouterr().err
+
+
+def test_evict_frees_and_says_how_much(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    pool.hold("s3://b/data", 5_000_000)
+    assert run(["evict", "s3://b/data"]) == 0
+    assert capsys.readouterr().out == "evicted s3://b/data: 5.0 MB freed\n"
+    assert run_json(capsys, "evict", "s3://b/data")["freed_bytes"] == 0
+    assert run(["evict", "s3://b/data"]) == 0
+    assert capsys.readouterr().out == "the pool held nothing of s3://b/data\n"
+
+
+def test_evict_takes_nothing_of_a_checkpoint_that_is_not_durable(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """I6."""
+    pool.hold(RUN, 5)
+    pool.hold("save:s3/b/run/step-1@id1", 7, dirty=True)
+    assert run(["evict", RUN]) == 2
+    assert "not yet durable" in capsys.readouterr().err
+    assert pool.namespaces[RUN].bytes == 5
+
+
+def test_limits_are_set_and_taken_away(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    limit = ["limit", "s3://b/data"]
+    assert run([*limit, "--quota", "100GB", "--ttl", "7d"]) == 0
+    wanted = "quota 100.0 GB, dropped when unused for 7 d 0 h; 0 bytes in the pool\n"
+    assert capsys.readouterr().out == f"s3://b/data: {wanted}"
+    assert run([*limit, "--priority", "-5", "--quota", "none"]) == 0
+    [found] = pool.namespaces.values()
+    assert (found.priority, found.quota_bytes, found.ttl_s) == (-5, None, 7 * 86_400)
+    assert run([*limit, "--priority", "0", "--ttl", "none"]) == 0
+    assert capsys.readouterr().out.endswith("s3://b/data: no limits; 0 bytes in the pool\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to set: give --quota, --ttl or --priority"),
+        (["--quota", "much"], "'much' is not a size"),
+        (["--quota", "0"], "holds nothing"),
+        (["--ttl", "7"], "'7' is not a time: write it like 90s, 30m, 12h, 7d or 2w"),
+        (["--ttl", "0d"], "more than zero"),
+        (["--ttl", "1e9d"], "is not a time"),
+        (["--priority", "1001"], "1001 is not in the range -1000<=x<=1000"),
+    ],
+)
+def test_limits_that_make_no_sense_are_code_2(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert run(["limit", "s3://b/data", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not pool.namespaces
+
+
+@pytest.mark.parametrize("words", [["pin"], ["unpin"], ["evict"], ["limit", "--priority", "1"]])
+def test_a_name_of_nothing_is_code_2(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    for uri, message in (("", "the URI is empty"), ("gs://b/x", "no under-store for gs://b/x/")):
+        assert run([*words, uri]) == 2
+        assert message in capsys.readouterr().err
+    assert not pool.namespaces
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("30m", 1800), ("30min", 1800), ("1.5h", 5400), (" 7 D ", 604_800), ("2w", 1_209_600)],
+)
+def test_times_as_people_write_them(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
 
 
 # ---- checkpoints ----

@@ -28,6 +28,8 @@ def test_defaults(home: Path) -> None:
     assert config.token_file == home / "token"
     assert config.drain_s == 60
     assert config.metrics_port is None
+    assert config.scrub_bytes_s == 32 * 1024**2
+    assert config.min_free_bytes is None
     assert config.embedded is None
 
 
@@ -43,6 +45,8 @@ def test_toml_and_options_give_the_same(tmp_path: Path) -> None:
         tls_key = "/etc/torchcache/key.pem"
         drain_s = 5
         metrics_port = 9100
+        scrub_rate = "64MiB"
+        min_free = "5GB"
 
         [under_stores]
         s3 = "s3://"
@@ -59,10 +63,18 @@ def test_toml_and_options_give_the_same(tmp_path: Path) -> None:
         "tls_key": Path("/etc/torchcache/key.pem"),
         "drain_s": 5.0,
         "metrics_port": 9100,
+        "scrub_rate": "64MiB",
+        "min_free": "5GB",
         "embedded": None,
         "index": None,
     }
     assert from_settings(read_toml(file)) == from_settings(options)
+
+
+@pytest.mark.parametrize("nothing", [0, "0", " 0 ", 0.0])
+def test_scrub_and_free_space_can_be_none(nothing: Any) -> None:
+    config = from_settings(MINIMAL | {"scrub_rate": nothing, "min_free": nothing})
+    assert (config.scrub_bytes_s, config.min_free_bytes) == (0, 0)
 
 
 def test_an_embedded_server_lives_in_its_pools_folder(tmp_path: Path) -> None:
@@ -100,6 +112,15 @@ def test_an_embedded_server_lives_in_its_pools_folder(tmp_path: Path) -> None:
         ({"drain_s": float("nan")}, "drain"),
         ({"drain_s": "long"}, "must be a number"),
         ({"metrics_port": 70000}, "metrics port"),
+        ({"scrub_rate": "fast"}, "'fast' is not a size"),
+        ({"scrub_rate": -1}, "more than zero"),
+        ({"scrub_rate": False}, "False is not a size"),
+        ({"scrub_rate": 0.5}, "0.5 is not a size"),
+        (
+            {"scrub_rate": "1PB"},
+            "a scrub rate of 1000000000000000 bytes a second: give 0, for none, to 100GiB",
+        ),
+        ({"min_free": "some"}, "'some' is not a size"),
         ({"index": 1}, "belongs to an embedded server"),
         ({"idle_s": 1}, "belongs to an embedded server"),
         ({"embedded": "/pool"}, "drop store"),
@@ -125,16 +146,25 @@ def test_other_addresses_listen_with_tls() -> None:
     assert config.tls == Tls(certificate=Path("/c.pem"), key=Path("/k.pem"))
 
 
-def test_the_class_checks_for_itself() -> None:
-    with pytest.raises(ConfigurationError, match="without TLS"):
-        ServerConfig(
-            host="192.0.2.1",
-            port=1,
-            store=Path("/s"),
-            capacity_bytes=1,
-            under_stores=(("s3", "s3://"),),
-            token_file=Path("/t"),
-        )
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"host": "192.0.2.1"}, "without TLS"),
+        ({"scrub_bytes_s": -1}, "a scrub rate of -1"),
+        ({"min_free_bytes": -1}, "-1 bytes can't be left free"),
+    ],
+)
+def test_the_class_checks_for_itself(changed: dict[str, Any], message: str) -> None:
+    valid: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "port": 1,
+        "store": Path("/s"),
+        "capacity_bytes": 1,
+        "under_stores": (("s3", "s3://"),),
+        "token_file": Path("/t"),
+    }
+    with pytest.raises(ConfigurationError, match=message):
+        ServerConfig(**(valid | changed))
 
 
 @pytest.mark.parametrize("text", ["s3", "=s3://", "s3="])

@@ -7,8 +7,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torchcache_server.cache.policies import PolicyChange
 from torchcache_server.service import requests
-from torchcache_server.service.requests import MAX_OBJECT_BYTES, read_plan, save_id, timeout, write_plan
+from torchcache_server.service.requests import (
+    MAX_NAMESPACE_BYTES,
+    MAX_OBJECT_BYTES,
+    namespace_name,
+    policy_change,
+    read_plan,
+    save_id,
+    timeout,
+    write_plan,
+)
 
 from torchcache.errors import ConfigurationError
 from torchcache.model import SAMPLES
@@ -159,3 +169,34 @@ def test_timeouts_are_bounded() -> None:
 def test_ids_are_plain(value: str) -> None:
     with pytest.raises(ConfigurationError, match="a save's id"):
         save_id(value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "change"),
+    [
+        ({}, PolicyChange()),
+        ({"pinned": False, "priority": 0}, PolicyChange(pinned=False, priority=0)),
+        ({"quota_bytes": 0, "ttl_s": 0.0}, PolicyChange(quota_bytes=0, ttl_s=0.0)),
+        (
+            {"pinned": True, "quota_bytes": -5, "ttl_s": 1.5},
+            PolicyChange(pinned=True, quota_bytes=-5, ttl_s=1.5),
+        ),
+    ],
+)
+def test_what_a_policy_leaves_out_stays(fields: dict[str, Any], change: PolicyChange) -> None:
+    assert policy_change(pb.SetPolicyRequest(namespace="n", **fields)) == change
+
+
+@pytest.mark.parametrize("ttl_s", [float("nan"), float("inf"), -float("inf")])
+def test_times_to_live_are_numbers(ttl_s: float) -> None:
+    with pytest.raises(ConfigurationError, match="give a number of seconds"):
+        policy_change(pb.SetPolicyRequest(namespace="n", ttl_s=ttl_s))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("", "missing"), ("n" * (MAX_NAMESPACE_BYTES + 1), "are allowed")]
+)
+def test_names_of_namespaces_are_bounded(name: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        namespace_name(name)
+    assert namespace_name("n" * MAX_NAMESPACE_BYTES)

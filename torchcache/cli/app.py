@@ -14,6 +14,7 @@ from torchcache.cli.checkpoints import checkpoint
 from torchcache.cli.command import EXIT_CODES, EXIT_FAILED, EXIT_INTERRUPTED
 from torchcache.cli.doctor import doctor
 from torchcache.cli.listing import ls
+from torchcache.cli.policies import evict, limit, pin, unpin
 from torchcache.cli.serve import serve
 from torchcache.cli.stage import stage
 from torchcache.cli.status import status
@@ -33,7 +34,7 @@ def cli(*, traceback: bool) -> None:
     """
 
 
-for _command in (serve, status, stage, ls, checkpoint, doctor):
+for _command in (serve, status, stage, ls, pin, unpin, evict, limit, checkpoint, doctor):
     cli.add_command(_command)
 
 

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 _PIPE_COLUMNS = 500
 """Width where no terminal sets one: nothing is cut off or wrapped."""
 
+
+class Alert(str):
+    """A cell of a table that must not be overlooked."""
+
+    __slots__ = ()
+
+
 Advance = Callable[[int, int], None]
 """(items, bytes) just done."""
 
@@ -62,7 +69,7 @@ class Output:
                 name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold"
             )
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(cell, style="bold red" if isinstance(cell, Alert) else "") for cell in row))
         Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False).print(
             table
         )
@@ -133,3 +140,14 @@ def duration_text(seconds: float) -> str:
     return (
         f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     )
+
+
+def policy_text(*, pinned: bool, priority: int, quota_bytes: int, ttl_s: float) -> str:
+    """What a user asked of a dataset's place in the pool: "pinned, quota 100.0 GB"; empty for nothing."""
+    notes = [
+        ("pinned", pinned),
+        (f"priority {priority}", priority != 0),
+        (f"quota {size_text(quota_bytes)}", quota_bytes > 0),
+        (f"dropped when unused for {duration_text(ttl_s)}", ttl_s > 0),
+    ]
+    return ", ".join(note for note, applies in notes if applies)

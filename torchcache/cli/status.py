@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from torchcache.cli.command import EXIT_CODES, Session, command
-from torchcache.cli.output import duration_text, percent_text, size_text
+from torchcache.cli.output import Alert, duration_text, percent_text, policy_text, size_text
 from torchcache.errors import ServerUnavailable
 
 if TYPE_CHECKING:
@@ -30,8 +30,17 @@ def status(session: Session) -> None:
     )
     for address in unreachable:
         session.output.warning(f"the server {address} can't be reached; the others stand in for it")
+    for server in servers:
+        if server.out_of_service:
+            session.output.warning(
+                f"the disk of the server {server.address} is out of service: {server.out_of_service}. Reads go on from "
+                "storage without being kept, and writes are refused; see to the disk, then restart the server"
+            )
     if not session.output.as_json:
-        _show(session.output, servers)
+        _show_servers(session.output, servers)
+        _show_disks(session.output, servers)
+        _show_under_stores(session.output, servers)
+        _show_namespaces(session.output, servers)
 
 
 def _running_embedded_pool() -> Pool:
@@ -53,7 +62,7 @@ def _running_embedded_pool() -> Pool:
     return Pool(StaticMembers(endpoints=endpoints, access=Access(token_file=root / "token")))
 
 
-def _show(output: Output, servers: list[ServerStatus]) -> None:
+def _show_servers(output: Output, servers: list[ServerStatus]) -> None:
     output.table(
         (
             "server",
@@ -83,6 +92,45 @@ def _show(output: Output, servers: list[ServerStatus]) -> None:
             for s in servers
         ],
     )
+
+
+def _show_disks(output: Output, servers: list[ServerStatus]) -> None:
+    output.table(
+        (
+            "disk of",
+            "state",
+            ">errors",
+            ">free",
+            ">spare",
+            ">dead",
+            ">index",
+            ">scrubbed",
+            ">rounds",
+            ">damaged, kept",
+        ),
+        [
+            (
+                s.address,
+                Alert(f"out of service: {s.out_of_service}") if s.out_of_service else "in service",
+                _alarming(s.disk_errors),
+                size_text(s.free_bytes),
+                size_text(s.spare_bytes),
+                size_text(s.dead_bytes),
+                size_text(s.overhead_bytes),
+                size_text(s.scrubbed_bytes),
+                f"{s.scrub_rounds:,}",
+                _alarming(s.damaged_kept),
+            )
+            for s in servers
+        ],
+    )
+
+
+def _alarming(count: int) -> str:
+    return Alert(f"{count:,}") if count else "0"
+
+
+def _show_under_stores(output: Output, servers: list[ServerStatus]) -> None:
     output.table(
         (
             "under-store",
@@ -111,6 +159,9 @@ def _show(output: Output, servers: list[ServerStatus]) -> None:
             for u in s.under_stores
         ],
     )
+
+
+def _show_namespaces(output: Output, servers: list[ServerStatus]) -> None:
     held = [
         (n.name, s.address, size_text(n.bytes), f"{n.chunks:,}", _notes(n))
         for s in servers
@@ -121,5 +172,10 @@ def _show(output: Output, servers: list[ServerStatus]) -> None:
 
 
 def _notes(namespace: NamespaceStatus) -> str:
-    notes = [("pinned", namespace.pinned), ("not yet durable", namespace.dirty)]
-    return ", ".join(note for note, applies in notes if applies)
+    policy = policy_text(
+        pinned=namespace.pinned,
+        priority=namespace.priority,
+        quota_bytes=namespace.quota_bytes or 0,
+        ttl_s=namespace.ttl_s or 0.0,
+    )
+    return ", ".join(note for note in (policy, "not yet durable" if namespace.dirty else "") if note)

@@ -9,12 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from torchcache.errors import TorchCacheError
 from torchcache.lanes.base import Buffer, ReadOptions
 from torchcache.model import Extent, ObjectId, ObjectInfo
-from torchcache.pool import staging
+from torchcache.pool import policies, staging
 from torchcache.pool.farewell import farewell
 from torchcache.pool.members import MemberSource
 from torchcache.pool.objects import Objects
 from torchcache.pool.reads import Reading
-from torchcache.pool.reports import PoolStatistics, Residency, SaveInfo, ServerStatus, server_status
+from torchcache.pool.reports import (
+    NamespaceStatus,
+    PoolStatistics,
+    Residency,
+    SaveInfo,
+    ServerStatus,
+    server_status,
+)
 from torchcache.pool.saves import Saves
 from torchcache.pool.session import Session
 from torchcache.pool.writes import Writing
@@ -161,6 +168,46 @@ class Pool:
     def resident_bytes(self, objects: Sequence[ObjectInfo]) -> Sequence[int]:
         """Of each of `objects` how many bytes the pool holds now; 0 of computed samples, whose size is unknown."""
         return staging.resident_bytes(self._session(), objects)
+
+    # ---- what a dataset may take ----
+
+    def set_policy(
+        self,
+        namespace: str,
+        *,
+        pinned: bool | None = None,
+        priority: int | None = None,
+        quota_bytes: int | None = None,
+        ttl_s: float | None = None,
+    ) -> dict[str, NamespaceStatus]:
+        """Says how the pool treats a dataset when room is short; what is None stays as it is. Survives restarts.
+
+        `namespace` is the dataset's name in `status`: its folder's URI, without a slash at the end, or
+        `samples:<name>@<version>`. It need not hold anything yet. `pinned`: never evicted. `priority`, -1000 to 1000:
+        who has a lower one yields first, and never takes room from who has a higher one; it starts at 0.
+        `quota_bytes`: it takes no more of the pool than that, each server getting an even share; `ttl_s`: dropped once
+        nobody used it for so long. Of these two 0 takes the limit away.
+
+        Of a save in the pool only `pinned` can be set. A server that joins later has to be told again. Returns what
+        each server now has of it, by address. Raises ServerUnavailable with the servers that could not be told; the
+        others were.
+        """
+        return policies.set_policy(
+            self._session(),
+            namespace,
+            pinned=pinned,
+            priority=priority,
+            quota_bytes=quota_bytes,
+            ttl_s=ttl_s,
+        )
+
+    def evict(self, namespace: str) -> int:
+        """Frees what the pool holds of a dataset, or of a checkpoint that is durable; returns the bytes.
+
+        What was set by `set_policy` stays. Raises ConfigurationError if it is pinned or not yet durable, and
+        ServerUnavailable with the servers that could not be told; the others were.
+        """
+        return policies.evict(self._session(), namespace)
 
     # ---- saves of checkpoints; see wire/v1/cache.proto ----
 

@@ -27,18 +27,30 @@ class UnderStoreStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamespaceStatus:
-    """One dataset or checkpoint in one server's store. `dirty`: not yet durable, so never evicted."""
+    """One dataset or checkpoint in one server's store. `dirty`: not yet durable, so never evicted.
+
+    The others are what a user asked of it, see `Pool.set_policy`; `quota_bytes` is this server's share.
+    """
 
     name: str
     bytes: int
     chunks: int
     pinned: bool
     dirty: bool
+    priority: int = 0
+    quota_bytes: int | None = None
+    ttl_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStatus:
-    """One server, as it sees itself. Counters run since it started."""
+    """One server, as it sees itself. Counters run since it started.
+
+    Of the store's disk: `spare_bytes` are in files kept to be written again, `dead_bytes` in segments where chunks
+    were, `overhead_bytes` in the index and the records beside it, `free_bytes` left on the file system. `damaged_kept`
+    counts damaged chunks that stay because there is no other copy. `out_of_service` says why the disk is not used any
+    more; empty while it is.
+    """
 
     address: str
     server_id: str
@@ -61,6 +73,18 @@ class ServerStatus:
     read_calls: int
     write_calls: int
     upload_pending_bytes: int
+    spare_bytes: int
+    dead_bytes: int
+    overhead_bytes: int
+    free_bytes: int
+    recycled_segments: int
+    compacted_bytes: int
+    expired_chunks: int
+    scrubbed_bytes: int
+    scrub_rounds: int
+    damaged_kept: int
+    disk_errors: int
+    out_of_service: str
     under_stores: tuple[UnderStoreStatus, ...]
     namespaces: tuple[NamespaceStatus, ...]
 
@@ -141,10 +165,7 @@ def server_status(reply: cache_pb2.StatusReply, address: str) -> ServerStatus:
         )
         for u in reply.under_stores
     )
-    namespaces = tuple(
-        NamespaceStatus(name=n.name, bytes=n.bytes, chunks=n.chunks, pinned=n.pinned, dirty=n.dirty)
-        for n in reply.namespaces
-    )
+    namespaces = tuple(map(namespace_status, reply.namespaces))
     same = {name: getattr(reply, name) for name in _SAME}
     return ServerStatus(
         address=address,
@@ -154,6 +175,20 @@ def server_status(reply: cache_pb2.StatusReply, address: str) -> ServerStatus:
         under_stores=stores,
         namespaces=namespaces,
         **same,
+    )
+
+
+def namespace_status(reply: cache_pb2.NamespaceStatus) -> NamespaceStatus:
+    """The namespace a reply tells of."""
+    return NamespaceStatus(
+        name=reply.name,
+        bytes=reply.bytes,
+        chunks=reply.chunks,
+        pinned=reply.pinned,
+        dirty=reply.dirty,
+        priority=reply.priority,
+        quota_bytes=reply.quota_bytes or None,
+        ttl_s=reply.ttl_s or None,
     )
 
 

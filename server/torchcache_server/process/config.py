@@ -19,6 +19,8 @@ DEFAULT_LISTEN: Final = "127.0.0.1:7440"
 DEFAULT_DRAIN_S: Final = 60.0
 EMBEDDED_DRAIN_S: Final = 40.0
 DEFAULT_IDLE_S: Final = 15.0
+DEFAULT_SCRUB_BYTES_S: Final = 32 * 1024 * 1024
+MAX_SCRUB_BYTES_S: Final = 100 * 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class ServerConfig:
     tls: Tls | None = None
     drain_s: float = DEFAULT_DRAIN_S
     metrics_port: int | None = None
+    scrub_bytes_s: int = DEFAULT_SCRUB_BYTES_S  # 0: no scrub
+    min_free_bytes: int | None = None  # None: the store chooses
     embedded: Embedded | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +70,12 @@ class ServerConfig:
             raise ConfigurationError(f"metrics port {self.metrics_port} does not exist")
         if not 0 <= self.drain_s <= 86_400:
             raise ConfigurationError(f"a drain of {self.drain_s} s: give 0 to 86400")
+        if not 0 <= self.scrub_bytes_s <= MAX_SCRUB_BYTES_S:
+            raise ConfigurationError(
+                f"a scrub rate of {self.scrub_bytes_s} bytes a second: give 0, for none, to 100GiB"
+            )
+        if self.min_free_bytes is not None and self.min_free_bytes < 0:
+            raise ConfigurationError(f"{self.min_free_bytes} bytes can't be left free: give 0 or more")
         if not self.under_stores:
             raise ConfigurationError("no under-store: give at least one, like --under-store s3=s3://")
         if self.tls is None and not is_loopback(self.host):
@@ -110,8 +120,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
     """The configuration that `settings` describe: names and values as in the TOML file.
 
-    listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, drain_s, metrics_port; an embedded
-    server has embedded (its pool's folder), index and idle_s in place of listen and store. None is the same as absent.
+    listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, drain_s, metrics_port, scrub_rate
+    (bytes a second), min_free; an embedded server has embedded (its pool's folder), index and idle_s in place of listen
+    and store. None is the same as absent.
     Raises ConfigurationError, also for a setting that doesn't exist.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -131,6 +142,8 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
         tls=_tls(given),
         drain_s=_number(given, "drain_s", EMBEDDED_DRAIN_S if embedded else DEFAULT_DRAIN_S),
         metrics_port=int(_number(given, "metrics_port", 0)) if "metrics_port" in given else None,
+        scrub_bytes_s=_size_or_zero(given, "scrub_rate", DEFAULT_SCRUB_BYTES_S),
+        min_free_bytes=_size_or_zero(given, "min_free", 0) if "min_free" in given else None,
         embedded=embedded,
     )
 
@@ -169,6 +182,8 @@ _SETTINGS: Final = (
     "tls_key",
     "drain_s",
     "metrics_port",
+    "scrub_rate",
+    "min_free",
     "embedded",
     "index",
     "idle_s",
@@ -236,3 +251,11 @@ def _number(given: Mapping[str, Any], name: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigurationError(f"{name} must be a number, not {value!r}")
     return value
+
+
+def _size_or_zero(given: Mapping[str, Any], name: str, default: int) -> int:
+    """Bytes of a size, or 0: parse_size takes none for a mistake."""
+    value = given.get(name, default)
+    if isinstance(value, str) and value.strip() == "0":
+        return 0
+    return 0 if value == 0 and not isinstance(value, bool) else parse_size(value)

@@ -80,6 +80,16 @@ _LOG = logging.getLogger(__name__)
 )
 @click.option("--metrics-port", metavar="PORT", type=int, help="Prometheus metrics on 127.0.0.1.")
 @click.option(
+    "--scrub-rate",
+    metavar="SIZE",
+    help="How much of the store to verify each second, in the background; 0: none. [32MiB]",
+)
+@click.option(
+    "--min-free",
+    metavar="SIZE",
+    help="What is to stay free on the store's file system, like 10GB; 0: nothing.",
+)
+@click.option(
     "--embedded",
     metavar="ROOT",
     type=click.Path(path_type=Path),

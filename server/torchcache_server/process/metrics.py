@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from wsgiref.simple_server import WSGIServer
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -14,7 +14,7 @@ from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.counters import ServiceCounters
-from torchcache_server.store import Store
+from torchcache_server.store import Store, StoreUsage
 from torchcache_server.understore.base import UnderStore
 
 Family = CounterMetricFamily | GaugeMetricFamily
@@ -48,6 +48,7 @@ class ServerCollector(Collector):
         yield _gauge("store_used_bytes", "Bytes the store holds", usage.used_bytes)
         yield _gauge("store_chunks", "Chunks the store holds", usage.chunks)
         yield _gauge("store_segments", "Segment files of the store", usage.segments)
+        yield from _disk_families(usage)
         yield _counter("lookup_hits", "Chunks looked up and found", usage.hits)
         yield _counter("lookup_misses", "Chunks looked up and not found", usage.misses)
         yield _counter("corrupt_chunks", "Chunks quarantined for a wrong checksum", usage.corrupt)
@@ -82,15 +83,36 @@ class ServerCollector(Collector):
             yield family
 
 
-def serve_metrics(port: int, collector: ServerCollector) -> WSGIServer:
-    """Serves on 127.0.0.1. Raises ConfigurationError if the port is taken."""
+def _disk_families(usage: StoreUsage) -> Iterator[Family]:
+    yield _gauge("store_spare_bytes", "Bytes in files kept to be written again", usage.spare_bytes)
+    yield _gauge("store_dead_bytes", "Bytes in segments whose chunks are gone", usage.dead_bytes)
+    yield _gauge("store_overhead_bytes", "Bytes of the index and the records", usage.overhead_bytes)
+    yield _gauge("store_free_bytes", "Bytes free on the store's file system", usage.free_bytes)
+    yield _counter("recycled_segments", "Segment files written again", usage.recycled_segments)
+    yield _counter("compacted_bytes", "Bytes copied out of segments mostly dead", usage.compacted_bytes)
+    yield _counter("expired_chunks", "Chunks dropped for their time to live", usage.expired_chunks)
+    yield _counter("store_scrubbed_bytes", "Bytes verified by the scrub", usage.scrubbed_bytes)
+    yield _counter("store_scrub_rounds", "Times the scrub went through the whole store", usage.scrub_rounds)
+    yield _gauge("store_damaged_kept", "Damaged chunks without another copy", usage.damaged_kept)
+    yield _counter("store_disk_errors", "Errors of the store's disk", usage.disk_errors)
+    yield _gauge("store_out_of_service", "1 if the disk is not used any more", bool(usage.out_of_service))
+
+
+@contextmanager
+def serve_metrics(port: int, collector: ServerCollector) -> Iterator[None]:
+    """Serves on 127.0.0.1 within the block. Raises ConfigurationError if the port is taken."""
     registry = CollectorRegistry()
     registry.register(collector)
     try:
-        server, _thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+        server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
     except OSError as error:
         raise ConfigurationError(f"metrics can't listen on port {port}: {error.strerror}") from None
-    return server
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

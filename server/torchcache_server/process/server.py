@@ -15,13 +15,15 @@ from typing import Final
 from torchcache import environment
 from torchcache.errors import ConfigurationError
 from torchcache_server import understore
+from torchcache_server.cache.maintenance import Maintenance
+from torchcache_server.cache.policies import Policies
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.control import ControlService, ServerFacts
 from torchcache_server.service.counters import ServiceCounters
 from torchcache_server.service.interceptors import Token
-from torchcache_server.store import Store
+from torchcache_server.store import OS, DiskCalls, Store
 from torchcache_server.understore.base import UnderStore
 from torchcache_server.understore.s3 import S3UnderStore
 
@@ -40,9 +42,13 @@ _LOG = logging.getLogger(__name__)
 class Server:
     """Serves from construction until `close`."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        """Raises ConfigurationError, or another TorchCacheError, with everything closed again."""
+    def __init__(self, config: ServerConfig, *, disk: DiskCalls = OS) -> None:
+        """Raises ConfigurationError, or another TorchCacheError, with everything closed again.
+
+        `disk` is what the store calls: a test may give one that fails.
+        """
         self.config = config
+        self._disk = disk
         self.instance = secrets.token_hex(8)
         self._admission = Admission()
         self._stack = ExitStack()
@@ -58,12 +64,21 @@ class Server:
         token = Token(read_or_create_token(config.token_file))
         tls = _read_tls(config.tls) if config.tls else None
         self._under_stores = _open_under_stores(config, closing)
-        store = Store(config.store, capacity_bytes=config.capacity_bytes)
+        store = Store(
+            config.store,
+            capacity_bytes=config.capacity_bytes,
+            min_free_bytes=config.min_free_bytes,
+            disk=self._disk,
+        )
         closing.callback(store.close)
         read_through = ReadThrough(store, self._under_stores)
         closing.callback(read_through.close)
         self._write_back = WriteBack(store, self._under_stores)
         closing.callback(self._write_back.close)
+        maintenance = Maintenance(
+            store, scrub_bytes_s=config.scrub_bytes_s, busy=lambda: self._admission.streams > 0
+        )
+        closing.callback(maintenance.close)
         counters = ServiceCounters()
 
         self._control = ControlListener(config, token, self._admission, tls)
@@ -87,7 +102,7 @@ class Server:
                 read_through=read_through,
                 counters=counters,
             )
-            closing.callback(serve_metrics(config.metrics_port, collector).shutdown)
+            closing.enter_context(serve_metrics(config.metrics_port, collector))
         self.server_id: str = store.server_id
         self.data_port: int = self._data.port
         self._endpoint = self._endpoint_file()
@@ -103,6 +118,7 @@ class Server:
             facts=facts,
             under_stores=self._under_stores,
             write_back=self._write_back,
+            policies=Policies(store),
             set_credentials=self._set_credentials,
             store=store,
             read_through=read_through,

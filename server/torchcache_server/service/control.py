@@ -20,18 +20,21 @@ from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import encode_error
 from torchcache.wire.v1 import cache_pb2 as pb
 from torchcache.wire.v1 import cache_pb2_grpc
+from torchcache_server.cache.policies import Policies
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.stage import resident_bytes, stage
 from torchcache_server.cache.write_back import SaveKey, SaveStatus, WriteBack
-from torchcache_server.store import Store
+from torchcache_server.store import NamespaceUsage, Store
 from torchcache_server.understore import UnderStore, choose
 
 from .counters import ServiceCounters
 from .requests import (
     DEFAULT_CALL_S,
     MAX_CALL_S,
+    namespace_name,
     object_infos,
     object_key,
+    policy_change,
     save_id,
     timeout,
     under_store_name,
@@ -77,6 +80,7 @@ class ControlService(cache_pb2_grpc.ControlServicer):
         under_stores: Mapping[str, UnderStore],
         read_through: ReadThrough,
         write_back: WriteBack,
+        policies: Policies,
         counters: ServiceCounters,
         set_credentials: CredentialsSink,
     ) -> None:
@@ -85,6 +89,7 @@ class ControlService(cache_pb2_grpc.ControlServicer):
         self._under_stores = under_stores
         self._read_through = read_through
         self._write_back = write_back
+        self._policies = policies
         self._counters = counters
         self._set_credentials = set_credentials
 
@@ -123,10 +128,19 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             write_calls=served.write_calls,
             upload_pending_bytes=self._write_back.pending_bytes,
             under_stores=[_counters(under_store) for under_store in self._under_stores.values()],
-            namespaces=[
-                pb.NamespaceStatus(name=n.name, bytes=n.bytes, chunks=n.chunks, pinned=n.pinned, dirty=n.kept)
-                for n in self._store.namespaces()
-            ],
+            namespaces=map(_namespace_status, self._store.namespaces()),
+            spare_bytes=usage.spare_bytes,
+            dead_bytes=usage.dead_bytes,
+            overhead_bytes=usage.overhead_bytes,
+            free_bytes=usage.free_bytes,
+            recycled_segments=usage.recycled_segments,
+            compacted_bytes=usage.compacted_bytes,
+            expired_chunks=usage.expired_chunks,
+            scrubbed_bytes=usage.scrubbed_bytes,
+            scrub_rounds=usage.scrub_rounds,
+            damaged_kept=usage.damaged_kept,
+            disk_errors=usage.disk_errors,
+            out_of_service=usage.out_of_service,
         )
 
     def SetCredentials(
@@ -137,6 +151,16 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             raise ConfigurationError(f"{', '.join(unknown)}: not variables that carry credentials")
         self._set_credentials(dict(request.variables))
         return pb.CredentialsReply()
+
+    # ---- policies ----
+
+    def SetPolicy(self, request: pb.SetPolicyRequest, context: grpc.ServicerContext) -> pb.NamespaceStatus:
+        name = namespace_name(request.namespace)
+        usage = self._policies.change(name, policy_change(request))
+        return pb.NamespaceStatus(name=name) if usage is None else _namespace_status(usage)
+
+    def Evict(self, request: pb.EvictRequest, context: grpc.ServicerContext) -> pb.EvictReply:
+        return pb.EvictReply(freed_bytes=self._policies.evict(namespace_name(request.namespace)))
 
     # ---- objects ----
 
@@ -271,6 +295,19 @@ def is_whole(store: Store, info: ObjectInfo, held_bytes: int) -> bool:
 
 def _ref(info: ObjectInfo) -> pb.ObjectRef:
     return pb.ObjectRef(store=info.id.store, key=info.id.key, version=info.id.version, size=info.size)
+
+
+def _namespace_status(usage: NamespaceUsage) -> pb.NamespaceStatus:
+    return pb.NamespaceStatus(
+        name=usage.name,
+        bytes=usage.bytes,
+        chunks=usage.chunks,
+        pinned=usage.policy.pinned,
+        dirty=usage.kept,
+        priority=usage.policy.priority,
+        quota_bytes=usage.policy.quota_bytes or 0,
+        ttl_s=usage.policy.ttl_s or 0.0,
+    )
 
 
 def _counters(under_store: UnderStore) -> pb.UnderStoreCounters:

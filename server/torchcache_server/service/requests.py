@@ -20,6 +20,7 @@ from torchcache.errors import ConfigurationError
 from torchcache.model import SAVE_PREFIX, UNKNOWN_SIZE, ObjectId, ObjectInfo
 from torchcache.save_names import KEPT_PREFIXES, put_namespace, save_namespace
 from torchcache.wire.v1 import cache_pb2
+from torchcache_server.cache.policies import PolicyChange
 
 MAX_EXTENTS: Final = 65_536
 MAX_OBJECTS: Final = 65_536
@@ -120,7 +121,7 @@ def write_plan(command: bytes) -> WritePlan:
     """
     request = cache_pb2.WriteRequest()
     _parse(request, command, "descriptor")
-    namespace = _bounded("namespace", request.namespace, MAX_NAMESPACE_BYTES)
+    namespace = namespace_name(request.namespace)
     objects = object_infos(request.objects)
     for info in objects:
         if info.size < 0:
@@ -131,6 +132,24 @@ def write_plan(command: bytes) -> WritePlan:
                 object=str(info.id),
             )
     return WritePlan(namespace, objects, request.durable)
+
+
+def policy_change(request: cache_pb2.SetPolicyRequest) -> PolicyChange:
+    """The change a request asks for. Raises ConfigurationError for numbers that are none; the rest Policy checks."""
+    ttl_s = request.ttl_s if request.HasField("ttl_s") else None
+    if ttl_s is not None and not math.isfinite(ttl_s):
+        raise ConfigurationError(f"a time to live of {ttl_s} s: give a number of seconds, or 0 for none")
+    return PolicyChange(
+        pinned=request.pinned if request.HasField("pinned") else None,
+        priority=request.priority if request.HasField("priority") else None,
+        quota_bytes=request.quota_bytes if request.HasField("quota_bytes") else None,
+        ttl_s=ttl_s,
+    )
+
+
+def namespace_name(name: str) -> str:
+    """A namespace's name as a client gave it. Raises ConfigurationError."""
+    return _bounded("namespace", name, MAX_NAMESPACE_BYTES)
 
 
 def object_infos(refs: Iterable[cache_pb2.ObjectRef]) -> list[ObjectInfo]:
@@ -203,7 +222,7 @@ def _fill_namespace(asked: str, objects: Sequence[ObjectInfo]) -> str:
     """The namespace that fills go to: never one of bytes that must be kept, which a fill would make permanent."""
     if not asked or asked.startswith(KEPT_PREFIXES):
         return objects[0].id.store if objects else "none"
-    return _bounded("namespace", asked, MAX_NAMESPACE_BYTES)
+    return namespace_name(asked)
 
 
 def _bounded(what: str, value: str, limit_bytes: int) -> str:

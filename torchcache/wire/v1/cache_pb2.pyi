@@ -113,25 +113,31 @@ class UnderStoreCounters(_message.Message):
     def __init__(self, name: _Optional[str] = ..., read_requests: _Optional[int] = ..., read_bytes: _Optional[int] = ..., write_requests: _Optional[int] = ..., write_bytes: _Optional[int] = ..., meta_requests: _Optional[int] = ..., retries: _Optional[int] = ...) -> None: ...
 
 class NamespaceStatus(_message.Message):
-    __slots__ = ("name", "bytes", "chunks", "pinned", "dirty")
+    __slots__ = ("name", "bytes", "chunks", "pinned", "dirty", "priority", "quota_bytes", "ttl_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     DIRTY_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     bytes: int
     chunks: int
     pinned: bool
     dirty: bool
-    def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., pinned: bool = ..., dirty: bool = ...) -> None: ...
+    priority: int
+    quota_bytes: int
+    ttl_s: float
+    def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., pinned: bool = ..., dirty: bool = ..., priority: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., ttl_s: _Optional[float] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "filled_chunks", "filled_bytes", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces")
+    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "filled_chunks", "filled_bytes", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces", "spare_bytes", "dead_bytes", "overhead_bytes", "free_bytes", "recycled_segments", "compacted_bytes", "expired_chunks", "scrubbed_bytes", "scrub_rounds", "damaged_kept", "disk_errors", "out_of_service")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STORE_PATH_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +158,18 @@ class StatusReply(_message.Message):
     UPLOAD_PENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
     UNDER_STORES_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    SPARE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OVERHEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECYCLED_SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    COMPACTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    SCRUBBED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SCRUB_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_KEPT_FIELD_NUMBER: _ClassVar[int]
+    DISK_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    OUT_OF_SERVICE_FIELD_NUMBER: _ClassVar[int]
     info: InfoReply
     store_path: str
     uptime_s: float
@@ -172,7 +190,45 @@ class StatusReply(_message.Message):
     upload_pending_bytes: int
     under_stores: _containers.RepeatedCompositeFieldContainer[UnderStoreCounters]
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStatus]
-    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., filled_chunks: _Optional[int] = ..., filled_bytes: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ...) -> None: ...
+    spare_bytes: int
+    dead_bytes: int
+    overhead_bytes: int
+    free_bytes: int
+    recycled_segments: int
+    compacted_bytes: int
+    expired_chunks: int
+    scrubbed_bytes: int
+    scrub_rounds: int
+    damaged_kept: int
+    disk_errors: int
+    out_of_service: str
+    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., filled_chunks: _Optional[int] = ..., filled_bytes: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., spare_bytes: _Optional[int] = ..., dead_bytes: _Optional[int] = ..., overhead_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., recycled_segments: _Optional[int] = ..., compacted_bytes: _Optional[int] = ..., expired_chunks: _Optional[int] = ..., scrubbed_bytes: _Optional[int] = ..., scrub_rounds: _Optional[int] = ..., damaged_kept: _Optional[int] = ..., disk_errors: _Optional[int] = ..., out_of_service: _Optional[str] = ...) -> None: ...
+
+class SetPolicyRequest(_message.Message):
+    __slots__ = ("namespace", "pinned", "priority", "quota_bytes", "ttl_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    pinned: bool
+    priority: int
+    quota_bytes: int
+    ttl_s: float
+    def __init__(self, namespace: _Optional[str] = ..., pinned: bool = ..., priority: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+
+class EvictRequest(_message.Message):
+    __slots__ = ("namespace",)
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    def __init__(self, namespace: _Optional[str] = ...) -> None: ...
+
+class EvictReply(_message.Message):
+    __slots__ = ("freed_bytes",)
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    freed_bytes: int
+    def __init__(self, freed_bytes: _Optional[int] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ("store", "prefix", "start_after", "limit")

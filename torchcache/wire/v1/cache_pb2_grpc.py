@@ -64,6 +64,16 @@ class ControlStub(object):
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ResidencyRequest.SerializeToString,
                 response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ResidencyReply.FromString,
                 _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/torchcache.v1.Control/SetPolicy',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.SetPolicyRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.NamespaceStatus.FromString,
+                _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/torchcache.v1.Control/Evict',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.EvictRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.EvictReply.FromString,
+                _registered_method=True)
         self.PublishObject = channel.unary_unary(
                 '/torchcache.v1.Control/PublishObject',
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PublishRequest.SerializeToString,
@@ -145,6 +155,18 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetResidency(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPolicy(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evict(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -236,6 +258,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetResidency,
                     request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ResidencyRequest.FromString,
                     response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ResidencyReply.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.SetPolicyRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.NamespaceStatus.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.EvictRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.EvictReply.SerializeToString,
             ),
             'PublishObject': grpc.unary_unary_rpc_method_handler(
                     servicer.PublishObject,
@@ -445,6 +477,60 @@ class Control(object):
             '/torchcache.v1.Control/GetResidency',
             torchcache_dot_wire_dot_v1_dot_cache__pb2.ResidencyRequest.SerializeToString,
             torchcache_dot_wire_dot_v1_dot_cache__pb2.ResidencyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/SetPolicy',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.SetPolicyRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.NamespaceStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/Evict',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.EvictRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.EvictReply.FromString,
             options,
             channel_credentials,
             insecure,

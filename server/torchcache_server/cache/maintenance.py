@@ -1,0 +1,129 @@
+"""What a store needs done while nobody asks for it: tidying every second, and a scrub that goes round at a set rate."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from torchcache_server.cache.work_queue import retry_delay_s
+from torchcache_server.store import ScrubStep
+
+_log = logging.getLogger(__name__)
+
+TIDY_S: Final = 1.0
+SCRUB_S: Final = 0.125
+"""Between two steps of the scrub: short, so that each holds the disk only briefly."""
+
+ROUND_S: Final = 3600.0
+"""A round of the scrub begins no sooner after the one before: a small store need not be read without end."""
+
+BUSY_SHARE: Final = 0.125
+"""Of the scrub's rate while streams run. Not none: a server that is never idle has its disk verified too."""
+
+LONGEST_PAUSE_S: Final = 60.0
+CLOSE_S: Final = 10.0
+
+
+class Tended(Protocol):
+    """What of the store is called here."""
+
+    def tidy(self) -> object:
+        """Drops what is past its time, compacts segments that are mostly dead, keeps the disk's watermark."""
+
+    def scrub(self, max_bytes: int) -> ScrubStep:
+        """Verifies about the next `max_bytes` of payloads."""
+
+
+class Chore:
+    """Something done again and again, later after each failure in a row. Not thread-safe."""
+
+    def __init__(self, name: str, work: Callable[[float], float]) -> None:
+        self._name = name
+        self._work = work
+        self._failures = 0
+        self.due_s = 0.0
+
+    def run(self, now: float) -> None:
+        """Does it. `work` gets the time and returns in how many seconds it is due again."""
+        try:
+            pause_s = self._work(now)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other chores and the server go on
+            self._failures += 1
+            pause_s = retry_delay_s(self._failures, first_s=TIDY_S, longest_s=LONGEST_PAUSE_S)
+            # The trace once: while a disk is broken the same would fill the log.
+            _log.warning(
+                "%s failed (%d in a row), again in %.0f s: %s: %s",
+                *(self._name, self._failures, pause_s, type(error).__name__, error),
+                exc_info=self._failures == 1,
+            )
+        else:
+            self._failures = 0
+        self.due_s = now + pause_s
+
+
+class Chores:
+    """When what is due. Not thread-safe; `now` is time.monotonic(), or a test's."""
+
+    def __init__(self, store: Tended, *, scrub_bytes_s: int, busy: Callable[[], bool], now: float) -> None:
+        self._store = store
+        self._rate = scrub_bytes_s
+        self._busy = busy
+        self._allowed = 0.0  # bytes that the rate allows now; below zero after a step that took more
+        self._allowed_at = now
+        self._round_began = now
+        self._chores = [Chore("tidying the store", self._tidy)]
+        if scrub_bytes_s:
+            self._chores.append(Chore("the scrub", self._scrub))
+
+    def step(self, now: float) -> float:
+        """Does what is due, and returns in how many seconds something is again."""
+        for chore in self._chores:
+            if chore.due_s <= now:
+                chore.run(now)
+        return max(0.0, min(chore.due_s for chore in self._chores) - now)
+
+    def _tidy(self, _now: float) -> float:
+        self._store.tidy()
+        return TIDY_S
+
+    def _scrub(self, now: float) -> float:
+        rate = self._rate * (BUSY_SHARE if self._busy() else 1.0)
+        # What wasn't used while nothing was due isn't saved up beyond this: the rate would be none.
+        most = max(1.0, rate * 2 * SCRUB_S)
+        self._allowed = min(self._allowed + rate * (now - self._allowed_at), most)
+        self._allowed_at = now
+        if self._allowed < 1:
+            return SCRUB_S
+        step = self._store.scrub(int(self._allowed))
+        self._allowed -= step.bytes
+        if step.damaged:
+            names = ", ".join(sorted(set(step.damaged)))
+            _log.warning("the scrub found %d damaged chunks, of %s", len(step.damaged), names)
+        if not step.finished:
+            return SCRUB_S
+        self._round_began = max(now + SCRUB_S, self._round_began + ROUND_S)
+        return self._round_began - now
+
+
+class Maintenance:
+    """The thread that does the chores of one store, from construction until `close`."""
+
+    def __init__(self, store: Tended, *, scrub_bytes_s: int, busy: Callable[[], bool]) -> None:
+        """`scrub_bytes_s` 0 runs no scrub. `busy` says whether the server has others to serve now."""
+        self._chores = Chores(store, scrub_bytes_s=scrub_bytes_s, busy=busy, now=time.monotonic())
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="maintenance", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Begins nothing more, and waits for what runs; idempotent."""
+        self._closed.set()
+        self._thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        pause_s = 0.0
+        while not self._closed.wait(pause_s):
+            pause_s = self._chores.step(time.monotonic())
