@@ -361,6 +361,17 @@ def test_a_scrub_goes_round_and_finds_what_nobody_read(store: Store, tmp_path: P
     store.close()
 
 
+def test_a_scrub_reads_a_rotten_disk_no_faster(store: Store, tmp_path: Path) -> None:
+    fill(store, "a", range(6), MIB)
+    [file] = segment_files(tmp_path / "s")
+    for n in range(6):
+        flip_bit(file, find_payload(file, payload(n, MIB)))
+    step = store.scrub(1)
+    assert (step.chunks, step.damaged, step.finished) == (1, ("a",), False)
+    assert step.bytes >= MIB
+    store.close()
+
+
 def test_a_scrub_of_an_empty_store_ends(store: Store) -> None:
     assert store.scrub(1000) == (0, 0, (), True)
     store.close()

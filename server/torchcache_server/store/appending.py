@@ -45,7 +45,8 @@ def append(
     check_name(namespace)
     refuse_if_out_of_service(core)
     if promised is None:
-        check_quota(core, namespace, sum(d.header.record_bytes for d in drafts))
+        with core.lock:
+            check_quota(core, namespace, sum(d.header.record_bytes for d in drafts))
     reserved = _reserve(core, namespace, drafts, promised)
     try:
         try:
@@ -72,6 +73,8 @@ def _reserve(core: Core, namespace: str, drafts: Sequence[Draft], promised: Prom
         if isinstance(got, Reserved):
             if promised is not None:
                 promised.release()
+            with core.lock:
+                core.used(core.space.namespace(namespace))
             return got
         make_room(core, namespace, got, next_use=next_use)
 

@@ -24,7 +24,7 @@ from torchcache_server.store.health import Watch
 from torchcache_server.store.index import Index, Location
 from torchcache_server.store.recycling import Spares
 from torchcache_server.store.segments import Segment, page_aligned
-from torchcache_server.store.space import Space
+from torchcache_server.store.space import Namespace, Space
 
 _log = logging.getLogger(__name__)
 
@@ -152,10 +152,14 @@ class Core:
         """Notes that a chunk of the segment is in use, and with it its namespace."""
         namespace = self.space.namespaces.get(segment.header.namespace)
         if namespace is not None:
-            namespace.last_used = next(self.clock)
-            namespace.used_s = time.monotonic()
+            self.used(namespace)
             if namespace.order is not None:
                 namespace.order.used(key)
+
+    def used(self, namespace: Namespace) -> None:
+        """Notes that the namespace is in use."""
+        namespace.last_used = next(self.clock)
+        namespace.used_s = time.monotonic()
 
     def is_kept(self, segment: Segment) -> bool:
         """Whether what the segment holds may exist nowhere else."""

@@ -18,6 +18,7 @@ from torchcache_server.store.eviction import (
     choose_yielding,
 )
 from torchcache_server.store.segments import PAGE_BYTES, Segment, page_aligned
+from torchcache_server.store.space import Namespace
 from torchcache_server.store.writing import Short
 
 _LOOK_AT: Final = 16
@@ -36,12 +37,11 @@ def refuse_if_out_of_service(core: Core) -> None:
 
 
 def check_quota(core: Core, namespace: str, bytes: int) -> None:
-    """Raises OutOfSpace if the namespace may not take so much more."""
-    with core.lock:
-        owner = core.space.namespaces.get(namespace)
-        if owner is None or owner.policy.quota_bytes is None or owner.kept:
-            return
-        held = owner.bytes
+    """Raises OutOfSpace if the namespace may not take so much more. Under `lock`."""
+    owner = core.space.namespaces.get(namespace)
+    if owner is None or owner.policy.quota_bytes is None or owner.kept:
+        return
+    held = owner.bytes + owner.promised_bytes
     if held + bytes > owner.policy.quota_bytes:
         raise OutOfSpace(
             f"{namespace!r} has used up its quota: {held} of {owner.policy.quota_bytes} bytes; raise it with "
@@ -52,31 +52,36 @@ def check_quota(core: Core, namespace: str, bytes: int) -> None:
 class Promise:
     """Room for a fill that is on its way. Whoever stores it says so; `release` gives back what wasn't used."""
 
-    def __init__(self, core: Core, bytes: int) -> None:
+    def __init__(self, core: Core, owner: Namespace, bytes: int) -> None:
         self._core = core
+        self._owner = owner
         self.bytes = bytes
 
     def release(self) -> None:
         """May be called twice."""
         with self._core.lock:
             self._core.space.promised_bytes -= self.bytes
+            self._owner.promised_bytes -= self.bytes
             self.bytes = 0
+            self._core.space.forget_if_empty(self._owner.name)
 
 
 def promise(core: Core, namespace: str, size_bytes: int, key: bytes) -> Promise:
     """Room for a chunk of `size_bytes`, before it is fetched. Raises OutOfSpace: it will have to pass through."""
     refuse_if_out_of_service(core)
     bytes = page_aligned(size_bytes + PAGE_BYTES)
-    check_quota(core, namespace, bytes)
     space = core.space
     next_use = note_use(core, namespace, key)
     while True:
         with core.lock:
+            check_quota(core, namespace, bytes)
             over = space.used_bytes + space.promised_bytes + bytes - space.capacity_bytes
             over_disk = bytes + core.min_free_bytes - core.free_bytes() - core.spares.bytes
             if over <= 0 and over_disk <= 0:
+                owner = space.namespace(namespace)
                 space.promised_bytes += bytes
-                return Promise(core, bytes)
+                owner.promised_bytes += bytes
+                return Promise(core, owner, bytes)
         make_room(core, namespace, Short(bytes, over, over_disk), next_use=next_use)
 
 

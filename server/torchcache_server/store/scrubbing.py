@@ -51,10 +51,10 @@ class Scrub:
                         continue
                     if size >= max_bytes:
                         break
-                    read = self._verify(segment, key, offset)
-                    if read is None:
+                    read, is_sound = self._verify(segment, key, offset)
+                    if not is_sound:
                         damaged.append(segment.header.namespace)
-                    size += read or 0
+                    size += read
                     chunks += 1
                     self._offset = offset + 1
                 else:
@@ -71,19 +71,20 @@ class Scrub:
                 self._segment, self._offset = number, 0
             return self.core.space.segments[number]
 
-    def _verify(self, segment: Segment, key: bytes, offset: int) -> int | None:
-        """Bytes of the record; None for one that is bad, or can't be read: it is taken out if it may go."""
+    def _verify(self, segment: Segment, key: bytes, offset: int) -> tuple[int, bool]:
+        """Bytes read, about, and whether the record is sound; one that isn't is taken out if it may go."""
         core, location = self.core, Location(segment.number, offset)
+        usual_bytes = segment.live_bytes // max(1, segment.chunks)
         try:
             record = segment.populated_record(core.disk, offset)
         except OSError as error:
             _log.warning("a record at %d in %s can't be read: %s", offset, segment.path, error)
             if error.errno != errno.EIO:
-                return 0  # no word on the record
+                return usual_bytes, True  # no word on the record
             forget_if_replaceable(core, key, location, is_readable=False)
-            return None
+            return usual_bytes, False
         if record is None or not segment.chunk(offset, record).is_intact():
             forget_if_replaceable(core, key, location)
-            return None
+            return usual_bytes, False
         core.damaged_kept.pop(location, None)
-        return record.record_bytes
+        return record.record_bytes, True

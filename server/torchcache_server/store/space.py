@@ -128,6 +128,7 @@ class Namespace:
     policy: Policy = Policy()  # noqa: RUF009 - frozen
     kept: bool = False
     last_used: int = 0  # orders namespaces
+    promised_bytes: int = 0  # to fills that are on their way
     used_s: float = field(default_factory=time.monotonic)  # for the policy's time to live
     order: ReadingOrder | None = None  # in which it will be read, where that is known
     names_unsynced: bool = False  # files were created since the folder's last fsync
@@ -216,6 +217,7 @@ class Space:
             and not namespace.kept
             and namespace.policy == Policy()
             and not namespace.order
+            and not namespace.promised_bytes
         ):
             del self.namespaces[name]
         return not namespace.segments

@@ -239,7 +239,6 @@ def _take(core: Core, owner: Namespace, layout: Layout, drafts: Sequence[Draft])
         core.space.take(taker, part.size)
         taker.writing.add(run.offset)
         parts.append(part)
-    owner.last_used = next(core.clock)
     return Reserved(parts, [s for s in touched if s is not None])
 
 
