@@ -6,7 +6,8 @@ from torchcache_server.store.health import Health
 from torchcache_server.store.policy import Policy
 from torchcache_server.store.room import Promise
 from torchcache_server.store.scrubbing import ScrubStep
-from torchcache_server.store.store import NamespaceUsage, Store, StoreUsage
+from torchcache_server.store.store import Store
+from torchcache_server.store.usage import NamespaceUsage, StoreUsage
 
 __all__ = [
     "OS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torchcache.errors import ConfigurationError, OutOfSpace
@@ -28,56 +28,12 @@ from torchcache_server.store.room import Promise, evict_others, promise
 from torchcache_server.store.scrubbing import Scrub, ScrubStep
 from torchcache_server.store.space import Space, segment_size
 from torchcache_server.store.tidying import tidy
+from torchcache_server.store.usage import NamespaceUsage, StoreUsage, measured, namespaces
 from torchcache_server.store.writing import draft
 
 _MAX_MIN_FREE_BYTES = 1 << 30
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class NamespaceUsage:
-    """What a dataset or checkpoint holds. `bytes` of the disk; `kept`: not yet in the under-store."""
-
-    name: str
-    bytes: int
-    chunks: int
-    pinned: bool
-    kept: bool
-    policy: Policy = Policy()  # noqa: RUF009 - frozen
-
-
-@dataclass(frozen=True, slots=True)
-class StoreUsage:
-    """The store as it is, and what happened since it was opened.
-
-    `used_bytes` is what segments take of the disk, of which `dead_bytes` are records that nobody finds any more;
-    `spare_bytes` what files take that wait to become segments; `overhead_bytes` index and records; `free_bytes` what
-    the file system has left. `damaged_kept` counts damaged records that exist nowhere else. `out_of_service` says why,
-    if the disk is.
-    """
-
-    capacity_bytes: int
-    used_bytes: int
-    chunks: int
-    segments: int
-    hits: int
-    misses: int
-    corrupt: int
-    evicted_chunks: int
-    spare_bytes: int = 0
-    dead_bytes: int = 0
-    overhead_bytes: int = 0
-    free_bytes: int = 0
-    min_free_bytes: int = 0
-    recycled_segments: int = 0
-    compacted_bytes: int = 0
-    expired_chunks: int = 0
-    scrubbed_bytes: int = 0
-    scrub_rounds: int = 0
-    damaged_kept: int = 0
-    disk_errors: int = 0
-    out_of_service: str = ""
 
 
 class Store:
@@ -314,43 +270,12 @@ class Store:
     def namespaces(self) -> list[NamespaceUsage]:
         """All namespaces, by name."""
         with self._gate, self._core.lock:
-            found = sorted(self._core.space.namespaces.values(), key=lambda n: n.name)
-            return [
-                NamespaceUsage(n.name, n.bytes, n.chunks, n.policy.pinned, n.kept, n.policy) for n in found
-            ]
+            return namespaces(self._core)
 
     def usage(self) -> StoreUsage:
         """Totals and counters."""
         with self._gate:
-            core, health = self._core, self._core.watch.health
-            overhead = _taken_bytes(core, core.folder.index, core.folder.records, core.folder.flags)
-            free = core.free_bytes()
-            with core.lock:
-                space, counts = core.space, core.counts
-                segments = list(space.segments.values())
-                return StoreUsage(
-                    capacity_bytes=space.capacity_bytes,
-                    used_bytes=space.used_bytes,
-                    chunks=sum(s.chunks for s in segments),
-                    segments=len(segments),
-                    hits=counts.hits,
-                    misses=counts.misses,
-                    corrupt=counts.corrupt,
-                    evicted_chunks=counts.evicted_chunks,
-                    spare_bytes=core.spares.bytes,
-                    dead_bytes=sum(s.dead_bytes for s in segments),
-                    overhead_bytes=overhead,
-                    free_bytes=free,
-                    min_free_bytes=core.min_free_bytes,
-                    recycled_segments=core.spares.recycled,
-                    compacted_bytes=counts.compacted_bytes,
-                    expired_chunks=counts.expired_chunks,
-                    scrubbed_bytes=counts.scrubbed_bytes,
-                    scrub_rounds=counts.scrub_rounds,
-                    damaged_kept=len(core.damaged_kept),
-                    disk_errors=health.errors,
-                    out_of_service=health.out_of_service,
-                )
+            return measured(self._core)
 
     # ---- durable records ----
 
@@ -406,12 +331,4 @@ def _min_free_bytes(core: Core, asked: int | None) -> int:
         return min(core.disk.free_bytes(core.folder.path)[1] // 100, _MAX_MIN_FREE_BYTES)
     except OSError as error:
         _log.warning("the size of the disk of %s can't be told: %s", core.folder.path, error)
-        return 0
-
-
-def _taken_bytes(core: Core, *folders: str) -> int:
-    try:
-        return sum(core.disk.taken_bytes(folder) for folder in folders)
-    except OSError as error:
-        _log.warning("what index and records take can't be told: %s", error)
         return 0
