@@ -14,7 +14,7 @@ import xxhash
 from tests.crash.promises import Observation, Promises, broken
 from tests.crash.recorder import Item
 from tests.crash.restarting import Restart, materialise, remove_tree
-from tests.crash.volatile import Disk, Op, Survival
+from tests.crash.volatile import Disk, Image, Op, Survival
 from tests.crash.workloads import SAVE_WORKLOADS, STORE_WORKLOADS, Workload, go_on, go_on_saving
 from tests.crash.world import Trace, World, small_world
 
@@ -30,8 +30,13 @@ _DRAWN: Final[list[tuple[Survival, Survival]]] = [
 
 @dataclass
 class Findings:
-    """`states` counts (prefix of the calls, what survives, seed); `images` are the digests of different ones."""
+    """What was checked.
 
+    `draws` counts (prefix of the calls, what survives, seed); of those with the same prefix some gave the same image:
+    `states` counts them once. `images` are the digests of different images: over each of them a server was started.
+    """
+
+    draws: int = 0
     states: int = 0
     images: set[bytes] = field(default_factory=set)
     traces: int = 0
@@ -39,6 +44,7 @@ class Findings:
     violations: list[str] = field(default_factory=list)
 
     def add(self, other: Findings) -> None:
+        self.draws += other.draws
         self.states += other.states
         self.images |= other.images
         self.traces += other.traces
@@ -102,8 +108,6 @@ def restart_somewhere(trace: Trace, rng: random.Random, scratch: str, *, killed:
         _apply(item, disk, promises)
     how: tuple[Survival, Survival] = ("kept", "kept") if killed else rng.choice(_EXTREMES + _DRAWN)
     image = disk.image(*how, rng)
-    if not killed:
-        promises.stored = dict(promises.durable)
     later = Trace(
         f"{trace.name}, {'killed' if killed else f'cut {how}'} at {at}, restarted",
         disk if killed else Disk.of(image),
@@ -142,11 +146,13 @@ def crash_everywhere(trace: Trace, draws: int, seed: int, scratch: str) -> Findi
         if not _apply(item, disk, promises):
             continue
         in_bucket = _digest_of(promises.bucket) if trace.saves else b""
-        for how, rng in _variants(draws, f"{seed} {trace.name} {at}"):
-            image = disk.image(*how, rng)
+        here: set[bytes] = set()
+        for how, rng, image in _images(disk, draws, f"{seed} {trace.name} {at}"):
             digest = image.digest
-            findings.states += 1
-            findings.images.add(digest)
+            findings.draws += 1
+            if digest in here:
+                continue
+            here.add(digest)
             key = (digest, in_bucket)
             if key not in seen:
                 seen[key] = restart.over(image, promises.bucket, rng)
@@ -154,15 +160,21 @@ def crash_everywhere(trace: Trace, draws: int, seed: int, scratch: str) -> Findi
                 f"{what}\n    {trace.name}: power cut behind call {at}, {item}; names {how[0]}, data {how[1]}"
                 for what in broken(promises, restart.chunks, seen[key])
             ]
+        findings.states += len(here)
+        findings.images |= here
     return findings
 
 
-def _variants(draws: int, seed: str) -> Iterator[tuple[tuple[Survival, Survival], random.Random]]:
-    for how in _EXTREMES:
-        yield how, random.Random(f"{seed} {how}")
-    for draw in range(draws):
-        for how in _DRAWN:
-            yield how, random.Random(f"{seed} {how} {draw}")
+def _images(
+    disk: Disk, draws: int, seed: str
+) -> Iterator[tuple[tuple[Survival, Survival], random.Random, Image]]:
+    """Images of the disk, with what survives in them, and the generator that drew them."""
+    for draw, ways in enumerate([_EXTREMES] + [_DRAWN] * draws):
+        for how in ways:
+            rng = random.Random(f"{seed} {how} {draw}")
+            yield how, rng, disk.image(*how, rng)
+            if disk.is_durable:
+                return
 
 
 def _digest_of(bucket: dict[str, bytes]) -> bytes:

@@ -23,29 +23,38 @@ _COPIED: Final = ("server", "torchcache", "tests", "examples")
 _ENOUGH_S: Final = 900
 
 _STATES: Final = ("tests/crash/test_seam_calls.py", "tests/crash/test_crash_states.py")
-_UNIT: Final = (
-    "tests/unit/test_store_record.py",
-    "tests/unit/test_store_ledger.py",
-    "tests/unit/test_store_folder.py",
-    "tests/unit/test_store_recovery.py",
-    "tests/unit/test_store_faults.py",
-    "tests/conformance/test_stores.py",
-    "tests/unit/test_write_back.py",
-    "tests/unit/test_write_back_crashes.py",
-    "tests/unit/test_write_back_upload.py",
-    "tests/unit/test_service_data.py",
-)
+_LIKELY: Final = {
+    "cache/": ("write_back", "write_back_upload", "write_back_crashes", "service_data"),
+    "service/": ("service_data",),
+    "store/chunk.py": ("store_record", "write_back", "store_recovery"),
+    "store/folder.py": ("store_folder",),
+    "store/identity.py": ("store_folder",),
+    "store/ledger.py": ("store_ledger",),
+    "store/mending.py": ("examination",),
+    "store/reading.py": ("store_recovery", "store_faults"),
+    "store/record.py": ("store_record", "store_recovery"),
+    "store/segment_scan.py": ("examination",),
+    "store/segments.py": ("store_recovery", "store_faults"),
+}
+"""Which unit tests are asked first, by the start of a source file's path: a run costs what comes before the killer."""
 
 
 def tests_for(mutant: Mutant, copy: Path) -> list[str]:
-    """All tests of the store and of saves; those come first that are likely to notice, and quick."""
+    """All tests of the store and of saves; those come first that are likely to notice."""
+    file = mutant.name.partition(":")[0]
+    likely = [
+        f"tests/unit/test_{name}.py"
+        for start, names in _LIKELY.items()
+        if file.startswith(start)
+        for name in names
+    ]
     others = sorted(
         path.relative_to(copy).as_posix()
-        for pattern in ("test_store_*.py", "test_cache_*.py", "test_examination*.py")
-        for path in (copy / "tests" / "unit").glob(pattern)
+        for pattern in ("store", "write_back", "cache", "service_data", "examination")
+        for path in (copy / "tests" / "unit").glob(f"test_{pattern}*.py")
     )
-    first = (*_STATES, *_UNIT) if mutant.loses_bytes else (*_UNIT, *_STATES)
-    return list(dict.fromkeys([*first, *others]))
+    first = [*_STATES, *likely] if mutant.loses_bytes and file.startswith("store/") else [*likely, *_STATES]
+    return list(dict.fromkeys([*first, *others, "tests/conformance/test_stores.py"]))
 
 
 @contextmanager

@@ -222,6 +222,11 @@ class Disk:
     def last_node(self) -> int:
         return max(*self.folders, *self.files, ROOT)
 
+    @property
+    def is_durable(self) -> bool:
+        """Whether nothing that was done is volatile any more."""
+        return not any(node.pending for nodes in (self.folders, self.files) for node in nodes.values())
+
     def apply(self, op: Op) -> bool:
         """Whether anything changed, in memory or for good."""
         match op.call:

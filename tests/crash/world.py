@@ -297,8 +297,12 @@ class World:
 
     def sync_what_is_there(self) -> None:
         """Of all that a reader is given after a restart."""
-        for namespace, numbers in self._resident().items():
-            self._promise(Stored(namespace, numbers))
+        resident = self._resident()
+        for namespace, stored in self._held.stored.items():
+            unsynced = stored - self._held.durable.get(namespace, frozenset())
+            self._promise(MayGo(namespace, unsynced - resident.get(namespace, frozenset())))
+        for namespace, chunks in resident.items():
+            self._promise(Stored(namespace, chunks))
             self.sync(namespace)
 
     def _resident(self) -> dict[str, frozenset[ChunkId]]:
