@@ -16,7 +16,7 @@ from torchcache_server import store as store_package
 from tests.unit.store_parts import SEAM, FailingDisk, name_of
 
 _STORE = str(Path(store_package.__file__).parent) + os.sep
-OFFLINE = ("mending.py", "inspection.py", "folder_inspection.py")
+OFFLINE = ("mending.py", "inspection.py", "folder_inspection.py", "segment_scan.py")
 """The doctor's: no server runs them."""
 _PAYLOAD_BYTES = 4096  # no header is so long
 SHORT = 0

@@ -372,7 +372,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert bytes(found.payload) == content(number)
 
 
-@pytest.mark.parametrize("lives", [150, pytest.param(3000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("lives", [100, pytest.param(3000, marks=pytest.mark.long)])
 def test_the_store_is_what_a_dict_would_be(lives: int) -> None:
     with proof("model") as figures:
         StoreMachine.steps = 0
