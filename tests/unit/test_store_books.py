@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torchcache_server.store import Store, core
 
-from tests.unit.store_parts import SMALL_SEGMENT, descriptors, fill, held, small_store
+from tests.unit.store_parts import SMALL_SEGMENT, chunk, descriptors, fill, held, small_store
 from torchcache.errors import OutOfSpace
 
 SEGMENTS = 4
@@ -82,3 +82,22 @@ def test_who_finds_the_store_full_leaves_no_file_open(folder: Path, monkeypatch:
             with pytest.raises(OutOfSpace):
                 fill(store, f"n{n}", range(10 * n + 10, 10 * n + 13), 20_000)
         assert descriptors() <= before + 1
+
+
+def test_a_file_that_was_emptied_into_a_full_store_is_no_spare(folder: Path) -> None:
+    """I5: while its records are moved it counts as gone already."""
+    with opened(folder) as store:
+        for name, numbers in (
+            ("a", range(3)),
+            ("b", range(10, 13)),
+            ("c", range(20, 23)),
+            ("d", range(30, 33)),
+        ):
+            fill(store, name, numbers, 19_000)
+        for n in (30, 31):
+            store.quarantine(chunk(n))
+        store.tidy()
+        usage = store.usage()
+        assert usage.compacted_bytes > 19_000 and held(store, 32, 19_000)
+        assert usage.used_bytes == taken(folder)
+        assert usage.used_bytes + usage.spare_bytes <= CAPACITY
