@@ -195,6 +195,8 @@ class World:
         self.store.close()
         self.next_phase()
         self.folder = image
+        if killed:  # and one segment's header is damaged, of what is kept
+            flip_bit(sorted((image / "segments" / folder_name("a")).iterdir())[0], 20)
         failed = self.disk.failed
         self._start()
         self.next_phase()
@@ -248,6 +250,9 @@ def first_life(world: World) -> None:
     world.put("b", range(20, 27))
     world.put("p", range(30, 32))
     world.pin("p", True)
+    for n in (0, 20):
+        world.try_to(lambda n=n: world.store.verify(chunk(n)))  # type: ignore[misc]
+        world.try_to(lambda n=n: world.store.read(chunk(n)))  # type: ignore[misc]
     world.put("c", range(40, 47))
     world.disk.during = lambda: world.put("b", [50])  # another thread stores the same chunk meanwhile
     world.put("c", range(50, 55))  # b yields

@@ -86,14 +86,14 @@ class Matrix:
         disk = SiteDisk(faults)
         self.cases += 1
         try:
-            self.run(seen.life, disk, seen.phases[faults[0].after])
+            self.run(seen.life, disk, seen.phases[faults[-1].after])
             assert disk.failed >= len(faults), "it was never called"
         except Exception as error:
             at = " > ".join(f"{f.name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[1:])
             gc.collect()  # what a store that wasn't closed has open is no fault of the next case
             self.wrong.append(f"{'; '.join(map(str, faults))}: {error!r} at {at}")
         for site in disk.seen.keys() - self.sites.keys():
-            self.behind.setdefault(site, (faults[0], seen))
+            self.behind.setdefault(site, (faults[0], Seen(seen.life, disk.seen[site])))
 
     def faults(self, *, whole: bool) -> Iterator[tuple[Fault, Seen]]:
         """Every error at every place in the sources; and EIO, or `whole` every error, on every way to it."""

@@ -253,6 +253,9 @@ class Core:
         with self.lock, segment.file_lock:
             if segment.writing:  # somebody still writes into it
                 return False
+            held = self.space.used_bytes + self.spares.bytes + segment.held_bytes
+            if held > self.space.capacity_bytes:  # it was emptied into a full store
+                return False
             try:
                 return self.spares.keep(segment)
             except OSError as error:

@@ -57,9 +57,9 @@ class Spares:
         self.bytes += segment.held_bytes
         return True
 
-    def ready(self, file_bytes: int) -> int:
-        """How many there are of `file_bytes` that nobody of this process sees any more."""
-        return sum(1 for spare in self._spares if spare.unmapped and spare.file_bytes == file_bytes)
+    def ready(self, file_bytes: int) -> list[int]:
+        """What those of `file_bytes` hold that nobody of this process sees any more, in the order of `take`."""
+        return [s.held_bytes for s in self._spares if s.unmapped and s.file_bytes == file_bytes]
 
     def take(self, path: str, file_bytes: int) -> tuple[int, int] | None:
         """Gives a spare the name `path`: its descriptor, locked alone, and the room it holds; None if there is none."""

@@ -88,12 +88,14 @@ class Layout(NamedTuple):
     bytes: int
     ends: list[int]
 
-    def growth_bytes(self, open_segment: Segment | None, spares: int) -> int:
-        """What it takes of the disk beyond what is taken, `spares` files being at hand to be made new segments."""
+    def taken_bytes(self, open_segment: Segment | None, spares: Sequence[int]) -> int:
+        """What segments take more then, files that hold `spares` bytes each being made the first new ones."""
         grown = 0
         if open_segment is not None:
             grown = max(0, page_aligned(self.ends[0]) - open_segment.held_bytes)
-        return grown + sum(page_aligned(end) for end in self.ends[1 + spares :])
+        new = [page_aligned(end) for end in self.ends[1:]]
+        recycled = [max(held, end) for held, end in zip(spares, new, strict=False)]
+        return grown + sum(recycled) + sum(new[len(recycled) :])
 
 
 def lay_out(sizes: Sequence[int], *, tail: int, room_bytes: int, start: int, segment_bytes: int) -> Layout:

@@ -26,6 +26,7 @@ from torchcache_server.store.policy import Policy
 from torchcache_server.store.reading import find_in_memory, find_many, quarantine
 from torchcache_server.store.room import Promise, evict_others, promise
 from torchcache_server.store.scrubbing import Scrub, ScrubStep
+from torchcache_server.store.segments import page_aligned
 from torchcache_server.store.space import Space, segment_size
 from torchcache_server.store.tidying import tidy
 from torchcache_server.store.usage import NamespaceUsage, StoreUsage, measured, namespaces
@@ -306,6 +307,7 @@ class Store:
         core = self._core
         core.known = {}
         try:
+            _cut_recycled(core)
             core.index.close(
                 {
                     s.number: SegmentNote(
@@ -322,6 +324,14 @@ class Store:
             for segment in core.space.segments.values():
                 segment.close(core.disk)
             core.folder.unlock()
+
+
+def _cut_recycled(core: Core) -> None:
+    """Frees what recycled files hold behind their tails: the next start counts up to there. Raises OSError."""
+    for segment in core.space.segments.values():
+        if segment.floor_bytes > page_aligned(segment.tail):
+            segment.reopen(core.disk)
+            segment.clear_behind(core.disk)
 
 
 def _min_free_bytes(core: Core, asked: int | None) -> int:

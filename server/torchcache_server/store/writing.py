@@ -115,20 +115,25 @@ def reserve(
             segment_bytes=space.segment_bytes,
         )
         while True:
-            ready = min(spares.ready(space.segment_bytes), layout.new_segments)
-            growth = layout.growth_bytes(room, ready)
+            ready = spares.ready(space.segment_bytes)[: layout.new_segments]
+            taken = layout.taken_bytes(room, ready)
+            growth = taken - sum(ready)  # beyond what segments and spares take now
             over = space.used_bytes + spares.bytes + growth - space.capacity_bytes
             if over <= 0 or not spares.trim(over):
                 break
         used = space.used_bytes + space.promised_bytes - promised_bytes
-        over_capacity = used + growth + ready * space.segment_bytes - space.capacity_bytes
+        over_capacity = used + taken - space.capacity_bytes
         over_disk = growth and growth + core.min_free_bytes - core.free_bytes()
         if over_capacity > 0 or over_disk > 0:
+            if room is not None:
+                core.rest(room)  # it may have been opened in vain
             space.forget_if_empty(namespace)
             return Short(layout.bytes, over_capacity, over_disk)
         try:
             return _take(core, owner, layout, drafts)
         except OSError as error:
+            if room is not None:
+                core.rest(room)
             raise OutOfSpace(f"the store can't make a segment: {error}; free some disk space") from error
 
 
