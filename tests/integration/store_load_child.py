@@ -5,6 +5,7 @@ saves checkpoints and loads them, and holds all it gets against what it knows. D
     "go"      work until told otherwise
     "stop"    finish the calls under way: answered when they have ended
     "check"   with the server up: all objects and checkpoints must be right now, errors are none
+    "acked"   wait for the next save to be acknowledged, a few seconds at most
     "status"  what the server says of its store
 
 Every answer has `wrong`: what should not have happened so far.
@@ -13,7 +14,7 @@ Every answer has `wrong`: what should not have happened so far.
 from __future__ import annotations
 
 import json
-import os
+import pathlib
 import random
 import sys
 import threading
@@ -23,18 +24,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-
+from tests.integration.described_saves import load, save
 from tests.integration.self_describing import content, difference, generation_of
-from torchcache.checkpoint import CacheStorageReader, CacheStorageWriter
 from torchcache.connecting import connect
 from torchcache.errors import (
-    DeadlineExceeded,
     IntegrityError,
     NotCommitted,
     ObjectChanged,
@@ -45,6 +39,7 @@ from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool
 
 READ_S = 20.0
+ACKED_S = 3.0
 PATIENCE_S = 90.0
 """How long after "stop" the calls under way may take."""
 
@@ -236,6 +231,7 @@ class Checkpoints:
         self._root = root
         self._paths = [Path(f"{root}/ring-{i}", size) for i, size in enumerate(sizes)]
         self._fresh: list[Path] = []
+        self.acknowledged = threading.Event()
 
     def step_save(self) -> None:
         """One save, to a path of the ring or, sometimes, to a new one."""
@@ -248,13 +244,10 @@ class Checkpoints:
         with self._lock:
             path.tried += 1
         number = path.tried
-        state = state_of(path.uri, number, path.size)
-        writer = CacheStorageWriter(path.uri, pool=self._pool, overwrite=path in self._paths)
         try:
-            dcp.save(state, storage_writer=writer)
-        except CheckpointException as failed:
-            error = cause(failed)
-            if isinstance(error, IntegrityError) or not isinstance(error, TorchCacheError):
+            save(self._pool, path.uri, number, path.size, overwrite=path in self._paths)
+        except TorchCacheError as error:
+            if isinstance(error, IntegrityError):
                 raise
             self._tally.add(f"save refused: {type(error).__name__}")
             return
@@ -262,6 +255,7 @@ class Checkpoints:
         self._tally.add("saved bytes", path.size)
         with self._lock:
             path.least = max(path.least, number)
+        self.acknowledged.set()
 
     def step_load(self) -> None:
         """One load, of a path that may be saved to meanwhile: an old one or the new one, whole (I3)."""
@@ -284,7 +278,7 @@ class Checkpoints:
             try:
                 before = self._state(path)
                 self._load(path, path.least)
-                if before == "committed" == self._state(path):
+                if {before, self._state(path)} <= {"committed", "failed"}:
                     self._tally.add("loads of what was not yet uploaded")
             except NotCommitted as error:
                 if path.least >= 0:
@@ -295,49 +289,16 @@ class Checkpoints:
         return self._pool.get_save(store, key, manifest=False).state
 
     def _load(self, path: Path, least: int) -> None:
-        state = state_of(path.uri, 0, path.size, empty=True)
-        load(state, CacheStorageReader(path.uri, pool=self._pool))
-        number = int(state["number"])
+        number, wrong = load(self._pool, path.uri, path.size)
         self._tally.add("loads")
-        right = state_of(path.uri, number, path.size)
-        for name, value in state.items():
-            if not torch.equal(torch.as_tensor(value), torch.as_tensor(right[name])):
-                self._tally.wrong(f"I3: {name} of {path.uri} is not of save {number}, as its number is")
+        if wrong:
+            self._tally.wrong(f"I3: {wrong} of {path.uri} are not of save {number}, as its number is")
         if not least <= number <= path.tried:
-            self._tally.wrong(f"I2: {path.uri} holds save {number}; {least} was acknowledged, {path.tried} tried")
+            self._tally.wrong(
+                f"I2: {path.uri} holds save {number}; {least} was acknowledged, {path.tried} tried"
+            )
         with self._lock:
             path.least = max(path.least, number)
-
-
-def load(state: dict[str, Any], reader: CacheStorageReader) -> None:
-    """What `dcp.load` does in one process, but that it makes an AssertionError of what `read_metadata` raises."""
-    planner = DefaultLoadPlanner()
-    reader.reset()
-    metadata = reader.read_metadata()
-    planner.set_up_planner(state, metadata, is_coordinator=True)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    plan = reader.prepare_local_plan(planner.create_local_plan())
-    (plan,) = reader.prepare_global_plan(planner.create_global_plan([plan]))
-    reader.read_data(planner.finish_plan(plan), planner).wait()
-
-
-def cause(failed: CheckpointException) -> BaseException:
-    """The error of the one rank there is."""
-    (wrapped,) = failed.failures.values()
-    return wrapped[0]
-
-
-def state_of(uri: str, number: int, size: int, *, empty: bool = False) -> dict[str, Any]:
-    """Save `number` of a path: about `size` bytes in two tensors, and the number."""
-    state: dict[str, Any] = {"number": number}
-    for name, share in (("large", size - size // 8), ("small", size // 8)):
-        share -= share % 64
-        if empty:
-            state[name] = torch.zeros(share // 8, dtype=torch.int64)
-        else:
-            data = bytearray(content(f"{uri}/{name}", number, share))
-            state[name] = torch.frombuffer(data, dtype=torch.int64)
-    return state
 
 
 class Workers:
@@ -402,7 +363,7 @@ def main() -> None:
                 workers.go()
             case "stop":
                 workers.stop()
-                more = {"descriptors": len(os.listdir("/proc/self/fd"))}
+                more = {"descriptors": len(list(pathlib.Path("/proc/self/fd").iterdir()))}
             case "check":
                 try:
                     for reader in readers:
@@ -410,6 +371,9 @@ def main() -> None:
                     checkpoints.check()
                 except Exception:
                     tally.wrong(f"check:\n{traceback.format_exc()}")
+            case "acked":
+                checkpoints.acknowledged.clear()
+                checkpoints.acknowledged.wait(ACKED_S)
             case "status":
                 more = {"status": asdict(pool.status()[0])}
         print(json.dumps(tally.answer(**more)), flush=True)

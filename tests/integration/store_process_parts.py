@@ -10,31 +10,38 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from tests.integration.server_process import READY, command, free_ports
+from tests.integration.server_process import READY, free_ports
 
 ROOT = Path(__file__).parents[2]
 START_S = 60.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+def environment() -> dict[str, str]:
+    """For a program of the tests, wherever it runs."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "server")])
+    return {**os.environ, "PYTHONPATH": path, "GRPC_VERBOSITY": "NONE"}
+
+
 class Life:
     """One server process, from its start to its end. `log` is its stderr."""
 
-    def __init__(self, pid: int, stdout: int, log: Path, reap: Callable[[], object]) -> None:
+    def __init__(self, pid: int, stdout: int, log: Path, reap: Callable[[], int | None]) -> None:
         self.pid = pid
         self.log = log
         self._pidfd = os.pidfd_open(pid)
         self._stdout = stdout
         self._reap = reap
 
-    def wait_ready(self) -> None:
-        """Until it serves."""
+    def wait_ready(self) -> str:
+        """Until it serves: its address."""
         line = b""
         while not line.endswith(b"\n"):
             readable, _, _ = select.select([self._stdout], [], [], START_S)
@@ -42,7 +49,9 @@ class Life:
             if not got:
                 raise AssertionError(f"the server did not start: {line!r}\n{self.log.read_text()[-3000:]}")
             line += got
-        assert READY.fullmatch(line.decode()), line
+        match = READY.fullmatch(line.decode())
+        assert match, line
+        return match[2]
 
     @property
     def alive(self) -> bool:
@@ -51,21 +60,24 @@ class Life:
     def send(self, number: signal.Signals) -> None:
         signal.pidfd_send_signal(self._pidfd, number)
 
-    def end(self, number: signal.Signals = signal.SIGKILL, timeout_s: float = 60) -> None:
-        """Signals it, and returns once it is gone, locks and all."""
+    def end(self, number: signal.Signals = signal.SIGKILL, timeout_s: float = 60) -> int | None:
+        """Signals it, and returns once it is gone, locks and all; its exit code, where that is known."""
         if self._pidfd < 0:
-            return
+            return None
         self.send(number)
         gone, _, _ = select.select([self._pidfd], [], [], timeout_s)
         assert gone, f"the server {self.pid} does not end by signal {number}"
-        self._reap()
         os.close(self._pidfd)
         os.close(self._stdout)
         self._pidfd = -1
+        return self._reap()
 
 
 class PlainStarter:
-    """Starts each server as `python -m torchcache_server`."""
+    """Starts each server as `python -m torchcache_server`, or another module, by way of the command `through`."""
+
+    def __init__(self, *, module: str = "torchcache_server", through: Sequence[str] = ()) -> None:
+        self._command = [*through, sys.executable, "-m", module]
 
     def __enter__(self) -> PlainStarter:
         return self
@@ -73,9 +85,15 @@ class PlainStarter:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def start(self, arguments: list[str], log: Path) -> Life:
+    def start(self, arguments: Sequence[str], log: Path) -> Life:
         with log.open("ab") as stderr:
-            process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=stderr)
+            process = subprocess.Popen(
+                [*self._command, *arguments],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=environment(),
+            )
         assert process.stdout is not None
         stdout = os.dup(process.stdout.fileno())
         process.stdout.close()
@@ -86,11 +104,13 @@ class ForkingStarter:
     """Forks each server off a process that has done the imports, which are nine tenths of a start."""
 
     def __enter__(self) -> ForkingStarter:
+        self._lock = threading.Lock()
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.integration.store_starter", str(theirs.fileno())],
                 cwd=ROOT,
+                env=environment(),
                 pass_fds=[theirs.fileno()],
             )
         self._orders.settimeout(START_S)
@@ -103,10 +123,10 @@ class ForkingStarter:
         self._orders.close()
         self._process.wait(START_S)
 
-    def start(self, arguments: list[str], log: Path) -> Life:
+    def start(self, arguments: Sequence[str], log: Path) -> Life:
         read, write = os.pipe()
-        with log.open("ab") as stderr:
-            socket.send_fds(self._orders, [json.dumps(arguments).encode()], [write, stderr.fileno()])
+        with log.open("ab") as stderr, self._lock:
+            socket.send_fds(self._orders, [json.dumps(list(arguments)).encode()], [write, stderr.fileno()])
             pid = int(self._orders.recv(64))
         os.close(write)
         return Life(pid, read, log, lambda: None)
@@ -124,7 +144,7 @@ class Child:
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "server")])},
+            env=environment(),
         )
         self._buffer = b""
         self._send(job)
