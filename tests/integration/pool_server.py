@@ -42,7 +42,15 @@ class PoolServer:
         self._starter = starter or PlainStarter()
         self._arguments = [
             *("--listen", "127.0.0.1:0", "--store", str(self.store), "--token-file", str(self._token)),
-            *("--capacity", capacity, "--under-store", f"file=file://{self.source}", *more),
+            *(
+                "--capacity",
+                capacity,
+                "--under-store",
+                f"file=file://{self.source}",
+                "--drain-s",
+                "0.2",
+                *more,
+            ),
         ]
 
     def __enter__(self) -> PoolServer:
@@ -60,7 +68,7 @@ class PoolServer:
         except BaseException:
             self.life.end()
             raise
-        self.pool: Pool = connect(self.address, token=self._token.read_text().strip())
+        self.pool: Pool = connect(self.address, token=self.token)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int | None:
         """Ends the process; its exit code."""
@@ -70,6 +78,10 @@ class PoolServer:
     def restart(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.end(number)
         self.start()
+
+    @property
+    def token(self) -> str:
+        return self._token.read_text().strip()
 
     @property
     def status(self) -> ServerStatus:

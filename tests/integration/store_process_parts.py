@@ -74,10 +74,15 @@ class Life:
 
 
 class PlainStarter:
-    """Starts each server as `python -m torchcache_server`, or another module, by way of the command `through`."""
+    """Starts each server as `python -m torchcache_server`, or another module with arguments `first`.
 
-    def __init__(self, *, module: str = "torchcache_server", through: Sequence[str] = ()) -> None:
-        self._command = [*through, sys.executable, "-m", module]
+    `through` is what stands before the command.
+    """
+
+    def __init__(
+        self, *, module: str = "torchcache_server", through: Sequence[str] = (), first: Sequence[str] = ()
+    ) -> None:
+        self._command = [*through, sys.executable, "-m", module, *first]
 
     def __enter__(self) -> PlainStarter:
         return self
@@ -240,7 +245,8 @@ def _passing(path: Path) -> bool:
 def _expected(path: Path) -> bool:
     if path.parts[0] in ("records", "flags"):
         return path.suffix == ".record"
-    return str(path) in ("store.json", "store.lock", "clean", "index/data.mdb", "index/lock.mdb")
+    index = ("index/data.mdb", "index/lock.mdb")
+    return str(path) in ("store.json", "store-copy.json", "store.lock", *index)
 
 
 def data_end(path: Path) -> int:
