@@ -53,13 +53,13 @@ def failing(tmp_path: Path, orders: Path) -> Iterator[PoolServer]:
 def assert_only_passing_through(server: PoolServer, name: str) -> None:
     """What a server without a disk still does: reads right, saves refused, and three errors take the disk out."""
     for number in range(4):
-        with pytest.raises(TorchCacheError):
+        with pytest.raises(TorchCacheError, match="disk"):
             server.save(f"{name}/{number}", 1, 2 * MIB)
         with pytest.raises(NotCommitted):
             server.assert_loads(f"{name}/{number}", 1, 2 * MIB)
     Dataset(server, f"{name}-set", SIZES).read(server.pool)
-    with pytest.raises(OutOfSpace):
-        server.save(f"{name}/last", 1, 2 * MIB)
+    with pytest.raises(OutOfSpace, match="out of service"):
+        server.pool.write("samples:s@0", [(ObjectId(SAMPLES, f"s/{name}", "0"), [b"sample"])])
     assert server.status.out_of_service
 
 
@@ -179,8 +179,14 @@ def empty(path: Path) -> None:
     os.truncate(path, 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("harm", [Path.unlink, overwrite, overwrite_all_but_its_head, flip_bits, cut, empty])
+@pytest.mark.parametrize(
+    ("harm", "number"),
+    [
+        *((harm, signal.SIGTERM) for harm in (Path.unlink, overwrite, overwrite_all_but_its_head)),
+        *((harm, signal.SIGTERM) for harm in (flip_bits, cut, empty)),
+        *((harm, signal.SIGKILL) for harm in (Path.unlink, cut)),
+    ],
+)
 def test_the_index_of_a_stopped_server_is_harmed(
     server: PoolServer, harm: Callable[[Path], None], number: signal.Signals
 ) -> None:
@@ -294,7 +300,7 @@ def test_a_server_without_descriptors_sheds_load_and_comes_back(tmp_path: Path) 
             with suppress(TorchCacheError):
                 cold.read(server.pool, timeout_s=5)
             with suppress(TorchCacheError):
-                server.save("run/x", 1, 2 * MIB)
+                server.pool.write("samples:s@0", [(ObjectId(SAMPLES, "s/1", "0"), [b"sample"])], timeout_s=5)
             assert dataset.resident(server.pool) == len(SIZES)
         until_descriptors(server, lambda count: count < LIMIT - 10)
         cold.read(server.pool)

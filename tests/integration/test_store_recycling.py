@@ -81,8 +81,3 @@ def test_a_reader_that_was_killed_holds_nothing(server: PoolServer, datasets: li
             break
     else:
         pytest.fail("nothing is recycled any more")
-    with closing(reader(server, takes_locks=False)) as child:
-        child.ask("hold", ANSWER_S)
-        read(server, datasets)
-        read(server, datasets)
-        assert child.ask("compare", ANSWER_S)["changed"], "locks are left"
