@@ -31,6 +31,7 @@ from torchcache.connecting import connect
 from torchcache.errors import (
     IntegrityError,
     NotCommitted,
+    NotResident,
     ObjectChanged,
     TorchCacheError,
     TransientError,
@@ -141,17 +142,20 @@ class DatasetReader:
                 self._judge(file, info, extent, outcome)
 
     def check(self) -> None:
-        """The server is up: what is published is there, and every read is right."""
+        """The server is up: all that it holds is right, and so is what it has to fetch."""
         for file in self._files:
             if file.lost_track:
                 self._look(file)
-        chosen = self._chance.sample(self._files, min(16, len(self._files)))
-        wanted = [(file, file.info, Extent(file.info)) for file in chosen]
-        for file, info, extent, outcome in self._read(wanted):
-            if isinstance(outcome, TorchCacheError):
-                self._tally.wrong(f"read of {extent} while the server is up: {outcome!r}")
-            else:
-                self._judge(file, info, extent, outcome)
+        some = self._chance.sample(self._files, 8)
+        for resident_only, files in ((True, self._files), (False, some)):
+            wanted = [(file, file.info, Extent(file.info)) for file in files]
+            for file, info, extent, outcome in self._read(wanted, resident_only=resident_only):
+                if isinstance(outcome, NotResident) and resident_only:
+                    continue
+                if isinstance(outcome, TorchCacheError):
+                    self._tally.wrong(f"read of {extent} while the server is up: {outcome!r}")
+                else:
+                    self._judge(file, info, extent, outcome)
 
     def _wish(self) -> tuple[File, ObjectInfo, Extent]:
         file = self._chance.choice(self._files)
@@ -167,11 +171,13 @@ class DatasetReader:
         )
 
     def _read(
-        self, wanted: list[tuple[File, ObjectInfo, Extent]]
+        self, wanted: list[tuple[File, ObjectInfo, Extent]], *, resident_only: bool = False
     ) -> list[tuple[File, ObjectInfo, Extent, memoryview | TorchCacheError]]:
         extents = [extent for _, _, extent in wanted]
         try:
-            outcomes = self._pool.read_each(extents, namespace=self._uri, timeout_s=READ_S)
+            outcomes = self._pool.read_each(
+                extents, namespace=self._uri, resident_only=resident_only, timeout_s=READ_S
+            )
         except TransientError as error:  # no server could be met at all
             outcomes = [error for _ in extents]
         return [(*wish, outcome) for wish, outcome in zip(wanted, outcomes, strict=True)]
