@@ -196,25 +196,25 @@ def kill_servers(tmp_path: Path, s3: SeaweedFS, starter: Starter, kills: int) ->
     assert counts["saves acknowledged"] and counts["reads"] and counts["loads"]
     return {
         "kills": sum(t.kills for t in targets),
-        "kills during a start": sum(t.early for t in targets),
+        "of them during a start": sum(t.early for t in targets),
         "reads": counts["reads"],
-        "read_gb": round(counts["read bytes"] / 1e9, 1),
+        "GB read": round(counts["read bytes"] / 1e9, 1),
         "saves acknowledged": counts["saves acknowledged"],
-        "loads": counts["loads"],
-        "loads before the upload": counts["loads of what was not yet uploaded"],
+        "loads of saves": counts["loads"],
+        "of them not yet uploaded": counts["loads of what was not yet uploaded"],
         "seed": seed,
     }
 
 
 def test_a_few_kills(tmp_path: Path, s3: SeaweedFS) -> None:
-    """Each server is a `python -m torchcache_server`."""
+    """F1, F2, I1, I2, I3, I4, I5: each server is a `python -m torchcache_server`."""
     with PlainStarter() as starter:
         kill_servers(tmp_path, s3, starter, kills=8)
 
 
 @pytest.mark.long
 def test_five_hundred_kills(tmp_path: Path, s3: SeaweedFS) -> None:
-    """The servers are forked off a process that has done a server's imports, so that most kills hit work."""
+    """F1, F2, I1, I2, I3, I4, I5: the servers are forked off a process that has done the imports, so that kills hit work."""
     with proof("kills") as figures, ForkingStarter() as starter:
         figures.update(kill_servers(tmp_path, s3, starter, kills=500))
         assert int(figures["kills"]) >= 500
