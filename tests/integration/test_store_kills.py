@@ -214,7 +214,7 @@ def test_a_few_kills(tmp_path: Path, s3: SeaweedFS) -> None:
 
 @pytest.mark.long
 def test_five_hundred_kills(tmp_path: Path, s3: SeaweedFS) -> None:
-    """F1, F2, I1, I2, I3, I4, I5: the servers are forked off a process that has done the imports, so that kills hit work."""
+    """F1, F2, I1, I2, I3, I4, I5: servers forked off a process that has done the imports, so that kills hit work."""
     with proof("kills") as figures, ForkingStarter() as starter:
         figures.update(kill_servers(tmp_path, s3, starter, kills=500))
         assert int(figures["kills"]) >= 500
