@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -173,13 +174,18 @@ def kill_servers(tmp_path: Path, s3: SeaweedFS, starter: Starter, kills: int) ->
     source = tmp_path / "source"
     files, bucket = make_source(source), make_bucket(s3)
     targets: list[Target] = []
+    failed = threading.Event()
     try:
         targets.append(Target(tmp_path / "a", starter, f"file={files}", files, seed))
         targets.append(Target(tmp_path / "b", starter, "s3=s3://", bucket, seed + 1))
 
         def work(target: Target) -> None:
-            while sum(t.kills for t in targets) < kills:
-                target.cycle()
+            try:
+                while sum(t.kills for t in targets) < kills and not failed.is_set():
+                    target.cycle()
+            except BaseException:
+                failed.set()  # the other one need not go on
+                raise
 
         def finish(target: Target) -> Counter[str]:
             return Counter(target.finish())
