@@ -5,6 +5,7 @@ saves checkpoints and loads them, and holds all it gets against what it knows. D
     "go"      work until told otherwise
     "stop"    finish the calls under way: answered when they have ended
     "check"   with the server up: all objects and checkpoints must be right now, errors are none
+    "settle"  with the server up: write once more to every place that is written to again and again
     "acked"   wait for the next save to be acknowledged, a few seconds at most
     "status"  what the server says of its store
 
@@ -157,6 +158,10 @@ class DatasetReader:
                 else:
                     self._judge(file, info, extent, outcome)
 
+    def settle(self) -> None:
+        """Publishes once more."""
+        self._publish(min(self._files, key=lambda file: file.info.size))
+
     def _wish(self) -> tuple[File, ObjectInfo, Extent]:
         file = self._chance.choice(self._files)
         is_old = file.stale and self._chance.random() < 0.1
@@ -241,12 +246,22 @@ class Checkpoints:
 
     def step_save(self) -> None:
         """One save, to a path of the ring or, sometimes, to a new one."""
+        self._save(self._choose())
+
+    def settle(self) -> None:
+        """Saves once more to every path of the ring."""
+        for path in self._paths:
+            self._save(path)
+
+    def _choose(self) -> Path:
         if self._chance.random() < 0.25:
             path = Path(f"{self._root}/step-{len(self._fresh)}", 8192)
             with self._lock:
                 self._fresh.append(path)
-        else:
-            path = self._chance.choice(self._paths)
+            return path
+        return self._chance.choice(self._paths)
+
+    def _save(self, path: Path) -> None:
         with self._lock:
             path.tried += 1
         number = path.tried
@@ -370,13 +385,12 @@ def main() -> None:
             case "stop":
                 workers.stop()
                 more = {"descriptors": len(list(pathlib.Path("/proc/self/fd").iterdir()))}
-            case "check":
+            case "check" | "settle" as order:
                 try:
-                    for reader in readers:
-                        reader.check()
-                    checkpoints.check()
+                    for part in (*readers, checkpoints):
+                        getattr(part, order)()
                 except Exception:
-                    tally.wrong(f"check:\n{traceback.format_exc()}")
+                    tally.wrong(f"{order}:\n{traceback.format_exc()}")
             case "acked":
                 checkpoints.acknowledged.clear()
                 checkpoints.acknowledged.wait(ACKED_S)
