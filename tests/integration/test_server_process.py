@@ -15,7 +15,7 @@ import pyarrow.flight as fl
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.integration.server_process import PlainClient, ServerProcess, assemble, refused
+from tests.integration.server_process import PlainClient, ServerProcess, assemble, free_ports, refused
 from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.model import CHUNK_BYTES, ObjectId, ObjectInfo
 from torchcache.wire.codec import decode_pieces
@@ -49,19 +49,6 @@ def start(tmp_path: Path, home: Path, source: Path) -> Callable[..., ServerProce
         )
 
     return make
-
-
-def free_ports() -> int:
-    """A port that is free together with the one behind it."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 def test_it_serves_what_the_under_store_has_and_then_asks_it_no_more(

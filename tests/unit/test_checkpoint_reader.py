@@ -121,6 +121,25 @@ def test_a_save_that_was_overwritten_while_loading_is_not_mixed(pool: Checkpoint
         one.read_data(planner.create_local_plan(), planner)
 
 
+@pytest.mark.parametrize("length", [3, 30_000])
+def test_a_durable_save_that_was_overwritten_while_loading_is_not_called_damaged(
+    pool: CheckpointPool, length: int
+) -> None:
+    """I3: the files of the new save lie where those of the old one lay, whether of their size or not."""
+    dcp.save({"a": torch.ones(3)}, storage_writer=writer(pool))
+    pool.upload(*KEY)
+    one = reader(pool)
+    metadata = one.read_metadata()
+    one.set_up_storage_reader(metadata, True)
+    dcp.save({"a": torch.zeros(length)}, storage_writer=writer(pool, overwrite=True))
+    pool.upload(*KEY)
+    pool.evict()
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner({"a": torch.ones(3)}, metadata, True)
+    with pytest.raises(CheckpointError, match="was overwritten while it was being loaded"):
+        one.read_data(planner.create_local_plan(), planner)
+
+
 def test_ranks_that_found_different_saves_do_not_mix_them(pool: CheckpointPool) -> None:
     """Every rank looks for itself, and the path may be overwritten between two looks."""
     plans: list[LoadPlan] = []

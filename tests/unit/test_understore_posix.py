@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torchcache_server.understore import create, posix
 from torchcache_server.understore.posix import PosixUnderStore
 from torchcache_server.understore.posix_files import locked
+from torchcache_server.understore.posix_walk import TEMPORARY_PREFIX
 
 from torchcache.errors import ConfigurationError, DeadlineExceeded, ObjectChanged, ObjectNotFound, OutOfSpace
 from torchcache.model import ByteRange, ObjectInfo
@@ -121,6 +122,33 @@ def test_a_symlink_is_replaced_and_not_written_through(
     put(files, "a", b"data")
     assert (tmp_path / "precious").read_bytes() == b"precious"
     assert get(files, "a") == b"data"
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(
+    files: PosixUnderStore, root: Path, tmp_path: Path
+) -> None:
+    """F1, I5. A writer that lives keeps its file, and nobody's else is touched."""
+    (root / "run").mkdir()
+    left = root / "run" / f"{TEMPORARY_PREFIX}left"
+    left.write_bytes(b"half")
+    (root / "run" / ".torchcache-other").write_bytes(b"a user's")
+    (tmp_path / "precious").write_bytes(b"precious")
+    (root / "run" / f"{TEMPORARY_PREFIX}link").symlink_to(tmp_path / "precious")
+    os.mkfifo(root / "run" / f"{TEMPORARY_PREFIX}fifo")
+
+    def parts() -> Iterator[memoryview]:
+        (writing,) = (
+            p for p in (root / "run").glob(f"{TEMPORARY_PREFIX}*") if p.is_file() and not p.is_symlink()
+        )
+        put(PosixUnderStore("other", f"file://{root}"), "run/b", b"b")
+        assert writing.exists(), "swept by another server while it was written"
+        yield memoryview(b"a")
+
+    files.write("run/a", parts(), 1, replaces=None, deadline=soon())
+    assert not left.exists()
+    assert (get(files, "run/a"), get(files, "run/b")) == (b"a", b"b")
+    assert (root / "run" / ".torchcache-other").exists()
+    assert (tmp_path / "precious").read_bytes() == b"precious"
 
 
 def test_special_files_do_not_hang_anybody(files: PosixUnderStore, root: Path) -> None:

@@ -104,6 +104,19 @@ def test_a_save_nobody_reserved_is_not_committed() -> None:
             call()
 
 
+def test_a_save_that_a_restart_cut_short_was_not_superseded_by_what_it_was_to_overwrite() -> None:
+    """F2: nobody else wants the path; the writer is told to save again, not that another has won."""
+    server = Server(Bucket(), "a")
+    server.save("old")
+    server.reserve("new", overwrite=True)
+    server.put("new")
+    server.restart()
+    for call in (lambda: server.write_back.renew(KEY, "new"), lambda: server.commit("new")):
+        with pytest.raises(CheckpointError, match="isn't known to the server any more") as caught:
+            call()
+        assert not isinstance(caught.value, AlreadyExists)
+
+
 @pytest.mark.parametrize(
     "files",
     [

@@ -11,11 +11,13 @@ from torchcache.errors import (
     CheckpointError,
     IntegrityError,
     NotResident,
+    ObjectChanged,
+    ObjectNotFound,
     ServerUnavailable,
     TorchCacheError,
 )
 from torchcache.model import ByteRange, Extent, ObjectInfo
-from torchcache.pool import Pool
+from torchcache.pool import Pool, SaveInfo
 from torchcache.save_names import save_namespace, saved_file
 
 _READ_S = 120.0
@@ -67,7 +69,8 @@ class Source:
     def fetch(self, fetches: Sequence[Fetch]) -> None:
         """Fills the buffers of all `fetches`, in one read or two, and checks them against the manifest.
 
-        Raises IntegrityError where no good copy is found, ObjectNotFound for a file that is gone.
+        Raises IntegrityError where no good copy is found, ObjectNotFound for a file that is gone, CheckpointError if
+        another save took the path meanwhile.
         """
         stored: list[Fetch] = []
         resident: list[Fetch] = []
@@ -76,8 +79,15 @@ class Source:
             (stored if gone else resident).append(fetch)
         if self._saved is not None and resident:
             stored += self._fetch_saved(self._saved, resident)
-        if stored:
+        if not stored:
+            return
+        try:
             self._fetch_stored(stored)
+        except (IntegrityError, ObjectChanged, ObjectNotFound):
+            # What isn't as the manifest says may be another save's.
+            if self._saved is not None:
+                self._require_unreplaced(self._saved)
+            raise
 
     def require(self, item: Item) -> None:
         """Raises IntegrityError if an item reaches beyond the end of its file."""
@@ -117,14 +127,18 @@ class Source:
     def _require_durable(self, saved: SavedFiles, problem: TorchCacheError) -> None:
         """The upload may have ended, and the pool's copy gone, since the checkpoint was opened."""
         if not self._durable:
-            info = self._pool.get_save(saved.store, saved.path, saved.part, manifest=False)
-            if info.save_id != saved.save_id:
-                raise CheckpointError(
-                    f"{self._uri} was overwritten while it was being loaded; load it again", object=self._uri
-                )
-            self._durable = info.state == "durable"
+            self._durable = self._require_unreplaced(saved).state == "durable"
         if not self._durable:
             raise problem
+
+    def _require_unreplaced(self, saved: SavedFiles) -> SaveInfo:
+        """What the pool says of the save now. Raises CheckpointError if another one has taken its path."""
+        info = self._pool.get_save(saved.store, saved.path, saved.part, manifest=False)
+        if info.save_id != saved.save_id:
+            raise CheckpointError(
+                f"{self._uri} was overwritten while it was being loaded; load it again", object=self._uri
+            )
+        return info
 
     def _fetch_stored(self, fetches: Sequence[Fetch]) -> None:
         """Reads from the under-store's files, in whole granules, so that every byte has a checksum to match."""

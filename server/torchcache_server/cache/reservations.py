@@ -260,8 +260,9 @@ def lost_lease(key: SaveKey, slot: Slot | None) -> CheckpointError:
     holder = slot.lease if slot is not None else None
     if holder is not None:
         return taken_over(key, holder.writer)
-    if slot is not None and slot.save is not None:
+    if slot is not None and slot.save is not None and slot.committed_here:
         return taken_over(key, f"save {slot.save.save_id}")
+    # A save that was there when the server started may be what was to be overwritten.
     return CheckpointError(
         f"the reservation of {key} isn't known to the server any more (its lease ran out, or the server was "
         "restarted while the save was being written): save again",

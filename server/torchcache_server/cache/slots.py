@@ -52,6 +52,7 @@ class Slot:
     key: SaveKey
     lease: Lease | None = None
     save: Save | None = None
+    committed_here: bool = False  # since this server started
     uploaded: dict[str, str] = field(
         default_factory=dict
     )  # of `save`: shard name -> version in the under-store
@@ -157,6 +158,7 @@ class Slots:
             if slot.save is not None:
                 slot.garbage.add(slot.save.namespace)
             slot.save, slot.uploaded, slot.lease = save, {}, None
+            slot.committed_here = True
             self.changed.notify_all()
         try:
             self._write_leases(slot, slot.dead_leases)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from collections.abc import Iterator
 from itertools import islice
 
@@ -21,7 +20,8 @@ from torchcache.errors import (
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
 from torchcache_server.understore.base import Counters, Listing, changed, check_range
 from torchcache_server.understore.posix_files import Root, locked, translate, version_of
-from torchcache_server.understore.posix_walk import TEMPORARY_PREFIX, walk
+from torchcache_server.understore.posix_temporary import Temporaries, remove
+from torchcache_server.understore.posix_walk import walk
 
 _COPY_BYTES = 16 * 1024 * 1024
 
@@ -39,6 +39,7 @@ class PosixUnderStore:
         self._name = name
         self._root = Root(os.path.normpath(path))
         self._counters = Counters()
+        self._temporaries = Temporaries()
 
     @property
     def name(self) -> str:
@@ -109,19 +110,16 @@ class PosixUnderStore:
         self._counters.add("write")
         uri = self._root.uri_of(key)
         target = key.rpartition("/")[2]
-        temporary = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         try:
             with self._root.folder_of(key, create=True) as folder:
                 self._check_replaces(folder, target, replaces, uri)
-                try:
-                    status = self._fill(folder, temporary, parts, size, uri=uri, deadline=deadline)
+                with self._temporaries.file(folder, uri, deadline) as (temporary, file):
+                    status = self._fill(file, parts, size, uri=uri, deadline=deadline)
                     with locked(folder, uri, deadline):
                         found = self._check_replaces(folder, target, replaces, uri)
-                        status = _set_apart(folder, temporary, status, found)
+                        status = _set_apart(file, status, found)
                         _publish(folder, temporary, target, create=replaces == "")
                     os.fsync(folder)
-                finally:
-                    _remove(folder, temporary)
         except TorchCacheError:
             raise  # ObjectNotFound is an OSError too.
         except FileExistsError as error:
@@ -135,7 +133,7 @@ class PosixUnderStore:
         uri = self._root.uri_of(key)
         try:
             with self._root.folder_of(key, create=False) as folder, locked(folder, uri, deadline):
-                _remove(folder, key.rpartition("/")[2])
+                remove(folder, key.rpartition("/")[2])
                 os.fsync(folder)
         except TorchCacheError:
             raise  # ObjectNotFound is an OSError too.
@@ -171,45 +169,33 @@ class PosixUnderStore:
         return found
 
     def _fill(
-        self, folder: int, name: str, parts: Iterator[memoryview], size: int, *, uri: str, deadline: float
+        self, file: int, parts: Iterator[memoryview], size: int, *, uri: str, deadline: float
     ) -> os.stat_result:
-        """A synced file of the bytes of `parts`."""
-        file = os.open(
-            name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=folder
-        )
-        try:
-            for part in parts:
-                view = memoryview(part).cast("B")
-                while len(view):
-                    if time.monotonic() >= deadline:
-                        raise DeadlineExceeded(f"the deadline passed while {uri} was written", object=uri)
-                    count = os.write(file, view[:_COPY_BYTES])
-                    self._counters.add("write", requests=0, bytes=count)
-                    view = view[count:]
-            # The kernel's own mtime is as coarse as its tick: two writes within one would share a version.
-            os.utime(file, ns=(time.time_ns(),) * 2)
-            os.fsync(file)
-            status = os.fstat(file)
-        finally:
-            os.close(file)
+        """Writes and syncs the bytes of `parts`."""
+        for part in parts:
+            view = memoryview(part).cast("B")
+            while len(view):
+                if time.monotonic() >= deadline:
+                    raise DeadlineExceeded(f"the deadline passed while {uri} was written", object=uri)
+                count = os.write(file, view[:_COPY_BYTES])
+                self._counters.add("write", requests=0, bytes=count)
+                view = view[count:]
+        # The kernel's own mtime is as coarse as its tick: two writes within one would share a version.
+        os.utime(file, ns=(time.time_ns(),) * 2)
+        os.fsync(file)
+        status = os.fstat(file)
         if status.st_size != size:
             raise ConfigurationError(f"{status.st_size} bytes were given for {uri} of {size}", object=uri)
         return status
 
 
-def _set_apart(
-    folder: int, temporary: str, status: os.stat_result, found: os.stat_result | None
-) -> os.stat_result:
+def _set_apart(file: int, status: os.stat_result, found: os.stat_result | None) -> os.stat_result:
     """Makes the new file younger than the one it replaces, so that no version comes twice, whatever the clock does."""
     if found is None or found.st_mtime_ns < status.st_mtime_ns:
         return status
-    file = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-    try:
-        os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
-        os.fsync(file)
-        return os.fstat(file)
-    finally:
-        os.close(file)
+    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+    os.fsync(file)
+    return os.fstat(file)
 
 
 def _publish(folder: int, temporary: str, target: str, *, create: bool) -> None:
@@ -217,13 +203,6 @@ def _publish(folder: int, temporary: str, target: str, *, create: bool) -> None:
         os.link(temporary, target, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     else:
         os.rename(temporary, target, src_dir_fd=folder, dst_dir_fd=folder)
-
-
-def _remove(folder: int, name: str) -> None:
-    try:
-        os.unlink(name, dir_fd=folder)
-    except FileNotFoundError:
-        pass
 
 
 def _read_into(data: bytearray, file: int, offset: int) -> int:
