@@ -36,6 +36,9 @@ class TestPosix(UnderStoreConformance, WritersExcludeEachOther, RootsAreNotMade)
 
 
 class TestSeaweedFS(UnderStoreConformance, WritersExcludeEachOther):
+    # Its CompleteMultipartUpload checks the condition, but not atomically: a third of such races have two winners.
+    exclusive_bytes = 5_000_000
+
     @pytest.fixture
     def under_store(self, s3: SeaweedFS) -> Iterator[UnderStore]:
         under_store = create("s3", f"s3://{s3.make_bucket()}/some/prefix")

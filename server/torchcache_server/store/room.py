@@ -76,7 +76,8 @@ def promise(core: Core, namespace: str, size_bytes: int, key: bytes) -> Promise:
         with core.lock:
             check_quota(core, namespace, bytes)
             over = space.used_bytes + space.promised_bytes + bytes - space.capacity_bytes
-            over_disk = bytes + core.min_free_bytes - core.free_bytes() - core.spares.bytes
+            wanted = bytes + space.promised_bytes + core.min_free_bytes
+            over_disk = wanted - core.free_bytes() - core.spares.bytes
             if over <= 0 and over_disk <= 0:
                 owner = space.namespace(namespace)
                 space.promised_bytes += bytes
@@ -104,10 +105,11 @@ def make_room(core: Core, namespace: str, short: Short, *, next_use: int = NEVER
     nothing may go.
     """
     if short.bytes <= core.space.capacity_bytes:
-        if short.disk_bytes > 0:
-            with core.lock:
-                if core.spares.trim(short.disk_bytes):
-                    return
+        with core.lock:
+            if short.disk_bytes > 0 and core.spares.trim(short.disk_bytes):
+                return
+        if _give_back_tails(core):
+            return
         if evict_others(core, namespace, max(short.capacity_bytes, short.disk_bytes)):
             return
         if _yield_own(core, namespace, next_use):
@@ -121,6 +123,16 @@ def make_room(core: Core, namespace: str, short: Short, *, next_use: int = NEVER
         f"the store {core.folder.path} is full: {core.space.used_bytes} of {core.space.capacity_bytes} bytes are used "
         f"and nothing may be evicted for {namespace!r}; raise the capacity"
     )
+
+
+def _give_back_tails(core: Core) -> bool:
+    """Gives back what lies unused behind the tails of recycled segments; says whether there was any."""
+    with core.lock:
+        found = [s for s in core.space.segments.values() if s.floor_bytes > page_aligned(s.tail)]
+        cleared = [segment for segment in found if segment.clear_behind(core.disk)]
+        for segment in cleared:
+            core.space.trimmed(segment)
+    return bool(cleared)
 
 
 def evict_others(core: Core, namespace: str | None, need_bytes: int) -> bool:

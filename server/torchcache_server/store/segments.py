@@ -74,6 +74,7 @@ class Segment:
     chunks: int = 0  # records the index points to
     live_bytes: int = 0  # of these records; an estimate once one whose header is damaged has gone
     floor_bytes: int = 0  # what the file takes of the disk whatever the tail: it was another segment before
+    hole_bytes: int = 0  # below the tail, of writes that failed
     unmapped: list[None] = field(default_factory=list)  # gets an item once the last view is gone
     writing: set[int] = field(default_factory=set)  # offsets of runs being written just now
     sealed: bool = False  # takes no more records
@@ -98,7 +99,7 @@ class Segment:
     @property
     def held_bytes(self) -> int:
         """What the file takes of the disk."""
-        return max(self.floor_bytes, page_aligned(self.tail))
+        return max(self.floor_bytes, page_aligned(self.tail)) - self.hole_bytes
 
     @property
     def dead_bytes(self) -> int:
@@ -213,11 +214,24 @@ class Segment:
     def clear_behind(self, disk: DiskCalls) -> bool:
         """Makes a hole of what lies behind the tail; False if that can't be done."""
         end = page_aligned(self.tail)
-        with self.file_lock:
-            if self.dropped or self.fd is None:
+        return end == self.header.file_bytes or self._deallocate(disk, end, self.header.file_bytes - end)
+
+    def clear(self, disk: DiskCalls, offset: int, size: int) -> int:
+        """Makes a hole of the whole pages of a part; returns their bytes, 0 if that can't be done."""
+        start, end = page_aligned(offset), (offset + size) // PAGE_BYTES * PAGE_BYTES
+        return end - start if start < end and self._deallocate(disk, start, end - start) else 0
+
+    def _deallocate(self, disk: DiskCalls, offset: int, size: int) -> bool:
+        with self.file_lock:  # or the file might be another segment's by now
+            if self.dropped:
                 return False
             try:
-                disk.deallocate(self.fd, end, self.header.file_bytes - end)
+                fd = disk.open(self.path) if self.fd is None else self.fd
+                try:
+                    disk.deallocate(fd, offset, size)
+                finally:
+                    if self.fd is None:
+                        disk.close(fd)
             except OSError as error:
                 _log.warning("segment %s keeps its unused room: %s", self.path, error)
                 return False

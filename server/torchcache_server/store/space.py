@@ -203,6 +203,13 @@ class Space:
         """What lies behind the segment's tail has become a hole."""
         self._resize(segment, segment.tail, 0)
 
+    def holed(self, segment: Segment, hole_bytes: int) -> None:
+        """So much of what the segment's tail has passed takes no room."""
+        before = segment.held_bytes
+        segment.hole_bytes += hole_bytes
+        if not segment.dropped:
+            self.used_bytes += segment.held_bytes - before
+
     def _resize(self, segment: Segment, tail: int, floor_bytes: int) -> None:
         before = segment.held_bytes
         segment.tail, segment.floor_bytes = tail, floor_bytes

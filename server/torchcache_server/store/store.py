@@ -282,22 +282,22 @@ class Store:
 
     def get_record(self, key: bytes) -> bytes | None:
         """A record's value, or None."""
-        with self._gate, disk_errors(f"read the record {key!r}"):
+        with self._gate, disk_errors(f"read {_said(key)}"):
             return self._records.get(key)
 
     def put_record(self, key: bytes, value: bytes) -> None:
         """Stores a small record, durable on return; whole or not at all. Raises OutOfSpace, TorchCacheError."""
-        with self._gate, disk_errors(f"write the record {key!r}"):
+        with self._gate, disk_errors(f"write {_said(key)}"):
             self._records.put(key, value)
 
     def delete_record(self, key: bytes) -> None:
         """Removes a record, durably; absent is fine."""
-        with self._gate, disk_errors(f"delete the record {key!r}"):
+        with self._gate, disk_errors(f"delete {_said(key)}"):
             self._records.delete(key)
 
     def records(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """The records whose key starts with `prefix`, by key."""
-        with self._gate, disk_errors(f"read the record {prefix!r}"):
+        with self._gate, disk_errors(f"read {_said(prefix)}"):
             return iter(list(self._records.items(prefix)))
 
     def close(self) -> None:
@@ -342,3 +342,8 @@ def _min_free_bytes(core: Core, asked: int | None) -> int:
     except OSError as error:
         _log.warning("the size of the disk of %s can't be told: %s", core.folder.path, error)
         return 0
+
+
+def _said(key: bytes) -> str:
+    """A record in words; behind the slash of its key is a digest."""
+    return f"the {key.partition(b'/')[0].decode(errors='replace')} record"

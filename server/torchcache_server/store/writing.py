@@ -123,7 +123,8 @@ def reserve(
                 break
         used = space.used_bytes + space.promised_bytes - promised_bytes
         over_capacity = used + taken - space.capacity_bytes
-        over_disk = growth and growth + core.min_free_bytes - core.free_bytes()
+        promised = space.promised_bytes - promised_bytes
+        over_disk = growth and growth + promised + core.min_free_bytes - core.free_bytes()
         if over_capacity > 0 or over_disk > 0:
             if room is not None:
                 core.rest(room)  # it may have been opened in vain
@@ -157,8 +158,11 @@ def give_back(core: Core, reserved: Reserved, *, seal: bool) -> None:
     """Returns the room of a batch that failed. `seal`: whatever ails the segments, new records go elsewhere."""
     with core.lock:
         for part in reversed(reserved.parts):
+            # Under the lock: nobody takes that room meanwhile.
             if core.space.give_back(part.segment, part.offset, part.size):
-                part.segment.clear_behind(core.disk)  # under the lock: nobody takes that room meanwhile
+                part.segment.clear_behind(core.disk)
+            else:  # others have taken what follows
+                core.space.holed(part.segment, part.segment.clear(core.disk, part.offset, part.size))
             part.segment.sealed |= seal
 
 
