@@ -446,7 +446,7 @@ def _new_generation(rng: random.Random, files: dict[Path, bytearray]) -> None:
     "change", [_flip_some, _flip_headers, _zero_some, _cut, _exchange_files, _new_generation]
 )
 def test_what_a_restart_finds(change: Change) -> None:
-    """F3 to F9, I1: after an orderly stop, when the index is believed, and after a kill, when it is made anew."""
+    """F3, F4, F5, F6, F7, F8, F9, I1: after an orderly stop, when the index is believed, and after a kill."""
     rng = random.Random(SEED)
     verdicts: Counter[str] = Counter()
     with proof("corruption-restarts") as figures, small_store() as folder:

@@ -123,7 +123,7 @@ class Matrix:
 def test_every_site_may_fail_with_every_error(
     whole: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F10 to F15, I1, I2, I5, I6: errors of ours, nothing promised is lost, and it works again once the disk does."""
+    """F10, F11, F12, F13, F14, F15, I1, I2, I5, I6: our errors, nothing promised is lost, and then it works again."""
     caplog.set_level(logging.CRITICAL, "torchcache_server")
     monkeypatch.setattr(core, "MAX_RESTING", MAX_RESTING)
     with proof("errno-matrix") as figures, small_store() as folder:
@@ -137,7 +137,8 @@ def test_every_site_may_fail_with_every_error(
         assert not matrix.wrong, f"{len(matrix.wrong)} of {matrix.cases} cases:\n{wrong}"
         left = set(matrix.untouched()) ^ UNREACHED.keys()
         assert not left, f"no case comes by: see to it in `store_world`, or say why in UNREACHED: {left}"
-        figures["call_sites"] = len({site.place for site in matrix.sites.keys() | matrix.behind.keys()})
-        figures["ways_to_them"] = len(matrix.sites) + len(matrix.behind)
+        places = {site.place for site in matrix.sites.keys() | matrix.behind.keys()}
+        figures["call_sites"] = str(len(places))  # words: two runs don't add up
+        figures["ways_to_them"] = str(len(matrix.sites) + len(matrix.behind))
         figures["cases"] = matrix.cases
     assert len(matrix.sites) >= MIN_SITES
