@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -110,6 +111,24 @@ def test_short_writes_are_continued(tmp_path: Path) -> None:
     store = open_store(image, DiskCalls())
     assert all(held(store, n, 50_000) for n in range(3))
     assert store.get_record(b"k") == b"v" * 5000
+    store.close()
+
+
+def test_a_disk_that_takes_nothing_is_not_asked_for_ever(tmp_path: Path) -> None:
+    """I4."""
+
+    class Deaf(DiskCalls):
+        deaf = False
+
+        def pwritev(self, fd: int, buffers: Any, offset: int) -> int:
+            return 0 if self.deaf else super().pwritev(fd, buffers, offset)
+
+    disk = Deaf()
+    store = open_store(tmp_path, disk)
+    disk.deaf = True
+    with pytest.raises(OutOfSpace, match="took nothing"):
+        fill(store, "a", range(1))
+    disk.deaf = False
     store.close()
 
 

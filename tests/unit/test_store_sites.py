@@ -31,7 +31,6 @@ MAX_RESTING = 2
 
 UNREACHED = {
     "folder.py names in _refuse_lost_ledgers": "its folder of flags is gone: nothing is opened then",
-    "recycling.py unlink in begin": "the folder is emptied before, by StoreFolder",
 }
 """Calls that no case comes by, and why."""
 

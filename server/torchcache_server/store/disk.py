@@ -217,6 +217,8 @@ def write_all(disk: DiskCalls, fd: int, buffers: Sequence[Bytes], offset: int) -
         left = sum(memoryview(b).nbytes for b in rest)
         while left:
             written = disk.pwritev(fd, rest, offset)
+            if not written:
+                raise OSError(errno.EIO, "the disk took nothing, and said nothing")
             offset += written
             left -= written
             while left and written >= memoryview(rest[0]).nbytes:

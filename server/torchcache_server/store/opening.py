@@ -42,9 +42,7 @@ def open_core(folder: StoreFolder, disk: DiskCalls, space: Space, *, kept: Itera
     """
     index, notes = _open_index(folder, space.capacity_bytes)
     try:
-        spares = Spares(disk, folder.spares)
-        spares.begin()
-        core = Core(disk, folder, index, space, spares)
+        core = Core(disk, folder, index, space, Spares(disk, folder.spares))
         _load_segments(core, notes, {folder_name(name): name for name in kept})
         _sync_names(disk, folder.segments)
     except BaseException:

@@ -5,7 +5,7 @@ so), and no reader of another process holds it. Such a reader takes a shared flo
 still has the number and nonce it came for, then maps it, and keeps the lock as long as the mapping. Here the lock is
 taken alone until the header of the next segment is written; its nonce makes every record of the old one invalid.
 
-Spares lie in a folder of their own, count as taken room, go first when room is short, and don't outlive a restart.
+Spares lie in a folder of their own, count as taken room, go first when room is short, and a start empties the folder.
 """
 
 from __future__ import annotations
@@ -37,12 +37,6 @@ class Spares:
     bytes: int = 0
     recycled: int = 0
     _spares: list[_Spare] = field(default_factory=list)
-
-    def begin(self) -> None:
-        """Makes the folder, and removes what an earlier server left in it. Raises OSError."""
-        self.disk.make_dir(self.folder)
-        for name in self.disk.names(self.folder):
-            self.disk.unlink(os.path.join(self.folder, name))
 
     def keep(self, segment: Segment) -> bool:
         """Takes the file of a segment that has gone; False if it isn't worth it, and the caller unlinks it.

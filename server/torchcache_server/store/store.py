@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from torchcache.errors import ConfigurationError, OutOfSpace
+from torchcache.errors import ConfigurationError, IntegrityError, OutOfSpace
 from torchcache.model import ChunkId
 from torchcache_server.store.appending import append
 from torchcache_server.store.chunk import Payload, StoredChunk
@@ -72,7 +72,7 @@ class Store:
                 self._core = open_core(folder, watched, space, kept=kept_names(flags))
                 undo.callback(self._core.index.close, None)
                 self._flags = Flags(self._core, flags)
-            except (OSError, OutOfSpace) as error:
+            except (OSError, OutOfSpace, IntegrityError) as error:
                 raise ConfigurationError(f"the store {path} can't be opened: {error}") from error
             undo.pop_all()
         watched.watch = self._core.watch
