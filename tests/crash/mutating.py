@@ -28,37 +28,48 @@ _STATES: Final = (
     "tests/crash/test_checks.py",
     "tests/crash/test_crash_states.py",
 )
+_MENDING: Final = "tests/crash/test_mending_crashes.py"
 _LIKELY: Final = {
-    "cache/": ("write_back", "write_back_upload", "write_back_crashes", "service_data"),
-    "service/": ("service_data",),
-    "store/chunk.py": ("store_record",),
-    "store/folder.py": ("store_folder",),
-    "store/identity.py": ("store_folder",),
-    "store/ledger.py": ("store_ledger",),
-    "store/mending.py": ("examination",),
-    "store/reading.py": ("store_recovery", "store_faults"),
-    "store/record.py": ("store_record", "store_recovery"),
-    "store/segment_scan.py": ("examination",),
-    "store/segments.py": ("store_recovery", "store_faults"),
+    "cache/": (
+        "tests/unit/test_write_back.py",
+        "tests/unit/test_write_back_upload.py",
+        "tests/unit/test_write_back_crashes.py",
+        "tests/unit/test_service_data.py",
+    ),
+    "service/": ("tests/unit/test_service_data.py",),
+    "store/chunk.py": ("tests/unit/test_store_record.py",),
+    "store/folder.py": ("tests/unit/test_store_folder.py",),
+    "store/identity.py": ("tests/unit/test_store_folder.py",),
+    "store/ledger.py": ("tests/unit/test_store_ledger.py",),
+    "store/mending.py": (_MENDING, "tests/unit/test_examination.py"),
+    "store/reading.py": (
+        "tests/unit/test_store_recovery.py",
+        "tests/unit/test_store_faults.py",
+    ),
+    "store/record.py": (
+        "tests/unit/test_store_record.py",
+        "tests/unit/test_store_recovery.py",
+    ),
+    "store/segment_scan.py": ("tests/unit/test_examination.py",),
+    "store/segments.py": (
+        "tests/unit/test_store_recovery.py",
+        "tests/unit/test_store_faults.py",
+    ),
 }
-"""Which unit tests are asked first, by the start of a source file's path: a run costs what comes before the killer."""
+"""Which tests are asked first, by the start of a source file's path: a run costs what comes before the killer."""
 
 
 def tests_for(mutant: Mutant, copy: Path) -> list[str]:
     """All tests of the store and of saves; those come first that are likely to notice."""
     file = mutant.name.partition(":")[0]
-    likely = [
-        f"tests/unit/test_{name}.py"
-        for start, names in _LIKELY.items()
-        if file.startswith(start)
-        for name in names
-    ]
+    likely = [name for start, names in _LIKELY.items() if file.startswith(start) for name in names]
     others = sorted(
         path.relative_to(copy).as_posix()
         for pattern in ("store", "write_back", "cache", "service_data", "examination")
         for path in (copy / "tests" / "unit").glob(f"test_{pattern}*.py")
     )
-    first = [*_STATES, *likely] if mutant.loses_bytes and file.startswith("store/") else [*likely, *_STATES]
+    by_states = mutant.loses_bytes and file.startswith("store/") and _MENDING not in likely
+    first = [*_STATES, *likely] if by_states else [*likely, *_STATES]
     return list(dict.fromkeys([*first, *others, "tests/conformance/test_stores.py"]))
 
 
