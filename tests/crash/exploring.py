@@ -20,7 +20,7 @@ from tests.crash.world import Trace, World, small_world
 
 SCRATCH: Final = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
-_EXTREMES: Final[list[tuple[Survival, Survival]]] = [
+EXTREMES: Final[list[tuple[Survival, Survival]]] = [
     (names, data) for names in ("lost", "kept") for data in ("lost", "kept")
 ]
 _DRAWN: Final[list[tuple[Survival, Survival]]] = [
@@ -106,7 +106,7 @@ def restart_somewhere(trace: Trace, rng: random.Random, scratch: str, *, killed:
     disk, promises = trace.disk.copy(), trace.promises.copy()
     for item in trace.items[:at]:
         _apply(item, disk, promises)
-    how: tuple[Survival, Survival] = ("kept", "kept") if killed else rng.choice(_EXTREMES + _DRAWN)
+    how: tuple[Survival, Survival] = ("kept", "kept") if killed else rng.choice(EXTREMES + _DRAWN)
     image = disk.image(*how, rng)
     later = Trace(
         f"{trace.name}, {'killed' if killed else f'cut {how}'} at {at}, restarted",
@@ -169,7 +169,7 @@ def _images(
     disk: Disk, draws: int, seed: str
 ) -> Iterator[tuple[tuple[Survival, Survival], random.Random, Image]]:
     """Images of the disk, with what survives in them, and the generator that drew them."""
-    for draw, ways in enumerate([_EXTREMES] + [_DRAWN] * draws):
+    for draw, ways in enumerate([EXTREMES] + [_DRAWN] * draws):
         for how in ways:
             rng = random.Random(f"{seed} {how} {draw}")
             yield how, rng, disk.image(*how, rng)
