@@ -37,8 +37,7 @@ _MARKS: Final = (
 _OFFLINE: Final = ("mending.py",)  # what the doctor does, no server
 
 EQUIVALENT: Final = {
-    "store/recovery.py:_next_magic words == _MAGIC_WORD": "only a faster search: where it stops is checked",
-    "store/segment_scan.py:records words == _MAGIC_WORD": "the same",
+    "store/record.py:possible_records words == _MAGIC_WORD": "only a faster search: where it stops is checked",
     "store/folder.py:_begin_anew without self._disk.fsync_dir(self.path)": "the identity's fsync of the same folder "
     "follows at once, and while that is missing the store is empty",
 }

@@ -17,6 +17,9 @@ import pyarrow as pa
 
 Bytes = bytes | bytearray | memoryview
 
+UNREADABLE: Final = (errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA)
+"""What a disk or file system says of single places it can't read."""
+
 _IOV_MAX: Final = 1024  # Linux; os.sysconf("SC_IOV_MAX") says the same everywhere it runs
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -11,13 +11,12 @@ from typing import Final
 import lmdb
 
 from torchcache_server.store import layout
-from torchcache_server.store.disk import DiskCalls
+from torchcache_server.store.disk import UNREADABLE, DiskCalls
 from torchcache_server.store.findings import Finding
 from torchcache_server.store.folder import index_trust
 from torchcache_server.store.index import IndexReader, record_key
 from torchcache_server.store.record import SegmentHeader
-from torchcache_server.store.recovery import UNREADABLE
-from torchcache_server.store.segment_scan import Found, Scan, identity_text
+from torchcache_server.store.segment_scan import Found, SegmentBytes, identity_text
 from torchcache_server.store.segments import SUFFIX, read_header, remade_header
 
 _REBUILT: Final = "thrown away: the next start makes it anew from the segments"
@@ -154,7 +153,7 @@ class _Inspection:
             self._contents.namespaces[_folder(path)] = header.namespace
             self._numbers.add(header.number)
             before = self._contents.bytes
-            scan = Scan(self._disk, fd, header, advance=self._read)
+            scan = SegmentBytes(self._disk, fd, header, advance=self._read)
         finally:
             self._disk.close(fd)
         members = self._index.members(header.number) if self._index is not None else {}

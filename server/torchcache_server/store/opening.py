@@ -17,13 +17,13 @@ import numpy as np
 
 from torchcache.errors import OutOfSpace
 from torchcache_server.store.core import Core
-from torchcache_server.store.disk import DiskCalls
+from torchcache_server.store.disk import UNREADABLE, DiskCalls
 from torchcache_server.store.folder import StoreFolder
 from torchcache_server.store.index import PLACE, Index, Location, SegmentNote, remove_index
 from torchcache_server.store.layout import FLAGS
-from torchcache_server.store.recovery import UNREADABLE, Scan, scan_and_cut
+from torchcache_server.store.recovery import Scan, scan_and_cut
 from torchcache_server.store.recycling import Spares
-from torchcache_server.store.segments import SUFFIX, Segment, folder_name
+from torchcache_server.store.segments import SUFFIX, Segment, folder_name, parse_file_name
 from torchcache_server.store.space import Space
 
 _SCAN_THREADS: Final = 16
@@ -147,10 +147,9 @@ def _open_segments(core: Core, kept: Mapping[str, str]) -> Iterator[tuple[Segmen
 
 def _reserve_number(space: Space, path: str) -> None:
     """Keeps a file's number from being given to a new one: of two records of a chunk the later must be told."""
-    try:
-        space.next_number = max(space.next_number, int(os.path.basename(path)[:16], 16) + 1)
-    except ValueError:
-        pass  # no file of ours is called so
+    named = parse_file_name(os.path.basename(path))
+    if named is not None:
+        space.next_number = max(space.next_number, named[0] + 1)
 
 
 def _believe(core: Core, segment: Segment, note: SegmentNote) -> None:

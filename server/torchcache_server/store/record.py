@@ -17,6 +17,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import numpy as np
 import xxhash
 
 from torchcache.model import BLOCK_BYTES, CHUNK_BYTES
@@ -27,6 +28,8 @@ FORMAT_VERSION: Final = 1
 RECORD_MAGIC: Final = b"tcRECORD"
 DEAD_MAGIC: Final = b"tcDEAD\0\0"
 SEGMENT_MAGIC: Final = b"tcSEGMNT"
+
+_MAGIC_WORD: Final = int.from_bytes(RECORD_MAGIC, "little")
 
 _SEED: Final = 0x74_6F_72_63_68_63_61_63
 _MASK: Final = (1 << 64) - 1
@@ -185,6 +188,16 @@ def stated_length(view: memoryview, at: int) -> int:
         return 0
     magic, _, _, _, length, *_ = _RECORD.unpack_from(view, at)
     return min(length, MAX_HEADER_BYTES) if magic == RECORD_MAGIC else 0
+
+
+def possible_records(view: memoryview) -> list[int]:
+    """The aligned places of `view`, which starts at one, that a record's magic is at; rising. No more is checked.
+
+    A file that was another segment before is full of them.
+    """
+    words = np.frombuffer(view[: len(view) // ALIGN_BYTES * ALIGN_BYTES], dtype="<u8")[:: ALIGN_BYTES // 8]
+    found: list[int] = (np.flatnonzero(words == _MAGIC_WORD) * ALIGN_BYTES).tolist()
+    return found
 
 
 def padding(payload_bytes: int) -> bytes:

@@ -8,31 +8,30 @@ Nothing is read through the mapping: what a disk can't read is an error here, th
 
 from __future__ import annotations
 
-import errno
 import struct
 from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from torchcache.model import BLOCK_BYTES
-from torchcache_server.store.disk import DiskCalls
+from torchcache_server.store.disk import UNREADABLE, DiskCalls
 from torchcache_server.store.index import pack_place
-from torchcache_server.store.record import ALIGN_BYTES, IDENTITY_AT, RECORD_MAGIC, sound_record, stated_length
-from torchcache_server.store.segments import Segment
+from torchcache_server.store.record import (
+    ALIGN_BYTES,
+    IDENTITY_AT,
+    possible_records,
+    sound_record,
+    stated_length,
+)
+from torchcache_server.store.segments import PAGE_BYTES, Segment
 
 _DIGEST: Final = struct.Struct("<Q").unpack_from
-_MAGIC_WORD: Final = int.from_bytes(RECORD_MAGIC, "little")
-_PAGE: Final = 4096
 _HEAD_BYTES: Final = 1024  # most headers are shorter
 _AHEAD_BYTES: Final = 1 << 20  # read at a time where records are close together, or searched for
 _CLOSE_BYTES: Final = 32 * 1024  # two records of less than this are read in one go
 _MAX_ERRORS: Final = 8  # each may take the disk seconds
-
-UNREADABLE: Final = (errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA)
-"""What a disk or file system says of single places it can't read."""
 
 
 class Scan(NamedTuple):
@@ -107,7 +106,7 @@ class _Reader:
                         at = self._next_magic(at + ALIGN_BYTES, end)
                 except OSError as error:
                     self.note(error)
-                    behind = self._readable // _PAGE * _PAGE + _PAGE
+                    behind = self._readable // PAGE_BYTES * PAGE_BYTES + PAGE_BYTES
                     at = behind if self._errors < _MAX_ERRORS else end
         return self.places
 
@@ -176,8 +175,7 @@ class _Reader:
                 self._read(at, ALIGN_BYTES, _AHEAD_BYTES)
             whole = len(self._view) // ALIGN_BYTES * ALIGN_BYTES
             if self._magics is None:
-                words = np.frombuffer(self._view[:whole], dtype="<u8")[:: ALIGN_BYTES // 8]
-                self._magics = (np.flatnonzero(words == _MAGIC_WORD) * ALIGN_BYTES + self._start).tolist()
+                self._magics = [self._start + here for here in possible_records(self._view)]
             nearest = bisect_left(self._magics, at)
             if nearest < len(self._magics):
                 return min(self._magics[nearest], end)

@@ -8,23 +8,19 @@ import mmap
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-import numpy as np
-
 from torchcache.model import block_digests, chunk_digest
-from torchcache_server.store.disk import DiskCalls
+from torchcache_server.store.disk import UNREADABLE, DiskCalls
 from torchcache_server.store.record import (
     ALIGN_BYTES,
-    RECORD_MAGIC,
     RecordHeader,
     SegmentHeader,
     decode_record,
+    possible_records,
 )
-from torchcache_server.store.recovery import UNREADABLE
+from torchcache_server.store.segments import PAGE_BYTES
 
 _STEP_BYTES: Final = 4 << 20
-_PAGE: Final = 4096
 _ANONYMOUS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-_MAGIC_WORD: Final = int.from_bytes(RECORD_MAGIC, "little")
 
 
 class Found(NamedTuple):
@@ -36,7 +32,7 @@ class Found(NamedTuple):
     is_torn: bool
 
 
-class Scan:
+class SegmentBytes:
     """The bytes of one segment's file. `unreadable` is how many of them the disk can't read: they are zeros here."""
 
     def __init__(
@@ -57,11 +53,8 @@ class Scan:
     def records(self) -> Iterator[Found]:
         """Records with a sound header, by offset; past a torn one the next may start within its payload."""
         view = memoryview(self._memory)[: self.size]
-        whole = self.size // ALIGN_BYTES * ALIGN_BYTES
-        words = np.frombuffer(view[:whole], dtype="<u8")[:: ALIGN_BYTES // 8]
         behind = self._header.length
-        for place in np.flatnonzero(words == _MAGIC_WORD):
-            at = int(place) * ALIGN_BYTES
+        for at in possible_records(view):
             if at < behind:
                 continue
             header = decode_record(view, self._header.nonce, at)
@@ -80,11 +73,11 @@ class Scan:
             except OSError as error:
                 if error.errno not in UNREADABLE:
                     raise
-                if step > _PAGE:
-                    step = _PAGE
+                if step > PAGE_BYTES:
+                    step = PAGE_BYTES
                     continue
-                self.unreadable += min(_PAGE, end - at)
-                at += _PAGE
+                self.unreadable += min(PAGE_BYTES, end - at)
+                at += PAGE_BYTES
                 continue
             if not part:
                 return
