@@ -29,7 +29,6 @@ from torchcache_server.store.index import remove_index
 from torchcache_server.store.ledger import RECORD_SUFFIX
 from torchcache_server.store.segments import SUFFIX
 
-_LEDGERS: Final = (layout.RECORDS, layout.FLAGS)
 _READ_BYTES: Final = 4 << 20
 
 _log = logging.getLogger(__name__)
@@ -165,7 +164,7 @@ class StoreFolder:
 
     def _refuse_lost_ledgers(self) -> None:
         """Raises ConfigurationError if a folder is gone that said what must be kept, and there is something to keep."""
-        for name in _LEDGERS:
+        for name in layout.LEDGERS:
             folder = os.path.join(self.path, name)
             if not os.path.isdir(folder) and self._disk.names(self.segments):
                 raise ConfigurationError(
@@ -260,7 +259,7 @@ def index_trust(disk: DiskCalls, path: str) -> tuple[bool, str]:
 
 def index_digest(disk: DiskCalls, path: str) -> str:
     """Checksum of a store's index, which must not be open. Raises OSError."""
-    fd = disk.open(os.path.join(path, layout.INDEX, "data.mdb"))
+    fd = disk.open(os.path.join(path, layout.INDEX, layout.INDEX_FILES[0]))
     try:
         digest, at = xxhash.xxh3_128(), 0
         while part := disk.pread(fd, _READ_BYTES, at):

@@ -16,7 +16,6 @@ from torchcache_server.store.keeping import is_kept
 from torchcache_server.store.ledger import RECORD_SUFFIX, TEMPORARY_SUFFIX, read_record
 from torchcache_server.store.segments import SUFFIX
 
-_LEDGERS: Final = (layout.FLAGS, layout.RECORDS)
 _AFTERWARDS: Final = "what it may speak of stays then, until you remove the folder 'damaged'"
 
 
@@ -44,7 +43,7 @@ def inspect_folder(disk: DiskCalls, root: str) -> Notes:
     notes.findings += odd
     odd_paths = {finding.path for finding in odd}
     _inspect_identity(disk, root, notes, odd_paths)
-    for name in _LEDGERS:
+    for name in layout.LEDGERS:
         if os.path.join(root, name) not in odd_paths:
             _inspect_ledger(disk, root, name, notes)
     _inspect_set_aside(root, notes, odd_paths)
@@ -188,9 +187,9 @@ def _inspect_set_aside(root: str, notes: Notes, odd: set[str]) -> None:
 
 def _walk(root: str, odd: set[str]) -> Iterator[tuple[str, bool]]:
     """Files and folders of the store's, and whether each is a folder. What is odd is left out."""
-    for path in (layout.IDENTITY, layout.IDENTITY_COPY, layout.LOCK, layout.CLEAN):
-        if layout.kind_of(os.path.join(root, path)) == "a file":
-            yield os.path.join(root, path), False
+    for name in layout.ROOT_FILES:
+        if layout.kind_of(os.path.join(root, name)) == "a file":
+            yield os.path.join(root, name), False
     for name in os.listdir(root):
         if name.endswith(TEMPORARY_SUFFIX) and name.removesuffix(TEMPORARY_SUFFIX) in layout.ROOT_FILES:
             yield os.path.join(root, name), False

@@ -1,7 +1,8 @@
 """Where each chunk lies: an LMDB database that other processes can read too.
 
 It is derived: whatever it says can be found again by reading the segments, so nothing here is synced on the way. After
-an unclean stop it is thrown away and rebuilt; after a clean one it is trusted as far as the segments bear it out.
+an unclean stop it is thrown away and rebuilt. After a clean one it is opened if it is byte for byte as it was left
+(`folder.index_trust`), and trusted for the segments whose files have their length.
 
 Tables: `chunks` (digest of the object, chunk index) -> (segment, offset); `members` (segment, offset) -> key in
 `chunks`, so that a segment's records can be dropped together; `segments`: what a clean stop noted of each segment.
@@ -21,6 +22,7 @@ import xxhash
 
 from torchcache.errors import OutOfSpace
 from torchcache.model import ChunkId
+from torchcache_server.store.layout import INDEX_FILES
 
 _KEY: Final = struct.Struct(">I")
 _LOCATION: Final = struct.Struct(">QQ")  # big-endian: `members` sort by segment, then offset
@@ -271,7 +273,7 @@ class IndexWriter:
 
 def remove_index(path: str) -> None:
     """Throws the database away; it must not be open."""
-    for name in ("data.mdb", "lock.mdb"):
+    for name in INDEX_FILES:
         try:
             os.unlink(os.path.join(path, name))
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What must not be lost: the flags that forbid eviction, and the sync that makes chunks durable."""
+"""What must not be lost: the flags, which forbid eviction or limit it, and the sync that makes chunks durable."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Flags:
 
 def kept_names(ledger: Ledger) -> list[str]:
     """The namespaces that must be kept."""
-    return [name.decode() for name, value in ledger.items(b"") if _decoded(value)[0]]
+    return [name.decode() for name, value in ledger.items(b"") if is_kept(value)]
 
 
 def _encoded(kept: bool, policy: Policy) -> bytes:

@@ -25,8 +25,10 @@ DAMAGED: Final = "damaged"
 it may speak of."""
 
 FOLDERS: Final = (SEGMENTS, INDEX, RECORDS, FLAGS, SPARES)
+LEDGERS: Final = (FLAGS, RECORDS)
 ROOT_FILES: Final = (IDENTITY, IDENTITY_COPY, LOCK, CLEAN)
 INDEX_FILES: Final = ("data.mdb", "lock.mdb")
+"""What LMDB makes in the folder of the index, the database first."""
 
 
 class Oddity(NamedTuple):

@@ -40,10 +40,6 @@ class Reading(NamedTuple):
     value: bytes
     sound_copies: int
 
-    @property
-    def is_damaged(self) -> bool:
-        return self.key is None
-
 
 class Ledger:
     """Keys to values, both bytes, in the folder `path`. Thread-safe. Methods raise OSError."""
@@ -100,7 +96,7 @@ class Ledger:
         """Stores a value: the old one or the new one is there, whatever happens meanwhile."""
         with self._lock:
             self._unsure.add(key)
-            self._write(key, value)
+            write_record(self._disk, self._path, key, value)
             self._keys.add(key)
             self._unsure.discard(key)
 
@@ -134,15 +130,12 @@ class Ledger:
     def _mend(self, key: bytes, value: bytes) -> None:
         path = os.path.join(self._path, record_name(key))
         try:
-            self._write(key, value)
+            write_record(self._disk, self._path, key, value)
         except OSError as error:
             # The copy that is left will do until the disk takes another.
             _log.error("record %s has one sound copy left, which can't be doubled: %s", path, error)
         else:
             _log.warning("record %s had a damaged copy: mended from the other", path)
-
-    def _write(self, key: bytes, value: bytes) -> None:
-        replace_file(self._disk, self._path, record_name(key), encode_record(key, value))
 
 
 def record_name(key: bytes) -> str:
@@ -150,7 +143,12 @@ def record_name(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest() + RECORD_SUFFIX
 
 
-def encode_record(key: bytes, value: bytes) -> list[bytes]:
+def write_record(disk: DiskCalls, folder: str, key: bytes, value: bytes) -> None:
+    """Writes a record's file, whole or not at all, and durable on return. Raises OSError."""
+    replace_file(disk, folder, record_name(key), _encode(key, value))
+
+
+def _encode(key: bytes, value: bytes) -> list[bytes]:
     """The bytes of a record's file, in parts."""
     lengths = struct.pack("<II", len(key), len(value))
     checked = lengths + key + value

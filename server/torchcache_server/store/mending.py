@@ -13,13 +13,7 @@ from torchcache_server.store.disk import DiskCalls, replace_file, write_all
 from torchcache_server.store.findings import Finding
 from torchcache_server.store.identity import read_identity, write_one
 from torchcache_server.store.index import remove_index
-from torchcache_server.store.ledger import (
-    RECORD_SUFFIX,
-    encode_record,
-    read_record,
-    readable_bytes,
-    record_name,
-)
+from torchcache_server.store.ledger import RECORD_SUFFIX, read_record, readable_bytes, write_record
 from torchcache_server.store.record import DEAD_MAGIC
 from torchcache_server.store.segments import Segment
 
@@ -86,8 +80,7 @@ class Mender:
     def _record_copy(self, finding: Finding) -> None:
         reading = read_record(self._disk, finding.path)
         if reading.key is not None:
-            folder, name = os.path.split(finding.path)
-            replace_file(self._disk, folder, name, encode_record(reading.key, reading.value))
+            write_record(self._disk, os.path.dirname(finding.path), reading.key, reading.value)
 
     def _set_aside(self, finding: Finding) -> None:
         """Moves a record to `damaged`; a flag makes room for one that protects, if its namespace is known.
@@ -127,8 +120,7 @@ class Mender:
     def _protect(self, ledger: str, namespace: str) -> None:
         value = self._protecting(namespace)
         if value:
-            key = namespace.encode()
-            replace_file(self._disk, ledger, record_name(key), encode_record(key, value))
+            write_record(self._disk, ledger, namespace.encode(), value)
 
     def _make_damaged(self) -> str:
         aside = os.path.join(self._root, layout.DAMAGED)
