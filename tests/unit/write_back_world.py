@@ -105,9 +105,7 @@ class MemoryStore:
 
     def namespaces(self) -> list[NamespaceUsage]:
         return [
-            NamespaceUsage(
-                name, sum(len(c.payload) for c in chunks.values()), len(chunks), False, name in self.kept
-            )
+            NamespaceUsage(name, sum(len(c.payload) for c in chunks.values()), len(chunks), name in self.kept)
             for name, chunks in sorted(self.chunks.items())
         ]
 

@@ -134,7 +134,7 @@ class Segment:
     def begin(cls, disk: DiskCalls, path: str, fd: int, header: SegmentHeader) -> Segment:
         """Makes the open file at `path`, of the right size, an empty segment. Raises OSError."""
         write_all(disk, fd, [header.encode()], 0)
-        return cls._mapped(disk, path, fd, header, tail=header.length)
+        return cls._mapped(disk, path, fd, header)
 
     @classmethod
     def open(cls, disk: DiskCalls, path: str, *, namespace: str | None = None) -> tuple[Segment, bool] | None:
@@ -157,16 +157,16 @@ class Segment:
                 return None
             if size != header.file_bytes:
                 disk.truncate(fd, header.file_bytes)
-            return cls._mapped(disk, path, fd, header, tail=header.length), size == header.file_bytes
+            return cls._mapped(disk, path, fd, header), size == header.file_bytes
         except OSError:
             disk.close(fd)
             raise
 
     @classmethod
-    def _mapped(cls, disk: DiskCalls, path: str, fd: int, header: SegmentHeader, *, tail: int) -> Segment:
+    def _mapped(cls, disk: DiskCalls, path: str, fd: int, header: SegmentHeader) -> Segment:
         unmapped: list[None] = []
         buffer = disk.map(fd, header.file_bytes, lambda: unmapped.append(None))
-        return cls(header, path, buffer, memoryview(buffer).cast("B"), tail, fd, unmapped=unmapped)
+        return cls(header, path, buffer, memoryview(buffer).cast("B"), header.length, fd, unmapped=unmapped)
 
     def record(self, offset: int) -> RecordHeader | None:
         """The record at `offset`, its header checked; None if there is none."""

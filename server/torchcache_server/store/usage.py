@@ -18,9 +18,12 @@ class NamespaceUsage:
     name: str
     bytes: int
     chunks: int
-    pinned: bool
     kept: bool
     policy: Policy = Policy()  # noqa: RUF009 - frozen
+
+    @property
+    def pinned(self) -> bool:
+        return self.policy.pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +44,25 @@ class StoreUsage:
     misses: int
     corrupt: int
     evicted_chunks: int
-    spare_bytes: int = 0
-    dead_bytes: int = 0
-    overhead_bytes: int = 0
-    free_bytes: int = 0
-    min_free_bytes: int = 0
-    recycled_segments: int = 0
-    compacted_bytes: int = 0
-    expired_chunks: int = 0
-    scrubbed_bytes: int = 0
-    scrub_rounds: int = 0
-    damaged_kept: int = 0
-    disk_errors: int = 0
-    out_of_service: str = ""
+    spare_bytes: int
+    dead_bytes: int
+    overhead_bytes: int
+    free_bytes: int
+    min_free_bytes: int
+    recycled_segments: int
+    compacted_bytes: int
+    expired_chunks: int
+    scrubbed_bytes: int
+    scrub_rounds: int
+    damaged_kept: int
+    disk_errors: int
+    out_of_service: str
 
 
 def namespaces(core: Core) -> list[NamespaceUsage]:
     """All namespaces, by name. Under the store's lock."""
     found = sorted(core.space.namespaces.values(), key=lambda n: n.name)
-    return [NamespaceUsage(n.name, n.bytes, n.chunks, n.policy.pinned, n.kept, n.policy) for n in found]
+    return [NamespaceUsage(n.name, n.bytes, n.chunks, n.kept, n.policy) for n in found]
 
 
 def measured(core: Core) -> StoreUsage:
