@@ -1,8 +1,8 @@
 """What the store's parts share: the open disk, index and space, one lock, and how segments leave.
 
 Order of locks: `moving`, a namespace's `sync_lock`, the index's write transaction, `lock`, a segment's `file_lock`.
-`lock` guards the space and the spares; it is held for memory and for making a segment, never while payloads are written
-or synced.
+`lock` guards the space and the spares; it is held for memory and for making, cutting and removing files, never while
+payloads are written or synced.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The order in which a dataset will be read, where somebody knows it. Pure."""
+"""The order in which a dataset will be read, where somebody knows it. No I/O."""
 
 from __future__ import annotations
 

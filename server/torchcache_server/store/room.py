@@ -101,8 +101,8 @@ def make_room(core: Core, namespace: str, short: Short, *, next_use: int = NEVER
     """Makes some of the room that is missing; the caller looks again whether it is enough.
 
     Segments of other namespaces go, then, where the order of reading is known, what the namespace itself needs farther
-    in the future than `next_use`. Spares go first where it is the file system that is full. Raises OutOfSpace if
-    nothing may go.
+    in the future than `next_use`. Before them go spares, where it is the file system that is full, and what lies unused
+    behind tails. Raises OutOfSpace if nothing may go.
     """
     if short.bytes <= core.space.capacity_bytes:
         with core.lock:

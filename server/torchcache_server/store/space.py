@@ -1,9 +1,9 @@
 """Who holds how much: namespaces, their segments, and room for new records. No I/O, no locks of its own.
 
-The room that counts is what files take of the disk: whole pages up to a segment's tail, behind which it is a hole, or
-more where a segment was made of another one's file. Two sums stay within the capacity: what segments take and what is
-promised to fills that are on their way; and what segments and spare files take. So a promise costs no spare, and spares
-cost nobody room.
+The room that counts is what segments' files take of the disk: whole pages up to the tail, behind which a file is a
+hole; more where it was another segment's before, less where writes failed. Two sums stay within the capacity: what
+segments take and what is promised to fills that are on their way; and what segments and spare files take. So a promise
+costs no spare, and spares cost nobody room. Only while a segment is emptied it counts as gone already (`compaction`).
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ _log = logging.getLogger(__name__)
 class Store:
     """Chunks on a local disk, in segments, found by an index. Thread-safe; one process owns the folder.
 
-    Chunks are stored under a namespace, a dataset or checkpoint, and found without it. When the capacity is reached the
-    namespace used longest ago yields, but never to itself unless the order of reading is known, and never if it is kept
-    or pinned.
+    Chunks are stored under a namespace, a dataset or checkpoint, and found without it. When the capacity is reached
+    namespaces of lower priority yield first, of equal ones the one used longest ago; none to itself unless the order of
+    reading is known, and none that is kept or pinned.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Putting records into segments: room is taken under the lock, bytes are written outside, then they are indexed.
 
-A record is in the index only once all its bytes are written, so that nobody finds a half one. Nothing here makes room.
+A record is in the index only once all its bytes are written, so that nobody finds a half one. Nothing here makes room
+but by letting spares go.
 """
 
 from __future__ import annotations
