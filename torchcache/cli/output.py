@@ -142,12 +142,12 @@ def duration_text(seconds: float) -> str:
     )
 
 
-def policy_text(*, pinned: bool, priority: int, quota_bytes: int, ttl_s: float) -> str:
+def policy_text(*, pinned: bool, priority: int, quota_bytes: int | None, ttl_s: float | None) -> str:
     """What a user asked of a dataset's place in the pool: "pinned, quota 100.0 GB"; empty for nothing."""
-    notes = [
-        ("pinned", pinned),
-        (f"priority {priority}", priority != 0),
-        (f"quota {size_text(quota_bytes)}", quota_bytes > 0),
-        (f"dropped when unused for {duration_text(ttl_s)}", ttl_s > 0),
-    ]
-    return ", ".join(note for note, applies in notes if applies)
+    notes = (
+        "pinned" if pinned else "",
+        f"priority {priority}" if priority else "",
+        f"quota {size_text(quota_bytes)}" if quota_bytes else "",
+        f"dropped when unused for {duration_text(ttl_s)}" if ttl_s else "",
+    )
+    return ", ".join(filter(None, notes))

@@ -128,10 +128,10 @@ def limit(session: Session, uri: str, *, quota: str | None, ttl: str | None, pri
         quota_bytes=None if quota is None else 0 if quota == _NONE else parse_size(quota),
         ttl_s=None if ttl is None else 0.0 if ttl == _NONE else parse_duration(ttl),
     )
-    [first, *_] = found = [namespace for _, namespace in done]
-    shares = [namespace.quota_bytes for namespace in found if namespace.quota_bytes]
+    found = [namespace for _, namespace in done]
+    first, quota_bytes = found[0], sum(namespace.quota_bytes or 0 for namespace in found)
     policy = policy_text(
-        pinned=first.pinned, priority=first.priority, quota_bytes=sum(shares), ttl_s=first.ttl_s or 0.0
+        pinned=first.pinned, priority=first.priority, quota_bytes=quota_bytes, ttl_s=first.ttl_s
     )
     session.output.text(
         f"{uri}: {policy or 'no limits'}; {size_text(sum(n.bytes for n in found))} in the pool"

@@ -175,7 +175,7 @@ def _notes(namespace: NamespaceStatus) -> str:
     policy = policy_text(
         pinned=namespace.pinned,
         priority=namespace.priority,
-        quota_bytes=namespace.quota_bytes or 0,
-        ttl_s=namespace.ttl_s or 0.0,
+        quota_bytes=namespace.quota_bytes,
+        ttl_s=namespace.ttl_s,
     )
-    return ", ".join(note for note in (policy, "not yet durable" if namespace.dirty else "") if note)
+    return ", ".join(filter(None, (policy, "not yet durable" if namespace.dirty else "")))

@@ -99,7 +99,7 @@ class _Everybody:
             raise refusals[0]
         if unreached:
             reached = f"; it is at {', '.join(sorted(replies))}" if replies else ""
-            reasons = sorted({reason for reason in unreached.values()})
+            reasons = sorted(set(unreached.values()))
             raise ServerUnavailable(
                 f"{what} didn't get to {', '.join(sorted(unreached))}{reached}. Do it again once they answer: "
                 f"{'; '.join(reasons)}",
