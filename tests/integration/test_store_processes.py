@@ -139,6 +139,7 @@ def test_a_disk_that_can_not_be_read(failing: PoolServer, orders: Path) -> None:
     orders.write_text("EIO pread populate")
     for _ in range(4):
         dataset.read(failing.pool)
+    assert failing.status.disk_errors
 
 
 def test_two_errors_are_no_reason_to_give_a_disk_up(failing: PoolServer, orders: Path) -> None:

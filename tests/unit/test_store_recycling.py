@@ -115,6 +115,7 @@ def test_a_reader_may_lock_the_new_segment(store: Store, tmp_path: Path) -> None
     fill(store, "a", range(ENOUGH), MIB)
     store.drop("a")
     fill(store, "b", range(100, 103), MIB)
+    assert store.usage().recycled_segments
     fd = os.open(segment_files(tmp_path / "s")[0], os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     os.close(fd)
