@@ -31,7 +31,7 @@ class Tended(Protocol):
     """What of the store is called here."""
 
     def tidy(self) -> object:
-        """Drops what is past its time, compacts segments that are mostly dead, keeps the disk's watermark."""
+        """Drops what is past its time, compacts segments that are mostly dead, keeps some of the disk free."""
 
     def scrub(self, max_bytes: int) -> ScrubStep:
         """Verifies about the next `max_bytes` of payloads."""
