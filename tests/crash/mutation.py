@@ -38,6 +38,8 @@ _OFFLINE: Final = ("mending.py",)  # what the doctor does, no server
 
 EQUIVALENT: Final = {
     "store/record.py:possible_records words == _MAGIC_WORD": "only a faster search: where it stops is checked",
+    "store/mending.py:_set_aside without self._disk.fsync_dir(aside)": "the fsync of the folder that the record leaves "
+    "makes both halves of the rename durable: no file system loses a file in between",
     "store/folder.py:_begin_anew without self._disk.fsync_dir(self.path)": "the identity's fsync of the same folder "
     "follows at once, and while that is missing the store is empty",
 }

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable
 from typing import Final
+from unittest import mock
 
 from torchcache_server.store import Policy
 
@@ -171,6 +172,31 @@ def kept_late(world: World, rng: random.Random) -> None:
     world.sync("a")
 
 
+def numbers_again(world: World, rng: random.Random) -> None:
+    """The segment with the highest number goes; after a restart another one, of what must be kept, gets the number."""
+    world.open()
+    at = rng.randrange(1000)
+    world.keep("b", True)
+    world.put("b", *_small(at, 1))
+    world.sync("b")
+    numbers = _large(at + 100, 9)
+    world.put("a", *numbers)
+    world.sync("a")
+    world.may_go("a")
+    last = max(world.segment_of(number) for number in numbers)
+    for number in numbers:
+        if world.segment_of(number) == last:
+            world.quarantine("a", number)
+    world.tidy()
+    world.stop()
+    world.open()
+    with mock.patch(
+        "secrets.randbits", return_value=1
+    ):  # of two files of one number the other's would be read last
+        world.put("b", *_large(at + 200, 6))
+    world.sync("b")
+
+
 def compaction(world: World, rng: random.Random) -> None:
     """What is left of segments that are mostly dead moves on, and their files with it."""
     world.open()
@@ -287,6 +313,7 @@ STORE_WORKLOADS: Final[dict[str, Workload]] = {
         restarts,
         recycling,
         kept_late,
+        numbers_again,
         compaction,
         upkeep,
         ordered,

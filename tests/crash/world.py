@@ -255,10 +255,10 @@ class World:
         finally:
             self._recorder.close(fd)
 
-    def holds(self, number: int) -> bool:
-        """Whether a reader gets it."""
-        found = self.there.lookup(chunk(number))
-        return found is not None and found.is_intact()
+    def segment_of(self, number: int) -> int:
+        """Number of the segment in which a chunk lies; 0 if it is nowhere."""
+        location = self.there._core.index.get(chunk_key(chunk(number)))
+        return 0 if location is None else location.segment
 
     # ---- flags and records ----
 

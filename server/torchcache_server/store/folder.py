@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import stat
@@ -15,7 +14,7 @@ import xxhash
 from torchcache.errors import ConfigurationError
 from torchcache.locks import LockFile
 from torchcache_server.store import layout
-from torchcache_server.store.disk import DiskCalls, read_file, replace_file
+from torchcache_server.store.disk import UNREADABLE, DiskCalls, read_file, replace_file
 from torchcache_server.store.identity import (
     DAMAGED,
     FORMAT,
@@ -252,7 +251,7 @@ def index_trust(disk: DiskCalls, path: str) -> tuple[bool, str]:
     except FileNotFoundError:
         return False, "it is missing"
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno not in UNREADABLE:
             raise
         return False, f"it can't be read: {error}"
 

@@ -13,13 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from torchcache_server.store.disk import DiskCalls
+from torchcache_server.store.disk import UNREADABLE, DiskCalls
 
 TOO_MANY: Final = 3
 
-_OF_THE_DISK: Final = frozenset(
-    {errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.EUCLEAN, errno.ESTALE, errno.EBADMSG}
-)
+_OF_THE_DISK: Final = frozenset({*UNREADABLE, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE})
 _MAKING: Final = ("create", "make_dir")
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ and give up checkpoints that were acknowledged.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-from torchcache_server.store.disk import DiskCalls, read_file, replace_file
+from torchcache_server.store.disk import UNREADABLE, DiskCalls, read_file, replace_file
 from torchcache_server.store.layout import IDENTITY, IDENTITY_COPY, kind_of
 
 FORMAT: Final = "torchcache store 2"
@@ -88,7 +87,7 @@ def _read(disk: DiskCalls, path: str) -> tuple[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno not in UNREADABLE:
             raise
     return "", DAMAGED
 

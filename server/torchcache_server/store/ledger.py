@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import xxhash
 
 from torchcache.errors import ConfigurationError, IntegrityError
-from torchcache_server.store.disk import DiskCalls, replace_file
+from torchcache_server.store.disk import UNREADABLE, DiskCalls, replace_file
 
 _MAGIC: Final = b"tcLEDGR2"
 _HEAD: Final = struct.Struct("<8sQII")
@@ -213,12 +213,12 @@ def _read_page_by_page(disk: DiskCalls, fd: int, size: int, at: int) -> bytes:
     try:
         return disk.pread(fd, size - at, at)
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno not in UNREADABLE:
             raise
     page = min(PAGE_BYTES - at % PAGE_BYTES, size - at)
     try:
         return disk.pread(fd, page, at)
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno not in UNREADABLE:
             raise
     return bytes(page)

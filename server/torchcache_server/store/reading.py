@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ from torchcache.errors import OutOfSpace
 from torchcache.model import ChunkId
 from torchcache_server.store.chunk import StoredChunk
 from torchcache_server.store.core import Core, Known
+from torchcache_server.store.disk import UNREADABLE
 from torchcache_server.store.index import Location, chunk_key
 from torchcache_server.store.segments import Segment
 
@@ -39,7 +39,7 @@ def find_in_memory(core: Core, chunk: ChunkId) -> StoredChunk | None:
     except OSError as error:
         _log.warning("chunk %d of %s can't be read: %s", chunk.index, chunk.object, error)
         location = core.index.get(chunk_key(chunk))
-        if error.errno == errno.EIO and location is not None:
+        if error.errno in UNREADABLE and location is not None:
             forget_if_replaceable(core, chunk_key(chunk), location, is_readable=False)
         return None
     return found
@@ -59,7 +59,7 @@ def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> St
         record = segment.populated_record(core.disk, location.offset)
     except OSError as error:
         _log.warning("a record at %d in %s can't be read: %s", location.offset, segment.path, error)
-        if error.errno == errno.EIO:
+        if error.errno in UNREADABLE:
             forget_if_replaceable(core, key, location, is_readable=False)
         return None
     if record is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torchcache_server.store.core import Core
+from torchcache_server.store.disk import UNREADABLE
 from torchcache_server.store.index import Location
 from torchcache_server.store.reading import forget_if_replaceable
 from torchcache_server.store.segments import Segment
@@ -79,7 +79,7 @@ class Scrub:
             record = segment.populated_record(core.disk, offset)
         except OSError as error:
             _log.warning("a record at %d in %s can't be read: %s", offset, segment.path, error)
-            if error.errno != errno.EIO:
+            if error.errno not in UNREADABLE:
                 return usual_bytes, True  # no word on the record
             forget_if_replaceable(core, key, location, is_readable=False)
             return usual_bytes, False
