@@ -145,10 +145,10 @@ def record_name(key: bytes) -> str:
 
 def write_record(disk: DiskCalls, folder: str, key: bytes, value: bytes) -> None:
     """Writes a record's file, whole or not at all, and durable on return. Raises OSError."""
-    replace_file(disk, folder, record_name(key), _encode(key, value))
+    replace_file(disk, folder, record_name(key), encode_record(key, value))
 
 
-def _encode(key: bytes, value: bytes) -> list[bytes]:
+def encode_record(key: bytes, value: bytes) -> list[bytes]:
     """The bytes of a record's file, in parts."""
     lengths = struct.pack("<II", len(key), len(value))
     checked = lengths + key + value
