@@ -128,8 +128,8 @@ def test_every_fault_and_invariant_of_the_store_has_a_test_and_the_document_know
 
 def test_every_test_the_document_names_is_there() -> None:
     """If this fails: python -m tests.reliability_report."""
-    there = {pair for pairs in marked_tests(ROOT / "tests").values() for pair in pairs}
     named = re.findall(r"\[(test_\w+(?:\.py)?)\]\(\.\./(tests/[^)]+)\)", DOCUMENT.read_text())
     assert named
     for test, file in named:
-        assert (file, test) in there, f"{test} isn't in {file}, or shows nothing there"
+        there = test == Path(file).name or f"def {test}(" in (ROOT / file).read_text()
+        assert there, f"{test} isn't in {file}"
