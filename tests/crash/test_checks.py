@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from torchcache_server.store import DiskCalls, Store, StoredChunk
+from torchcache_server.store import record as records
 from torchcache_server.store.index import chunk_key
 from torchcache_server.store.ledger import PAGE_BYTES, encode_record, read_record, record_name
 
@@ -60,3 +61,34 @@ def test_an_index_entry_that_points_to_another_chunk_is_not_believed(
     found = store.lookup(wrong)
     assert found is not None and bytes(found.payload) == b"w" * 100
     store.close()
+
+
+@pytest.mark.parametrize(("name", "other"), [("FORMAT_VERSION", 99), ("RECORD_MAGIC", b"tcRECOR2")])
+def test_a_sound_record_of_another_format_is_none_of_ours(
+    monkeypatch: pytest.MonkeyPatch, name: str, other: object
+) -> None:
+    """F40: its checksum holds, and its fields mean something else."""
+    length = records.header_bytes(1, 10)
+    header = records.RecordHeader(length, 10, 0, 10, 1, b"x", bytes(8))
+    assert records.decode_record(_view(records.encode_record(header, 1, 0)), 1, 0) == header
+    monkeypatch.setattr(records, name, other)
+    raw = records.encode_record(header, 1, 0)
+    monkeypatch.undo()
+    assert records.decode_record(_view(raw), 1, 0) is None
+
+
+@pytest.mark.parametrize(("name", "other"), [("FORMAT_VERSION", 99), ("SEGMENT_MAGIC", b"tcSEGMN2")])
+def test_a_sound_segment_of_another_format_is_none_of_ours(
+    monkeypatch: pytest.MonkeyPatch, name: str, other: object
+) -> None:
+    """F40."""
+    header = records.SegmentHeader(1, 2, 4096, "ns")
+    assert records.SegmentHeader.decode(_view(header.encode())) == header
+    monkeypatch.setattr(records, name, other)
+    raw = header.encode()
+    monkeypatch.undo()
+    assert records.SegmentHeader.decode(_view(raw)) is None
+
+
+def _view(header: bytes) -> memoryview:
+    return memoryview(header.ljust(4096, b"\0"))
