@@ -40,6 +40,7 @@ EQUIVALENT: Final = {
     "store/record.py:possible_records words == _MAGIC_WORD": "only a faster search: where it stops is checked",
     "store/mending.py:_set_aside without self._disk.fsync_dir(aside)": "the fsync of the folder that the record leaves "
     "makes both halves of the rename durable: no file system loses a file in between",
+    "store/record.py:stated_length magic == RECORD_MAGIC": "it says how much to read, and what is read is checked",
     "store/folder.py:_begin_anew without self._disk.fsync_dir(self.path)": "the identity's fsync of the same folder "
     "follows at once, and while that is missing the store is empty",
 }
