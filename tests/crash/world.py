@@ -175,6 +175,10 @@ class World:
         self.put_rows(namespace, rows)
 
     def put_if_room(self, namespace: str, *numbers: int) -> None:
+        """What need not be kept may have to yield to it."""
+        for other in self.there.namespaces():
+            if other.name != namespace and not other.kept and not other.policy.pinned:
+                self.may_go(other.name)
         try:
             self.put(namespace, *numbers)
         except OutOfSpace:
