@@ -35,6 +35,7 @@ def _compact(core: Core, segment: Segment, stays: Callable[[bytes], bool]) -> in
         if segment.dropped or segment.writing or core.is_kept(segment):
             return 0
         namespace = core.space.namespaces[segment.header.namespace]
+        moves_all = namespace.policy.pinned  # it may have been pinned since the caller looked
         segment.sealed = True
         if namespace.open is segment:
             namespace.open = None
@@ -42,7 +43,7 @@ def _compact(core: Core, segment: Segment, stays: Callable[[bytes], bool]) -> in
     core.close_if_done(segment)
     try:
         entries = core.index.members(segment.number)
-        staying = [(key, offset) for key, offset in entries if stays(key)]
+        staying = [(key, offset) for key, offset in entries if moves_all or stays(key)]
         if not _move(core, segment, staying):
             return 0
     finally:

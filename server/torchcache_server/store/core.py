@@ -250,14 +250,24 @@ class Core:
         self.close_if_done(segment)
 
     def _spared(self, segment: Segment) -> bool:
-        with self.lock, segment.file_lock:
+        with self.lock:
             if segment.writing:  # somebody still writes into it
                 return False
-            held = self.space.used_bytes + self.spares.bytes + segment.held_bytes
-            if held > self.space.capacity_bytes:  # it was emptied into a full store
+            if not segment.file_lock.acquire(
+                blocking=False
+            ):  # a sync may take seconds; `lock` is everybody's
                 return False
             try:
-                return self.spares.keep(segment)
-            except OSError as error:
-                _log.warning("segment %s can't be used again: %s", segment.path, error)
-                return False
+                return self._keep_spare(segment)
+            finally:
+                segment.file_lock.release()
+
+    def _keep_spare(self, segment: Segment) -> bool:
+        held = self.space.used_bytes + self.spares.bytes + segment.held_bytes
+        if held > self.space.capacity_bytes:  # it was emptied into a full store
+            return False
+        try:
+            return self.spares.keep(segment)
+        except OSError as error:
+            _log.warning("segment %s can't be used again: %s", segment.path, error)
+            return False

@@ -68,7 +68,9 @@ class Flags:
                     self._ledger.delete(name.encode())
                 else:
                     self._ledger.put(name.encode(), _encoded(*after))
-            with self._core.lock:
+            # Not while a segment is emptied: what goes with it was settled when nothing forbade that, and what was
+            # moved must not be unsynced behind the back of who now waits for durability.
+            with self._core.moving, self._core.lock:
                 namespace = self._core.space.namespace(name)
                 namespace.kept, namespace.policy = after
                 self._core.space.forget_if_empty(name)

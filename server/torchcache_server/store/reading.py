@@ -68,7 +68,6 @@ def _at(core: Core, chunk: ChunkId, key: bytes, location: Location | None) -> St
         _disbelieve(core, key, location)
     else:
         core.touch(segment, key)
-        core.damaged_kept.pop(location, None)  # the disk thought better of it
         found = segment.chunk(location.offset, record)
         core.learn(location, segment, Known(chunk.index, record.identity, found))
         return found

@@ -45,6 +45,8 @@ class Spares:
         """
         if 2 * segment.held_bytes < segment.header.file_bytes or segment.sync_error is not None:
             return False
+        if segment.hole_bytes:  # the next tail would fill them, and nobody count that
+            return False
         path = os.path.join(self.folder, os.path.basename(segment.path))
         self.disk.rename(segment.path, path)
         self._spares.append(_Spare(path, segment.header.file_bytes, segment.held_bytes, segment.unmapped))

@@ -128,7 +128,11 @@ def make_room(core: Core, namespace: str, short: Short, *, next_use: int = NEVER
 def _give_back_tails(core: Core) -> bool:
     """Gives back what lies unused behind the tails of recycled segments; says whether there was any."""
     with core.lock:
-        found = [s for s in core.space.segments.values() if s.floor_bytes > page_aligned(s.tail)]
+        found = [
+            s
+            for s in core.space.segments.values()
+            if s.floor_bytes > s.tail and s.floor_bytes > page_aligned(s.tail)  # the first is cheap
+        ]
         cleared = [segment for segment in found if segment.clear_behind(core.disk)]
         for segment in cleared:
             core.space.trimmed(segment)
@@ -139,11 +143,15 @@ def evict_others(core: Core, namespace: str | None, need_bytes: int) -> bool:
     """Evicts at least `need_bytes` from other namespaces; False, and nothing is done, if that much can't go."""
     with core.lock:
         owner = core.space.namespaces.get(namespace) if namespace is not None else None
+        priority = None if namespace is None else 0
+        if owner is not None:
+            # What exists nowhere else stands above everybody's wishes.
+            priority = None if owner.kept else owner.policy.priority
         victims = choose_victims(
-            core.space.candidates(),
+            core.space.candidates(namespace, priority),
             namespace=namespace,
             need_bytes=need_bytes,
-            priority=owner.policy.priority if owner is not None else (0 if namespace is not None else None),
+            priority=priority,
         )
         segments = [core.space.segments[number] for number in victims or ()]
     if victims is None:

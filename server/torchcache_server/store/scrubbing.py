@@ -41,6 +41,10 @@ class Scrub:
         damaged: list[str] = []
         with self._lock:
             while size < max_bytes:
+                if (
+                    core.watch.out_of_service
+                ):  # what it can't read now may be sound: nothing is to be forgotten
+                    return ScrubStep(size, chunks, tuple(damaged), finished=True)
                 segment = self._next()
                 if segment is None:
                     self._segment = self._offset = 0
@@ -49,7 +53,7 @@ class Scrub:
                 for key, offset in core.index.members(segment.number):
                     if offset < self._offset:
                         continue
-                    if size >= max_bytes:
+                    if size >= max_bytes or core.watch.out_of_service:
                         break
                     read, is_sound = self._verify(segment, key, offset)
                     if not is_sound:

@@ -248,16 +248,16 @@ class Segment:
                 raise self.sync_error
             if not self.unsynced:
                 return
+            # Not being able to open it, for want of descriptors say, loses nothing: that may be tried again.
+            fd = disk.open(self.path) if self.fd is None else self.fd
             self.unsynced = False
-            fd = None
             try:
-                fd = disk.open(self.path) if self.fd is None else self.fd
                 disk.fsync(fd)
             except OSError as error:
                 self.sync_error = error
                 raise
             finally:
-                if self.fd is None and fd is not None:
+                if self.fd is None:
                     disk.close(fd)
 
     def reopen(self, disk: DiskCalls) -> None:

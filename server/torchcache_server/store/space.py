@@ -231,15 +231,21 @@ class Space:
             del self.namespaces[name]
         return not namespace.segments
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Every segment, as eviction sees it."""
-        for segment in self.segments.values():
-            namespace = self.namespaces[segment.header.namespace]
-            yield Candidate(
-                segment=segment.number,
-                namespace=namespace.name,
-                bytes=segment.held_bytes,
-                last_used=namespace.last_used,
-                priority=namespace.policy.priority,
-                protected=namespace.protected or bool(segment.writing),
-            )
+    def candidates(self, name: str | None, priority: int | None) -> Iterator[Candidate]:
+        """Segments of namespaces that may yield to `name`, which has `priority`, as eviction sees them.
+
+        Asked at every miss of a full store: of what can't yield, often all of many thousand, none is looked at.
+        """
+        for namespace in self.namespaces.values():
+            above = priority is not None and namespace.policy.priority > priority
+            if namespace.protected or namespace.name == name or above:
+                continue
+            for segment in namespace.segments.values():
+                yield Candidate(
+                    segment=segment.number,
+                    namespace=namespace.name,
+                    bytes=segment.held_bytes,
+                    last_used=namespace.last_used,
+                    priority=namespace.policy.priority,
+                    protected=bool(segment.writing),
+                )

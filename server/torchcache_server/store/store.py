@@ -240,11 +240,14 @@ class Store:
         with self._gate:
             self._flags.clear(namespace)
             core = self._core
+            with core.moving:  # or what is moved just now would stay
+                with core.lock:
+                    found = core.space.namespaces.get(namespace)
+                    segments = list(found.segments.values()) if found is not None else []
+                freed = sum(s.held_bytes for s in core.remove(segments))
             with core.lock:
-                found = core.space.namespaces.get(namespace)
-                segments = list(found.segments.values()) if found is not None else []
-            freed = sum(s.held_bytes for s in core.remove(segments))
-            with core.lock:
+                for location in [at for at, name in list(core.damaged_kept.items()) if name == namespace]:
+                    core.damaged_kept.pop(location, None)
                 if found is not None:
                     found.order = None
                 core.space.forget_if_empty(namespace)

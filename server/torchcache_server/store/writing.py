@@ -175,6 +175,7 @@ def commit(core: Core, drafts: Sequence[Draft]) -> None:
     """
     placed: list[Draft] = []
     late: list[Draft] = []
+    mended: list[Location] = []
     with core.index.writing() as writer:
         for one in drafts:
             segment = one.segment
@@ -182,6 +183,9 @@ def commit(core: Core, drafts: Sequence[Draft]) -> None:
                 continue
             before = writer.get(one.key)
             if before is not None and before.segment not in core.space.segments:
+                before = None
+            if before in core.damaged_kept and one.moved_from is None:  # here is what mends it
+                mended.append(before)
                 before = None
             if before == one.moved_from:
                 writer.put(one.key, Location(segment.number, one.offset))
@@ -195,10 +199,19 @@ def commit(core: Core, drafts: Sequence[Draft]) -> None:
             origin = core.space.segments.get(one.moved_from.segment) if one.moved_from else None
             if origin is not None:
                 origin.lose(one.header.record_bytes)
+        _lose_mended(core, mended)
     for one in late:
         # Else a rebuilt index might bring back a chunk whose better known record was quarantined or dropped.
         if one.segment is not None:
             one.segment.bury(core.disk, one.offset)
+
+
+def _lose_mended(core: Core, places: Sequence[Location]) -> None:
+    """Damaged records that others have taken the place of. Under `lock`."""
+    for place in places:
+        core.damaged_kept.pop(place, None)
+        if place.segment in core.space.segments:
+            core.space.segments[place.segment].lose(None)
 
 
 def release(core: Core, reserved: Reserved) -> None:
