@@ -205,6 +205,32 @@ def test_tidying_leaves_the_disk_air(tmp_path: Path) -> None:
     store.close()
 
 
+def test_what_readers_hold_is_not_paid_for_by_others(tmp_path: Path) -> None:
+    """A file that was unlinked and is still looked at frees nothing: evicting more would not help."""
+
+    class Full(DiskCalls):
+        def free_bytes(self, path: str) -> tuple[int, int]:
+            return 40 * MIB, 1 << 40
+
+    store = Store(tmp_path / "s", capacity_bytes=CAPACITY, min_free_bytes=0, disk=Full())
+    for number in range(6):
+        fill(store, f"d{number}", range(10 * number, 10 * number + 3), MIB)
+    views = [store.lookup(chunk(10 * number)) for number in range(6)]
+    store.lookup(chunk(50))
+    store._core.min_free_bytes = 41 * MIB
+    for _ in range(5):
+        store.tidy()
+    gone = [number for number in range(6) if not store.contains(chunk(10 * number))]
+    assert gone == [0]
+    with pytest.raises(OutOfSpace, match="until readers let go"):
+        store.reserve("new", chunk(99), MIB)
+    assert [number for number in range(6) if not store.contains(chunk(10 * number))] == [0]
+    views.clear()
+    store.tidy()
+    assert [number for number in range(6) if not store.contains(chunk(10 * number))] == [0, 1]
+    store.close()
+
+
 # ---- compaction ----
 
 

@@ -1,6 +1,7 @@
 """What the store's parts share: the open disk, index and space, one lock, and how segments leave.
 
-Order of locks: `moving`, a namespace's `sync_lock`, the index's write transaction, `lock`, a segment's `file_lock`.
+Order of locks: that of the flags, `moving`, a namespace's `sync_lock`, the index's write transaction, `lock`, a
+segment's `file_lock`.
 `lock` guards the space and the spares; it is held for memory and for making, cutting and removing files, never while
 payloads are written or synced.
 """
@@ -238,6 +239,8 @@ class Core:
         try:
             if not self._spared(segment):
                 self.disk.unlink(segment.path)
+                with self.lock:
+                    self.spares.unlinked(segment.unmapped, segment.held_bytes)
         except OSError as error:
             # It is forgotten all the same: the next start finds a file that no index knows and reads it again.
             _log.warning("segment %s can't be unlinked: %s", segment.path, error)

@@ -37,6 +37,7 @@ class Spares:
     bytes: int = 0
     recycled: int = 0
     _spares: list[_Spare] = field(default_factory=list)
+    _leaving: list[tuple[list[None], int]] = field(default_factory=list)
 
     def keep(self, segment: Segment) -> bool:
         """Takes the file of a segment that has gone; False if it isn't worth it, and the caller unlinks it.
@@ -52,6 +53,16 @@ class Spares:
         self._spares.append(_Spare(path, segment.header.file_bytes, segment.held_bytes, segment.unmapped))
         self.bytes += segment.held_bytes
         return True
+
+    @property
+    def leaving_bytes(self) -> int:
+        """What unlinked files still take of the disk: somebody of this process looks at them."""
+        self._leaving = [(unmapped, size) for unmapped, size in self._leaving if not unmapped]
+        return sum(size for _, size in self._leaving)
+
+    def unlinked(self, unmapped: list[None], held_bytes: int) -> None:
+        """Notes a file whose room comes back once `unmapped` has an item."""
+        self._leaving.append((unmapped, held_bytes))
 
     def ready(self, file_bytes: int) -> list[int]:
         """What those of `file_bytes` hold that nobody of this process sees any more, in the order of `take`."""
@@ -86,6 +97,7 @@ class Spares:
                 _log.warning("the spare %s can't be removed: %s", spare.path, error)
                 continue
             self._forget(spare)
+            self.unlinked(spare.unmapped, spare.held_bytes)
             freed += spare.held_bytes
         return freed
 

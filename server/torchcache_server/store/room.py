@@ -108,6 +108,12 @@ def make_room(core: Core, namespace: str, short: Short, *, next_use: int = NEVER
         with core.lock:
             if short.disk_bytes > 0 and core.spares.trim(short.disk_bytes):
                 return
+            on_its_way = 0 < short.disk_bytes <= core.spares.leaving_bytes
+        if on_its_way and short.capacity_bytes <= 0:
+            # Evicting more would free no more: readers still look at what has gone.
+            raise OutOfSpace(
+                f"the disk of the store {core.folder.path} is full until readers let go of what was evicted"
+            )
         if _give_back_tails(core):
             return
         if evict_others(core, namespace, max(short.capacity_bytes, short.disk_bytes)):

@@ -54,6 +54,7 @@ def leave_free(core: Core) -> None:
     if need_bytes <= 0:
         return
     with core.lock:
+        need_bytes -= core.spares.leaving_bytes  # evicting more would free no more
         need_bytes -= core.spares.trim(need_bytes)
         latest = max(core.space.namespaces.values(), key=lambda n: n.last_used, default=None)
     if need_bytes > 0 and latest is not None and evict_others(core, latest.name, need_bytes):
