@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ ROOT: Final = Path(__file__).parents[2]
 _COPIED: Final = ("server", "torchcache", "tests", "examples")
 _ENOUGH_S: Final = 900
 _NONE: Final = "none in particular"
+_DEADLY: Final = (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT)
 
 _STATES: Final = (
     "tests/crash/test_seam_calls.py",
@@ -44,7 +46,7 @@ _LIKELY: Final = {
     "store/mending.py": (_MENDING, "tests/unit/test_examination.py"),
     "store/reading.py": ("tests/crash/test_checks.py",),
     "store/record.py": ("tests/crash/test_checks.py", "tests/unit/test_store_record.py"),
-    "store/segment_scan.py": ("tests/unit/test_examination.py",),
+    "store/segment_scan.py": ("tests/crash/test_checks.py",),
     "store/segments.py": (
         "tests/unit/test_store_recovery.py",
         "tests/unit/test_store_faults.py",
@@ -116,7 +118,7 @@ def first_failure(copy: Path, tests: Sequence[str]) -> str | None:
         return f"{_NONE}: they hang"
     if done.returncode == 0:
         return None
-    if done.returncode < 0:  # SIGBUS, of a page that isn't there
+    if -done.returncode in _DEADLY:  # of a page that isn't there
         died = re.search(
             rf'File "{re.escape(str(copy))}/(tests/\S+)", line \d+ in (test_\w+)', done.stderr + done.stdout
         )

@@ -10,6 +10,7 @@ from torchcache_server.store import DiskCalls, Store, StoredChunk
 from torchcache_server.store import record as records
 from torchcache_server.store.index import chunk_key
 from torchcache_server.store.ledger import PAGE_BYTES, encode_record, read_record, record_name
+from torchcache_server.store.segment_scan import SegmentBytes
 
 from torchcache.model import BLOCK_BYTES, ChunkId, ObjectId, block_digests, chunk_digest
 
@@ -61,6 +62,36 @@ def test_an_index_entry_that_points_to_another_chunk_is_not_believed(
     found = store.lookup(wrong)
     assert found is not None and bytes(found.payload) == b"w" * 100
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "intact", "torn"),
+    [("nothing", True, False), ("digest", False, False), ("first", False, False), ("last", False, True)],
+)
+def test_the_doctor_looks_at_both_checksums_and_tells_what_was_cut_short(
+    tmp_path: Path, spoilt: str, intact: bool, torn: bool
+) -> None:
+    """F4, F5."""
+    digest, blocks = chunk_digest(PAYLOAD), bytearray(block_digests(PAYLOAD))
+    if spoilt in ("first", "last"):
+        blocks[0 if spoilt == "first" else -1] ^= 1
+    length = records.header_bytes(1, len(PAYLOAD))
+    header = records.RecordHeader(
+        length, len(PAYLOAD), 0, len(PAYLOAD), digest ^ (spoilt == "digest"), b"x", bytes(blocks)
+    )
+    segment = records.SegmentHeader(1, 2, 1 << 20, "ns")
+    at = segment.length
+    file = tmp_path / "segment"
+    file.write_bytes(
+        (segment.encode() + records.encode_record(header, 2, at) + PAYLOAD).ljust(1 << 20, b"\0")
+    )
+    disk = DiskCalls()
+    fd = disk.open(str(file))
+    try:
+        found = SegmentBytes(disk, fd, segment, advance=lambda _: None)
+        assert [(one.offset, one.is_intact, one.is_torn) for one in found.records()] == [(at, intact, torn)]
+    finally:
+        disk.close(fd)
 
 
 @pytest.mark.parametrize(("name", "other"), [("FORMAT_VERSION", 99), ("RECORD_MAGIC", b"tcRECOR2")])
