@@ -24,7 +24,6 @@ ONLY = os.environ.get("CRASH_MUTANTS", "")
 
 SMOKE = {
     "store/ledger.py:_decode xxhash": "tests/unit/test_store_ledger.py",
-    "store/segments.py:sync without disk.fsync": "tests/crash/test_crash_states.py",
 }
 
 
