@@ -93,7 +93,8 @@ def test_what_lies_in_s3_is_a_stock_checkpoint(
     assert_same(load(pool, uri, state()), state())  # from the pool, wherever the upload is by now
     wait_for(lambda: pool.get_save(*pool.resolve(uri)).state == "durable")
     names = [".metadata", ".torchcache.json", "__0_0.distcp"]
-    assert keys(s3, bucket) == [f"run/step-1/{name}" for name in names]
+    # Durable is said as soon as it is; the claim on the path goes right after.
+    wait_for(lambda: keys(s3, bucket) == [f"run/step-1/{name}" for name in names])
     folder = download(s3, bucket, "run/step-1/", tmp_path / "down")
     loaded = blank(state())
     dcp.load(loaded, storage_reader=dcp.FileSystemReader(folder))
