@@ -45,7 +45,7 @@ _LIKELY: Final = {
     "store/ledger.py": ("tests/unit/test_store_ledger.py",),
     "store/mending.py": (_MENDING, "tests/unit/test_examination.py"),
     "store/reading.py": ("tests/crash/test_checks.py",),
-    "store/record.py": ("tests/crash/test_checks.py", "tests/unit/test_store_record.py"),
+    "records.py": ("tests/crash/test_checks.py", "tests/unit/test_store_record.py"),
     "store/segment_scan.py": ("tests/crash/test_checks.py",),
     "store/segments.py": (
         "tests/unit/test_store_recovery.py",

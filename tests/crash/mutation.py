@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 SERVER: Final = Path("server", "torchcache_server")
+_FORMATS: Final = Path("torchcache", "records.py")  # the store's, shared with clients
 
 _CALLS: Final = ("fsync", "fsync_dir", "rename", "sync", "_sync_names", "_sync_name")
 _CALLS_OF_SAVES: Final = ("sync", "keep")
 _SAVES: Final = ("cache/commits.py", "cache/slots.py", "service/data.py")
-_CHECKED_TOO: Final = ("cache/shard_source.py",)
+_CHECKED_TOO: Final = ("cache/shard_source.py", _FORMATS.name)
 _MARKS: Final = (
     "checksum",
     "digest",
@@ -37,10 +38,10 @@ _MARKS: Final = (
 _OFFLINE: Final = ("mending.py",)  # what the doctor does, no server
 
 EQUIVALENT: Final = {
-    "store/record.py:possible_records words == _MAGIC_WORD": "only a faster search: where it stops is checked",
+    "store/segment_scan.py:possible_records words == _MAGIC_WORD": "only a faster search: where it stops is checked",
     "store/mending.py:_set_aside without self._disk.fsync_dir(aside)": "the fsync of the folder that the record leaves "
     "makes both halves of the rename durable: no file system loses a file in between",
-    "store/record.py:stated_length magic == RECORD_MAGIC": "it says how much to read, and what is read is checked",
+    "records.py:stated_length magic == RECORD_MAGIC": "it says how much to read, and what is read is checked",
     "store/folder.py:_begin_anew without self._disk.fsync_dir(self.path)": "the identity's fsync of the same folder "
     "follows at once, and while that is missing the store is empty",
 }
@@ -67,8 +68,8 @@ def mutants(root: Path, *, without: Collection[str] = EQUIVALENT) -> list[Mutant
     """All of the tree at `root`, in order of their files, but for those of the names `without`."""
     found: list[Mutant] = []
     names: dict[str, int] = {}
-    for path in sorted((root / SERVER).rglob("*.py")):
-        relative = path.relative_to(root / SERVER).as_posix()
+    for path in [*sorted((root / SERVER).rglob("*.py")), root / _FORMATS]:
+        relative = path.name if path == root / _FORMATS else path.relative_to(root / SERVER).as_posix()
         source = path.read_text()
         for function, change in _changes(relative, ast.parse(source)):
             name = f"{relative}:{function} {change.what}"

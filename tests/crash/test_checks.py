@@ -7,12 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from torchcache_server.store import DiskCalls, Store, StoredChunk
-from torchcache_server.store import record as records
-from torchcache_server.store.index import chunk_key
 from torchcache_server.store.ledger import PAGE_BYTES, encode_record, read_record, record_name
 from torchcache_server.store.segment_scan import SegmentBytes
 
+from torchcache import records
 from torchcache.model import BLOCK_BYTES, ChunkId, ObjectId, block_digests, chunk_digest
+from torchcache.records import chunk_key
 
 PAYLOAD = bytes(range(256)) * 200
 

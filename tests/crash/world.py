@@ -19,7 +19,6 @@ from torchcache_server.cache import commits, uploader
 from torchcache_server.cache.saves import SaveKey
 from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.store import DiskCalls, Policy, Store, room, space
-from torchcache_server.store.index import chunk_key
 
 from tests.crash.promises import (
     Flags,
@@ -39,6 +38,7 @@ from tests.crash.volatile import Disk
 from tests.unit.write_back_world import Bucket, Gate, MemoryUnderStore, manifest_of, metadata_of, soon
 from torchcache.errors import NotCommitted, OutOfSpace
 from torchcache.model import ChunkId, ObjectId
+from torchcache.records import chunk_key
 
 STORE: Final = "pool/store"
 """The store's place below the root: it makes both folders."""

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
-from torchcache_server.store.record import SegmentHeader, decode_record
-from torchcache_server.store.segments import parse_file_name
+
+from torchcache.records import SegmentHeader, decode_record, parse_file_name
 
 
 @dataclass(frozen=True)

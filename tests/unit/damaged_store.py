@@ -11,10 +11,10 @@ from torchcache_server.cache.save_records import encode_lease, encode_save, enco
 from torchcache_server.cache.saves import Save, SaveKey
 from torchcache_server.store import Store
 from torchcache_server.store.ledger import record_name
-from torchcache_server.store.segments import folder_name
 
 from tests.unit.store_parts import CAPACITY, chunk, fill, find_payload, flip_bit, overwrite, payload
 from torchcache.model import CHUNK_BYTES, ChunkId, ObjectId
+from torchcache.records import folder_name
 
 KEY = SaveKey("s3", "run/step-1")
 SAVE_ID = "0123abcd"

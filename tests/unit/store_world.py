@@ -9,7 +9,6 @@ import pytest
 from torchcache_server.store import Store
 from torchcache_server.store.policy import Policy
 from torchcache_server.store.room import Promise
-from torchcache_server.store.segments import folder_name
 
 from tests.unit.store_parts import (
     SMALL_SEGMENT,
@@ -24,6 +23,7 @@ from tests.unit.store_parts import (
 from tests.unit.store_sites import SiteDisk
 from torchcache.errors import ConfigurationError, IntegrityError, TorchCacheError
 from torchcache.model import ChunkId, ObjectId
+from torchcache.records import folder_name
 
 SIZE = 20_000  # three to a segment
 CAPACITY = 8 * SMALL_SEGMENT

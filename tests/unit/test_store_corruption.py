@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 from torchcache_server.store import Store
 from torchcache_server.store.chunk import StoredChunk, byte_view
-from torchcache_server.store.index import Index, Location, chunk_key
-from torchcache_server.store.record import SegmentHeader
+from torchcache_server.store.index import Index
 from torchcache_server.store.segments import Segment, new_header
 
 from tests.proofs import proof
 from tests.unit.store_parts import SMALL_SEGMENT, chunk, crash_image, payload, segment_files, small_store
 from torchcache.model import BLOCK_BYTES, block_digests
+from torchcache.records import Location, SegmentHeader, chunk_key
 
 SEED = 3
 SIZES = (0, 1, 63, 64, 65, 300, 4096, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 40_000)

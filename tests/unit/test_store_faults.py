@@ -31,6 +31,7 @@ from tests.unit.store_parts import (
     segment_files,
 )
 from torchcache.errors import ConfigurationError, OutOfSpace, TorchCacheError
+from torchcache.records import chunk_key
 
 CODES = [errno.EIO, errno.ENOSPC]  # what the store tells apart: full, and all else
 
@@ -364,9 +365,9 @@ def test_an_index_that_points_to_anothers_record_costs_no_other(tmp_path: Path) 
     store = open_store(tmp_path, DiskCalls())
     fill(store, "a", range(2))
     with store._core.index.writing() as writer:
-        where = writer.get(index.chunk_key(chunk(0)))
+        where = writer.get(chunk_key(chunk(0)))
         assert where is not None
-        writer.put(index.chunk_key(chunk(9)), where)
+        writer.put(chunk_key(chunk(9)), where)
     assert not held(store, 9)
     assert held(store, 0) and held(store, 1)
     found = open_store(crash_image(tmp_path, tmp_path.with_name("crashed")), DiskCalls())

@@ -21,7 +21,6 @@ from hypothesis.stateful import (
 )
 from torchcache_server.store import Store, core
 from torchcache_server.store.chunk import StoredChunk, byte_view
-from torchcache_server.store.index import chunk_key
 from torchcache_server.store.policy import Policy
 from torchcache_server.store.space import Space
 from torchcache_server.store.store import NamespaceUsage
@@ -38,6 +37,7 @@ from tests.unit.store_parts import (
 )
 from torchcache.errors import ConfigurationError, OutOfSpace
 from torchcache.model import BLOCK_BYTES, block_digests
+from torchcache.records import chunk_key
 
 NAMES = st.sampled_from(["a", "b", "c"])
 NUMBERS = st.integers(0, 29)

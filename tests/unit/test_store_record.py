@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchcache_server.store.record import (
+
+from torchcache.model import BLOCK_BYTES, CHUNK_BYTES
+from torchcache.records import (
     ALIGN_BYTES,
     RecordHeader,
     SegmentHeader,
@@ -14,8 +16,6 @@ from torchcache_server.store.record import (
     padding,
     record_bytes,
 )
-
-from torchcache.model import BLOCK_BYTES, CHUNK_BYTES
 
 NONCES = st.integers(0, 2**64 - 1)
 NONCE = 0x1234_5678_9ABC_DEF0

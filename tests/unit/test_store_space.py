@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torchcache_server.store.record import MAX_RECORD_BYTES
 from torchcache_server.store.space import MIN_SEGMENT_BYTES, lay_out, segment_size
 
 from torchcache.errors import ConfigurationError
+from torchcache.records import MAX_RECORD_BYTES
 
 MIB = 1024 * 1024
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from torchcache_server.store import DiskCalls, Store, opening
-from torchcache_server.store.record import ALIGN_BYTES
 
 from tests.unit.store_parts import (
     CAPACITY,
@@ -26,6 +25,7 @@ from tests.unit.store_parts import (
 )
 from torchcache.errors import ConfigurationError
 from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, ChunkId, ObjectId
+from torchcache.records import ALIGN_BYTES
 
 PAGE = 4096
 SIZE = 40_000

@@ -14,6 +14,7 @@ from typing import Final
 from torchcache.errors import ConfigurationError
 from torchcache.locks import LockFile
 from torchcache.model import SAVE_PREFIX
+from torchcache.records import folder_name
 from torchcache.save_names import KEPT_PREFIXES
 from torchcache_server.cache.save_records import SAVE, decode_save
 from torchcache_server.cache.saves import Save
@@ -27,7 +28,6 @@ from torchcache_server.store.layout import FLAGS, RECORDS, SEGMENTS
 from torchcache_server.store.ledger import record_name
 from torchcache_server.store.mending import Mender
 from torchcache_server.store.reading_disk import ReadingDisk
-from torchcache_server.store.segments import folder_name
 
 _NO_LOCK: Final = (errno.ENOENT, errno.EROFS, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 

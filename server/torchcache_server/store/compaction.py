@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from torchcache.errors import OutOfSpace
+from torchcache.records import Location
 from torchcache_server.store.core import Core
-from torchcache_server.store.index import Location
 from torchcache_server.store.segments import Segment
 from torchcache_server.store.writing import Draft, Short, commit, give_back, release, reserve, write
 

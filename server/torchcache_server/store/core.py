@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from torchcache.errors import OutOfSpace, ServerUnavailable
+from torchcache.records import Location, page_aligned
 from torchcache_server.store.chunk import StoredChunk
 from torchcache_server.store.disk import DiskCalls
 from torchcache_server.store.folder import StoreFolder
 from torchcache_server.store.health import Watch
-from torchcache_server.store.index import Index, Location
+from torchcache_server.store.index import Index
 from torchcache_server.store.recycling import Spares
-from torchcache_server.store.segments import Segment, page_aligned
+from torchcache_server.store.segments import Segment
 from torchcache_server.store.space import Namespace, Space
 
 _log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ import xxhash
 
 from torchcache.errors import ConfigurationError
 from torchcache.locks import LockFile
+from torchcache.records import SUFFIX
 from torchcache_server.store import layout
 from torchcache_server.store.disk import UNREADABLE, DiskCalls, read_file, replace_file
 from torchcache_server.store.identity import (
@@ -26,7 +27,6 @@ from torchcache_server.store.identity import (
 )
 from torchcache_server.store.index import remove_index
 from torchcache_server.store.ledger import RECORD_SUFFIX
-from torchcache_server.store.segments import SUFFIX
 
 _READ_BYTES: Final = 4 << 20
 

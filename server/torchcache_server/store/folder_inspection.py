@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from torchcache.records import SUFFIX
 from torchcache_server.store import layout
 from torchcache_server.store.disk import DiskCalls
 from torchcache_server.store.findings import Finding
 from torchcache_server.store.identity import DAMAGED, FORMAT, NOTHING, read_identity
 from torchcache_server.store.keeping import is_kept
 from torchcache_server.store.ledger import RECORD_SUFFIX, TEMPORARY_SUFFIX, read_record
-from torchcache_server.store.segments import SUFFIX
 
 _AFTERWARDS: Final = "what it may speak of stays then, until you remove the folder 'damaged'"
 

@@ -21,24 +21,21 @@ import numpy as np
 import xxhash
 
 from torchcache.errors import OutOfSpace
-from torchcache.model import ChunkId
-from torchcache_server.store.layout import INDEX_FILES
+from torchcache.records import (
+    CHUNKS_TABLE,
+    INDEX_FILES,
+    LOCATION,
+    MEMBERS_TABLE,
+    NOTES_TABLE,
+    SEGMENT_NUMBER,
+    Location,
+)
 
-_KEY: Final = struct.Struct(">I")
-_LOCATION: Final = struct.Struct(">QQ")  # big-endian: `members` sort by segment, then offset
-_NUMBER: Final = struct.Struct(">Q")
 _NOTE: Final = struct.Struct(">QQQQ")
 
 _MIN_MAP_BYTES: Final = 1 << 32
 _MAX_MAP_BYTES: Final = 1 << 44
 _MAX_READERS: Final = 2048
-
-
-class Location(NamedTuple):
-    """A record's place: number of its segment, offset of its header in bytes."""
-
-    segment: int
-    offset: int
 
 
 class SegmentNote(NamedTuple):
@@ -73,16 +70,6 @@ class _Tables(NamedTuple):
     segments: Any
 
 
-def chunk_key(chunk: ChunkId) -> bytes:
-    """The chunk's key in the index."""
-    return chunk.object.digest + _KEY.pack(chunk.index)
-
-
-def record_key(identity: bytes, index: int) -> bytes:
-    """The same, from what a record's header says: `ObjectId.encoded` and the chunk's index."""
-    return xxhash.xxh3_128_digest(identity) + _KEY.pack(index)
-
-
 class Index:
     """The open database. Reading needs no lock; one writer at a time, others wait."""
 
@@ -104,7 +91,7 @@ class Index:
             readahead=False,
         )
         self._env.reader_check()
-        names = (b"chunks", b"members", b"segments")
+        names = (CHUNKS_TABLE, MEMBERS_TABLE, NOTES_TABLE)
         self._tables = _Tables(*(self._env.open_db(name) for name in names))
 
     def get(self, key: bytes) -> Location | None:
@@ -114,11 +101,11 @@ class Index:
                 value = txn.get(key)
         except lmdb.Error:
             return None
-        return None if value is None else Location(*_LOCATION.unpack(value))
+        return None if value is None else Location(*LOCATION.unpack(value))
 
     def get_many(self, keys: Sequence[bytes]) -> list[Location | None]:
         """`get` for many keys, in one transaction."""
-        unpack = _LOCATION.unpack
+        unpack = LOCATION.unpack
         try:
             with self._env.begin(self._tables.chunks) as txn:
                 values = [txn.get(key) for key in keys]
@@ -139,12 +126,12 @@ class Index:
         found: list[tuple[bytes, int]] = []
         try:
             with self._env.begin() as txn, txn.cursor(self._tables.members) as cursor:
-                more = cursor.set_range(_LOCATION.pack(segment, 0))
-                while more and cursor.key()[:8] == _NUMBER.pack(segment):
+                more = cursor.set_range(LOCATION.pack(segment, 0))
+                while more and cursor.key()[:8] == SEGMENT_NUMBER.pack(segment):
                     place, key = cursor.item()
                     # A chunk stored again elsewhere after its old place could not be forgotten isn't this segment's.
                     if txn.get(key, db=self._tables.chunks) == place:
-                        found.append((key, Location(*_LOCATION.unpack(place)).offset))
+                        found.append((key, Location(*LOCATION.unpack(place)).offset))
                     more = cursor.next()
         except lmdb.Error:
             return []
@@ -165,7 +152,7 @@ class Index:
     def notes(self) -> dict[int, SegmentNote]:
         """What the last clean stop noted, by segment."""
         with self._env.begin(self._tables.segments) as txn:
-            return {_NUMBER.unpack(k)[0]: SegmentNote(*_NOTE.unpack(v)) for k, v in txn.cursor()}
+            return {SEGMENT_NUMBER.unpack(k)[0]: SegmentNote(*_NOTE.unpack(v)) for k, v in txn.cursor()}
 
     def close(self, notes: dict[int, SegmentNote] | None) -> None:
         """Notes the segments' state and makes the whole index durable; with None it is just closed."""
@@ -192,11 +179,11 @@ class IndexWriter:
     def get(self, key: bytes) -> Location | None:
         """The chunk's place as this transaction sees it."""
         value = self._txn.get(key, db=self._chunks)
-        return None if value is None else Location(*_LOCATION.unpack(value))
+        return None if value is None else Location(*LOCATION.unpack(value))
 
     def owns(self, key: bytes, location: Location) -> bool:
         """Whether both tables say that the chunk lies there."""
-        packed = _LOCATION.pack(*location)
+        packed = LOCATION.pack(*location)
         return bool(
             self._txn.get(key, db=self._chunks) == packed and self._txn.get(packed, db=self._members) == key
         )
@@ -206,7 +193,7 @@ class IndexWriter:
         before = self.get(key)
         if before is not None:
             self._forget_place(key, before)
-        packed = _LOCATION.pack(*location)
+        packed = LOCATION.pack(*location)
         self._txn.put(key, packed, db=self._chunks)
         self._txn.put(packed, key, db=self._members)
         return before
@@ -217,7 +204,7 @@ class IndexWriter:
             return {}
         with self._txn.cursor(self._chunks) as cursor:
             found = cursor.getmulti(keys)
-        return {bytes(key): Location(*_LOCATION.unpack(place)) for key, place in found}
+        return {bytes(key): Location(*LOCATION.unpack(place)) for key, place in found}
 
     def put_all(self, places: PlaceArray) -> None:
         """Places many chunks that have no place yet, given in order of their keys.
@@ -244,7 +231,7 @@ class IndexWriter:
         return before
 
     def _forget_place(self, key: bytes, location: Location) -> None:
-        packed = _LOCATION.pack(*location)
+        packed = LOCATION.pack(*location)
         if (
             self._txn.get(packed, db=self._members) == key
         ):  # else the chunk's entry was wrong: another lies there
@@ -254,8 +241,8 @@ class IndexWriter:
         """Forgets all chunks of a segment; returns how many there were."""
         count = 0
         with self._txn.cursor(self._members) as cursor:
-            found = cursor.set_range(_LOCATION.pack(number, 0))
-            while found and cursor.key()[:8] == _NUMBER.pack(number):
+            found = cursor.set_range(LOCATION.pack(number, 0))
+            while found and cursor.key()[:8] == SEGMENT_NUMBER.pack(number):
                 place, key = cursor.item()
                 # A chunk stored again elsewhere after its old place could not be forgotten isn't this segment's.
                 if self._txn.get(key, db=self._chunks) == place:
@@ -268,7 +255,7 @@ class IndexWriter:
         """Puts `notes` in the place of all earlier ones."""
         self._txn.drop(self._segments, delete=False)
         for number, note in notes.items():
-            self._txn.put(_NUMBER.pack(number), _NOTE.pack(*note), db=self._segments)
+            self._txn.put(SEGMENT_NUMBER.pack(number), _NOTE.pack(*note), db=self._segments)
 
 
 def remove_index(path: str) -> None:
@@ -289,8 +276,8 @@ class IndexReader:
     def __init__(self, path: str) -> None:
         self._env = lmdb.open(path, readonly=True, lock=False, create=False, max_dbs=3, readahead=False)
         try:
-            self._chunks = self._env.open_db(b"chunks", create=False)
-            self._members = self._env.open_db(b"members", create=False)
+            self._chunks = self._env.open_db(CHUNKS_TABLE, create=False)
+            self._members = self._env.open_db(MEMBERS_TABLE, create=False)
         except lmdb.Error:
             self._env.close()
             raise
@@ -299,15 +286,15 @@ class IndexReader:
         """The chunk's place, or None."""
         with self._env.begin(self._chunks) as txn:
             value = txn.get(key)
-        return None if value is None else Location(*_LOCATION.unpack(value))
+        return None if value is None else Location(*LOCATION.unpack(value))
 
     def members(self, number: int) -> dict[int, bytes]:
         """Offsets of a segment's records, and the keys of their chunks."""
         found = {}
         with self._env.begin(self._members) as txn, txn.cursor() as cursor:
-            there = cursor.set_range(_LOCATION.pack(number, 0))
-            while there and cursor.key()[:8] == _NUMBER.pack(number):
-                found[Location(*_LOCATION.unpack(cursor.key())).offset] = cursor.value()
+            there = cursor.set_range(LOCATION.pack(number, 0))
+            while there and cursor.key()[:8] == SEGMENT_NUMBER.pack(number):
+                found[Location(*LOCATION.unpack(cursor.key())).offset] = cursor.value()
                 there = cursor.next()
         return found
 
@@ -317,9 +304,9 @@ class IndexReader:
         with self._env.begin(self._members) as txn, txn.cursor() as cursor:
             there = cursor.first()
             while there:
-                [number] = _NUMBER.unpack(cursor.key()[:8])
+                [number] = SEGMENT_NUMBER.unpack(cursor.key()[:8])
                 numbers.append(number)
-                there = cursor.set_range(_LOCATION.pack(number + 1, 0))
+                there = cursor.set_range(LOCATION.pack(number + 1, 0))
         return numbers
 
     def close(self) -> None:

@@ -10,14 +10,14 @@ from typing import Final
 
 import lmdb
 
+from torchcache.records import SUFFIX, SegmentHeader, record_key
 from torchcache_server.store import layout
 from torchcache_server.store.disk import UNREADABLE, DiskCalls
 from torchcache_server.store.findings import Finding
 from torchcache_server.store.folder import index_trust
-from torchcache_server.store.index import IndexReader, record_key
-from torchcache_server.store.record import SegmentHeader
+from torchcache_server.store.index import IndexReader
 from torchcache_server.store.segment_scan import Found, SegmentBytes, identity_text
-from torchcache_server.store.segments import SUFFIX, read_header, remade_header
+from torchcache_server.store.segments import read_header, remade_header
 
 _REBUILT: Final = "thrown away: the next start makes it anew from the segments"
 

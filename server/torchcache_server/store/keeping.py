@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from torchcache.errors import OutOfSpace, TorchCacheError
+from torchcache.records import folder_name
 from torchcache_server.store.core import Core
 from torchcache_server.store.ledger import Ledger
 from torchcache_server.store.policy import Policy
-from torchcache_server.store.segments import folder_name
 from torchcache_server.store.space import Namespace, check_name
 
 _log = logging.getLogger(__name__)

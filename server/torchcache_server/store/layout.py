@@ -7,16 +7,17 @@ import stat
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from torchcache import records
+from torchcache.records import SUFFIX
 from torchcache_server.store.ledger import RECORD_SUFFIX
-from torchcache_server.store.segments import SUFFIX
 
-IDENTITY: Final = "store.json"
+IDENTITY: Final = records.IDENTITY
 IDENTITY_COPY: Final = "store-copy.json"
 LOCK: Final = "store.lock"
 CLEAN: Final = "clean"
 
-SEGMENTS: Final = "segments"
-INDEX: Final = "index"
+SEGMENTS: Final = records.SEGMENTS
+INDEX: Final = records.INDEX
 RECORDS: Final = "records"
 FLAGS: Final = "flags"
 SPARES: Final = "spares"
@@ -27,8 +28,7 @@ it may speak of."""
 FOLDERS: Final = (SEGMENTS, INDEX, RECORDS, FLAGS, SPARES)
 LEDGERS: Final = (FLAGS, RECORDS)
 ROOT_FILES: Final = (IDENTITY, IDENTITY_COPY, LOCK, CLEAN)
-INDEX_FILES: Final = ("data.mdb", "lock.mdb")
-"""What LMDB makes in the folder of the index, the database first."""
+INDEX_FILES: Final = records.INDEX_FILES
 
 
 class Oddity(NamedTuple):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 
+from torchcache.records import DEAD_MAGIC
 from torchcache_server.store import layout
 from torchcache_server.store.disk import DiskCalls, replace_file, write_all
 from torchcache_server.store.findings import Finding
 from torchcache_server.store.identity import read_identity, write_one
 from torchcache_server.store.index import remove_index
 from torchcache_server.store.ledger import RECORD_SUFFIX, read_record, readable_bytes, write_record
-from torchcache_server.store.record import DEAD_MAGIC
 from torchcache_server.store.segments import Segment
 
 

@@ -16,14 +16,15 @@ import lmdb
 import numpy as np
 
 from torchcache.errors import OutOfSpace
+from torchcache.records import SUFFIX, Location, folder_name, parse_file_name
 from torchcache_server.store.core import Core
 from torchcache_server.store.disk import UNREADABLE, DiskCalls
 from torchcache_server.store.folder import StoreFolder
-from torchcache_server.store.index import PLACE, Index, Location, SegmentNote, remove_index
+from torchcache_server.store.index import PLACE, Index, SegmentNote, remove_index
 from torchcache_server.store.layout import FLAGS
 from torchcache_server.store.recovery import Scan, scan_and_cut
 from torchcache_server.store.recycling import Spares
-from torchcache_server.store.segments import SUFFIX, Segment, folder_name, parse_file_name
+from torchcache_server.store.segments import Segment
 from torchcache_server.store.space import Space
 
 _SCAN_THREADS: Final = 16

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torchcache.errors import OutOfSpace
 from torchcache.model import ChunkId
+from torchcache.records import Location, chunk_key
 from torchcache_server.store.chunk import StoredChunk
 from torchcache_server.store.core import Core, Known
 from torchcache_server.store.disk import UNREADABLE
-from torchcache_server.store.index import Location, chunk_key
 from torchcache_server.store.segments import Segment
 
 _log = logging.getLogger(__name__)

@@ -16,16 +16,11 @@ from typing import Final, NamedTuple
 from xxhash import xxh3_64_intdigest
 
 from torchcache.model import BLOCK_BYTES
+from torchcache.records import ALIGN_BYTES, IDENTITY_AT, PAGE_BYTES, sound_record, stated_length
 from torchcache_server.store.disk import UNREADABLE, DiskCalls
 from torchcache_server.store.index import pack_place
-from torchcache_server.store.record import (
-    ALIGN_BYTES,
-    IDENTITY_AT,
-    possible_records,
-    sound_record,
-    stated_length,
-)
-from torchcache_server.store.segments import PAGE_BYTES, Segment
+from torchcache_server.store.segment_scan import possible_records
+from torchcache_server.store.segments import Segment
 
 _DIGEST: Final = struct.Struct("<Q").unpack_from
 _HEAD_BYTES: Final = 1024  # most headers are shorter

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from torchcache.errors import OutOfSpace
+from torchcache.records import PAGE_BYTES, page_aligned
 from torchcache_server.store.compaction import compact
 from torchcache_server.store.core import Core
 from torchcache_server.store.eviction import (
@@ -17,7 +18,7 @@ from torchcache_server.store.eviction import (
     choose_victims,
     choose_yielding,
 )
-from torchcache_server.store.segments import PAGE_BYTES, Segment, page_aligned
+from torchcache_server.store.segments import Segment
 from torchcache_server.store.space import Namespace
 from torchcache_server.store.writing import Short
 

@@ -7,9 +7,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torchcache.records import Location
 from torchcache_server.store.core import Core
 from torchcache_server.store.disk import UNREADABLE
-from torchcache_server.store.index import Location
 from torchcache_server.store.reading import forget_if_replaceable
 from torchcache_server.store.segments import Segment
 

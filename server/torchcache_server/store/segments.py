@@ -9,56 +9,31 @@ again where the namespace is known, and what must be kept isn't lost with its fi
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
-import re
 import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 import pyarrow as pa
 
-from torchcache_server.store.chunk import StoredChunk
-from torchcache_server.store.disk import Bytes, DiskCalls, write_all
-from torchcache_server.store.record import (
+from torchcache.records import (
     DEAD_MAGIC,
     MAX_IDENTITY_BYTES,
+    PAGE_BYTES,
     RecordHeader,
     SegmentHeader,
     decode_record,
+    file_name,
+    page_aligned,
+    parse_file_name,
     stated_length,
 )
-
-SUFFIX: Final = ".segment"
-PAGE_BYTES: Final = 4096
-
-_NAME: Final = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})" + re.escape(SUFFIX))
+from torchcache_server.store.chunk import StoredChunk
+from torchcache_server.store.disk import Bytes, DiskCalls, write_all
 
 _log = logging.getLogger(__name__)
-
-
-def folder_name(namespace: str) -> str:
-    """Name of a namespace's folder: a digest, so that no name ever becomes a path."""
-    return hashlib.sha256(namespace.encode()).hexdigest()
-
-
-def file_name(number: int, nonce: int) -> str:
-    """Sorts by number."""
-    return f"{number:016x}-{nonce:016x}{SUFFIX}"
-
-
-def parse_file_name(name: str) -> tuple[int, int] | None:
-    """Number and nonce; None for a name that no segment has."""
-    found = _NAME.fullmatch(name)
-    return None if found is None else (int(found[1], 16), int(found[2], 16))
-
-
-def page_aligned(size: int) -> int:
-    """`size`, rounded up to whole pages: what the file system gives for it."""
-    return -(-size // PAGE_BYTES) * PAGE_BYTES
 
 
 @dataclass(slots=True, eq=False)

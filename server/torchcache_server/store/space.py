@@ -16,11 +16,11 @@ from typing import Final, NamedTuple
 
 from torchcache.errors import ConfigurationError
 from torchcache.model import CHUNK_BYTES
+from torchcache.records import MAX_RECORD_BYTES, PAGE_BYTES, page_aligned
 from torchcache_server.store.eviction import Candidate
 from torchcache_server.store.ordering import ReadingOrder
 from torchcache_server.store.policy import Policy
-from torchcache_server.store.record import MAX_RECORD_BYTES
-from torchcache_server.store.segments import PAGE_BYTES, Segment, page_aligned
+from torchcache_server.store.segments import Segment
 
 DEFAULT_SEGMENT_BYTES: Final = 64 * 1024 * 1024
 MAX_NAME_BYTES: Final = 16 * 1024

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from torchcache.errors import ConfigurationError, IntegrityError, OutOfSpace
 from torchcache.model import ChunkId
+from torchcache.records import chunk_key, page_aligned
 from torchcache_server.store.appending import append
 from torchcache_server.store.chunk import Payload, StoredChunk
 from torchcache_server.store.core import Core, Gate
 from torchcache_server.store.disk import OS, DiskCalls
 from torchcache_server.store.folder import StoreFolder
 from torchcache_server.store.health import Health, WatchedDisk
-from torchcache_server.store.index import SegmentNote, chunk_key
+from torchcache_server.store.index import SegmentNote
 from torchcache_server.store.keeping import Flags, disk_errors, kept_names, sync
 from torchcache_server.store.layout import RECORDS
 from torchcache_server.store.ledger import Ledger
@@ -26,7 +27,6 @@ from torchcache_server.store.policy import Policy
 from torchcache_server.store.reading import find_in_memory, find_many, quarantine
 from torchcache_server.store.room import Promise, evict_others, promise
 from torchcache_server.store.scrubbing import Scrub, ScrubStep
-from torchcache_server.store.segments import page_aligned
 from torchcache_server.store.space import Space, segment_size
 from torchcache_server.store.tidying import tidy
 from torchcache_server.store.usage import NamespaceUsage, StoreUsage, measured, namespaces

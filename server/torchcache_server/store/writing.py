@@ -14,18 +14,21 @@ from typing import NamedTuple
 
 from torchcache.errors import ConfigurationError, OutOfSpace, TorchCacheError
 from torchcache.model import CHUNK_BYTES, ChunkId, block_digests, chunk_digest
-from torchcache_server.store.chunk import Payload, StoredChunk, byte_view
-from torchcache_server.store.core import Core
-from torchcache_server.store.disk import Bytes
-from torchcache_server.store.index import Location, chunk_key
-from torchcache_server.store.record import (
+from torchcache.records import (
     MAX_IDENTITY_BYTES,
+    Location,
     RecordHeader,
+    chunk_key,
     encode_record,
+    file_name,
+    folder_name,
     header_bytes,
     padding,
 )
-from torchcache_server.store.segments import Segment, discard, file_name, folder_name, new_header
+from torchcache_server.store.chunk import Payload, StoredChunk, byte_view
+from torchcache_server.store.core import Core
+from torchcache_server.store.disk import Bytes
+from torchcache_server.store.segments import Segment, discard, new_header
 from torchcache_server.store.space import Layout, Namespace, lay_out
 
 _log = logging.getLogger(__name__)

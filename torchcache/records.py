@@ -1,6 +1,8 @@
-"""What lies in a segment file: its own header, then records, each a header and a payload. Pure.
+"""What lies in a store's folder, as far as server and client must both know it. Pure.
 
-Little-endian. Headers, payloads and records start at multiples of `ALIGN_BYTES` from the file's start.
+A segment file is called by its number and nonce, and lies in a folder called by the digest of its namespace. In it lie
+its own header, then records, each a header and a payload. Little-endian. Headers, payloads and records start at
+multiples of `ALIGN_BYTES` from the file's start.
 
 Segment header: magic, checksum, version, length, segment's number, nonce, file size, length of namespace | namespace.
 Record header:  magic, checksum, version, length, payload length, chunk index, object size, chunk digest, identity
@@ -13,14 +15,33 @@ payload of an object that is itself a segment.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-import numpy as np
 import xxhash
 
-from torchcache.model import BLOCK_BYTES, CHUNK_BYTES
+from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, ChunkId
+
+IDENTITY: Final = "store.json"
+SEGMENTS: Final = "segments"
+INDEX: Final = "index"
+INDEX_FILES: Final = ("data.mdb", "lock.mdb")
+"""What LMDB makes in the folder of the index, the database first."""
+
+SUFFIX: Final = ".segment"
+PAGE_BYTES: Final = 4096
+
+CHUNKS_TABLE: Final = b"chunks"
+MEMBERS_TABLE: Final = b"members"
+NOTES_TABLE: Final = b"segments"
+"""The tables of the index; see `torchcache_server.store.index`."""
+
+CHUNK_INDEX: Final = struct.Struct(">I")
+LOCATION: Final = struct.Struct(">QQ")  # big-endian: `members` sort by segment, then offset
+SEGMENT_NUMBER: Final = struct.Struct(">Q")
 
 ALIGN_BYTES: Final = 64
 FORMAT_VERSION: Final = 1
@@ -29,7 +50,7 @@ RECORD_MAGIC: Final = b"tcRECORD"
 DEAD_MAGIC: Final = b"tcDEAD\0\0"
 SEGMENT_MAGIC: Final = b"tcSEGMNT"
 
-_MAGIC_WORD: Final = int.from_bytes(RECORD_MAGIC, "little")
+_NAME: Final = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})" + re.escape(SUFFIX))
 
 _SEED: Final = 0x74_6F_72_63_68_63_61_63
 _MASK: Final = (1 << 64) - 1
@@ -46,6 +67,44 @@ MAX_IDENTITY_BYTES: Final = 16 * 1024
 
 MAX_RECORD_BYTES: Final = CHUNK_BYTES + 2 * MAX_IDENTITY_BYTES
 """More than any record takes, header included."""
+
+
+class Location(NamedTuple):
+    """A record's place: number of its segment, offset of its header in bytes."""
+
+    segment: int
+    offset: int
+
+
+def folder_name(namespace: str) -> str:
+    """Name of a namespace's folder: a digest, so that no name ever becomes a path."""
+    return hashlib.sha256(namespace.encode()).hexdigest()
+
+
+def file_name(number: int, nonce: int) -> str:
+    """Sorts by number."""
+    return f"{number:016x}-{nonce:016x}{SUFFIX}"
+
+
+def parse_file_name(name: str) -> tuple[int, int] | None:
+    """Number and nonce; None for a name that no segment has."""
+    found = _NAME.fullmatch(name)
+    return None if found is None else (int(found[1], 16), int(found[2], 16))
+
+
+def page_aligned(size: int) -> int:
+    """`size`, rounded up to whole pages: what the file system gives for it."""
+    return -(-size // PAGE_BYTES) * PAGE_BYTES
+
+
+def chunk_key(chunk: ChunkId) -> bytes:
+    """The chunk's key in the index."""
+    return chunk.object.digest + CHUNK_INDEX.pack(chunk.index)
+
+
+def record_key(identity: bytes, index: int) -> bytes:
+    """The same, from what a record's header says: `ObjectId.encoded` and the chunk's index."""
+    return xxhash.xxh3_128_digest(identity) + CHUNK_INDEX.pack(index)
 
 
 def aligned(size: int) -> int:
@@ -188,16 +247,6 @@ def stated_length(view: memoryview, at: int) -> int:
         return 0
     magic, _, _, _, length, *_ = _RECORD.unpack_from(view, at)
     return min(length, MAX_HEADER_BYTES) if magic == RECORD_MAGIC else 0
-
-
-def possible_records(view: memoryview) -> list[int]:
-    """The aligned places of `view`, which starts at one, that a record's magic is at; rising. No more is checked.
-
-    A file that was another segment before is full of them.
-    """
-    words = np.frombuffer(view[: len(view) // ALIGN_BYTES * ALIGN_BYTES], dtype="<u8")[:: ALIGN_BYTES // 8]
-    found: list[int] = (np.flatnonzero(words == _MAGIC_WORD) * ALIGN_BYTES).tolist()
-    return found
 
 
 def padding(payload_bytes: int) -> bytes:
