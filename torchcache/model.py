@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
@@ -41,6 +42,13 @@ class ObjectId:
     key: str
     version: str
 
+    def __init__(self, store: str, key: str, version: str) -> None:
+        # By hand, as one is made for every record read: that of a frozen dataclass takes three times as long.
+        fields = self.__dict__
+        fields["store"] = store
+        fields["key"] = key
+        fields["version"] = version
+
     def __str__(self) -> str:
         return f"{self.store}/{self.key}@{self.version}"
 
@@ -51,9 +59,8 @@ class ObjectId:
         known: bytes | None = self.__dict__.get("_encoded")
         if known is None:
             store, key, version = self.store.encode(), self.key.encode(), self.version.encode()
-            sizes = len(store), len(key), len(version)
-            known = b"%b%b%b%b%b%b" % (_U32(sizes[0]), store, _U32(sizes[1]), key, _U32(sizes[2]), version)
-            self.__dict__["_encoded"] = known
+            parts = (_U32(len(store)), store, _U32(len(key)), key, _U32(len(version)), version)
+            known = self.__dict__["_encoded"] = b"".join(parts)
         return known
 
     @property
@@ -73,8 +80,7 @@ class ObjectId:
         return self.version.startswith(SAVE_PREFIX)
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
+class ObjectInfo(NamedTuple):
     """An object and its size in bytes (`UNKNOWN_SIZE` where only the stored record tells)."""
 
     id: ObjectId
@@ -115,8 +121,7 @@ class ByteRange:
         return self.end - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """Bytes [offset, offset + length) of an object: what a read asks for. `length` -1 is up to the end."""
 
     object: ObjectInfo

@@ -35,5 +35,6 @@ def rendezvous_order(key: bytes, members: Sequence[str]) -> list[str]:
     """
     if len(members) < 2:
         return list(members)
-    seed = xxhash.xxh3_64_intdigest(key)
-    return sorted(members, key=lambda m: (-xxhash.xxh3_64_intdigest(m.encode(), seed=seed), m))
+    weigh = xxhash.xxh3_64_intdigest
+    seed = weigh(key)
+    return [member for _, member in sorted([(-weigh(m.encode(), seed), m) for m in members])]

@@ -20,7 +20,7 @@ from torchcache.errors import (
 )
 from torchcache.model import STRIPE_BYTES, UNKNOWN_SIZE, Extent, ObjectId, ObjectInfo
 from torchcache.placement import placement_key, rendezvous_order
-from torchcache.pool.routing import Part, Step, advance, check_extent, next_step, placed, stripes
+from torchcache.pool.routing import Part, Step, advance, check_extents, next_step, placed, stripes
 
 FILE = ObjectId("s3", "bucket/key", "v1")
 SAMPLE = ObjectId("samples", "d/1", "0")
@@ -97,9 +97,9 @@ def test_who_is_asked_next(object: ObjectId, error: TorchCacheError, expected: l
 )
 def test_extents_outside_their_object_are_refused(offset: int, length: int) -> None:
     with pytest.raises(ConfigurationError, match="of an object of 10 bytes"):
-        check_extent(Extent(ObjectInfo(FILE, 10), offset, length))
+        check_extents([Extent(ObjectInfo(FILE, 10)), Extent(ObjectInfo(FILE, 10), offset, length)])
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, -1), (0, 0), (0, 10), (10, 0), (10, -1), (3, 4)])
 def test_extents_within_it_are_not(offset: int, length: int) -> None:
-    check_extent(Extent(ObjectInfo(FILE, 10), offset, length))
+    check_extents([Extent(ObjectInfo(FILE, 10)), Extent(ObjectInfo(FILE, 10), offset, length)])

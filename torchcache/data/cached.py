@@ -109,7 +109,9 @@ class CachedDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The samples of `indices`, in order. What a DataLoader calls for a batch."""
-        samples = self._samples.read([self._position(i) for i in indices])
+        count = len(self)
+        positions = [i if 0 <= i < count else self._position(i) for i in map(operator.index, indices)]
+        samples = self._samples.read(positions)
         return samples if self._transform is None else [self._transform(s) for s in samples]
 
     def _position(self, index: int) -> int:

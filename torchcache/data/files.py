@@ -61,7 +61,7 @@ class FileSamples:
         return self._manifest.total_bytes
 
     def read(self, indices: Sequence[int]) -> list[Any]:
-        objects = [self._manifest[i] for i in indices]
+        objects = self._manifest.take(indices)
         outcomes = self._pool.read_each([Extent(o) for o in objects], namespace=self.uri)
         return [self._sample(o, outcome) for o, outcome in zip(objects, outcomes, strict=True)]
 
@@ -90,7 +90,7 @@ class FileSamples:
         for window in windows(indices):
             if cancelled():
                 return
-            objects = [self._manifest[i] for i in window]
+            objects = self._manifest.take(window)
             self._pool.stage(objects, namespace=self.uri, on_progress=on_progress, cancelled=cancelled)
 
     def residency(self) -> Residency:

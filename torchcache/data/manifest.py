@@ -10,10 +10,12 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -25,6 +27,25 @@ _BATCH_ROWS = 65_536
 _UNUSED_S = 30 * 24 * 3600.0
 
 
+class _Rows(NamedTuple):
+    """A batch of the list where it lies in the mapped file. String i is data[offsets[i]:offsets[i + 1]], in UTF-8."""
+
+    key_offsets: memoryview
+    keys: memoryview
+    version_offsets: memoryview
+    versions: memoryview
+    sizes: memoryview
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> _Rows:
+        (_, key_offsets, keys), (_, version_offsets, versions), (_, sizes) = (
+            [memoryview(buffer or b"") for buffer in column.buffers()] for column in batch.columns
+        )
+        return cls(
+            key_offsets.cast("q"), keys, version_offsets.cast("q"), versions, sizes.cast("q")[: len(batch)]
+        )
+
+
 class Manifest:
     """Objects of one under-store, in order. Opened at first use in each process; pickles."""
 
@@ -34,7 +55,7 @@ class Manifest:
         """Hex, of the file's bytes: proves at every opening that they are the ones written."""
         self.digest = digest
         """Hex, of the rows: equal for equal lists, whatever release of Arrow wrote the file."""
-        self._open: tuple[str, list[pa.RecordBatch]] | None = None
+        self._open: _OpenList | None = None
 
     @classmethod
     def write(cls, store: str, objects: Iterable[ObjectInfo], folder: Path) -> Manifest:
@@ -67,29 +88,48 @@ class Manifest:
         return (Manifest, (self.path, self.checksum, self.digest))
 
     def __len__(self) -> int:
-        batches = self._load()[1]
-        return (len(batches) - 1) * _BATCH_ROWS + batches[-1].num_rows if batches else 0
+        return self._load().count
 
     def __getitem__(self, index: int) -> ObjectInfo:
         """Object number `index`, from 0; negative ones are not for here."""
-        store, batches = self._load()
-        batch, row = batches[index // _BATCH_ROWS], index % _BATCH_ROWS
-        key, version, size = (batch.column(i)[row].as_py() for i in range(3))
-        return ObjectInfo(ObjectId(store, key, version), size)
+        return self.take([index])[0]
+
+    def take(self, indices: Iterable[int]) -> list[ObjectInfo]:
+        """The objects of `indices`, in order. Read from the mapped bytes: Arrow's own scalars take three times as long."""
+        store, batches, _ = self._load()
+        rows = _BATCH_ROWS
+        taken = []
+        for index in indices:
+            key_offsets, keys, version_offsets, versions, sizes = batches[index // rows]
+            i = index % rows
+            key = str(keys[key_offsets[i] : key_offsets[i + 1]], "utf-8")
+            version = str(versions[version_offsets[i] : version_offsets[i + 1]], "utf-8")
+            taken.append(ObjectInfo(ObjectId(store, key, version), sizes[i]))
+        return taken
 
     def keys(self) -> list[str]:
         """All keys, in order."""
-        return [key for batch in self._load()[1] for key in batch.column(0).to_pylist()]
+        return [
+            str(rows.keys[start:end], "utf-8")
+            for rows in self._load().batches
+            for start, end in pairwise(rows.key_offsets[: len(rows.sizes) + 1])
+        ]
 
     @property
     def total_bytes(self) -> int:
         """The sum of all sizes."""
-        return sum(int(batch.column(2).to_numpy().sum()) for batch in self._load()[1])
+        return sum(int(np.frombuffer(rows.sizes, np.int64).sum()) for rows in self._load().batches)
 
-    def _load(self) -> tuple[str, list[pa.RecordBatch]]:
+    def _load(self) -> _OpenList:
         if self._open is None:
             self._open = _map(self.path, self.checksum)
         return self._open
+
+
+class _OpenList(NamedTuple):
+    store: str
+    batches: Sequence[_Rows]
+    count: int
 
 
 def _write_batches(file: object, store: str, objects: Iterable[ObjectInfo]) -> str:
@@ -136,7 +176,7 @@ def _checksum(file: pa.MemoryMappedFile) -> str:
     return str(xxhash.xxh3_128_hexdigest(file.read_buffer()))
 
 
-def _map(path: Path, checksum: str) -> tuple[str, list[pa.RecordBatch]]:
+def _map(path: Path, checksum: str) -> _OpenList:
     try:
         file = pa.memory_map(str(path))
     except FileNotFoundError as error:
@@ -152,8 +192,9 @@ def _map(path: Path, checksum: str) -> tuple[str, list[pa.RecordBatch]]:
     with contextlib.suppress(OSError):
         os.utime(path)  # still in use: see _sweep
     reader = pa.ipc.open_file(file)
-    batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    return reader.schema.metadata[b"store"].decode(), batches
+    batches = [_Rows.of(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+    count = sum(len(rows.sizes) for rows in batches)
+    return _OpenList(reader.schema.metadata[b"store"].decode(), batches, count)
 
 
 def _sweep(folder: Path) -> None:

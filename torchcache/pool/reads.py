@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from torchcache.errors import ServerUnavailable, TorchCacheError
@@ -13,7 +14,7 @@ from torchcache.model import Extent
 from torchcache.placement import placement_key
 from torchcache.pool.buffers import allocate, targets
 from torchcache.pool.retry import Retry
-from torchcache.pool.routing import Part, advance, check_extent, next_step, placed
+from torchcache.pool.routing import Part, advance, check_extents, next_step, placed
 from torchcache.pool.session import Session
 
 CALL_EXTENTS: Final = 16_384
@@ -31,8 +32,7 @@ class Reading:
         options: ReadOptions,
         deadline: float,
     ) -> None:
-        for extent in extents:
-            check_extent(extent)
+        check_extents(extents)
         self._session = session
         self._extents = extents
         self._into = targets(extents, into)
@@ -45,22 +45,31 @@ class Reading:
 
     def run(self) -> list[Outcome]:
         """Every extent's bytes, or the error it ended with."""
-        parts = self._plan()
+        alone = len(self._members.by_id) == 1 and len(self._extents) <= CALL_EXTENTS
+        parts = self._ask_only_server() if alone else self._plan()
         while parts:
-            parts = self._follow_up(parts, self._ask(parts))
+            parts = self._follow_up(self._ask(parts))
         outcomes = [outcome for outcome in self._outcomes if outcome is not None]
-        good = [outcome for outcome in outcomes if isinstance(outcome, memoryview)]
-        self._session.count(extents=len(good), read_bytes=sum(map(len, good)))
+        lengths = [len(outcome) for outcome in outcomes if isinstance(outcome, memoryview)]
+        self._session.count(extents=len(lengths), read_bytes=sum(lengths))
         return outcomes
+
+    def _ask_only_server(self) -> list[Part]:
+        """Asks the one server there is for everything; returns the parts to ask again: most often there are none."""
+        (only,) = self._members.by_id
+        answers = self._call_lane(only, self._extents, self._into, suspect=False)
+        self._outcomes = [answer if isinstance(answer, memoryview) else None for answer in answers]
+        failed = [
+            (Part(number, self._extents[number], self._into[number], (only,)), answer)
+            for number, answer in enumerate(answers)
+            if not isinstance(answer, memoryview)
+        ]
+        return self._follow_up(failed)
 
     def _order(self, key: bytes) -> list[str]:
         return self._session.ordering.order(key, self._members)
 
     def _plan(self) -> list[Part]:
-        if len(self._members.by_id) == 1:
-            only = tuple(self._members.by_id)
-            pairs = enumerate(zip(self._extents, self._into, strict=True))
-            return [Part(number, extent, into, only) for number, (extent, into) in pairs]
         parts: list[Part] = []
         for number, (extent, into) in enumerate(zip(self._extents, self._into, strict=True)):
             runs = placed(extent, self._order)
@@ -113,23 +122,22 @@ class Reading:
         ]
 
     def _call(self, parts: Sequence[Part]) -> list[Outcome]:
-        server, suspect = parts[0].server, parts[0].suspect
-        member = self._members.by_id[server]
-        options = ReadOptions(
-            namespace=self._options.namespace, resident_only=self._options.resident_only, suspect=suspect
-        )
-        self._session.count(read_calls=1, suspects=len(parts) if suspect else 0)
+        first = parts[0]
+        extents, into = [part.extent for part in parts], [part.into for part in parts]
+        return self._call_lane(first.server, extents, into, suspect=first.suspect)
+
+    def _call_lane(
+        self, server: str, extents: Sequence[Extent], into: Sequence[memoryview | None], *, suspect: bool
+    ) -> list[Outcome]:
+        """One call to one server; what it says of being up or down is kept."""
+        options = replace(self._options, suspect=suspect) if suspect else self._options
+        self._session.count(read_calls=1, suspects=len(extents) if suspect else 0)
+        lane = self._members.by_id[server].lane
         try:
-            outcomes = member.lane.read(
-                [part.extent for part in parts],
-                [part.into for part in parts],
-                options,
-                deadline=self._deadline,
-            )
-        except (
-            TorchCacheError
-        ) as error:  # nothing could be asked: the process may not, or the token can't be read
-            return [error] * len(parts)
+            outcomes = lane.read(extents, into, options, deadline=self._deadline)
+        except TorchCacheError as error:
+            # Nothing could be asked: the process may not, or the token can't be read.
+            return [error] * len(extents)
         if isinstance(outcomes[-1], ServerUnavailable):  # what ended the stream reaches the last extent
             self._session.ordering.down(server)
         else:
@@ -137,7 +145,7 @@ class Reading:
             self._session.budget.earn()
         return outcomes
 
-    def _follow_up(self, parts: Sequence[Part], answers: Sequence[tuple[Part, Outcome]]) -> list[Part]:
+    def _follow_up(self, answers: Sequence[tuple[Part, Outcome]]) -> list[Part]:
         """Lands what came, and returns the parts to ask again."""
         again: list[Part] = []
         waiting: dict[int, TorchCacheError] = {}

@@ -15,7 +15,7 @@ from torchcache.errors import (
     TorchCacheError,
     TransientError,
 )
-from torchcache.model import STRIPE_BYTES, UNKNOWN_SIZE, Extent
+from torchcache.model import STRIPE_BYTES, UNKNOWN_SIZE, Extent, ObjectInfo
 from torchcache.placement import placement_key
 
 Order = Callable[[bytes], Sequence[str]]
@@ -40,24 +40,32 @@ class Part:
         return self.order[self.turn]
 
 
-def check_extent(extent: Extent) -> None:
-    """Raises ConfigurationError unless the extent lies within its object."""
-    size = extent.object.size
+def check_extents(extents: Iterable[Extent]) -> None:
+    """Raises ConfigurationError unless each lies within its object."""
+    for extent in extents:
+        info, start, length = extent
+        if start or length != -1:  # else it is all of the object: by far the most common
+            _check_range(info, start, length)
+
+
+def _check_range(info: ObjectInfo, start: int, length: int) -> None:
+    size = info.size
     known = size != UNKNOWN_SIZE
-    start, length = extent.offset, extent.length
     if start < 0 or length < -1 or (known and (start > size or start + max(length, 0) > size)):
         span = f"{length} bytes from {start}" if length >= 0 else f"the bytes from {start}"
         raise ConfigurationError(
             f"{span} were asked of an object of {size if known else 'unknown'} bytes",
-            object=str(extent.object.id),
+            object=str(info.id),
         )
 
 
 def stripes(extent: Extent) -> list[Extent]:
     """The extent, cut where its stripes end; whole if its object is placed whole or its size is unknown."""
     info = extent.object
+    if info.size <= STRIPE_BYTES or info.id.is_sample or info.id.is_save:  # UNKNOWN_SIZE is small too
+        return [extent]
     start, end = extent.offset, extent.end
-    if info.id.is_sample or info.id.is_save or info.size == UNKNOWN_SIZE or end - start <= 0:
+    if end - start <= 0:
         return [extent]
     if start // STRIPE_BYTES == (end - 1) // STRIPE_BYTES:
         return [extent]
