@@ -25,8 +25,9 @@ reliability: $(READY)
 		$$(grep -rl --include='test_*.py' 'from tests.proofs import' tests)
 	$(BIN)/python -m tests.reliability_report $(PROOFS)
 
+# Measures everything, and docs/benchmarks.md from what it found. SECTIONS=local,flight measures only those.
 bench: $(READY)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --json docs/benchmarks/results.json --report $(if $(SECTIONS),--only $(SECTIONS))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,89 +1,84 @@
-"""`make bench`: runs every comparison, prints a table, and writes the figures as JSON."""
+"""`make bench`: measures section by section, prints a table each, and keeps the figures as JSON.
+
+`--report` makes the tables and plots of docs/benchmarks.md from that JSON; alone it measures nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any, Final, cast
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.findings import Findings, Scale
+from benchmarks.places import home, memory_folder
+from benchmarks.report import RESULTS, update_document
+from benchmarks.rounds import machine
+from benchmarks.tables import show
 
-from benchmarks import eviction, recycling, start_up
-from benchmarks.flight_lane import SHAPES, TINY, Comparison, compare
-from benchmarks.rounds import Result, machine
-from benchmarks.verification import Cost, costs
-
-
-def show(comparisons: list[Comparison], rounds: int) -> None:
-    table = Table(title=f"Flight lane, medians of {rounds} alternating rounds", title_style="bold")
-    for name in ("what", "contender", "ms", "fastest", "slowest", "GB/s", "ours / it"):
-        table.add_column(name, justify="left" if name in ("what", "contender") else "right")
-    for c in comparisons:
-        rows = (
-            (c.shape, c.ours, ""),
-            ("", c.bare_one, f"{c.ratio:.2f}"),
-            ("", c.bare_views, f"{c.ratio_to_views:.2f}"),
-        )
-        for shape, result, ratio in rows:
-            times = (f"{t * 1e3:.1f}" for t in (result.median_s, result.fastest_s, result.slowest_s))
-            table.add_row(shape, result.name, *times, f"{result.gigabytes_per_s:.2f}", ratio)
-        table.add_section()
-    Console().print(table)
+SECTIONS: Final = {
+    "local": "local_lane",
+    "flight": "flight_lane",
+    "verification": "verification",
+    "recycling": "recycling",
+    "eviction": "eviction",
+    "start_up": "start_up",
+}
+"""Name of each section, and the module whose `measure` it is; loaded when it runs."""
 
 
-def show_costs(found: list[Cost], rounds: int) -> None:
-    title = f"Verification on the flight lane, medians of {rounds} alternating rounds"
-    table = Table(title=title, title_style="bold")
-    for name in ("what", "verified, ms", "not verified, ms", "costs"):
-        table.add_column(name, justify="left" if name == "what" else "right")
-    for cost in found:
-        times = (f"{r.median_s * 1e3:.1f}" for r in (cost.verified, cost.unverified))
-        table.add_row(cost.shape, *times, f"{cost.share:.1%}")
-    Console().print(table)
+def section(name: str) -> Callable[[Scale], Findings]:
+    """What measures a section."""
+    return cast("Callable[[Scale], Findings]", import_module(f"benchmarks.{SECTIONS[name]}").measure)
 
 
-def show_recycling(found: dict[str, Result], rounds: int) -> None:
-    title = f"Chunks of 4 MiB into the store, and gone again, medians of {rounds} alternating rounds"
-    table = Table(title=title, title_style="bold")
-    for name in ("into", "ms", "GB/s"):
-        table.add_column(name, justify="left" if name == "into" else "right")
-    for result in found.values():
-        table.add_row(result.name, f"{result.median_s * 1e3:.1f}", f"{result.gigabytes_per_s:.2f}")
-    Console().print(table)
+def run(names: Sequence[str], scale: Scale) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measures the sections one after the other, prints each as it comes, and gives it as plain values."""
+    with memory_folder() as folder, home(folder):
+        for name in names:
+            findings = section(name)(scale)
+            show(findings, scale.rounds)
+            yield name, findings.as_json(scale.rounds)
+
+
+def keep(path: Path, found: dict[str, Any]) -> None:
+    """Writes the sections into the file; others that it has stay."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, **found}, indent=1) + "\n")
+
+
+def _names(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    unknown = sorted(set(names) - set(SECTIONS))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no such section: {', '.join(unknown)}")
+    return names
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", type=_names, help=f"sections to measure, by commas: {', '.join(SECTIONS)}")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds each contender runs (15)")
     parser.add_argument("--tiny", action="store_true", help="one small round, to see that it runs")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--json", type=Path, help="keep the figures in this file; sections not measured stay in it"
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help=f"make docs/benchmarks.md and its plots anew from {RESULTS.name}",
+    )
     args = parser.parse_args()
-    rounds = 1 if args.tiny else args.rounds
-    comparisons = [compare(shape, rounds=rounds) for shape in (TINY if args.tiny else SHAPES)]
-    show(comparisons, rounds)
-    verification = costs(rounds=rounds, tiny=args.tiny)
-    show_costs(verification, rounds)
-    writes = recycling.compare(rounds=rounds, chunks=recycling.TINY_CHUNKS if args.tiny else recycling.CHUNKS)
-    show_recycling(writes, rounds)
-    rates = eviction.rates(*(eviction.TINY if args.tiny else eviction.SHAPE))
-    eviction.show(rates)
-    starts = start_up.start_ups([start_up.TINY if args.tiny else start_up.MILLION], None)
-    start_up.show(starts)
-    Console().print("; ".join(f"{k} {v}" for k, v in machine().items()), style="dim")
-    if args.json:
-        figures = {
-            "machine": machine(),
-            "flight_lane": [
-                {**asdict(c), "ratio": c.ratio, "ratio_to_views": c.ratio_to_views} for c in comparisons
-            ],
-            "verification": [{**asdict(c), "share": c.share} for c in verification],
-            "recycling": {name: asdict(result) for name, result in writes.items()},
-            "eviction": [asdict(rate) for rate in rates],
-            "start_up": [asdict(s) for s in starts],
-        }
-        args.json.write_text(json.dumps(figures, indent=1))
+    if args.only or args.json or not args.report:
+        scale = Scale(rounds=1 if args.tiny else args.rounds, tiny=args.tiny)
+        for name, figures in run(args.only or list(SECTIONS), scale):
+            if args.json:
+                keep(args.json, {name: figures})
+        print("; ".join(f"{name} {value}" for name, value in machine().items()))
+    if args.report:
+        update_document()
 
 
 if __name__ == "__main__":

@@ -6,15 +6,17 @@ the obvious way, and batches of many BinaryView rows, the best way found. Run as
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.flight as fl
 
+from benchmarks.processes import server
 from torchcache.wire.codec import BATCH_BYTES, binary_view_array
 
 ONE_SCHEMA = pa.schema([("data", pa.binary())])
@@ -53,37 +55,53 @@ def batches_of_views(rows: list[pa.Buffer]) -> list[pa.RecordBatch]:
 
 
 class BareServer(fl.FlightServerBase):
-    def __init__(self, path: Path, size: int, order: list[int]) -> None:
+    """A ticket is the shape, a blank, and the record numbers; what it asks for is prepared once and kept."""
+
+    def __init__(self, path: Path, size: int) -> None:
         super().__init__("grpc://127.0.0.1:0")
-        rows = rows_of(path, size, order)
-        self.prepared = {
-            b"one": (ONE_SCHEMA, [batch_of_one(row) for row in rows]),
-            b"views": (VIEW_SCHEMA, batches_of_views(rows)),
-        }
+        self._path, self._size = path, size
+        self._prepared: dict[bytes, tuple[pa.Schema, list[pa.RecordBatch]]] = {}
 
     def do_get(self, context: fl.ServerCallContext, ticket: fl.Ticket) -> fl.RecordBatchStream:
-        schema, batches = self.prepared[ticket.ticket]
+        if ticket.ticket not in self._prepared:
+            self._prepared[ticket.ticket] = self._prepare(ticket.ticket)
+        schema, batches = self._prepared[ticket.ticket]
         return fl.RecordBatchStream(pa.RecordBatchReader.from_batches(schema, batches))
+
+    def _prepare(self, ticket: bytes) -> tuple[pa.Schema, list[pa.RecordBatch]]:
+        shape, *numbers = ticket.split()
+        rows = rows_of(self._path, self._size, [int(number) for number in numbers])
+        if shape == b"one":
+            return ONE_SCHEMA, [batch_of_one(row) for row in rows]
+        return VIEW_SCHEMA, batches_of_views(rows)
+
+
+@dataclass(frozen=True)
+class FlightClient:
+    """A client that takes what comes and touches nothing of it."""
+
+    client: fl.FlightClient
+    shape: bytes
+    pid: int
+
+    def read(self, numbers: Sequence[int]) -> int:
+        """Asks for all records at once; returns the bytes."""
+        return take(self.client, b" ".join([self.shape, *(b"%d" % number for number in numbers)]))
 
 
 @contextmanager
-def bare_server(path: Path, size: int, order: list[int]) -> Iterator[fl.FlightClient]:
-    """Starts the server as a process of its own; gives a client of it."""
-    command = [sys.executable, "-m", "benchmarks.bare_flight", str(path), str(size), *map(str, order)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        port = int(process.stdout.readline())
-        with fl.connect(f"grpc://127.0.0.1:{port}") as client:
-            yield client
-    finally:
-        process.kill()
-        process.wait()
+def flight_client(path: Path, size: int, shape: Literal["one", "views"]) -> Iterator[FlightClient]:
+    """A server process for the flat file at `path`, and a client of it."""
+    with (
+        server("benchmarks.bare_flight", path, size) as child,
+        fl.connect(f"grpc://127.0.0.1:{child.port}") as client,
+    ):
+        yield FlightClient(client, shape.encode(), child.pid)
 
 
-def take(client: fl.FlightClient, shape: bytes) -> int:
-    """Receives the whole stream, touches nothing; returns the payload's bytes."""
-    reader = client.do_get(fl.Ticket(shape))
+def take(client: fl.FlightClient, ticket: bytes) -> int:
+    """Receives a whole stream, touches nothing; returns the payload's bytes."""
+    reader = client.do_get(fl.Ticket(ticket))
     total = 0
     while True:
         try:
@@ -95,6 +113,6 @@ def take(client: fl.FlightClient, shape: bytes) -> int:
 
 
 if __name__ == "__main__":
-    server = BareServer(Path(sys.argv[1]), int(sys.argv[2]), [int(i) for i in sys.argv[3:]])
-    print(server.port, flush=True)
-    server.serve()
+    serving = BareServer(Path(sys.argv[1]), int(sys.argv[2]))
+    print(serving.port, flush=True)
+    serving.serve()

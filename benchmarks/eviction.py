@@ -1,6 +1,6 @@
 """What eviction keeps: hit rates of the store's policy, simulated, beside LRU and Belady's optimum.
 
-`python -m benchmarks.eviction` prints the table of docs/benchmarks.md. Ours is the store's own choice of what yields
+Ours is the store's own choice of what yields
 (`torchcache_server.store.eviction`), over segments as in the store; what it moves to rescue it is counted.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Final
 
-from rich.console import Console
-from rich.table import Table
 from torchcache_server.store.eviction import NEVER, SLACK_SEGMENTS, Held, choose_yielding
 from torchcache_server.store.ordering import ReadingOrder
+
+from benchmarks.findings import Findings, Goal, Row, Scale
 
 SEGMENT_CHUNKS: Final = 20
 LOOK_AT: Final = 16
@@ -222,15 +222,37 @@ def rates(chunks: int, epochs: int) -> list[Rates]:
     return found
 
 
-def show(found: list[Rates]) -> None:
-    table = Table(title="Hit rates, cache of half the chunks", title_style="bold")
-    for name in ("what is read", "LRU", "ours", "ours, order known", "Belady", "moved / filled"):
-        table.add_column(name, justify="left" if name == "what is read" else "right")
-    for one in found:
-        hits = (f"{rate:.3f}" for rate in (one.lru, one.ours, one.ours_ordered, one.belady))
-        table.add_row(one.reading, *hits, f"{one.moved:.1f}")
-    Console().print(table)
+def measure(scale: Scale) -> Findings:
+    """Ours beside LRU and, with the order known, beside Belady."""
+    found = rates(*(TINY if scale.tiny else SHAPE))
+    rows = [row for one in found for row in _rows(one)]
+    moved = ", ".join(f"{one.moved:.1f} ({one.reading})" for one in found)
+    return Findings(
+        title="What eviction keeps, simulated",
+        rows=rows,
+        note=f"Chunks copied within the store for each taken in, the order known: {moved}.",
+    )
 
 
-if __name__ == "__main__":
-    show(rates(*SHAPE))
+def _rows(one: Rates) -> list[Row]:
+    """Goals are set for shuffled epochs."""
+    has_goals = one.reading == next(iter(READINGS))
+    without = Row(
+        what=one.reading,
+        unit="hits",
+        ours=one.ours,
+        bare=one.lru,
+        against="LRU",
+        better="more",
+        goal=Goal(bound=0.5, of="value") if has_goals else None,
+    )
+    ordered = Row(
+        what=f"{one.reading}, order known",
+        unit="hits",
+        ours=one.ours_ordered,
+        bare=one.belady,
+        against="Belady",
+        better="more",
+        goal=Goal(bound=0.95) if has_goals else None,
+    )
+    return [without, ordered]

@@ -12,12 +12,29 @@ from typing import Final
 
 from torchcache_server.store import Store
 
+from benchmarks.findings import Findings, Row, Scale
 from benchmarks.rounds import Result, alternate
 from torchcache.model import CHUNK_BYTES, ChunkId, ObjectId
 
 CHUNKS: Final = 128
 TINY_CHUNKS: Final = 2
 _AT_ONCE: Final = 8
+
+
+def measure(scale: Scale) -> Findings:
+    """Recycled beside fresh."""
+    found = compare(rounds=scale.rounds, chunks=TINY_CHUNKS if scale.tiny else CHUNKS)
+    recycled, fresh = found.values()
+    row = Row(
+        what=f"{TINY_CHUNKS if scale.tiny else CHUNKS} chunks of 4 MiB into the store, and gone again",
+        unit="ms",
+        ours=recycled.median_s * 1e3,
+        bare=fresh.median_s * 1e3,
+        against=fresh.name,
+    )
+    return Findings(
+        title="Recycled segments", rows=[row], contenders={"chunks of 4 MiB": list(found.values())}
+    )
 
 
 def compare(*, rounds: int, chunks: int = CHUNKS) -> dict[str, Result]:
@@ -36,7 +53,9 @@ def compare(*, rounds: int, chunks: int = CHUNKS) -> dict[str, Result]:
         closing.callback(fresh.close)
         return alternate(
             {
-                "recycled segments": lambda: _write(recycled, payload, chunks, let_go=recycled.drop),
+                "torchcache, recycled segments": lambda: _write(
+                    recycled, payload, chunks, let_go=recycled.drop
+                ),
                 "fresh segments": lambda: _write(fresh, payload, chunks, let_go=fresh.evict),
             },
             rounds=rounds,

@@ -6,42 +6,93 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
+
+from benchmarks.processes import cpu_s
 
 
 @dataclass(frozen=True)
 class Result:
-    """Median and extremes of one contender's rounds, in seconds, and the bytes a round moves."""
+    """Median and extremes of one contender's rounds, in seconds, and the bytes a round moves.
+
+    `client_cpu_s` and `server_cpu_s` are of all rounds together; 0.0 of servers that weren't named.
+    """
 
     name: str
     median_s: float
     fastest_s: float
     slowest_s: float
     bytes: int
+    rounds: int = 1
+    client_cpu_s: float = 0.0
+    server_cpu_s: float = 0.0
 
     @property
     def gigabytes_per_s(self) -> float:
         return self.bytes / self.median_s / 1e9
 
+    @property
+    def server_cpu_s_per_gb(self) -> float:
+        return self.server_cpu_s / (self.bytes * self.rounds / 1e9)
+
+    @property
+    def client_cpu_s_per_gb(self) -> float:
+        return self.client_cpu_s / (self.bytes * self.rounds / 1e9)
+
+
+@dataclass
+class _Tally:
+    times: list[float] = field(default_factory=list)
+    moved: int = 0
+    client_cpu_s: float = 0.0
+    server_cpu_s: float = 0.0
+
 
 def alternate(
-    contenders: Mapping[str, Callable[[], int]], *, rounds: int, warm_up: int = 1
+    contenders: Mapping[str, Callable[[], int]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    servers: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Result]:
-    """Runs each contender once a round, in turn. A contender does its work and returns the bytes it moved."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    moved = dict.fromkeys(contenders, 0)
+    """Runs each contender once a round, in turn. A contender does its work and returns the bytes it moved.
+
+    `servers` names, a contender, the processes whose CPU is counted as its servers'. A round moves its bytes whole: a
+    contender that returns another number than before is a mistake.
+    """
+    pids = servers or {}
+    tallies = {name: _Tally() for name in contenders}
     for number in range(warm_up + rounds):
         for name, work in contenders.items():
-            started = time.perf_counter()
-            moved[name] = work()
+            tally = tallies[name]
+            before = cpu_s(pids.get(name, ()))
+            client_before, started = time.process_time(), time.perf_counter()
+            moved = work()
+            took, client_took = time.perf_counter() - started, time.process_time() - client_before
+            if number and moved != tally.moved:
+                raise RuntimeError(f"{name!r} moved {moved} bytes, and {tally.moved} in the round before")
+            tally.moved = moved
             if number >= warm_up:
-                times[name].append(time.perf_counter() - started)
-    return {
-        name: Result(name, statistics.median(taken), min(taken), max(taken), moved[name])
-        for name, taken in times.items()
-    }
+                tally.times.append(took)
+                tally.client_cpu_s += client_took
+                tally.server_cpu_s += cpu_s(pids.get(name, ())) - before
+    return {name: _result(name, tally) for name, tally in tallies.items()}
+
+
+def _result(name: str, tally: _Tally) -> Result:
+    times = tally.times
+    return Result(
+        name=name,
+        median_s=statistics.median(times),
+        fastest_s=min(times),
+        slowest_s=max(times),
+        bytes=tally.moved,
+        rounds=len(times),
+        client_cpu_s=tally.client_cpu_s,
+        server_cpu_s=tally.server_cpu_s,
+    )
 
 
 def machine() -> dict[str, str]:

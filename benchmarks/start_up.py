@@ -7,20 +7,18 @@ stop away. `--disk FOLDER` measures on that disk too, with the page cache of the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from torchcache_server.store import Store
 
-from benchmarks.rounds import machine
+from benchmarks.findings import Findings, Row, Scale
+from benchmarks.tables import show
 from torchcache.model import ChunkId, ObjectId
 
 _BATCH = 512
@@ -53,7 +51,7 @@ class StartUp:
     no_index_s: float
 
 
-def measure(shape: Shape, folder: Path, *, cold: bool) -> StartUp:
+def open_in_each_state(shape: Shape, folder: Path, *, cold: bool) -> StartUp:
     """Fills a store in `folder` and opens it in the three states, each time finding every chunk again."""
     path = folder / "store"
     segments = fill(path, shape)
@@ -136,22 +134,30 @@ def start_ups(shapes: list[Shape], disk: Path | None) -> list[StartUp]:
     results = []
     for shape in shapes:
         with folder_on(_MEMORY if _MEMORY.is_dir() else None) as folder:
-            results.append(measure(shape, folder, cold=False))
+            results.append(open_in_each_state(shape, folder, cold=False))
         if disk is not None:
             with folder_on(disk) as folder:
-                results.append(measure(shape, folder, cold=True))
+                results.append(open_in_each_state(shape, folder, cold=True))
     return results
 
 
-def show(results: list[StartUp]) -> None:
-    table = Table(title="Seconds until a store is open", title_style="bold")
-    for name in ("chunks", "of bytes", "segments", "on", "in order", "killed", "no index"):
-        table.add_column(name, justify="right")
+def measure(scale: Scale) -> Findings:
+    """In memory, once."""
+    return findings(start_ups([TINY if scale.tiny else MILLION], None))
+
+
+def findings(results: list[StartUp]) -> Findings:
+    rows = []
     for r in results:
-        times = (f"{t:.2f}" for t in (r.clean_s, r.killed_s, r.no_index_s))
-        place = f"{r.place}, cold" if r.cold else r.place
-        table.add_row(f"{r.chunks:,}", f"{r.size:,}", f"{r.segments:,}", place, *times)
-    Console().print(table)
+        place = f"{r.place}, nothing of it in memory" if r.cold else r.place
+        for state, took_s in (
+            ("a stop in order", r.clean_s),
+            ("a kill", r.killed_s),
+            ("a lost index", r.no_index_s),
+        ):
+            what = f"{r.chunks:,} chunks of {r.size:,} B in {r.segments:,} segments on {place}, after {state}"
+            rows.append(Row(what=what, unit="s", ours=took_s))
+    return Findings(title="How long a store takes to open", rows=rows)
 
 
 def main() -> None:
@@ -159,14 +165,8 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=MILLION.chunks)
     parser.add_argument("--size", type=int, default=MILLION.size, help="bytes of a chunk")
     parser.add_argument("--disk", type=Path, help="a folder on a disk, to measure there too")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    results = start_ups([Shape(args.chunks, args.size)], args.disk)
-    show(results)
-    if args.json:
-        args.json.write_text(
-            json.dumps({"machine": machine(), "start_up": [asdict(r) for r in results]}, indent=1)
-        )
+    show(findings(start_ups([Shape(args.chunks, args.size)], args.disk)), 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What it costs that every byte of a warm read is verified: the flight lane with and without, in the same run.
+"""What it costs that every byte of a warm read is verified: a lane with and without, in the same run.
 
 There is no switch for it in the product: here the one method that compares checksums is replaced, for every other
 read. What else a read checks (that pieces follow one another, that sizes fit) stays.
@@ -6,30 +6,17 @@ read. What else a read checks (that pieces follow one another, that sizes fit) s
 
 from __future__ import annotations
 
-import random
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Final
 
-import torchcache as tc
-from benchmarks.flight_lane import SHAPES, TINY, Shape
+from benchmarks.bare_files import buffers
+from benchmarks.findings import Findings, Goal, Row, Scale, us_each
+from benchmarks.records import Shape, ground, objects_shape, reader_into, records_shape
 from benchmarks.rounds import Result, alternate
-from torchcache.model import Extent
 from torchcache.wire.codec import Piece
 
-
-@dataclass(frozen=True)
-class Cost:
-    shape: str
-    verified: Result
-    unverified: Result
-
-    @property
-    def share(self) -> float:
-        """Of the throughput without, what is lost with; 0.1 is a tenth."""
-        return 1 - self.unverified.median_s / self.verified.median_s
+A_TENTH: Final = Goal(bound=0.9)
 
 
 @contextmanager
@@ -43,29 +30,35 @@ def nothing_verified() -> Iterator[None]:
         Piece.verify = real  # type: ignore[method-assign]
 
 
-def cost_of_verification(shape: Shape, *, rounds: int) -> Cost:
-    """`Pool.read` of all objects in one call, in random order, from a server that holds them."""
-    place = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=place if place.is_dir() else None) as folder:
-        source = Path(folder, "source")
-        source.mkdir()
-        for i in range(shape.count):
-            (source / f"{i:05d}").write_bytes(random.Random(i).randbytes(shape.size))
-        with tc.LocalPool(Path(folder, "pool"), capacity="2GB") as pool:
-            objects = list(pool.list(f"file://{source}"))
-            extents = [Extent(o) for o in random.Random(1).sample(objects, shape.count)]
-
-            def verified() -> int:
-                return sum(len(view) for view in pool.read(extents))
-
-            def unverified() -> int:
-                with nothing_verified():
-                    return verified()
-
-            results = alternate({"verified": verified, "not verified": unverified}, rounds=rounds)
-    return Cost(shape.name, *results.values())
+def measure(scale: Scale) -> Findings:
+    """On the flight lane: many small records, and large ones."""
+    shapes = (records_shape(scale), objects_shape(scale))
+    found = {shape.name: _with_and_without(shape, scale.rounds) for shape in shapes}
+    rows = [_row(shape, *found[shape.name]) for shape in shapes]
+    return Findings(title="Verification of every byte, flight lane", rows=rows, contenders=found)
 
 
-def costs(*, rounds: int, tiny: bool = False) -> list[Cost]:
-    """Of many small objects, and of a large one."""
-    return [cost_of_verification(shape, rounds=rounds) for shape in (TINY if tiny else SHAPES)]
+def _with_and_without(shape: Shape, rounds: int) -> list[Result]:
+    with ground(shape, lane="flight") as found:
+        read = reader_into(found, buffers(shape.batch, shape.size))
+
+        def verified() -> int:
+            return sum(len(view) for batch in shape.batches() for view in read(batch))
+
+        def unverified() -> int:
+            with nothing_verified():
+                return verified()
+
+        contenders = {"torchcache, verified": verified, "not verified": unverified}
+        return list(alternate(contenders, rounds=rounds).values())
+
+
+def _row(shape: Shape, verified: Result, unverified: Result) -> Row:
+    return Row(
+        what=f"{shape.name}, verified",
+        unit="us each",
+        ours=us_each(verified, shape.count),
+        bare=us_each(unverified, shape.count),
+        against="not verified",
+        goal=A_TENTH,
+    )

@@ -1,4 +1,4 @@
-"""The benchmarks keep running: one tiny round of each."""
+"""The benchmarks keep running: one tiny round of each. And what the document says is what was measured."""
 
 from __future__ import annotations
 
@@ -6,22 +6,91 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks.__main__ import SECTIONS
+from benchmarks.findings import Goal, Row
+from benchmarks.report import DOCUMENT, RESULTS, blocks, document, plots
+from benchmarks.tables import cells, markdown
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_tiny_round(tmp_path: Path) -> None:
-    out = tmp_path / "figures.json"
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("bench") / "figures.json"
     command = [sys.executable, "-W", "error", "-m", "benchmarks", "--tiny", f"--json={out}"]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
-    figures = json.loads(out.read_text())
-    assert figures["machine"]["cores"]
-    for comparison in figures["flight_lane"]:
-        assert comparison["ours"]["bytes"] == comparison["bare_one"]["bytes"] > 0
-        assert comparison["ratio"] > 0
-    for cost in figures["verification"]:
-        assert cost["verified"]["bytes"] == cost["unverified"]["bytes"] > 0
-        assert cost["share"] < 1
-    for start in figures["start_up"]:
-        assert start["segments"] > 0
-        assert min(start["clean_s"], start["killed_s"], start["no_index_s"]) > 0
+    subprocess.run(command, cwd=ROOT, check=True, timeout=170, stdout=subprocess.DEVNULL)
+    return json.loads(out.read_text())
+
+
+def test_a_tiny_round_measures_every_section(measured: dict) -> None:
+    assert list(measured) == list(SECTIONS)
+    for name, section in measured.items():
+        assert section["rows"], name
+        for row in section["rows"]:
+            assert row["ours"] >= 0, row
+            assert row["bare"] is None or row["bare"] >= 0, row
+            assert (row["reached"] is None) == (row["goal"] is None), row
+
+
+def test_contenders_move_the_same_bytes(measured: dict) -> None:
+    groups = [group for section in measured.values() for group in section["contenders"].values()]
+    assert groups
+    for group in groups:
+        assert len({one["bytes"] for one in group}) == 1, group
+        assert min(one["bytes"] for one in group) > 0
+
+
+def test_a_document_holds_what_was_measured(measured: dict) -> None:
+    text = (
+        "Before\n" + "".join(f"<!-- figures: {name} -->\nold\n<!-- end -->\n" for name in SECTIONS) + "after"
+    )
+    made = document(text, measured)
+    assert made.startswith("Before\n")
+    assert made.endswith("after")
+    assert "old" not in made
+    for name, section in measured.items():
+        assert markdown(section) in made, name
+    assert document(made, measured) == made
+    for drawn in plots(measured).values():
+        ElementTree.fromstring(drawn)
+
+
+def test_the_document_is_consistent_with_the_committed_results() -> None:
+    results, text = json.loads(RESULTS.read_text()), DOCUMENT.read_text()
+    assert blocks(text) == list(SECTIONS), "each section has its place in the document"
+    assert document(text, results) == text, "run: python -m benchmarks --report"
+    assert {path.name: path.read_text() for path in RESULTS.parent.glob("*.svg")} == plots(results)
+    assert set(results) <= set(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("better", "ours", "bare", "ratio"),
+    [("less", 2.0, 3.0, 1.5), ("more", 3.0, 2.0, 1.5), ("less", 2.0, None, None)],
+)
+def test_a_ratio_says_how_much_better_ours_is(
+    better: str, ours: float, bare: float | None, ratio: float
+) -> None:
+    assert Row(what="", unit="", ours=ours, bare=bare, better=better).ratio == ratio
+
+
+@pytest.mark.parametrize(
+    ("goal", "reached"),
+    [
+        (Goal(bound=1.5), True),
+        (Goal(bound=1.6), False),
+        (Goal(bound=2.0, of="value", sense="at most"), True),
+        (Goal(bound=1.9, of="value", sense="at most"), False),
+        (None, None),
+    ],
+)
+def test_a_goal_is_reached_or_not(goal: Goal | None, reached: bool | None) -> None:
+    row = Row(what="a", unit="s", ours=2.0, bare=3.0, against="b", goal=goal)
+    assert row.reached is reached
+    plain = {
+        "rows": [{**row.__dict__, "goal": goal and goal.__dict__, "ratio": row.ratio, "reached": row.reached}]
+    }
+    assert next(iter(cells(plain)))[-1] == {True: "yes", False: "no", None: ""}[reached]

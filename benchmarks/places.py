@@ -1,0 +1,77 @@
+"""Where benchmarks work: a folder in memory, files to read there, and pools that hold them already."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torchcache as tc
+
+_MEMORY: Final = Path("/dev/shm")
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """A folder on tmpfs if there is one; gone afterwards."""
+    place = _MEMORY if _MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="torchcache-bench-", dir=place) as folder:
+        yield Path(folder)
+
+
+def write_files(folder: Path, sizes: Sequence[int], *, seed: int = 0) -> list[Path]:
+    """Files 00000, 00001, ... of random bytes, which no compression or page sharing makes easy."""
+    folder.mkdir(parents=True)
+    chance = random.Random(seed)
+    paths = []
+    for number, size in enumerate(sizes):
+        path = folder / f"{number:05d}"
+        with path.open("wb") as file:
+            for at in range(0, size, 1 << 24):
+                file.write(chance.randbytes(min(1 << 24, size - at)))
+        paths.append(path)
+    return paths
+
+
+Lane = Literal["local", "flight"]
+
+
+@dataclass(frozen=True)
+class WarmPool:
+    """A pool, and the processes that serve it."""
+
+    pool: tc.Pool
+    address: str
+    pids: tuple[int, ...]
+
+
+@contextmanager
+def local_pool(
+    root: Path, *, capacity_bytes: int, servers: int = 1, lane: Lane | None = None
+) -> Iterator[WarmPool]:
+    """An embedded pool of its own in `root`. `lane` forces one; without it the pool takes the best that works."""
+    local = tc.LocalPool(root, capacity=capacity_bytes, servers=servers)
+    with local as pool:
+        described = [root / f"server-{index}" / "endpoint.json" for index in range(servers)]
+        pids = tuple(int(json.loads(path.read_text())["pid"]) for path in described)
+        yield WarmPool(pool, local.address, pids)
+
+
+@contextmanager
+def home(folder: Path) -> Iterator[None]:
+    """Lets torchcache keep its lists of files in `folder`, and not in the user's home."""
+    before = os.environ.get("TORCHCACHE_HOME")
+    os.environ["TORCHCACHE_HOME"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHCACHE_HOME"]
+        else:
+            os.environ["TORCHCACHE_HOME"] = before
