@@ -439,6 +439,24 @@ def test_three_errors_take_the_disk_out_of_service(tmp_path: Path, caplog: pytes
     store.close()
 
 
+def test_one_bad_place_is_one_error_however_often_it_is_asked_for(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    store = Store(tmp_path / "s", capacity_bytes=CAPACITY, disk=disk)
+    store.keep("kept", True)
+    fill(store, "kept", range(3), MIB)
+    disk.fail("populate", errno.EIO)
+    for _ in range(5):
+        store._core.known.clear()
+        assert store.lookup(chunk(0)) is None
+    assert store.health().errors == 1
+    assert store.lookup(chunk(1)) is None
+    assert store.health().out_of_service == ""
+    assert store.lookup(chunk(2)) is None
+    assert "3 disk errors" in store.health().out_of_service
+    disk.mend()
+    store.close()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EMFILE, errno.EINTR, errno.EDQUOT])
 def test_other_troubles_are_not_the_disks(tmp_path: Path, code: int) -> None:
     """F10, F14."""

@@ -37,6 +37,7 @@ class Watch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._errors = 0
+        self._unreadable: set[int] = set()
         self.out_of_service = ""
 
     @property
@@ -44,12 +45,19 @@ class Watch:
         with self._lock:
             return Health(self._errors, self.out_of_service)
 
-    def note(self, call: str, error: OSError) -> None:
-        """Counts the error if it is the disk's fault: no lack of room, descriptors or time."""
+    def note(self, call: str, error: OSError, *, address: int | None = None) -> None:
+        """Counts the error if it is the disk's fault: no lack of room, descriptors or time.
+
+        `address` is of what can't be read, if that is mapped: one bad place counts once, however often it is asked for.
+        """
         # A folder that is gone shows where something is to be made in it.
         if error.errno not in _OF_THE_DISK and not (call in _MAKING and error.errno == errno.ENOENT):
             return
         with self._lock:
+            if address in self._unreadable:
+                return
+            if address is not None:
+                self._unreadable.add(address)
             self._errors += 1
             if self._errors < TOO_MANY or self.out_of_service:
                 return
@@ -75,7 +83,8 @@ def _watched(name: str) -> Callable[..., Any]:
             return getattr(self.disk, name)(*arguments)
         except OSError as error:
             if self.watch is not None:
-                self.watch.note(name, error)
+                mapped = arguments[0].address + arguments[1] if name == "populate" else None
+                self.watch.note(name, error, address=mapped)
             raise
 
     return call
