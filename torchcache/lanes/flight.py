@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from torchcache.errors import DeadlineExceeded, IntegrityError, ServerUnavailable, TorchCacheError
+from torchcache.heap import keep_freed_memory
 from torchcache.lanes.access import Access
 from torchcache.lanes.assembly import Assembly
 from torchcache.lanes.base import Outcome, ReadOptions, Row
@@ -141,6 +142,7 @@ class FlightLane:
         self._connections.drop(self._key)
 
     def _open(self) -> fl.FlightClient:
+        keep_freed_memory()
         host, port = self._location
         options: list[tuple[str, int | str]] = [
             *CHANNEL_OPTIONS,

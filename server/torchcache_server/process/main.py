@@ -19,6 +19,7 @@ from typing import Any, Final
 import click
 
 from torchcache.errors import ConfigurationError, TorchCacheError
+from torchcache.heap import keep_freed_memory
 from torchcache.locks import LockFile
 
 from .config import Embedded, ServerConfig, from_settings, parse_under_stores, read_toml
@@ -123,6 +124,7 @@ def run(config: ServerConfig) -> int:
     """
     stop = _stop_on_signals()
     _raise_descriptor_limit()
+    keep_freed_memory()
     if config.embedded is None:
         _log_to_stderr()
         return _serve(config, stop)
