@@ -213,19 +213,21 @@ def test_what_is_saved_again_takes_the_place_of_a_damaged_record(folder: Path) -
 
 def test_nobody_waits_for_a_sync_of_what_is_dropped(folder: Path) -> None:
     """I4: the store's lock isn't held while a disk syncs."""
-    began, go_on = threading.Event(), threading.Event()
+    slow, began, go_on = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(DiskCalls):
         def fsync(self, fd: int) -> None:
-            began.set()
-            go_on.wait(10)
+            if slow.is_set():
+                began.set()
+                go_on.wait(10)
             super().fsync(fd)
 
     store = _store(folder, Slow())
     fill(store, "a", range(40))
+    slow.set()
     syncing = threading.Thread(target=store.sync, args=("a",))
     syncing.start()
-    began.wait(10)
+    assert began.wait(10)
     dropping = threading.Thread(target=store.drop, args=("a",))
     dropping.start()
     until = time.monotonic() + 10
