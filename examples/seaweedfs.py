@@ -9,19 +9,20 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+from examples.ports import free_port
 
 ACCESS_KEY = "torchcache-demo"
 SECRET_KEY = "torchcache-demo-secret"  # guards nothing: the server listens on loopback, with throw-away data
@@ -41,7 +42,7 @@ class SeaweedFS:
         }
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         self.process: subprocess.Popen[bytes] | None = None
-        self._ports = _free_ports(5)
+        self._ports = _distinct_ports(5)
         self.endpoint_url = f"http://127.0.0.1:{self._ports[0]}"
         self._made_buckets = 0
         self.buckets: list[str] = []
@@ -181,18 +182,9 @@ def _weed() -> str:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def _distinct_ports(count: int) -> list[int]:
     """Ports that are free now, and whose neighbour at +10000, weed's gRPC port, is free too."""
-    ports: list[int] = []
-    with ExitStack() as stack:
-        while len(ports) < count:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            second = stack.enter_context(socket.socket())
-            try:
-                second.bind(("127.0.0.1", port + 10000))
-            except (OSError, OverflowError):
-                continue
-            ports.append(port)
-    return ports
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port(beside=10_000))
+    return sorted(ports)

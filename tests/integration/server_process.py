@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,19 +28,6 @@ START_S = 30
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "torchcache_server", *map(str, arguments)]
-
-
-def free_ports() -> int:
-    """A port that is free together with the one behind it."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 def refused(*arguments: object, environment: Mapping[str, str] | None = None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import select
 import signal
 import socket
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from tests.integration.server_process import READY, free_ports
+from tests.integration.server_process import READY
 
 ROOT = Path(__file__).parents[2]
 START_S = 60.0
@@ -184,22 +183,6 @@ class Child:
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
     assert pipe is not None
     return pipe
-
-
-def lasting_port(chance: random.Random) -> int:
-    """A port, free together with the next, that no outgoing connection takes while its server is away."""
-    first, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    if first < 12_000:
-        return free_ports()
-    while True:
-        port = chance.randrange(10_000, first - 1)
-        with socket.socket() as one, socket.socket() as two:
-            try:
-                one.bind(("127.0.0.1", port))
-                two.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 @dataclass(frozen=True)

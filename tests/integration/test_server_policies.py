@@ -17,8 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from torchcache_server.process.config import from_settings
 from torchcache_server.process.server import Server
 
+from examples.ports import free_port
 from tests.integration.server_process import ServerProcess
-from tests.integration.test_server_process import free_ports, save, wait_for_state
+from tests.integration.test_server_process import save, wait_for_state
 from tests.unit.store_parts import FailingDisk, find_payload, flip_bit, segment_files
 from torchcache.cli.app import run
 from torchcache.connecting import connect
@@ -319,7 +320,7 @@ def test_a_disk_out_of_service_is_said_and_reads_go_on(
     tmp_path: Path, home: Path, source: Path, use: Use
 ) -> None:
     """F12, F15, I1, I4: status, its warning, the document and the metrics say so; every byte is right meanwhile."""
-    disk, port = FailingDisk(), free_ports()
+    disk, port = FailingDisk(), free_port(beside=1)
     config = from_settings(
         {
             "listen": "127.0.0.1:0",

@@ -15,7 +15,8 @@ import pyarrow.flight as fl
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.integration.server_process import PlainClient, ServerProcess, assemble, free_ports, refused
+from examples.ports import free_port
+from tests.integration.server_process import PlainClient, ServerProcess, assemble, refused
 from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.model import CHUNK_BYTES, ObjectId, ObjectInfo
 from torchcache.wire.codec import decode_pieces
@@ -115,7 +116,7 @@ def test_a_source_that_changed_is_told(start: Callable[..., ServerProcess], sour
 @pytest.mark.parametrize("taken", [0, 1])
 def test_two_servers_never_share_a_port(tmp_path: Path, home: Path, source: Path, taken: int) -> None:
     """F20, for the control port and for the data port."""
-    port = free_ports()
+    port = free_port(beside=1)
     more = ("--capacity", "1GB", "--under-store", f"file=file://{source}")
     with socket.socket() as other:
         other.bind(("127.0.0.1", port + taken))
@@ -254,7 +255,7 @@ def test_messages_are_bounded(start: Callable[..., ServerProcess]) -> None:
 
 
 def test_health_and_metrics(start: Callable[..., ServerProcess]) -> None:
-    port = free_ports()
+    port = free_port(beside=1)
     with start("--metrics-port", port) as server:
         health = health_pb2_grpc.HealthStub(server.client.channel)
         for service in ("", "torchcache.v1.Control"):

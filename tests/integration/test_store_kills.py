@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from torchcache_server.understore.posix_walk import TEMPORARY_PREFIX
 
+from examples.ports import free_port
 from examples.seaweedfs import SeaweedFS
 from tests.integration.self_describing import content
 from tests.integration.store_load_child import PATIENCE_S, Job
@@ -32,7 +33,6 @@ from tests.integration.store_process_parts import (
     Life,
     PlainStarter,
     Starter,
-    lasting_port,
     on_disk,
 )
 from tests.proofs import proof
@@ -65,7 +65,7 @@ class Target:
         self.chance = random.Random(seed)
         self._starter = starter
         self._log = folder / "server.log"
-        port = lasting_port(self.chance)
+        port = free_port(beside=1)
         token = folder / "token"
         self._arguments = [
             *("--listen", f"127.0.0.1:{port}", "--store", str(self.store), "--token-file", str(token)),
