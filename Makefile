@@ -7,13 +7,17 @@ PYTEST := $(BIN)/python -m pytest
 
 PROOFS := $(CURDIR)/.proofs
 
+# Tests run side by side, in so many processes. The proofs don't: they use all cores themselves, and their figures count.
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --maxprocesses=8 --dist worksteal
+
 .PHONY: demo test test-long reliability bench lint format proto clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
 
 test: $(READY)
-	$(PYTEST) -m "not long"
+	$(PYTEST) $(PARALLEL) -m "not long"
 
 test-long: $(READY)
 	$(PYTEST) --timeout=3600 --hypothesis-profile=search
