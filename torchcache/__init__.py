@@ -16,6 +16,8 @@ _HOMES = {
     "CachedDataset": "torchcache.data",
     "CacheStorageReader": "torchcache.checkpoint",
     "CacheStorageWriter": "torchcache.checkpoint",
+    "load_safetensors": "torchcache.checkpoint",
+    "open_safetensors": "torchcache.checkpoint",
     "AlreadyExists": "torchcache.errors",
     "CheckpointError": "torchcache.errors",
     "ConfigurationError": "torchcache.errors",
@@ -34,7 +36,12 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from torchcache.checkpoint import CacheStorageReader, CacheStorageWriter
+    from torchcache.checkpoint import (
+        CacheStorageReader,
+        CacheStorageWriter,
+        load_safetensors,
+        open_safetensors,
+    )
     from torchcache.connecting import connect
     from torchcache.data import CachedDataset
     from torchcache.errors import (
@@ -81,6 +88,8 @@ __all__ = [
     "UnsupportedSample",
     "__version__",
     "connect",
+    "load_safetensors",
+    "open_safetensors",
 ]
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints: torch.distributed.checkpoint's StorageWriter and StorageReader over the pool.
+"""Checkpoints over the pool: torch.distributed.checkpoint's StorageWriter and StorageReader, and safetensors files.
 
-The manifest alone (`torchcache.checkpoint.manifest`) needs no torch, so the two classes load at first use.
+The manifest alone (`torchcache.checkpoint.manifest`) needs no torch, so what needs it loads at first use.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 _HOMES = {
     "CacheStorageReader": "torchcache.checkpoint.reader",
     "CacheStorageWriter": "torchcache.checkpoint.writer",
+    "load_safetensors": "torchcache.checkpoint.safetensors",
+    "open_safetensors": "torchcache.checkpoint.safetensors",
 }
 
 if TYPE_CHECKING:
     from torchcache.checkpoint.reader import CacheStorageReader
+    from torchcache.checkpoint.safetensors import load_safetensors, open_safetensors
     from torchcache.checkpoint.writer import CacheStorageWriter
 
-__all__ = ["CacheStorageReader", "CacheStorageWriter"]
+__all__ = ["CacheStorageReader", "CacheStorageWriter", "load_safetensors", "open_safetensors"]
 
 
 def __getattr__(name: str) -> object:

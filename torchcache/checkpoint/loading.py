@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -16,14 +19,17 @@ from torchcache.checkpoint.frame import bytes_of, has_row_major_bytes
 from torchcache.checkpoint.layout import GRANULE_BYTES, Box, cut
 from torchcache.checkpoint.manifest import Item
 from torchcache.checkpoint.metadata import dtype_of
-from torchcache.checkpoint.source import Fetch
+from torchcache.checkpoint.source import Fetch, Source
 from torchcache.errors import CheckpointError
 from torchcache.model import ByteRange
+from torchcache.threads import Threads
 
 READ_BYTES = 8 * GRANULE_BYTES
 """At most so much is asked for in one read: what several threads share evenly."""
 
 _EXTENTS_A_READ = 1024
+_READERS = min(4, os.cpu_count() or 1)
+_BATCHES_UNDER_WAY = 2 * _READERS
 
 
 class Load(ABC):
@@ -59,31 +65,38 @@ class RowsLoad(Load):
         if not box.fits:
             raise CheckpointError(f"the plan asks for {box} of {item.name!r}: that isn't in the checkpoint")
         _check_size(self._target, request)
-        reads = box.reads(dtype.itemsize)
-        self.fetches = self._plan(item, box, dtype, reads) if reads else []
-
-    def _plan(self, item: Item, box: Box, dtype: torch.dtype, reads: Sequence[ByteRange]) -> list[Fetch]:
-        target, first = self._target, reads[0].start
-        span_bytes = reads[-1].end - first
-        if (
-            span_bytes == target.nbytes
-            and target.is_cpu
-            and target.dtype == dtype
-            and has_row_major_bytes(target)
-            and target.is_contiguous()
-            and not (target.is_conj() or target.is_neg())
-        ):
-            memory = bytes_of(target)
-        else:
-            rows = torch.empty(span_bytes // dtype.itemsize, dtype=dtype, device="cpu")
-            self._source = rows.as_strided(box.lengths, box.strides)
-            memory = bytes_of(rows)
-        return [Fetch(item, part, memory[part.start - first : part.end - first]) for part in reads]
+        self.fetches, self._source = fetch_box(item, box, dtype, self._target)
 
     def finish(self) -> None:
         if self._source is not None:
             self._target.copy_(self._source)
         self._planner.commit_tensor(self._request, self._target)
+
+
+def fetch_box(
+    item: Item, box: Box, dtype: torch.dtype, target: torch.Tensor
+) -> tuple[list[Fetch], torch.Tensor | None]:
+    """What to fetch to have a box of an item: straight into `target` where that can be, and then None; else into a
+    tensor that is to be copied to it."""
+    reads = box.reads(dtype.itemsize)
+    if not reads:
+        return [], None
+    first, span_bytes = reads[0].start, reads[-1].end - reads[0].start
+    source: torch.Tensor | None = None
+    if (
+        span_bytes == target.nbytes
+        and target.is_cpu
+        and target.dtype == dtype
+        and has_row_major_bytes(target)
+        and target.is_contiguous()
+        and not (target.is_conj() or target.is_neg())
+    ):
+        memory = bytes_of(target)
+    else:
+        rows = torch.empty(span_bytes // dtype.itemsize, dtype=dtype, device="cpu")
+        source = rows.as_strided(box.lengths, box.strides)
+        memory = bytes_of(rows)
+    return [Fetch(item, part, memory[part.start - first : part.end - first]) for part in reads], source
 
 
 class BlobLoad(Load):
@@ -165,6 +178,30 @@ def plan_loads(
             yield RowsLoad(item, request, planner)
         elif blob := blobs.pop((item.file, item.start), None):
             yield BlobLoad(item, blob, planner)
+
+
+def run_loads(loads: Iterable[Load], source: Source) -> None:
+    """Fetches and finishes all loads, several reads at a time; loads are taken one by one, as their turn comes."""
+    under_way: deque[tuple[list[Load], list[Future[None]]]] = deque()
+    with Threads(_READERS, name="torchcache-load") as threads:
+        try:
+            for group, reads in batches(loads):
+                under_way.append((group, [threads.submit(source.fetch, read) for read in reads]))
+                if len(under_way) >= _BATCHES_UNDER_WAY:
+                    _finish(*under_way.popleft())
+            while under_way:
+                _finish(*under_way.popleft())
+        finally:
+            for _, futures in under_way:
+                for future in futures:
+                    future.cancel()
+
+
+def _finish(loads: list[Load], futures: list[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+    for load in loads:
+        load.finish()
 
 
 def batches(loads: Iterable[Load]) -> Iterator[tuple[list[Load], list[list[Fetch]]]]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections import deque
-from concurrent.futures import Future as LocalFuture
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +13,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from torchcache.checkpoint.layout import metadata_name, part_name
-from torchcache.checkpoint.loading import Load, batches, plan_loads
+from torchcache.checkpoint.loading import plan_loads, run_loads
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
 from torchcache.checkpoint.metadata import StorageInfo, load_metadata, metadata_of
@@ -27,9 +24,6 @@ from torchcache.local_pool import LocalPool
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, SaveInfo
 from torchcache.save_names import save_namespace, saved_file
-
-_READERS = min(4, os.cpu_count() or 1)
-_BATCHES_UNDER_WAY = 2 * _READERS
 
 
 class CacheStorageReader(StorageReader):
@@ -148,19 +142,7 @@ class CacheStorageReader(StorageReader):
         loads = plan_loads(
             plan.items, self._items, planner, require=source.require, allow_pickle=self.allow_pickle
         )
-        under_way: deque[tuple[list[Load], list[LocalFuture[None]]]] = deque()
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="torchcache-load") as executor:
-            try:
-                for group, reads in batches(loads):
-                    under_way.append((group, [executor.submit(source.fetch, read) for read in reads]))
-                    if len(under_way) >= _BATCHES_UNDER_WAY:
-                        _finish(*under_way.popleft())
-                while under_way:
-                    _finish(*under_way.popleft())
-            finally:
-                for _, futures in under_way:
-                    for future in futures:
-                        future.cancel()
+        run_loads(loads, source)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -246,13 +228,6 @@ class CacheStorageReader(StorageReader):
 def _save_id_of(metadata: Metadata, *, default: str) -> str:
     """The save that a Metadata belongs to; older releases of torch gave it no id."""
     return getattr(getattr(metadata, "storage_meta", None), "save_id", None) or default
-
-
-def _finish(loads: list[Load], futures: list[LocalFuture[None]]) -> None:
-    for future in futures:
-        future.result()
-    for load in loads:
-        load.finish()
 
 
 def _item(index: MetadataIndex, info: object) -> Item:

@@ -91,7 +91,7 @@ class Source:
 
     def require(self, item: Item) -> None:
         """Raises IntegrityError if an item reaches beyond the end of its file."""
-        size = self._stored_object(item.file).size if self._saved is None else self._saved.sizes[item.file]
+        size = self.stored_object(item.file).size if self._saved is None else self._saved.sizes[item.file]
         if item.start + item.length > size:
             raise IntegrityError(
                 f"{item.name!r} should end at byte {item.start + item.length} of {self._uri}/{item.file}, which has "
@@ -148,7 +148,7 @@ class Source:
             for f, cover in zip(fetches, covers, strict=True)
         ]
         self._pool.read(
-            [f.extent(self._stored_object(f.item.file), c) for f, c in zip(fetches, covers, strict=True)],
+            [f.extent(self.stored_object(f.item.file), c) for f, c in zip(fetches, covers, strict=True)],
             namespace=self._uri,
             into=buffers,
             timeout_s=_READ_S,
@@ -159,7 +159,8 @@ class Source:
                 start = fetch.part.start - cover.start
                 fetch.into[:] = buffer[start : start + fetch.part.length]
 
-    def _stored_object(self, name: str) -> ObjectInfo:
+    def stored_object(self, name: str) -> ObjectInfo:
+        """A file in the under-store, at the version it had when it was first asked for."""
         info = self._stored.get(name)
         if info is None:
             info = self._pool.stat(f"{self._uri}/{name}")
