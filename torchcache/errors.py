@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "DeadlineExceeded",
+    "InUse",
     "IntegrityError",
     "NotCommitted",
     "NotResident",
@@ -103,6 +104,10 @@ class CheckpointError(TorchCacheError):
 
 class NotCommitted(CheckpointError):
     """There is no committed checkpoint at this path."""
+
+
+class InUse(CheckpointError):
+    """The checkpoint is being read, so it is not deleted."""
 
 
 class AlreadyExists(CheckpointError):

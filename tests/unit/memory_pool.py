@@ -28,6 +28,7 @@ class MemoryPool:
         self.saved: dict[tuple[str, str, str], SaveInfo] = {}
         self.save_files: dict[ObjectId, bytes] = {}
         self.resident: set[ObjectId] = set()
+        self.holds: dict[str, str] = {}  # reader -> save id
         self.errors: dict[str, TorchCacheError] = {}  # by URI: what reading it raises
         self.reads: list[list[Extent]] = []
         self.namespaces: dict[str, NamespaceStatus] = {}
@@ -200,6 +201,13 @@ class MemoryPool:
         return held.bytes
 
     # ---- saves ----
+
+    def hold_save(self, save: SaveInfo, reader_id: str, reader: str) -> float:
+        self.holds[reader_id] = save.save_id
+        return 60.0
+
+    def release_save(self, save: SaveInfo, reader_id: str) -> None:
+        self.holds.pop(reader_id, None)
 
     def get_save(self, store: str, path: str, part: str = "", *, manifest: bool = True) -> SaveInfo:
         try:

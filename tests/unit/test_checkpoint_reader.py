@@ -657,3 +657,46 @@ def test_another_saves_files_are_not_taken_for_this_ones(pool: CheckpointPool) -
     pool.save_files = {other: next(iter(pool.save_files.values()))}
     with pytest.raises(dcp.CheckpointException):
         load(pool, {"w": torch.zeros(4)})
+
+
+def test_a_save_is_held_while_it_is_read_and_no_longer(pool: CheckpointPool) -> None:
+    """So that retention doesn't delete it."""
+    held: list[set[str]] = []
+
+    class Watched(DefaultLoadPlanner):
+        def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+            held.append(set(pool.holds.values()))
+
+    dcp.save(state(), storage_writer=writer(pool))
+    dcp.load(blank(state()), storage_reader=reader(pool), planner=Watched())
+    assert held
+    assert all(ids == {pool.only_save().save_id} for ids in held)
+    assert not pool.holds
+    opened = reader(pool)
+    opened.read_metadata()
+    assert pool.holds  # from the moment it is opened
+    opened.reset()
+    assert not pool.holds
+
+
+def test_a_save_that_is_being_deleted_is_not_opened(pool: CheckpointPool) -> None:
+    dcp.save(state(), storage_writer=writer(pool))
+
+    def refuse(*_: object) -> float:
+        raise NotCommitted("it is being deleted")
+
+    pool.hold_save = refuse  # type: ignore[method-assign]
+    with pytest.raises(dcp.CheckpointException, match="it is being deleted"):
+        dcp.load(blank(state()), storage_reader=reader(pool))
+
+
+def test_a_pool_that_cannot_be_told_of_readers_serves_them_all_the_same(pool: CheckpointPool) -> None:
+    dcp.save(state(), storage_writer=writer(pool))
+
+    def refuse(*_: object) -> float:
+        raise ConfigurationError("the server doesn't know this call")
+
+    pool.hold_save = pool.release_save = refuse  # type: ignore[assignment,method-assign]
+    loaded = blank(state())
+    dcp.load(loaded, storage_reader=reader(pool))
+    assert_same(loaded, state())

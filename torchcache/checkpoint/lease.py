@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 
 from torchcache.checkpoint.ticket import Ticket
 from torchcache.errors import TorchCacheError, TransientError
@@ -92,8 +91,3 @@ def end_lease_of_thread() -> None:
 
 def _pause(lease_s: float) -> float:
     return max(lease_s / 3, _LEAST_PAUSE_S)
-
-
-def writer_name() -> str:
-    """Who holds a reservation, for people: host and pid."""
-    return f"{os.uname().nodename} pid {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.layout import metadata_name, part_name
 from torchcache.checkpoint.loading import plan_loads, run_loads
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
@@ -57,6 +59,7 @@ class CacheStorageReader(StorageReader):
 
     def _close(self) -> None:
         self._source: Source | None = None
+        self._hold: Hold | None = None
         self._part = ""
         self._save_id = ""  # of what is open, or what stands for it where it has none
         self._items: dict[MetadataIndex, Item] = {}
@@ -87,6 +90,8 @@ class CacheStorageReader(StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begins another load, from `checkpoint_id` if given."""
+        if self._hold is not None:
+            self._hold.release()
         self._close()
         if checkpoint_id:
             self.path = checkpoint_uri(checkpoint_id)
@@ -142,7 +147,9 @@ class CacheStorageReader(StorageReader):
         loads = plan_loads(
             plan.items, self._items, planner, require=source.require, allow_pickle=self.allow_pickle
         )
-        run_loads(loads, source)
+        with self._hold.kept() if self._hold is not None else nullcontext():
+            run_loads(loads, source)
+        self._hold = None
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -173,6 +180,8 @@ class CacheStorageReader(StorageReader):
         return self._open_save(uri, info)
 
     def _open_save(self, uri: str, info: SaveInfo) -> Metadata:
+        self._hold = Hold(self.pool, info)
+        self._hold.take()
         manifest = Manifest.decode(info.manifest, where=uri)
         if manifest.save_id != info.save_id:
             raise IntegrityError(f"the manifest of {uri} belongs to another save", object=uri)

@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 import torchcache
+from torchcache.checkpoint.holder import holder_name
 from torchcache.checkpoint.layout import assign_files, file_name, metadata_name, part_name
-from torchcache.checkpoint.lease import Lease, end_lease_of_thread, writer_name
+from torchcache.checkpoint.lease import Lease, end_lease_of_thread
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
 from torchcache.checkpoint.metadata import dcp_version, describe, stock_metadata
@@ -166,7 +167,7 @@ class CacheStorageWriter(StorageWriter):
         first_rank = (save.rank or 0) if save.part else 0
         tickets = [Ticket(uri, store, path, save.part, save_id, first_rank + i) for i in range(len(plans))]
         lease_s = pool.reserve_save(
-            store, path, save.part, save_id, overwrite=self.overwrite, writer=writer_name()
+            store, path, save.part, save_id, overwrite=self.overwrite, writer=holder_name()
         )
         save.ticket = tickets[0]
         save.lease = Lease(pool, save.ticket, lease_s)

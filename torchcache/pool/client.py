@@ -252,6 +252,25 @@ class Pool:
         """Gives up a reservation and what was written under it."""
         Saves(self._session()).abandon(cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id))
 
+    def delete_save(self, store: str, path: str, part: str = "", save_id: str = "") -> None:
+        """Deletes the checkpoint at `path`, in the pool and in the under-store: for readers at once, then its files.
+
+        Only `save_id`, if that is given. Raises NotCommitted if there is none, InUse if somebody reads it,
+        AlreadyExists if a save is being written there.
+        """
+        Saves(self._session()).delete(cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id))
+
+    def hold_save(self, save: SaveInfo, reader_id: str, reader: str) -> float:
+        """Keeps a save from being deleted while it is read; returns for how many seconds. Raises NotCommitted.
+
+        `reader` is for people.
+        """
+        return Saves(self._session()).hold(_ref(save), reader_id, reader, release=False)
+
+    def release_save(self, save: SaveInfo, reader_id: str) -> None:
+        """Ends what `hold_save` began."""
+        Saves(self._session()).hold(_ref(save), reader_id, "", release=True)
+
     def get_save(self, store: str, path: str, part: str = "", *, manifest: bool = True) -> SaveInfo:
         """The committed save at `path`; without its manifest if that isn't wanted. Raises NotCommitted."""
         return Saves(self._session()).get(store, path, part, manifest=manifest)
@@ -287,3 +306,7 @@ class Pool:
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         """Every object under the folder `uri`, in the order of the under-store, fetched page by page."""
         return Objects(self._session()).list(uri)
+
+
+def _ref(save: SaveInfo) -> cache_pb2.SaveRef:
+    return cache_pb2.SaveRef(store=save.store, path=save.path, part=save.part, save_id=save.save_id)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from torchcache.errors import NotCommitted, NotResident, TorchCacheError, TransientError
+from torchcache.errors import DeadlineExceeded, NotCommitted, NotResident, TorchCacheError, TransientError
 from torchcache.lanes.base import ReadOptions
 from torchcache.model import SAVE_PREFIX, UNKNOWN_SIZE, Extent, ObjectId, ObjectInfo
 from torchcache.placement import placement_key
@@ -25,6 +25,12 @@ from torchcache.wire.v1 import cache_pb2
 
 CALL_S: Final = 60.0
 """A reservation may wait for another's lease to run out."""
+
+HOLD_S: Final = 10.0
+DELETE_WAIT_S: Final = 20.0
+"""How long one call waits for a deletion before it is asked again."""
+
+DELETE_S: Final = 600.0
 
 _STATES: Final[dict[int, SaveState]] = {
     cache_pb2.SAVE_STATE_RESERVED: "reserved",
@@ -111,6 +117,33 @@ class Saves:
     def abandon(self, ref: cache_pb2.SaveRef) -> None:
         """See `Pool.abandon_save`."""
         self._ask("AbandonSave", cache_pb2.AbandonSaveRequest(save=ref), ref)
+
+    def delete(self, ref: cache_pb2.SaveRef) -> None:
+        """See `Pool.delete_save`."""
+        deadline = time.monotonic() + DELETE_S
+        request = cache_pb2.DeleteSaveRequest(save=ref, wait_s=DELETE_WAIT_S)
+        begun = False
+        while True:
+            try:
+                done = self._ask("DeleteSave", request, ref).reply.done
+            except NotCommitted:
+                if begun:  # by an answer that was lost, or while this one asked again
+                    return
+                raise
+            if done:
+                return
+            begun = True
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(
+                    f"the checkpoint at {ref.path} is gone for readers, but not all of its files are yet; the pool "
+                    "goes on deleting them",
+                    object=ref.path,
+                )
+
+    def hold(self, ref: cache_pb2.SaveRef, reader_id: str, reader: str, *, release: bool) -> float:
+        """See `Pool.hold_save`."""
+        request = cache_pb2.HoldSaveRequest(save=ref, reader_id=reader_id, reader=reader, release=release)
+        return float(self._ask("HoldSave", request, ref, HOLD_S).reply.lease_s)
 
     def get(self, store: str, path: str, part: str, *, manifest: bool) -> SaveInfo:
         """See `Pool.get_save`."""

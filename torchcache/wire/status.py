@@ -36,6 +36,7 @@ _TABLE: Final[tuple[tuple[type[TorchCacheError], grpc.StatusCode], ...]] = (
     (errors.UnsupportedSample, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
     (errors.CheckpointError, grpc.StatusCode.ABORTED),
+    (errors.InUse, grpc.StatusCode.ABORTED),
     (TorchCacheError, grpc.StatusCode.INTERNAL),
 )
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from torchcache.errors import NotCommitted, ObjectNotFound, TransientError
 from torchcache.save_names import MANIFEST_NAME
-from torchcache_server.cache.saves import Save, SaveKey, SaveStatus, status_of_manifest
+from torchcache_server.cache.saves import Save, SaveKey, SaveStatus, manifest_digest, status_of_manifest
 from torchcache_server.cache.slots import Slot, Slots
 from torchcache_server.cache.small_objects import read_small, stat_or_none
 from torchcache_server.understore.base import UnderStore, object_uri
@@ -74,6 +74,11 @@ class Catalogue:
         if manifest is None:
             uri = object_uri(under_store.uri, key.path)
             raise NotCommitted(f"there is no committed checkpoint at {uri}", object=uri)
+        slot = self._slots.find(key)
+        deletion = slot.deletion if slot is not None else None
+        if deletion is not None and manifest_digest(manifest.data) in deletion.manifests:
+            uri = object_uri(under_store.uri, key.path)
+            raise NotCommitted(f"the checkpoint at {uri} is being deleted", object=uri)
         return status_of_manifest(key, manifest.data)
 
     def list(self, under_store: UnderStore, prefix: str, *, deadline: float) -> list[SaveStatus]:

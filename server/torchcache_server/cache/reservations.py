@@ -109,6 +109,8 @@ class Reservations:
         """None once the path is ours."""
         if slot.save is not None and slot.save.save_id == wanted.save_id:
             return None  # a repeated call that was overtaken by its own commit
+        if slot.deletion is not None:
+            return Wait(self._clock() + self._lease_s, "the deletion of what was there")
         if slot.lease is not None:
             if slot.lease.save_id == wanted.save_id:
                 self._extend(slot.lease)
@@ -228,6 +230,8 @@ class Reservations:
 
         Raises TransientError if the under-store can't be reached.
         """
+        if slot.deletion is not None:
+            return  # The claim is its own.
         lease = slot.lease
         if lease is not None and self._clock() < lease.expires_s:
             self._claims.refresh(under_store, slot.key, lease.save_id, deadline=deadline)

@@ -12,14 +12,15 @@ from typing import Any
 
 from torchcache import errors
 from torchcache.errors import TorchCacheError
-from torchcache_server.cache.saves import Save, SaveKey
+from torchcache_server.cache.saves import Deletion, Save, SaveKey
 
 _FORMAT = 1
 
 SAVE = b"save/"
 LEASE = b"lease/"
 UPLOADED = b"uploaded/"
-"""What the keys of the three kinds of records start with; `SaveKey.digest` follows."""
+DELETION = b"deletion/"
+"""What the keys of the four kinds of records start with; `SaveKey.digest` follows."""
 
 
 def encode_save(save: Save) -> bytes:
@@ -106,6 +107,29 @@ def decode_uploaded(record: bytes) -> tuple[str, dict[str, str]]:
         return fields["save_id"], dict(zip(names, _texts(fields["uploaded"].values()), strict=True))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a record of an upload: {error!r}") from error
+
+
+def encode_deletion(deletion: Deletion) -> bytes:
+    """The record of a save that is being deleted, for `decode_deletion`."""
+    key = deletion.key
+    fields = {
+        "key": [key.store, key.path, key.part],
+        "save_id": deletion.save_id,
+        "files": deletion.files,
+        "manifests": deletion.manifests,
+    }
+    return json.dumps(fields).encode()
+
+
+def decode_deletion(record: bytes) -> Deletion:
+    """Raises ValueError if `record` isn't one that this version wrote."""
+    try:
+        fields = json.loads(record)
+        (save_id,) = _texts([fields["save_id"]])
+        files, manifests = _texts(fields["files"]), _texts(fields["manifests"])
+        return Deletion(_key_of(fields["key"]), save_id, tuple(files), tuple(manifests))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a deletion's record: {error!r}") from error
 
 
 def _key_of(fields: Any) -> SaveKey:

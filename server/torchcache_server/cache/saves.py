@@ -165,6 +165,17 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Deletion:
+    """A save that is being deleted. `manifests`: the manifest_digest of each that may be withdrawn for it, its own and
+    those it was to overwrite."""
+
+    key: SaveKey
+    save_id: str
+    files: tuple[str, ...]
+    manifests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SaveStatus:
     """What a reader or a waiting writer gets to know of a save. Times are 0.0 where they aren't known."""
 

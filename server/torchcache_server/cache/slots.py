@@ -18,17 +18,20 @@ from dataclasses import dataclass, field
 from torchcache.errors import DeadlineExceeded, TorchCacheError
 from torchcache.model import SAVE_PREFIX
 from torchcache_server.cache.save_records import (
+    DELETION,
     LEASE,
     SAVE,
     UPLOADED,
+    decode_deletion,
     decode_lease,
     decode_save,
     decode_uploaded,
+    encode_deletion,
     encode_lease,
     encode_save,
     encode_uploaded,
 )
-from torchcache_server.cache.saves import Save, SaveKey
+from torchcache_server.cache.saves import Deletion, Save, SaveKey
 from torchcache_server.store import Store
 
 _log = logging.getLogger(__name__)
@@ -45,6 +48,15 @@ class Lease:
     expires_s: float  # monotonic
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Somebody who reads a save, and until when (monotonic) that is believed."""
+
+    save_id: str
+    name: str
+    expires_s: float
+
+
 @dataclass(slots=True)
 class Slot:
     """One path."""
@@ -53,6 +65,9 @@ class Slot:
     lease: Lease | None = None
     save: Save | None = None
     committed_here: bool = False  # since this server started
+    deletion: Deletion | None = None
+    deletion_error: TorchCacheError | None = None  # what the last try, or the whole of it, ended with
+    readers: dict[str, Reader] = field(default_factory=dict)
     uploaded: dict[str, str] = field(
         default_factory=dict
     )  # of `save`: shard name -> version in the under-store
@@ -84,7 +99,8 @@ class Slot:
     @property
     def namespaces(self) -> set[str]:
         """The namespaces that are in use."""
-        ids = [holder.save_id for holder in (self.lease, self.save) if holder is not None]
+        holders = (self.lease, self.save, self.deletion)
+        ids = [holder.save_id for holder in holders if holder is not None]
         return {self.key.namespace(save_id) for save_id in ids}
 
 
@@ -186,6 +202,30 @@ class Slots:
             slot.save, slot.uploaded = None, {}
             self.changed.notify_all()
 
+    def begin_deletion(self, slot: Slot, deletion: Deletion) -> None:
+        """When this returns, the save is gone for whoever asks, over any restart; its bytes go behind."""
+        self._store.put_record(DELETION + slot.key.digest, encode_deletion(deletion))
+        with self.changed:
+            slot.deletion, slot.deletion_error = deletion, None
+        self.forget_save(slot)
+
+    def note_deletion_error(self, slot: Slot, error: TorchCacheError | None) -> None:
+        """The deletion stopped, and goes on later; or (None) is to go on now."""
+        with self.changed:
+            slot.deletion_error = error
+            self.changed.notify_all()
+
+    def end_deletion(self, slot: Slot, error: TorchCacheError | None) -> None:
+        """Everything of the save is gone, or the path is somebody else's now (`error`)."""
+        if slot.save is None:  # a stop between two records may have left this one
+            self._store.delete_record(UPLOADED + slot.key.digest)
+        self._store.delete_record(DELETION + slot.key.digest)
+        with self.changed:
+            if slot.deletion is not None and error is not None:
+                slot.garbage.add(slot.deletion.key.namespace(slot.deletion.save_id))
+            slot.deletion, slot.deletion_error = None, error
+            self.changed.notify_all()
+
     def note_uploaded(self, slot: Slot, save: Save, name: str, version: str | None) -> None:
         """Shard `name` of `save` lies in the under-store as `version` (None: not any more)."""
         with self.changed:
@@ -202,7 +242,11 @@ class Slots:
     def drop(self, slot: Slot, namespace: str) -> None:
         """Drops a namespace, unless another part of the same path uses it, or a record that can't be read may."""
         with self.changed:
-            used = any(namespace in other.namespaces for other in self._slots.values())
+            # A deletion doesn't use what it takes away itself.
+            used = any(
+                namespace in other.namespaces and not (other is slot and _only_deleted(slot, namespace))
+                for other in self._slots.values()
+            )
         if namespace in self.guarded:
             _log.warning("%s stays: a record that can't be read may speak of it", namespace)
         elif not used:
@@ -217,7 +261,8 @@ class Slots:
         unread += self._read(LEASE, self._load_lease)
         by_digest = {slot.key.digest: slot for slot in self.all()}
         unread += self._read(UPLOADED, lambda digest, record: _load_uploaded(by_digest.get(digest), record))
-        known = (SAVE, LEASE, UPLOADED)
+        unread += self._read(DELETION, self._load_deletion)
+        known = (SAVE, LEASE, UPLOADED, DELETION)
         unread += [key for key, _ in self._store.records(b"") if not key.startswith(known)]
         saved = {usage.name for usage in self._store.namespaces() if usage.name.startswith(SAVE_PREFIX)}
         if unread:
@@ -256,11 +301,23 @@ class Slots:
         save = decode_save(record)
         self.slot(save.key).save = save
 
+    def _load_deletion(self, _: bytes, record: bytes) -> None:
+        deletion = decode_deletion(record)
+        slot = self.slot(deletion.key)
+        slot.deletion = deletion
+        if slot.save is not None:  # the stop came between the two records
+            self.forget_save(slot)
+
     def _load_lease(self, _: bytes, record: bytes) -> None:
         key, save_ids = decode_lease(record)
         slot = self.slot(key)
         # The stop may have come between the commit and the end of its lease.
         slot.dead_leases = save_ids - ({slot.save.save_id} if slot.save else set())
+
+
+def _only_deleted(slot: Slot, namespace: str) -> bool:
+    holders = [holder for holder in (slot.lease, slot.save) if holder is not None]
+    return all(slot.key.namespace(holder.save_id) != namespace for holder in holders)
 
 
 def _load_uploaded(slot: Slot | None, record: bytes) -> None:

@@ -29,8 +29,10 @@ from torchcache.model import ObjectInfo
 from torchcache_server.cache.catalogue import Catalogue
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.commits import Commits
+from torchcache_server.cache.deletions import Deletions
 from torchcache_server.cache.orphans import Orphans
 from torchcache_server.cache.publish import Publisher
+from torchcache_server.cache.readers import Readers
 from torchcache_server.cache.reservations import Reservations
 from torchcache_server.cache.saves import SaveKey, SaveStatus
 from torchcache_server.cache.slots import Slots
@@ -80,6 +82,16 @@ class WriteBack:
         self._reservations = Reservations(self._slots, self._claims, lease_s=lease_s, clock=clock)
         self._commits = Commits(store, self._slots, self._claims, lease_s=lease_s)
         self._catalogue = Catalogue(self._slots)
+        self._readers = Readers(self._slots, lease_s=lease_s, clock=clock)
+        self._deletions = Deletions(
+            self._slots,
+            self._claims,
+            self._readers,
+            lease_s=lease_s,
+            clock=clock,
+            check_running=self._check_running,
+            drop=store.drop,
+        )
         self._publisher = Publisher(
             store, threads=upload_threads, retry_s=retry_s, check_running=self._check_running
         )
@@ -169,6 +181,40 @@ class WriteBack:
         """Checkpoints whose path starts with `prefix`, saves that are being written included, ordered by path."""
         return self._catalogue.list(self._under_store(store), prefix, deadline=deadline)
 
+    def hold(self, key: SaveKey, save_id: str, reader_id: str, name: str) -> float:
+        """Keeps a save from being deleted while `reader_id` reads it: say it again within the seconds it returns.
+
+        Raises NotCommitted if it is being deleted.
+        """
+        key.validate()
+        return self._readers.hold(key, save_id, reader_id, name)
+
+    def release(self, key: SaveKey, reader_id: str) -> None:
+        """Ends what `hold` began."""
+        self._readers.release(key, reader_id)
+
+    # ---- deleting ----
+
+    def delete(self, key: SaveKey, save_id: str, *, deadline: float, wait_s: float) -> bool:
+        """Deletes the checkpoint at `key` if it is `save_id`, or whichever it is if that is empty.
+
+        False if that takes longer than `wait_s`: it goes on; ask again. Raises NotCommitted if there is none,
+        AlreadyExists if one is being written, InUse if it is being read, or what the deletion has met.
+        """
+        key.validate()
+        under_store = self._under_store(key.store)
+        self._deletions.request(under_store, key, save_id, deadline=deadline)
+        self._uploads.add(key)
+        slot = self._slots.slot(key)
+        with self._slots.changed:
+            self._slots.changed.wait_for(
+                lambda: slot.deletion is None or slot.deletion_error is not None, max(0.0, wait_s)
+            )
+            error, left = slot.deletion_error, slot.deletion
+        if error is not None:
+            raise error
+        return left is None
+
     # ---- objects written through the pool ----
 
     def publish(
@@ -217,7 +263,11 @@ class WriteBack:
 
     def upload(self, key: SaveKey) -> None:
         """One attempt to upload the save at `key`, in this thread, which no other may be making."""
-        self._uploader.attempt(self._slots.slot(key))
+        slot = self._slots.slot(key)
+        if slot.deletion is not None:
+            self._deletions.attempt(slot, self._under_store(key.store))
+        else:
+            self._uploader.attempt(slot)
 
     def tidy(self) -> None:
         """One round of the janitor: leases of dead writers, claims of dead saves, bytes that belong to nobody."""

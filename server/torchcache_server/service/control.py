@@ -43,6 +43,8 @@ from .requests import (
 MAX_PAGE: Final = 1000
 """Objects in a page of a listing: as many as S3 gives at once, and within the bound of a control message."""
 
+MAX_READER_CHARACTERS: Final = 200
+
 _STATES: Final = {
     "reserved": pb.SAVE_STATE_RESERVED,
     "committed": pb.SAVE_STATE_COMMITTED,
@@ -243,6 +245,25 @@ class ControlService(cache_pb2_grpc.ControlServicer):
     ) -> pb.AbandonSaveReply:
         self._write_back.abandon(self._save_key(request.save), save_id(request.save.save_id))
         return pb.AbandonSaveReply()
+
+    def DeleteSave(self, request: pb.DeleteSaveRequest, context: grpc.ServicerContext) -> pb.DeleteSaveReply:
+        done = self._write_back.delete(
+            self._save_key(request.save),
+            save_id(request.save.save_id) if request.save.save_id else "",
+            deadline=_deadline(context),
+            wait_s=min(timeout(request.wait_s), _remaining_s(context)),
+        )
+        return pb.DeleteSaveReply(done=done)
+
+    def HoldSave(self, request: pb.HoldSaveRequest, context: grpc.ServicerContext) -> pb.LeaseReply:
+        key, reader_id = self._save_key(request.save), save_id(request.reader_id)
+        if request.release:
+            self._write_back.release(key, reader_id)
+            return pb.LeaseReply()
+        lease_s = self._write_back.hold(
+            key, save_id(request.save.save_id), reader_id, request.reader[:MAX_READER_CHARACTERS]
+        )
+        return pb.LeaseReply(lease_s=lease_s)
 
     def GetSave(self, request: pb.GetSaveRequest, context: grpc.ServicerContext) -> pb.SaveReply:
         key = self._save_key(pb.SaveRef(store=request.store, path=request.path, part=request.part))

@@ -386,6 +386,32 @@ class AbandonSaveReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class DeleteSaveRequest(_message.Message):
+    __slots__ = ("save", "wait_s")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    wait_s: float
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class DeleteSaveReply(_message.Message):
+    __slots__ = ("done",)
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    done: bool
+    def __init__(self, done: bool = ...) -> None: ...
+
+class HoldSaveRequest(_message.Message):
+    __slots__ = ("save", "reader_id", "reader", "release")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    READER_ID_FIELD_NUMBER: _ClassVar[int]
+    READER_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    reader_id: str
+    reader: str
+    release: bool
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., reader_id: _Optional[str] = ..., reader: _Optional[str] = ..., release: bool = ...) -> None: ...
+
 class GetSaveRequest(_message.Message):
     __slots__ = ("store", "path", "part", "without_manifest")
     STORE_FIELD_NUMBER: _ClassVar[int]

@@ -104,6 +104,16 @@ class ControlStub(object):
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonSaveRequest.SerializeToString,
                 response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonSaveReply.FromString,
                 _registered_method=True)
+        self.DeleteSave = channel.unary_unary(
+                '/torchcache.v1.Control/DeleteSave',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DeleteSaveRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DeleteSaveReply.FromString,
+                _registered_method=True)
+        self.HoldSave = channel.unary_unary(
+                '/torchcache.v1.Control/HoldSave',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.HoldSaveRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.LeaseReply.FromString,
+                _registered_method=True)
         self.GetSave = channel.unary_unary(
                 '/torchcache.v1.Control/GetSave',
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.GetSaveRequest.SerializeToString,
@@ -208,6 +218,18 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteSave(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldSave(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetSave(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -298,6 +320,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.AbandonSave,
                     request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonSaveRequest.FromString,
                     response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonSaveReply.SerializeToString,
+            ),
+            'DeleteSave': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSave,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DeleteSaveRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DeleteSaveReply.SerializeToString,
+            ),
+            'HoldSave': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldSave,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.HoldSaveRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.LeaseReply.SerializeToString,
             ),
             'GetSave': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSave,
@@ -693,6 +725,60 @@ class Control(object):
             '/torchcache.v1.Control/AbandonSave',
             torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonSaveRequest.SerializeToString,
             torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonSaveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/DeleteSave',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.DeleteSaveRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.DeleteSaveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldSave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/HoldSave',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.HoldSaveRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.LeaseReply.FromString,
             options,
             channel_credentials,
             insecure,
