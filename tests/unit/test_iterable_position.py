@@ -94,7 +94,7 @@ def test_stopped_anywhere_and_resumed_by_any_others(
         total = split.total(rest.left(count), uneven)
         last = number == len(splits) - 1
         counts = None if last else data.draw(stops(split, total))
-        for (rank, worker), share in shares(split, total).items():
+        for (_, worker), share in shares(split, total).items():
             part = share if counts is None else share[: counts[worker]]
             had.update(rest.positions(np.array(part, dtype=np.int64)).tolist())
         if counts is not None:

@@ -1,7 +1,7 @@
 """The order of an epoch: which sample stands at a position. Pure.
 
-It is a function of what the dataset holds, the seed and the epoch alone: who reads which position, ranks and workers, is
-decided elsewhere (iterable_position.py). Any position can be asked for at once; nothing is drawn one after the other.
+It is a function of what the dataset holds, the seed and the epoch alone; which rank and worker reads a position is
+decided elsewhere (iterable_position.py). Any position can be asked for at once: nothing is drawn one after the other.
 
 No generator of numpy or torch is used, whose streams may change with a release: a state saved today must mean the same
 order in a year. `mixed` is the finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
@@ -55,6 +55,11 @@ class Order:
             self._turns = permuted(np.arange(len(blocks)), len(blocks), derived(key.seed, key.epoch, 0))
             self._ends = np.cumsum(blocks[self._turns], dtype=np.int64)
 
+    @property
+    def reach(self) -> int:
+        """How many positions one reads together; 0 if any number will do."""
+        return self._key.window if self._key.shuffle == "blocks" else 0
+
     def ids(self, positions: Ints) -> Ints:
         """The samples at `positions`, each from 0 to `count` - 1."""
         key = self._key
@@ -65,10 +70,11 @@ class Order:
         places = self._mixed_in_windows(positions)
         turn = np.searchsorted(self._ends, places, side="right")
         block = self._turns[turn]
-        return self._starts[block + 1] - (self._ends[turn] - places)
+        found: Ints = self._starts[block + 1] - (self._ends[turn] - places)
+        return found
 
     def window_end(self, position: int) -> int:
-        """The first position behind the window of `position`: what one has to read together."""
+        """The first position behind the window of `position`."""
         if self._key.shuffle != "blocks":
             return self.count
         return min(self.count, (position // self._key.window + 1) * self._key.window)

@@ -10,6 +10,7 @@ All ranks are taken to be in step, as training is: after a batch of one each has
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +21,7 @@ from torchcache.data.iterable_order import Ints
 from torchcache.errors import ConfigurationError
 
 Uneven = Literal["pad", "drop", "keep"]
-"""What becomes of samples that don't divide by the ranks: some are read twice, some left out, or ranks differ by one."""
+"""Of samples that don't divide by the ranks some are read twice, or are left out, or ranks differ by one."""
 
 Interval = tuple[int, int]
 """From the first to before the second."""
@@ -49,7 +50,8 @@ class Rest:
         ends = np.cumsum(lengths, dtype=np.int64)
         run = np.searchsorted(ends, places, side="right")
         before = np.concatenate([np.zeros(1, np.int64), ends])
-        return firsts[run] + places - before[run]
+        found: Ints = firsts[run] + places - before[run]
+        return found
 
     def without(self, taken: Iterable[Interval]) -> Rest:
         """What is left when the places in `taken`, which may overlap, are had too."""
@@ -84,9 +86,8 @@ class Rest:
             raise ConfigurationError(
                 "a dataset's state is damaged: what is left of the epoch is no list of runs"
             )
-        if any(a >= b for a, b in zip(numbers[:-1], numbers[1:-1], strict=False)) or (
-            len(numbers) > 1 and numbers[-2] > numbers[-1]
-        ):
+        bounds = itertools.pairwise(numbers[:-1])
+        if any(a >= b for a, b in bounds) or (len(numbers) > 1 and numbers[-2] > numbers[-1]):
             raise ConfigurationError(
                 "a dataset's state is damaged: what is left of the epoch is out of order"
             )
@@ -129,7 +130,8 @@ class Split:
         if self.contiguous:
             return self._piece(total, rank, worker)[0] + numbers
         block, within = np.divmod(numbers, self.run)
-        return (block * self.workers + worker) * self.ranks * self.run + within * self.ranks + rank
+        dealt: Ints = (block * self.workers + worker) * self.ranks * self.run + within * self.ranks + rank
+        return dealt
 
     def taken(self, total: int, counts: Sequence[int]) -> list[Interval]:
         """The places of `total` that are had when worker i of every rank has had `counts[i]` of its share."""

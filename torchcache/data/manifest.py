@@ -88,14 +88,15 @@ class Manifest:
         return (Manifest, (self.path, self.checksum, self.digest))
 
     def __len__(self) -> int:
-        return self._load().count
+        return self._load().length
 
     def __getitem__(self, index: int) -> ObjectInfo:
         """Object number `index`, from 0; negative ones are not for here."""
         return self.take([index])[0]
 
     def take(self, indices: Iterable[int]) -> list[ObjectInfo]:
-        """The objects of `indices`, in order. Read from the mapped bytes: Arrow's own scalars take three times as long."""
+        """The objects of `indices`, in order."""
+        # From the mapped bytes: Arrow's own scalars take three times as long.
         store, batches, _ = self._load()
         rows = _BATCH_ROWS
         taken = []
@@ -129,7 +130,7 @@ class Manifest:
 class _OpenList(NamedTuple):
     store: str
     batches: Sequence[_Rows]
-    count: int
+    length: int
 
 
 def _write_batches(file: object, store: str, objects: Iterable[ObjectInfo]) -> str:
@@ -193,8 +194,8 @@ def _map(path: Path, checksum: str) -> _OpenList:
         os.utime(path)  # still in use: see _sweep
     reader = pa.ipc.open_file(file)
     batches = [_Rows.of(reader.get_batch(i)) for i in range(reader.num_record_batches)]
-    count = sum(len(rows.sizes) for rows in batches)
-    return _OpenList(reader.schema.metadata[b"store"].decode(), batches, count)
+    length = sum(len(rows.sizes) for rows in batches)
+    return _OpenList(reader.schema.metadata[b"store"].decode(), batches, length)
 
 
 def _sweep(folder: Path) -> None:
