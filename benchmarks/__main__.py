@@ -21,6 +21,10 @@ from benchmarks.tables import show
 SECTIONS: Final = {
     "local": "local_lane",
     "flight": "flight_lane",
+    "loader": "loaders",
+    "connections": "idle_connections",
+    "mlperf": "mlperf",
+    "checkpoint": "checkpoints",
     "verification": "verification",
     "recycling": "recycling",
     "eviction": "eviction",

@@ -50,6 +50,10 @@ class WarmPool:
     address: str
     pids: tuple[int, ...]
 
+    def by_lane(self, lane: Lane) -> tc.Pool:
+        """The same servers, by this lane alone."""
+        return self.pool
+
 
 @contextmanager
 def local_pool(

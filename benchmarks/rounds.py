@@ -56,18 +56,22 @@ def alternate(
     rounds: int,
     warm_up: int = 1,
     servers: Mapping[str, Sequence[int]] | None = None,
+    before: Mapping[str, Callable[[], object]] | None = None,
+    after: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Result]:
     """Runs each contender once a round, in turn. A contender does its work and returns the bytes it moved.
 
-    `servers` names, a contender, the processes whose CPU is counted as its servers'. A round moves its bytes whole: a
+    `servers` names, a contender, the processes whose CPU is counted as its servers'. `before` and `after` are done
+    around a contender's rounds, outside the clock. A round moves its bytes whole: a
     contender that returns another number than before is a mistake.
     """
-    pids = servers or {}
+    pids, prepare, tidy = servers or {}, before or {}, after or {}
     tallies = {name: _Tally() for name in contenders}
     for number in range(warm_up + rounds):
         for name, work in contenders.items():
             tally = tallies[name]
-            before = cpu_s(pids.get(name, ()))
+            prepare.get(name, _nothing)()
+            server_before = cpu_s(pids.get(name, ()))
             client_before, started = time.process_time(), time.perf_counter()
             moved = work()
             took, client_took = time.perf_counter() - started, time.process_time() - client_before
@@ -77,8 +81,13 @@ def alternate(
             if number >= warm_up:
                 tally.times.append(took)
                 tally.client_cpu_s += client_took
-                tally.server_cpu_s += cpu_s(pids.get(name, ())) - before
+                tally.server_cpu_s += cpu_s(pids.get(name, ())) - server_before
+            tidy.get(name, _nothing)()
     return {name: _result(name, tally) for name, tally in tallies.items()}
+
+
+def _nothing() -> None:
+    pass
 
 
 def _result(name: str, tally: _Tally) -> Result:
