@@ -4,7 +4,8 @@ A segment file is called by its number and nonce, and lies in a folder called by
 its own header, then records, each a header and a payload. Little-endian. Headers, payloads and records start at
 multiples of `ALIGN_BYTES` from the file's start.
 
-Segment header: magic, checksum, version, length, segment's number, nonce, file size, length of namespace | namespace.
+Segment header: magic, checksum, version, flags, length, segment's number, nonce, file size, length of namespace
+                | namespace.
 Record header:  magic, checksum, version, length, payload length, chunk index, object size, chunk digest, identity
                 length | identity (`ObjectId.encoded`) | digests of the payload's blocks | zeros.
 
@@ -55,6 +56,7 @@ _NAME: Final = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})" + re.escape(SUFFIX))
 _SEED: Final = 0x74_6F_72_63_68_63_61_63
 _MASK: Final = (1 << 64) - 1
 _CHECKED_FROM: Final = 16  # behind magic and checksum
+_HANDED_OUT: Final = 1  # of a segment's flags
 
 _RECORD: Final = struct.Struct("<8sQHHIIIqQI")
 _SEGMENT: Final = struct.Struct("<8sQHHIQQQI")
@@ -114,12 +116,16 @@ def aligned(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SegmentHeader:
-    """Who a segment is. `file_bytes` is the size of the whole file, header included."""
+    """Who a segment is. `file_bytes` is the size of the whole file, header included.
+
+    `handed_out`: a client writes into it, and so the server appends nothing, ever.
+    """
 
     number: int
     nonce: int
     file_bytes: int
     namespace: str
+    handed_out: bool = False
 
     @property
     def length(self) -> int:
@@ -127,7 +133,8 @@ class SegmentHeader:
 
     def encode(self) -> bytes:
         name = self.namespace.encode()
-        fields = (FORMAT_VERSION, 0, self.length, self.number, self.nonce, self.file_bytes, len(name))
+        flags = _HANDED_OUT if self.handed_out else 0
+        fields = (FORMAT_VERSION, flags, self.length, self.number, self.nonce, self.file_bytes, len(name))
         header = bytearray(self.length)
         _SEGMENT.pack_into(header, 0, SEGMENT_MAGIC, 0, *fields)
         header[_SEGMENT.size : _SEGMENT.size + len(name)] = name
@@ -139,18 +146,16 @@ class SegmentHeader:
         """The header at the start of `view`, or None if there is no sound one."""
         if len(view) < _SEGMENT.size:
             return None
-        magic, checksum, version, _, length, number, nonce, file_bytes, name_bytes = _SEGMENT.unpack_from(
-            view
-        )
+        fields = _SEGMENT.unpack_from(view)
+        magic, checksum, version, flags, length, number, nonce, file_bytes, name_bytes = fields
         if magic != SEGMENT_MAGIC or version != FORMAT_VERSION:
             return None
         if length != aligned(_SEGMENT.size + name_bytes) or length > len(view):
             return None
         if _checksum(view[:length], _SEED) != checksum:
             return None
-        return cls(
-            number, nonce, file_bytes, bytes(view[_SEGMENT.size : _SEGMENT.size + name_bytes]).decode()
-        )
+        namespace = bytes(view[_SEGMENT.size : _SEGMENT.size + name_bytes]).decode()
+        return cls(number, nonce, file_bytes, namespace, bool(flags & _HANDED_OUT))
 
 
 class RecordHeader(NamedTuple):
@@ -198,11 +203,16 @@ def encode_record(header: RecordHeader, nonce: int, offset: int) -> bytes:
 
 def decode_record(view: memoryview, nonce: int, offset: int) -> RecordHeader | None:
     """The record at `offset` of a segment, `view` being the whole file; None if there is no sound header."""
-    found = sound_record(view, offset, nonce, offset, len(view))
+    return record_header(view, offset, nonce, offset, len(view))
+
+
+def record_header(view: memoryview, at: int, nonce: int, offset: int, file_bytes: int) -> RecordHeader | None:
+    """The same of a segment of `file_bytes` of which only a part is in `view`, the record at `at`."""
+    found = sound_record(view, at, nonce, offset, file_bytes)
     if found is None:
         return None
     length, payload_bytes, index, object_size, digest, identity_bytes = found
-    header = view[offset : offset + length]
+    header = view[at : at + length]
     digests_at = IDENTITY_AT + identity_bytes
     digests_end = digests_at + 8 * -(-payload_bytes // BLOCK_BYTES)
     identity = bytes(header[IDENTITY_AT:digests_at])

@@ -257,6 +257,27 @@ def ordered(world: World, rng: random.Random) -> None:
     world.sync("kept")
 
 
+def handed_out(world: World, rng: random.Random) -> None:
+    """Clients write into files of their own: new ones, used ones, some to the end and some not."""
+    world.open()
+    at = rng.randrange(1000)
+    world.keep("kept", True)
+    world.put("kept", *_small(at, 1))
+    world.client_writes("kept", *_large(at + 100, 5))
+    world.sync("kept")
+    world.client_dies("kept", *_large(at + 200, 4), written=rng.randrange(4))
+    world.put("kept", *_small(at + 50, 1))
+    world.put("a", *_large(at + 300, 4))
+    world.drop("a")
+    world.client_writes("kept", *_large(at + 400, 4))
+    world.sync("kept")
+    world.client_dies("b", *_large(at + 500, 4), written=rng.randrange(5))
+    world.client_writes("c", *_large(at + 500, 5))
+    world.sync("c")
+    world.put("kept", *_small(at + 60, 1))
+    world.sync("kept")
+
+
 def _small(at: int, count: int) -> list[int]:
     """Numbers from `at` on whose payloads are some hundred bytes."""
     return list(itertools.islice((n for n in itertools.count(at) if len(payload(n)) <= 1000), count))
@@ -317,6 +338,7 @@ STORE_WORKLOADS: Final[dict[str, Workload]] = {
         compaction,
         upkeep,
         ordered,
+        handed_out,
     )
 }
 SAVE_WORKLOADS: Final[dict[str, Workload]] = {

@@ -18,7 +18,7 @@ from unittest import mock
 from torchcache_server.cache import commits, uploader
 from torchcache_server.cache.saves import SaveKey
 from torchcache_server.cache.write_back import WriteBack
-from torchcache_server.store import DiskCalls, Policy, Store, room, space
+from torchcache_server.store import DiskCalls, HandedOut, Policy, Store, handing_out, room, space
 
 from tests.crash.promises import (
     Flags,
@@ -35,9 +35,11 @@ from tests.crash.promises import (
 )
 from tests.crash.recorder import Item, Recorder
 from tests.crash.volatile import Disk
+from tests.unit.handed_out_parts import opened, write_records
 from tests.unit.write_back_world import Bucket, Gate, MemoryUnderStore, manifest_of, metadata_of, soon
 from torchcache.errors import NotCommitted, OutOfSpace
-from torchcache.model import ChunkId, ObjectId
+from torchcache.lanes import record_writing
+from torchcache.model import BLOCK_BYTES, ChunkId, ObjectId
 from torchcache.records import chunk_key
 
 STORE: Final = "pool/store"
@@ -63,6 +65,7 @@ def small_world(seed: int) -> Iterator[None]:
             mock.patch("uuid.uuid4", lambda: SimpleNamespace(hex=f"{rng.getrandbits(128):032x}"))
         )
         stack.enter_context(mock.patch.object(room, "random", rng))
+        stack.enter_context(mock.patch.object(record_writing, "PIECE_BYTES", BLOCK_BYTES))
         for module in (commits, uploader):
             stack.enter_context(mock.patch.object(module, "time", still))
         logging.disable(logging.CRITICAL)
@@ -122,6 +125,22 @@ class _Objects(dict[str, bytes]):
     def pop(self, key: str, *default: Any) -> Any:
         self._promise(InBucket(key, None))
         return super().pop(key, *default)
+
+
+class _RecordedFiles(record_writing.FileCalls):
+    """A client's calls, written down among the server's."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def open(self, path: str) -> int:
+        return self._recorder.open(path)
+
+    def close(self, fd: int) -> None:
+        self._recorder.close(fd)
+
+    def pwritev(self, fd: int, buffers: Sequence[record_writing.Bytes], offset: int) -> int:
+        return self._recorder.pwritev(fd, buffers, offset)
 
 
 class World:
@@ -188,6 +207,34 @@ class World:
         self.trace.payloads |= {id: data for id, _, data in rows}
         self.there.put_many(namespace, rows)
         self._promise(Stored(namespace, frozenset(id for id, _, _ in rows)))
+
+    def client_writes(self, namespace: str, *numbers: int) -> None:
+        """A client of this host writes chunks by itself, into files that it is handed."""
+        got, rows = self._handed_out(namespace, numbers)
+        self._fill(namespace, got, rows)
+        self.there.commit_write(got.write_id)
+        self._promise(Stored(namespace, frozenset(id for id, _, _ in rows)))
+
+    def client_dies(self, namespace: str, *numbers: int, written: int) -> None:
+        """So many of the chunks are written, and no commit ever comes."""
+        got, rows = self._handed_out(namespace, numbers)
+        self._fill(namespace, got, rows[:written])
+        self.there._handing_out.expire(time.monotonic() + handing_out.OPENING_S)
+
+    def _handed_out(
+        self, namespace: str, numbers: Sequence[int]
+    ) -> tuple[HandedOut, list[tuple[ChunkId, int, bytes]]]:
+        rows = [(chunk(number), len(payload(number)), payload(number)) for number in numbers]
+        self.trace.payloads |= {id: data for id, _, data in rows}
+        got = self.there.prepare_write(namespace, [(id, size) for id, size, _ in rows], timeout_s=60)
+        if got is None:
+            raise ValueError("too little for files of its own")
+        return got, rows
+
+    def _fill(self, namespace: str, got: HandedOut, rows: Sequence[tuple[ChunkId, int, bytes]]) -> None:
+        files = _RecordedFiles(self._recorder)
+        with opened(Path(self._root, STORE), namespace, got, files) as fds:
+            write_records(fds, got, rows, files)
 
     def sync(self, namespace: str) -> None:
         self.there.sync(namespace)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from torchcache_server.store import Store
+from torchcache_server.store import Store, handing_out
 from torchcache_server.store.policy import Policy
 from torchcache_server.store.room import Promise
 
+from tests.unit.handed_out_parts import opened, write_records
 from tests.unit.store_parts import (
     SMALL_SEGMENT,
     chunk,
@@ -141,6 +143,34 @@ class World:
                 self.stored[number] = name
             promises[0].release()
 
+    def write_by_client(self, name: str, numbers: Iterable[int]) -> None:
+        """As a client of this host does, who is looked for meanwhile."""
+        rows = [(chunk(n), SIZE, payload(n, SIZE)) for n in numbers]
+        self.ever.update(numbers)
+
+        def write() -> None:
+            got = self.store.prepare_write(name, [(id, size) for id, size, _ in rows], timeout_s=60)
+            assert got is not None
+            with opened(self.folder, name, got) as fds:
+                write_records(fds, got, rows)
+                self._look_for_clients()
+                self.store.commit_write(got.write_id)
+
+        if self.try_to(write):
+            self.stored.update(dict.fromkeys(numbers, name))
+        else:
+            assert not any(self.store.contains(chunk(n)) for n in numbers), "all or none"
+
+    def lose_client(self, name: str, numbers: Iterable[int]) -> None:
+        """A client gets files, and is never heard of again."""
+        chunks = [(chunk(n), SIZE) for n in numbers]
+        self.try_to(lambda: self.store.prepare_write(name, chunks, timeout_s=60))
+        self._look_for_clients()
+        self.store._handing_out.expire(time.monotonic() + 61)  # if that couldn't be told
+
+    def _look_for_clients(self) -> None:
+        self.store._handing_out.expire(time.monotonic() + handing_out.OPENING_S)
+
     def put_long(self) -> None:
         """A chunk whose header is longer than a page, for a moment."""
         long = ChunkId(ObjectId("s3", "bucket/" + "key" * 2000, "v1"), 0)
@@ -256,6 +286,10 @@ def first_life(world: World) -> None:
     world.put("c", range(40, 47))
     world.disk.during = lambda: world.put("b", [50])  # another thread stores the same chunk meanwhile
     world.put("c", range(50, 55))  # b yields
+    world.drop("b")
+    world.write_by_client("h", range(130, 134))
+    world.lose_client("h", range(140, 143))
+    world.drop("h")
     world.damage(54)
     for n in (41, 42, 40, 43, 44):
         world.forget(n)
@@ -312,7 +346,7 @@ def _end(world: World) -> None:
     world.keep("a", False)
     world.pin("p", False)
     world.next_phase()
-    for name in "abcdefgmopt":
+    for name in "abcdefghmopt":
         world.drop(name)
     assert world.store.usage().used_bytes == 0
     assert world.store.namespaces() == []

@@ -46,7 +46,7 @@ def test_segments_fit_the_store(capacity: int) -> None:
     assert size >= MAX_RECORD_BYTES
     assert size % 4096 == 0
     assert capacity / size <= 16384
-    assert size <= max(64 * MIB, capacity // 16384 + 4096)
+    assert size <= max(16 * MAX_RECORD_BYTES, capacity // 16384 + 4096)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_what_can_hold_no_chunk_is_refused(capacity: int, segment: int | None, m
         segment_size(capacity, segment)
 
 
-def test_sixty_four_mib_where_the_store_is_large_enough() -> None:
-    assert segment_size(100 << 30, None) == 64 * MIB
+def test_sixteen_full_chunks_where_the_store_is_large_enough() -> None:
+    assert segment_size(100 << 30, None) == 16 * MAX_RECORD_BYTES
     assert segment_size(128 * MIB, None) == 16 * MIB
     assert segment_size(128 * MIB, 32 * MIB) == 32 * MIB

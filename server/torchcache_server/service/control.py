@@ -35,6 +35,7 @@ from .requests import (
     object_infos,
     object_key,
     policy_change,
+    prepared_chunks,
     save_id,
     timeout,
     under_store_name,
@@ -211,6 +212,42 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             wait_s=min(timeout(request.wait_s), _remaining_s(context)),
         )
         return pb.PublishReply(done=False) if info is None else pb.PublishReply(done=True, object=_ref(info))
+
+    # ---- writes of clients on this host ----
+
+    def PrepareWrite(
+        self, request: pb.PrepareWriteRequest, context: grpc.ServicerContext
+    ) -> pb.PrepareWriteReply:
+        plan, chunks = prepared_chunks(request)
+        if plan.is_save:
+            self._store.keep(plan.namespace, True)
+        handed_out = self._store.prepare_write(plan.namespace, chunks, timeout_s=timeout(request.timeout_s))
+        if handed_out is None:
+            return pb.PrepareWriteReply()
+        places = handed_out.places
+        return pb.PrepareWriteReply(
+            write_id=handed_out.write_id,
+            files=[
+                pb.HandedOutFile(number=f.number, nonce=f.nonce, size=f.size_bytes) for f in handed_out.files
+            ],
+            file=[-1 if place is None else place.file for place in places],
+            offset=[0 if place is None else place.offset for place in places],
+        )
+
+    def CommitWrite(
+        self, request: pb.CommitWriteRequest, context: grpc.ServicerContext
+    ) -> pb.CommitWriteReply:
+        namespace = self._store.commit_write(request.write_id)
+        if request.durable:
+            self._store.sync(namespace)
+        self._counters.add(write_calls=1)
+        return pb.CommitWriteReply()
+
+    def AbandonWrite(
+        self, request: pb.AbandonWriteRequest, context: grpc.ServicerContext
+    ) -> pb.AbandonWriteReply:
+        self._store.abandon_write(request.write_id)
+        return pb.AbandonWriteReply()
 
     # ---- saves ----
 

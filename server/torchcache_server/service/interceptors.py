@@ -25,10 +25,14 @@ ALWAYS: Final = frozenset(
     {HEALTH_CHECK}
     | {
         CONTROL + name
-        for name in ("GetInfo", "GetStatus", "GetSave", "ListSaves", "RenewSave", "AbandonSave")
+        for name in (
+            *("GetInfo", "GetStatus", "GetSave", "ListSaves", "RenewSave", "AbandonSave"),
+            *("CommitWrite", "AbandonWrite"),
+        )
     }
 )
-"""Methods answered while the server drains too: whoever waits for a save to become durable goes on waiting."""
+"""Methods answered while the server drains too: whoever waits for a save to become durable goes on waiting, and what
+was begun may be ended."""
 
 
 class Token:

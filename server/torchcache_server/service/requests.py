@@ -17,7 +17,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from torchcache.errors import ConfigurationError
-from torchcache.model import SAVE_PREFIX, UNKNOWN_SIZE, ObjectId, ObjectInfo
+from torchcache.model import SAVE_PREFIX, UNKNOWN_SIZE, ChunkId, ObjectId, ObjectInfo
 from torchcache.save_names import KEPT_PREFIXES, put_namespace, save_namespace
 from torchcache.wire.v1 import cache_pb2
 from torchcache_server.cache.policies import PolicyChange
@@ -121,8 +121,37 @@ def write_plan(command: bytes) -> WritePlan:
     """
     request = cache_pb2.WriteRequest()
     _parse(request, command, "descriptor")
-    namespace = namespace_name(request.namespace)
-    objects = object_infos(request.objects)
+    return WritePlan(*_writable(request.namespace, request.objects), request.durable)
+
+
+def prepared_chunks(request: cache_pb2.PrepareWriteRequest) -> tuple[WritePlan, list[tuple[ChunkId, int]]]:
+    """The write that a client wants to do by itself: each of its chunks with the size of the object.
+
+    Raises ConfigurationError as `write_plan`, and for a chunk that its object doesn't have.
+    """
+    plan = WritePlan(*_writable(request.namespace, request.objects), durable=False)
+    if len(request.object) != len(request.chunk):
+        raise ConfigurationError("a write whose columns object and chunk differ in length")
+    if len(request.chunk) > MAX_OBJECTS:
+        raise ConfigurationError(
+            f"a write of {len(request.chunk)} chunks: split it, {MAX_OBJECTS} are allowed"
+        )
+    chunks = []
+    for number, index in zip(request.object, request.chunk, strict=True):
+        if number >= len(plan.objects):
+            raise ConfigurationError("a write points to an object that it doesn't list")
+        info = plan.objects[number]
+        if index >= info.chunk_count:
+            raise ConfigurationError(
+                f"there is no chunk {index} in an object of {info.size}", object=str(info.id)
+            )
+        chunks.append((ChunkId(info.id, index), info.size))
+    return plan, chunks
+
+
+def _writable(name: str, refs: Iterable[cache_pb2.ObjectRef]) -> tuple[str, list[ObjectInfo]]:
+    namespace = namespace_name(name)
+    objects = object_infos(refs)
     for info in objects:
         if info.size < 0:
             raise ConfigurationError("a write must give the object's size", object=str(info.id))
@@ -131,7 +160,7 @@ def write_plan(command: bytes) -> WritePlan:
                 f"clients write samples, and files of a save into its own namespace; not this into {namespace!r}",
                 object=str(info.id),
             )
-    return WritePlan(namespace, objects, request.durable)
+    return namespace, objects
 
 
 def policy_change(request: cache_pb2.SetPolicyRequest) -> PolicyChange:

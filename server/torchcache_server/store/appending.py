@@ -42,12 +42,8 @@ def append(
 
     Raises OutOfSpace, and then none of them is stored.
     """
-    check_name(namespace)
-    refuse_if_out_of_service(core)
-    if promised is None:
-        with core.lock:
-            check_quota(core, namespace, sum(d.header.record_bytes for d in drafts))
-    reserved = _reserve(core, namespace, drafts, promised)
+    check_room(core, namespace, 0 if promised is not None else sum(d.header.record_bytes for d in drafts))
+    reserved = take_room(core, namespace, drafts, promised)
     try:
         try:
             for part in reserved.parts:
@@ -66,10 +62,31 @@ def append(
     return [one.stored for one in drafts]
 
 
-def _reserve(core: Core, namespace: str, drafts: Sequence[Draft], promised: Promise | None) -> Reserved:
+def check_room(core: Core, namespace: str, bytes: int) -> None:
+    """Raises OutOfSpace if the namespace may take so much more of no disk or no quota; 0 was promised before.
+
+    Raises ConfigurationError for a name that can't be.
+    """
+    check_name(namespace)
+    refuse_if_out_of_service(core)
+    if bytes:
+        with core.lock:
+            check_quota(core, namespace, bytes)
+
+
+def take_room(
+    core: Core,
+    namespace: str,
+    drafts: Sequence[Draft],
+    promised: Promise | None = None,
+    *,
+    alone: bool = False,
+) -> Reserved:
+    """`reserve`, room being made if need be. Raises OutOfSpace."""
     next_use = _next_use(core, namespace, drafts)
+    promised_bytes = promised.bytes if promised is not None else 0
     while True:
-        got = reserve(core, namespace, drafts, promised_bytes=promised.bytes if promised is not None else 0)
+        got = reserve(core, namespace, drafts, promised_bytes=promised_bytes, alone=alone)
         if isinstance(got, Reserved):
             if promised is not None:
                 promised.release()

@@ -56,6 +56,11 @@ def open_core(folder: StoreFolder, disk: DiskCalls, space: Space, *, kept: Itera
         namespace.names_unsynced = True
         for segment in full:
             segment.sealed = True
+        # A client that knows nothing of the restart may still write into it.
+        last.sealed |= last.header.handed_out
+    core.remove(
+        [s for s in space.segments.values() if s.header.handed_out and not s.chunks and not s.doubtful]
+    )
     core.clock = itertools.count(1 + max((n.last_used for n in space.namespaces.values()), default=0))
     return core
 

@@ -235,6 +235,19 @@ class Segment:
                 if self.fd is None:
                     disk.close(fd)
 
+    def is_held(self, disk: DiskCalls) -> bool:
+        """Whether anybody else holds a lock on the open file; also if that can't be told."""
+        with self.file_lock:
+            if self.fd is None:
+                return True
+            try:
+                if disk.lock_alone(self.fd):
+                    disk.unlock(self.fd)
+                    return False
+            except OSError as error:
+                _log.warning("segment %s: whether a client holds it can't be told: %s", self.path, error)
+            return True
+
     def reopen(self, disk: DiskCalls) -> None:
         """Opens the file for more records."""
         with self.file_lock:
@@ -307,10 +320,11 @@ def remade_header(disk: DiskCalls, fd: int, path: str, namespace: str) -> Segmen
     named = parse_file_name(os.path.basename(path))
     if named is None or _decoded(disk, fd) is not None:
         return None
-    header = SegmentHeader(*named, disk.size(fd), namespace)
+    # Nobody knows any more whether a client may still write into it: so nobody else does.
+    header = SegmentHeader(*named, disk.size(fd), namespace, handed_out=True)
     return header if header.length < header.file_bytes else None
 
 
-def new_header(namespace: str, number: int, file_bytes: int) -> SegmentHeader:
+def new_header(namespace: str, number: int, file_bytes: int, *, handed_out: bool = False) -> SegmentHeader:
     """The header of a new segment, with a nonce of its own."""
-    return SegmentHeader(number, secrets.randbits(64), file_bytes, namespace)
+    return SegmentHeader(number, secrets.randbits(64), file_bytes, namespace, handed_out)

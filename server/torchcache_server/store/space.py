@@ -22,7 +22,9 @@ from torchcache_server.store.ordering import ReadingOrder
 from torchcache_server.store.policy import Policy
 from torchcache_server.store.segments import Segment
 
-DEFAULT_SEGMENT_BYTES: Final = 64 * 1024 * 1024
+DEFAULT_SEGMENT_BYTES: Final = 16 * MAX_RECORD_BYTES
+"""64 MiB of full chunks, whatever their names."""
+
 MAX_NAME_BYTES: Final = 16 * 1024
 """Longest name of a namespace."""
 
@@ -33,7 +35,7 @@ _MAX_SEGMENTS: Final = 16384  # a quarter of the mappings that Linux gives a pro
 
 
 def segment_size(capacity_bytes: int, segment_bytes: int | None) -> int:
-    """Bytes of a segment file: as asked, else 64 MiB, less in a small store and more in a huge one.
+    """Bytes of a segment file: as asked, else 64 MiB and some, less in a small store and more in a huge one.
 
     Raises ConfigurationError where a full record would not fit.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torchcache_server.store.chunk import Payload, StoredChunk
 from torchcache_server.store.core import Core, Gate
 from torchcache_server.store.disk import OS, DiskCalls
 from torchcache_server.store.folder import StoreFolder
+from torchcache_server.store.handing_out import HandedOut, HandingOut
 from torchcache_server.store.health import Health, WatchedDisk
 from torchcache_server.store.index import SegmentNote
 from torchcache_server.store.keeping import Flags, disk_errors, kept_names, sync
@@ -78,6 +80,7 @@ class Store:
         watched.watch = self._core.watch
         self._core.min_free_bytes = _min_free_bytes(self._core, min_free_bytes)
         self._scrub = Scrub(self._core)
+        self._handing_out = HandingOut(self._core)
         self._gate = Gate(str(path))
         self.server_id = folder.server_id
         over = space.used_bytes - capacity_bytes
@@ -156,6 +159,33 @@ class Store:
             stored = append(self._core, namespace, drafts, promised) if drafts else []
             fresh = dict(zip(missing, stored, strict=True))
             return [fresh[row[0]] if there is None else there for row, there in zip(rows, found, strict=True)]
+
+    # ---- chunks that a client of this host writes by itself ----
+
+    def prepare_write(
+        self, namespace: str, chunks: Sequence[tuple[ChunkId, int]], *, timeout_s: float
+    ) -> HandedOut | None:
+        """Hands files out for chunks, each given with the size of its object; None: they are better put.
+
+        Raises as `put_many`; Overloaded too, while too much is handed out. What isn't committed in `timeout_s`, or by
+        who holds a flock on the files, is given back.
+        """
+        with self._gate:
+            return self._handing_out.prepare(namespace, chunks, timeout_s=timeout_s)
+
+    def commit_write(self, write_id: str) -> str:
+        """Makes all chunks of a prepared write visible, or none; returns their namespace.
+
+        Raises TransientError if the write isn't known (any more), IntegrityError if it isn't what was announced,
+        OutOfSpace: it is over then.
+        """
+        with self._gate:
+            return self._handing_out.commit(write_id)
+
+    def abandon_write(self, write_id: str) -> None:
+        """Gives back what a prepared write took; one that isn't known is fine."""
+        with self._gate:
+            self._handing_out.abandon(write_id)
 
     def verify(self, chunk: ChunkId) -> bool:
         """Whether the chunk is there and its payload matches its checksums. Counts nothing."""
@@ -258,6 +288,7 @@ class Store:
     def tidy(self) -> None:
         """Drops what is too old, compacts what is mostly dead, keeps the disk from filling. For every second or so."""
         with self._gate:
+            self._handing_out.expire(time.monotonic())
             tidy(self._core)
 
     def scrub(self, max_bytes: int) -> ScrubStep:
@@ -309,6 +340,7 @@ class Store:
             return
         core = self._core
         core.known = {}
+        self._handing_out.close()
         try:
             _cut_recycled(core)
             core.index.close(

@@ -83,34 +83,45 @@ class Short(NamedTuple):
 def draft(chunk: ChunkId, object_size: int, payload: Payload) -> Draft:
     """Checksums and header of a new record. Raises ConfigurationError for what no record can hold."""
     view = byte_view(payload)
+    header = _planned_header(chunk, object_size, len(view))
+    header = header._replace(digest=chunk_digest(view), block_digests=block_digests(view))
+    return Draft(chunk_key(chunk), header, view)
+
+
+def planned(chunk: ChunkId, object_size: int, payload_bytes: int) -> Draft:
+    """A record of which only the size is known: somebody else writes it. Raises as `draft`."""
+    return Draft(chunk_key(chunk), _planned_header(chunk, object_size, payload_bytes), memoryview(b""))
+
+
+def _planned_header(chunk: ChunkId, object_size: int, payload_bytes: int) -> RecordHeader:
+    """The header but for its checksums."""
     identity = chunk.object.encoded
-    if len(view) > CHUNK_BYTES:
+    if payload_bytes > CHUNK_BYTES:
         raise ConfigurationError(
-            f"chunk {chunk.index} of {chunk.object} has {len(view)} bytes: cut it at {CHUNK_BYTES}"
+            f"chunk {chunk.index} of {chunk.object} has {payload_bytes} bytes: cut it at {CHUNK_BYTES}"
         )
     if len(identity) > MAX_IDENTITY_BYTES:
         raise ConfigurationError(
             f"the name of object {chunk.object.key[:100]}… takes {len(identity)} bytes: at most "
             f"{MAX_IDENTITY_BYTES} are possible"
         )
-    length = header_bytes(len(identity), len(view))
-    digests = block_digests(view)
-    header = RecordHeader(length, len(view), chunk.index, object_size, chunk_digest(view), identity, digests)
-    return Draft(chunk_key(chunk), header, view)
+    length = header_bytes(len(identity), payload_bytes)
+    return RecordHeader(length, payload_bytes, chunk.index, object_size, 0, identity, b"")
 
 
 def reserve(
-    core: Core, namespace: str, drafts: Sequence[Draft], *, promised_bytes: int = 0
+    core: Core, namespace: str, drafts: Sequence[Draft], *, promised_bytes: int = 0, alone: bool = False
 ) -> Reserved | Short:
     """Takes room for the drafts, or says how much is missing. Raises OutOfSpace: the disk makes no segment.
 
-    `promised_bytes` of it the caller was promised before. Who got room calls `release` when all is over.
+    `promised_bytes` of it the caller was promised before. `alone`: in new segments, which are handed out, and take
+    nothing else. Who got room calls `release` when all is over.
     """
     sizes = [d.header.record_bytes for d in drafts]
     space, spares = core.space, core.spares
     with core.lock:
         owner = space.namespace(namespace)
-        room = _open_segment(core, owner)
+        room = None if alone else _open_segment(core, owner)
         layout = lay_out(
             sizes,
             tail=room.tail if room else 0,
@@ -135,25 +146,31 @@ def reserve(
             space.forget_if_empty(namespace)
             return Short(layout.bytes, over_capacity, over_disk)
         try:
-            return _take(core, owner, layout, drafts)
+            return _take(core, owner, layout, drafts, alone=alone)
         except OSError as error:
             if room is not None:
                 core.rest(room)
             raise OutOfSpace(f"the store can't make a segment: {error}; free some disk space") from error
 
 
-def write(core: Core, part: Part) -> None:
-    """Writes the records of a part. Raises OSError."""
-    buffers: list[Bytes] = []
+def place(part: Part) -> None:
+    """Gives each record of a part its place."""
     offset = part.offset
     for one in part.drafts:
         one.segment, one.offset = part.segment, offset
-        buffers.append(encode_record(one.header, part.segment.header.nonce, offset))
+        offset += one.header.record_bytes
+
+
+def write(core: Core, part: Part) -> None:
+    """Writes the records of a part. Raises OSError."""
+    place(part)
+    buffers: list[Bytes] = []
+    for one in part.drafts:
+        buffers.append(encode_record(one.header, part.segment.header.nonce, one.offset))
         if one.header.payload_bytes:
             buffers.append(one.payload)
         if zeros := padding(one.header.payload_bytes):
             buffers.append(zeros)
-        offset += one.header.record_bytes
     part.segment.write(core.disk, buffers, part.offset)
     part.segment.unsynced = True
 
@@ -239,22 +256,24 @@ def _open_segment(core: Core, owner: Namespace) -> Segment | None:
     return segment
 
 
-def _take(core: Core, owner: Namespace, layout: Layout, drafts: Sequence[Draft]) -> Reserved:
+def _take(core: Core, owner: Namespace, layout: Layout, drafts: Sequence[Draft], *, alone: bool) -> Reserved:
     """Makes the segments the layout asks for and takes the room. All or nothing: raises OSError."""
     made: list[Segment] = []
     try:
         for _ in range(layout.new_segments):
-            made.append(_new_segment(core, owner.name))
+            made.append(_new_segment(core, owner.name, handed_out=alone))
     except OSError:
         for segment in made:
             segment.discard(core.disk)
         raise
     touched = [owner.open, *made]
     for segment in made:
+        # Also if it takes nothing of what comes: of two records of a chunk the later has the higher number.
         if owner.open is not None:
             owner.open.sealed = True
         core.space.add(segment)
-        owner.open = segment
+        segment.sealed = alone
+        owner.open = None if alone else segment
         owner.names_unsynced = True
     parts = []
     for run in layout.runs:
@@ -268,7 +287,7 @@ def _take(core: Core, owner: Namespace, layout: Layout, drafts: Sequence[Draft])
     return Reserved(parts, [s for s in touched if s is not None])
 
 
-def _new_segment(core: Core, namespace: str) -> Segment:
+def _new_segment(core: Core, namespace: str, *, handed_out: bool) -> Segment:
     """A spare that gets a new header, or a new file. Raises OSError.
 
     Its number is used up either way: a file that can't be removed again must not share it with another.
@@ -276,7 +295,7 @@ def _new_segment(core: Core, namespace: str) -> Segment:
     disk, file_bytes = core.disk, core.space.segment_bytes
     folder = os.path.join(core.folder.segments, folder_name(namespace))
     disk.make_dir(folder)
-    header = new_header(namespace, core.space.next_number, file_bytes)
+    header = new_header(namespace, core.space.next_number, file_bytes, handed_out=handed_out)
     core.space.next_number += 1
     path = os.path.join(folder, file_name(header.number, header.nonce))
     spare = core.spares.take(path, file_bytes)

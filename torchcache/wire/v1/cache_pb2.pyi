@@ -322,6 +322,64 @@ class DeleteReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class PrepareWriteRequest(_message.Message):
+    __slots__ = ("namespace", "objects", "object", "chunk", "timeout_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    objects: _containers.RepeatedCompositeFieldContainer[ObjectRef]
+    object: _containers.RepeatedScalarFieldContainer[int]
+    chunk: _containers.RepeatedScalarFieldContainer[int]
+    timeout_s: float
+    def __init__(self, namespace: _Optional[str] = ..., objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., object: _Optional[_Iterable[int]] = ..., chunk: _Optional[_Iterable[int]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class HandedOutFile(_message.Message):
+    __slots__ = ("number", "nonce", "size")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    nonce: int
+    size: int
+    def __init__(self, number: _Optional[int] = ..., nonce: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
+
+class PrepareWriteReply(_message.Message):
+    __slots__ = ("write_id", "files", "file", "offset")
+    WRITE_ID_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    write_id: str
+    files: _containers.RepeatedCompositeFieldContainer[HandedOutFile]
+    file: _containers.RepeatedScalarFieldContainer[int]
+    offset: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, write_id: _Optional[str] = ..., files: _Optional[_Iterable[_Union[HandedOutFile, _Mapping]]] = ..., file: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CommitWriteRequest(_message.Message):
+    __slots__ = ("write_id", "durable")
+    WRITE_ID_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    write_id: str
+    durable: bool
+    def __init__(self, write_id: _Optional[str] = ..., durable: bool = ...) -> None: ...
+
+class CommitWriteReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AbandonWriteRequest(_message.Message):
+    __slots__ = ("write_id",)
+    WRITE_ID_FIELD_NUMBER: _ClassVar[int]
+    write_id: str
+    def __init__(self, write_id: _Optional[str] = ...) -> None: ...
+
+class AbandonWriteReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class SaveRef(_message.Message):
     __slots__ = ("store", "path", "part", "save_id")
     STORE_FIELD_NUMBER: _ClassVar[int]

@@ -79,6 +79,21 @@ class ControlStub(object):
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PublishRequest.SerializeToString,
                 response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PublishReply.FromString,
                 _registered_method=True)
+        self.PrepareWrite = channel.unary_unary(
+                '/torchcache.v1.Control/PrepareWrite',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareWriteRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareWriteReply.FromString,
+                _registered_method=True)
+        self.CommitWrite = channel.unary_unary(
+                '/torchcache.v1.Control/CommitWrite',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.CommitWriteRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.CommitWriteReply.FromString,
+                _registered_method=True)
+        self.AbandonWrite = channel.unary_unary(
+                '/torchcache.v1.Control/AbandonWrite',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonWriteRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonWriteReply.FromString,
+                _registered_method=True)
         self.DeleteObject = channel.unary_unary(
                 '/torchcache.v1.Control/DeleteObject',
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DeleteRequest.SerializeToString,
@@ -183,6 +198,24 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PublishObject(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PrepareWrite(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CommitWrite(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbandonWrite(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -295,6 +328,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.PublishObject,
                     request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PublishRequest.FromString,
                     response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PublishReply.SerializeToString,
+            ),
+            'PrepareWrite': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrepareWrite,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareWriteRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareWriteReply.SerializeToString,
+            ),
+            'CommitWrite': grpc.unary_unary_rpc_method_handler(
+                    servicer.CommitWrite,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.CommitWriteRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.CommitWriteReply.SerializeToString,
+            ),
+            'AbandonWrite': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbandonWrite,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonWriteRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonWriteReply.SerializeToString,
             ),
             'DeleteObject': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteObject,
@@ -590,6 +638,87 @@ class Control(object):
             '/torchcache.v1.Control/PublishObject',
             torchcache_dot_wire_dot_v1_dot_cache__pb2.PublishRequest.SerializeToString,
             torchcache_dot_wire_dot_v1_dot_cache__pb2.PublishReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrepareWrite(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/PrepareWrite',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareWriteRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareWriteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CommitWrite(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/CommitWrite',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.CommitWriteRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.CommitWriteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbandonWrite(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/AbandonWrite',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonWriteRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonWriteReply.FromString,
             options,
             channel_credentials,
             insecure,
