@@ -50,19 +50,17 @@ Answer: TypeAlias = StoredChunk | Future[StoredChunk] | TorchCacheError
 
 
 class _Part(NamedTuple):
-    """The part [start, end) of an object that lies in chunk number `chunk`. `end` -1: to the end, size unknown."""
+    """The part [start, end) of an object that lies in chunk number `chunk`. `end` -1: to the end, size unknown.
+
+    `length` is the chunk's, in bytes; a guess where the object's size is unknown.
+    """
 
     extent: int
     object: ObjectInfo
     chunk: int
     start: int
     end: int
-
-    @property
-    def length(self) -> int:
-        """Bytes of the chunk; a guess where the object's size is unknown."""
-        size = self.object.size
-        return min(CHUNK_BYTES, size - self.chunk * CHUNK_BYTES) if size >= 0 else GUESSED_BYTES
+    length: int
 
 
 class Read:
@@ -143,23 +141,27 @@ class Read:
         plan = self._plan
         for extent, (number, start, end) in enumerate(zip(plan.object, plan.start, plan.end, strict=True)):
             info = plan.objects[number]
-            if info.size < 0:
-                yield _Part(extent, info, 0, start, end)  # tells the size, and so the other chunks
+            size = info.size
+            if (
+                size <= CHUNK_BYTES
+            ):  # the only chunk; or, of unknown size, the one that tells how many there are
+                yield _Part(extent, info, 0, start, end, size if size >= 0 else GUESSED_BYTES)
                 continue
-            for chunk in chunks_of(start, end, info.size):
+            for chunk in chunks_of(start, end, size):
                 if extent in self._failed:
                     break
-                yield _Part(extent, info, chunk, start, end)
+                yield _Part(extent, info, chunk, start, end, chunk_length(chunk, size))
 
     def _next_parts(self, budget_bytes: int) -> list[_Part]:
         """The next parts, until they make `budget_bytes`; none if the budget is used up."""
         parts: list[_Part] = []
-        while budget_bytes > 0 and len(parts) < LOOK_UP_AT_ONCE:
-            part = next(self._parts, None)
-            if part is None:
-                break
+        if budget_bytes <= 0:
+            return parts
+        for part in self._parts:
             parts.append(part)
             budget_bytes -= part.length
+            if budget_bytes <= 0 or len(parts) >= LOOK_UP_AT_ONCE:
+                break
         return parts
 
     def _answered(self, parts: list[_Part]) -> Iterator[tuple[_Part, Answer]]:
@@ -183,7 +185,7 @@ class Read:
             yield part, ConfigurationError(message, object=str(info.id))
             return
         for chunk in chunks_of(start, end, size):
-            of_size = _Part(part.extent, info, chunk, start, end)
+            of_size = _Part(part.extent, info, chunk, start, end, chunk_length(chunk, size))
             yield of_size, head if chunk == 0 else self._get([of_size])[0]
 
     def _get(self, parts: list[_Part]) -> Sequence[Answer]:
@@ -237,6 +239,11 @@ def chunks_of(start: int, end: int, size: int) -> range:
     """Numbers of the chunks that bytes [start, end) of an object of `size` bytes touch; one at least."""
     first = min(start, max(size - 1, 0)) // CHUNK_BYTES
     return range(first, max(first + 1, -(-end // CHUNK_BYTES)))
+
+
+def chunk_length(chunk: int, size: int) -> int:
+    """Bytes of chunk number `chunk` of an object of `size` bytes."""
+    return min(CHUNK_BYTES, size - chunk * CHUNK_BYTES)
 
 
 def batched(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
