@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,41 @@ def test_a_view_outside_its_buffer_is_refused() -> None:
     bad = pa.Array.from_buffers(pa.binary_view(), 1, [None, pa.py_buffer(bytes(views)), good.buffers()[2]])
     with pytest.raises(IntegrityError):
         codec.binary_view_buffers(bad)
+
+
+def shortened(batch: pa.RecordBatch, column: int, place: int, length: int) -> pa.RecordBatch:
+    """The batch as a lying peer's: its message says that a buffer has `length` bytes. Arrow's reader believes it."""
+    buffers = [(c, i) for c, array in enumerate(batch.columns) for i, _ in enumerate(array.buffers())]
+    message = bytearray(batch.serialize())
+    # A flatbuffer's vector of structs: their number, then (offset, length) of each buffer in the body.
+    count = struct.pack("<I", len(buffers))
+    at = next(
+        at + 4
+        for at in range(0, len(message), 4)
+        if message[at : at + 4] == count and message[at + 4 : at + 12] == bytes(8)
+    )
+    at += 16 * buffers.index((column, place)) + 8
+    assert struct.unpack_from("<q", message, at)[0] > length
+    struct.pack_into("<q", message, at, length)
+    return pa.ipc.read_record_batch(pa.py_buffer(bytes(message)), batch.schema)
+
+
+@pytest.mark.parametrize(
+    ("column", "buffer"), [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1), (5, 0), (5, 1), (6, 1)]
+)
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_column_shorter_than_its_batch_is_refused(column: int, buffer: int, kept: int) -> None:
+    pieces = [piece(bytes(20), i) for i in range(20)]
+    batch = codec.encode_pieces([*pieces, codec.failed_piece(20, "an error")])
+    with pytest.raises(IntegrityError):
+        list(codec.decode_pieces(shortened(batch, column, buffer, kept)))
+
+
+@pytest.mark.parametrize("column", range(4))
+def test_a_column_of_a_write_shorter_than_its_batch_is_refused(column: int) -> None:
+    batch = codec.encode_chunks([(0, i, chunk_digest(b"abc"), pa.py_buffer(b"abc")) for i in range(9)])
+    with pytest.raises(IntegrityError):
+        list(codec.decode_chunks(shortened(batch, column, 1, 1)))
 
 
 def test_chunks_survive_a_batch() -> None:
