@@ -22,7 +22,8 @@ def connect(
     `pool` is "host:7440,host:7440", a Pool or LocalPool, or None: the address in `TORCHCACHE_POOL`, else the embedded
     pool of this user on this machine. `token` is the servers' token itself (default: the content of
     `TORCHCACHE_TOKEN_FILE`, or of `token` in `TORCHCACHE_HOME`). `tls` is a TlsConfig, or the path of the PEM file
-    with the authority that signed the servers' certificates. Raises ConfigurationError.
+    with the authority that signed the servers' certificates (default: `TORCHCACHE_TLS_CA`); without it only this
+    machine's own servers are talked to. Raises ConfigurationError.
     """
     if isinstance(pool, Pool | LocalPool):
         if token is not None or tls is not None:
@@ -37,6 +38,7 @@ def connect(
         return Pool(EmbeddedMembers(root=default_root()))
     if not isinstance(address, str):
         raise ConfigurationError(f"pool={address!r}: give an address like host:7440, a Pool or a LocalPool")
+    tls = environment.tls_ca() if tls is None else tls
     access = Access(
         token=token,
         token_file=environment.token_file() if token is None else None,

@@ -39,6 +39,11 @@ def token_file() -> Path:
     return Path(configured) if configured else home() / "token"
 
 
+def tls_ca() -> str | None:
+    """`TORCHCACHE_TLS_CA`: PEM file of the authority that signed the certificates of the pool's servers."""
+    return os.environ.get("TORCHCACHE_TLS_CA") or None
+
+
 def endpoint_settings() -> dict[str, str]:
     """The variables that say *which* S3 is meant, without secrets. Pools of different settings are kept apart."""
     return {name: os.environ[name] for name in _ENDPOINT_VARIABLES if name in os.environ}

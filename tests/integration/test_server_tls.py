@@ -14,7 +14,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from examples.seaweedfs import environment
 from tests.integration.server_process import PlainClient, ServerProcess, refused
+from torchcache import connect
+from torchcache.model import Extent
 from torchcache.wire.v1 import cache_pb2 as pb
 
 
@@ -71,6 +74,10 @@ def test_both_ports_speak_tls_and_only_that(
         client = PlainClient(address, server.data_port, server.client.token, roots=roots)
         assert client.read(client.objects("file")) == [b"content"]
         client.close()
+        with environment({"TORCHCACHE_TLS_CA": str(certificate[0])}):
+            pool = connect(address, token=server.client.token)
+        assert pool.read([Extent(info) for info in pool.list(f"file://{source}")]) == [b"content"]
+        pool.close()
 
         clear = PlainClient(address, server.data_port, server.client.token)
         with pytest.raises(grpc.RpcError):

@@ -88,9 +88,9 @@ def test_a_server_named_twice_is_refused() -> None:
 
 
 def test_the_environment_names_the_pool() -> None:
-    with environment({"TORCHCACHE_POOL": "here:1"}):
-        assert connect().address == "here:1"
-        assert connect("there:2").address == "there:2"
+    with environment({"TORCHCACHE_POOL": "127.0.0.1:1"}):
+        assert connect().address == "127.0.0.1:1"
+        assert connect("[::1]:2").address == "[::1]:2"
 
 
 def test_without_an_address_it_is_the_embedded_pool(home: Path) -> None:
@@ -103,7 +103,7 @@ def test_without_an_address_it_is_the_embedded_pool(home: Path) -> None:
 
 
 def test_a_pool_is_its_own_connection() -> None:
-    pool = connect("here:1")
+    pool = connect("localhost:1")
     assert connect(pool) is pool
     local = LocalPool("/tmp/nowhere")
     assert connect(local) is local.pool
@@ -124,15 +124,15 @@ def test_what_is_no_pool_is_refused() -> None:
 
 def test_the_token_comes_from_its_file_and_stays_there(home: Path) -> None:
     (home / "token").write_text("hush-hush\n")
-    pool = connect("here:1")
+    pool = connect("localhost:1")
     assert pool._source.access.bearer() == "Bearer hush-hush"
     assert b"hush" not in pickle.dumps(pool)
     with environment({"TORCHCACHE_TOKEN_FILE": str(home / "elsewhere")}):
-        assert connect("here:1")._source.access.bearer() is None
+        assert connect("localhost:1")._source.access.bearer() is None
 
 
 def test_a_token_given_is_carried_but_never_shown() -> None:
-    pool = connect("here:1", token="hush-hush")
+    pool = connect("localhost:1", token="hush-hush")
     again = pickle.loads(pickle.dumps(pool))
     assert again._source.access.bearer() == "Bearer hush-hush"
     assert "hush" not in repr(pool) + repr(pool._source)
@@ -143,11 +143,26 @@ def test_a_token_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
         Access(token_file=tmp_path).bearer()
 
 
+@pytest.mark.parametrize("host", ["cache-1", "10.0.0.1", "localhost.example", "[2001:db8::1]", "0.0.0.0"])
+def test_the_token_travels_to_no_other_machine_in_the_clear(host: str, tmp_path: Path) -> None:
+    for address in (f"{host}:1", f"127.0.0.1:1,{host}:1"):
+        with pytest.raises(ConfigurationError, match=r"in the clear.*tls=.*TORCHCACHE_TLS_CA"):
+            connect(address, token="hush-hush")
+        with (
+            environment({"TORCHCACHE_POOL": address}),
+            pytest.raises(ConfigurationError, match="in the clear"),
+        ):
+            connect()
+    (tmp_path / "ca.pem").write_text("")
+    with environment({"TORCHCACHE_TLS_CA": str(tmp_path / "ca.pem")}):
+        assert connect(f"{host}:1")._source.access.tls == TlsConfig(ca=str(tmp_path / "ca.pem"))
+
+
 def test_tls_needs_files_that_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="there is no file"):
-        connect("here:1", tls=str(tmp_path / "ca.pem"))
+        connect("localhost:1", tls=str(tmp_path / "ca.pem"))
     (tmp_path / "ca.pem").write_text("")
-    assert connect("here:1", tls=str(tmp_path / "ca.pem"))._source.access.tls == TlsConfig(
+    assert connect("localhost:1", tls=str(tmp_path / "ca.pem"))._source.access.tls == TlsConfig(
         ca=str(tmp_path / "ca.pem")
     )
     with pytest.raises(ConfigurationError, match="belong together"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from torchcache.addresses import host_port, is_loopback
 from torchcache.errors import ConfigurationError
 from torchcache.lanes.access import Access
 from torchcache.lanes.base import Lane
@@ -29,7 +30,7 @@ class Endpoint:
     @property
     def address(self) -> str:
         """`host:port`: how users, messages and statistics name the server."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_port(self.host, self.port)
 
 
 class MemberSource(Protocol):
@@ -56,11 +57,20 @@ class MemberSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StaticMembers:
-    """The servers an address lists."""
+    """The servers an address lists. Raises ConfigurationError if the token would travel to one in the clear."""
 
     endpoints: tuple[Endpoint, ...]
     access: Access = field(default_factory=Access)
     embedded: bool = False
+
+    def __post_init__(self) -> None:
+        for endpoint in self.endpoints:
+            if self.access.tls is None and not is_loopback(endpoint.host):
+                raise ConfigurationError(
+                    f"refusing to talk to {endpoint.address} without TLS: the token would travel in the clear. Pass "
+                    "tls=, the PEM file of the authority that signed the servers' certificates, or name it in "
+                    "TORCHCACHE_TLS_CA"
+                )
 
     @property
     def description(self) -> str:

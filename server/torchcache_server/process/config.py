@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from torchcache import environment
+from torchcache.addresses import host_port, is_loopback
 from torchcache.errors import ConfigurationError
 from torchcache.sizes import parse_size
 from torchcache_server.understore import check_name
@@ -90,21 +90,6 @@ class ServerConfig:
     def address(self) -> str:
         """Host and control port as asked for."""
         return host_port(self.host, self.port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def host_port(host: str, port: int) -> str:
-    """ "host:port", with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import grpc
 import pyarrow as pa
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from torchcache.addresses import host_port
 from torchcache.errors import ConfigurationError
 from torchcache.wire.v1 import cache_pb2, cache_pb2_grpc
 from torchcache_server.service.admission import Admission
@@ -18,7 +19,7 @@ from torchcache_server.service.control import ControlService
 from torchcache_server.service.data import DataServer
 from torchcache_server.service.interceptors import HEALTH_CHECK, ControlInterceptor, Token
 
-from .config import ServerConfig, host_port
+from .config import ServerConfig
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 MAX_METADATA_BYTES: Final = 8 * 1024

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Final
 
 from torchcache import environment
+from torchcache.addresses import host_port
 from torchcache.errors import ConfigurationError
 from torchcache_server import understore
 from torchcache_server.cache.maintenance import Maintenance
@@ -27,7 +28,7 @@ from torchcache_server.store import OS, DiskCalls, Store
 from torchcache_server.understore.base import UnderStore
 from torchcache_server.understore.s3 import S3UnderStore
 
-from .config import ServerConfig, Tls, host_port
+from .config import ServerConfig, Tls
 from .endpoint import EndpointFile
 from .listeners import ControlListener, TlsPair, listen_data, stop_data
 from .metrics import ServerCollector, serve_metrics
