@@ -38,9 +38,13 @@ PAGE_BYTES: Final = 4096
 CHUNKS_TABLE: Final = b"chunks"
 MEMBERS_TABLE: Final = b"members"
 NOTES_TABLE: Final = b"segments"
+FILES_TABLE: Final = b"files"
 """The tables of the index; see `torchcache_server.store.index`."""
 
 CHUNK_INDEX: Final = struct.Struct(">I")
+MAX_READERS: Final = 2048
+"""Processes that may have the index open. Whoever opens it first settles it for all."""
+
 LOCATION: Final = struct.Struct(">QQ")  # big-endian: `members` sort by segment, then offset
 SEGMENT_NUMBER: Final = struct.Struct(">Q")
 
@@ -52,6 +56,8 @@ DEAD_MAGIC: Final = b"tcDEAD\0\0"
 SEGMENT_MAGIC: Final = b"tcSEGMNT"
 
 _NAME: Final = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})" + re.escape(SUFFIX))
+
+_FILE: Final = struct.Struct(">Q32s")
 
 _SEED: Final = 0x74_6F_72_63_68_63_61_63
 _MASK: Final = (1 << 64) - 1
@@ -92,6 +98,17 @@ def parse_file_name(name: str) -> tuple[int, int] | None:
     """Number and nonce; None for a name that no segment has."""
     found = _NAME.fullmatch(name)
     return None if found is None else (int(found[1], 16), int(found[2], 16))
+
+
+def file_entry(nonce: int, namespace: str) -> bytes:
+    """What the index says of a segment's file: from it and the number follows the path."""
+    return _FILE.pack(nonce, hashlib.sha256(namespace.encode()).digest())
+
+
+def file_at(number: int, entry: bytes) -> tuple[int, str]:
+    """Nonce of a segment, and its file's path below the store's folder."""
+    nonce, folder = _FILE.unpack(entry)
+    return nonce, f"{SEGMENTS}/{folder.hex()}/{file_name(number, nonce)}"
 
 
 def page_aligned(size: int) -> int:

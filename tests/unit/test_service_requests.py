@@ -15,6 +15,7 @@ from torchcache_server.service.requests import (
     namespace_name,
     policy_change,
     read_plan,
+    reported_use,
     save_id,
     timeout,
     write_plan,
@@ -200,3 +201,24 @@ def test_names_of_namespaces_are_bounded(name: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         namespace_name(name)
     assert namespace_name("n" * MAX_NAMESPACE_BYTES)
+
+
+def test_a_report_of_use_is_taken_as_it_is() -> None:
+    use = reported_use(pb.ReportUseRequest(namespaces=["a", "b"], chunks=3, bytes=4))
+    assert (use.namespaces, use.chunks, use.bytes) == (("a", "b"), 3, 4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chunks": -1},
+        {"bytes": -1},
+        {"bytes": requests.MAX_REPORTED + 1},
+        {"chunks": requests.MAX_REPORTED + 1},
+        {"namespaces": ["n"] * (requests.MAX_NAMESPACES + 1)},
+        {"namespaces": ["n" * (MAX_NAMESPACE_BYTES + 1)]},
+    ],
+)
+def test_nonsense_in_a_report_of_use_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        reported_use(pb.ReportUseRequest(**fields))

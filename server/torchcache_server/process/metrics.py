@@ -62,6 +62,7 @@ class ServerCollector(Collector):
         yield _counter("write_calls", "do_put calls", served.write_calls)
         yield _counter("served_bytes", "Bytes served by do_get", served.served_bytes)
         yield _counter("written_bytes", "Bytes taken in by do_put", served.written_bytes)
+        yield from _lane_families(served)
         yield _gauge("data_streams", "Data streams that run now", self._admission.streams)
         yield _gauge(
             "upload_pending_bytes", "Bytes not yet in the under-store", self._write_back.pending_bytes
@@ -81,6 +82,15 @@ class ServerCollector(Collector):
             for name, under_store in self._under_stores.items():
                 family.add_metric([name], getattr(under_store.counters, field))
             yield family
+
+
+def _lane_families(served: ServiceCounters) -> Iterator[Family]:
+    """What was read, by lane; on the local one, by what clients say."""
+    family = CounterMetricFamily("torchcache_lane_read_bytes", "Bytes read, by lane", labels=["lane"])
+    family.add_metric(["flight"], served.served_bytes)
+    family.add_metric(["local"], served.local_bytes)
+    yield family
+    yield _counter("local_chunks", "Chunks read by clients from the store's files", served.local_chunks)
 
 
 def _disk_families(usage: StoreUsage) -> Iterator[Family]:

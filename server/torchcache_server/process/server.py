@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 
 from torchcache import environment
 from torchcache.addresses import host_port
 from torchcache.errors import ConfigurationError
+from torchcache.kernel import kernel_id
+from torchcache.records import IDENTITY
+from torchcache.wire.v1 import cache_pb2
 from torchcache_server import understore
 from torchcache_server.cache.maintenance import Maintenance
 from torchcache_server.cache.policies import Policies
@@ -113,6 +117,7 @@ class Server:
             version=version("torchcache"),
             data_port=self.data_port,
             store_path=config.store,
+            local_store=_local_store(config.store),
             started_s=time.monotonic(),
         )
         service = ControlService(
@@ -192,6 +197,14 @@ class Server:
                 under_store.set_credentials(variables)
         self._endpoint.write(credentials_digest=environment.credentials_digest(variables))
         self._write_back.retry_failed()
+
+
+def _local_store(path: Path) -> cache_pb2.LocalStore:
+    """How a client on this machine finds the open store, and tells it from any other."""
+    found = (path / IDENTITY).stat()
+    return cache_pb2.LocalStore(
+        path=str(path.absolute()), kernel=kernel_id(), device=found.st_dev, inode=found.st_ino
+    )
 
 
 def _open_under_stores(config: ServerConfig, closing: ExitStack) -> dict[str, UnderStore]:

@@ -36,6 +36,7 @@ from .requests import (
     object_key,
     policy_change,
     prepared_chunks,
+    reported_use,
     save_id,
     timeout,
     under_store_name,
@@ -69,6 +70,7 @@ class ServerFacts:
     version: str
     data_port: int
     store_path: Path
+    local_store: pb.LocalStore
     started_s: float  # time.monotonic()
 
 
@@ -106,6 +108,7 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             version=facts.version,
             data_port=facts.data_port,
             under_stores=[pb.UnderStoreInfo(name=u.name, uri=u.uri) for u in self._under_stores.values()],
+            local_store=facts.local_store,
         )
 
     def GetStatus(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:
@@ -127,6 +130,8 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             filled_chunks=self._read_through.filled_chunks,
             filled_bytes=self._read_through.filled_bytes,
             served_bytes=served.served_bytes,
+            local_chunks=served.local_chunks,
+            local_bytes=served.local_bytes,
             read_calls=served.read_calls,
             write_calls=served.write_calls,
             upload_pending_bytes=self._write_back.pending_bytes,
@@ -154,6 +159,12 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             raise ConfigurationError(f"{', '.join(unknown)}: not variables that carry credentials")
         self._set_credentials(dict(request.variables))
         return pb.CredentialsReply()
+
+    def ReportUse(self, request: pb.ReportUseRequest, context: grpc.ServicerContext) -> pb.ReportUseReply:
+        use = reported_use(request)
+        self._store.used(use.namespaces, chunks=use.chunks)
+        self._counters.add(local_chunks=use.chunks, local_bytes=use.bytes)
+        return pb.ReportUseReply()
 
     # ---- policies ----
 

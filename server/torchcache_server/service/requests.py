@@ -31,6 +31,12 @@ MAX_NAME_BYTES: Final = 1024
 MAX_OBJECT_BYTES: Final = 1 << 50
 """Larger than any object of any store: what claims more only wants its chunks counted."""
 
+MAX_NAMESPACES: Final = 4096
+"""In a report: a client names those it read from, once a second."""
+
+MAX_REPORTED: Final = 1 << 50
+"""Bytes, or chunks, that one report may tell of."""
+
 MAX_NAMESPACE_BYTES: Final = MAX_KEY_BYTES + 2 * MAX_NAME_BYTES
 
 MAX_CALL_S: Final = 120.0
@@ -38,6 +44,15 @@ DEFAULT_CALL_S: Final = 60.0
 """Where the caller sets no deadline."""
 
 _SAVE_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedUse:
+    """What a client read from the store's files by itself."""
+
+    namespaces: Sequence[str]
+    chunks: int
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +189,18 @@ def policy_change(request: cache_pb2.SetPolicyRequest) -> PolicyChange:
         quota_bytes=request.quota_bytes if request.HasField("quota_bytes") else None,
         ttl_s=ttl_s,
     )
+
+
+def reported_use(request: cache_pb2.ReportUseRequest) -> ReportedUse:
+    """What a client says that it read. Raises ConfigurationError for what nobody can have read."""
+    if len(request.namespaces) > MAX_NAMESPACES:
+        raise ConfigurationError(
+            f"{len(request.namespaces)} namespaces in a report: split it, {MAX_NAMESPACES} are allowed"
+        )
+    if not 0 <= request.chunks <= MAX_REPORTED or not 0 <= request.bytes <= MAX_REPORTED:
+        raise ConfigurationError(f"nobody read {request.chunks} chunks of {request.bytes} bytes in all")
+    names = tuple(map(namespace_name, request.namespaces))
+    return ReportedUse(names, request.chunks, request.bytes)
 
 
 def namespace_name(name: str) -> str:

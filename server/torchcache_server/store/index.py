@@ -5,7 +5,8 @@ an unclean stop it is thrown away and rebuilt. After a clean one it is opened if
 (`folder.index_trust`), and trusted for the segments whose files have their length.
 
 Tables: `chunks` (digest of the object, chunk index) -> (segment, offset); `members` (segment, offset) -> key in
-`chunks`, so that a segment's records can be dropped together; `segments`: what a clean stop noted of each segment.
+`chunks`, so that a segment's records can be dropped together; `segments`: what a clean stop noted of each segment;
+`files`: where the file of each segment is, for clients that map it themselves (`torchcache.records.file_at`).
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ import xxhash
 from torchcache.errors import OutOfSpace
 from torchcache.records import (
     CHUNKS_TABLE,
+    FILES_TABLE,
     INDEX_FILES,
     LOCATION,
+    MAX_READERS,
     MEMBERS_TABLE,
     NOTES_TABLE,
     SEGMENT_NUMBER,
     Location,
+    SegmentHeader,
+    file_entry,
 )
 
 _NOTE: Final = struct.Struct(">QQQQ")
 
 _MIN_MAP_BYTES: Final = 1 << 32
 _MAX_MAP_BYTES: Final = 1 << 44
-_MAX_READERS: Final = 2048
 
 
 class SegmentNote(NamedTuple):
@@ -68,6 +72,7 @@ class _Tables(NamedTuple):
     chunks: Any  # lmdb's handle, whose class it doesn't export
     members: Any
     segments: Any
+    files: Any
 
 
 class Index:
@@ -81,8 +86,8 @@ class Index:
         self._env = lmdb.open(
             path,
             map_size=map_bytes - map_bytes % (1 << 20),
-            max_dbs=3,
-            max_readers=_MAX_READERS,
+            max_dbs=4,
+            max_readers=MAX_READERS,
             max_spare_txns=64,
             mode=0o600,
             sync=False,
@@ -90,8 +95,8 @@ class Index:
             meminit=False,
             readahead=False,
         )
-        self._env.reader_check()
-        names = (CHUNKS_TABLE, MEMBERS_TABLE, NOTES_TABLE)
+        self.forget_dead_readers()
+        names = (CHUNKS_TABLE, MEMBERS_TABLE, NOTES_TABLE, FILES_TABLE)
         self._tables = _Tables(*(self._env.open_db(name) for name in names))
 
     def get(self, key: bytes) -> Location | None:
@@ -149,6 +154,13 @@ class Index:
         except lmdb.Error as error:
             raise OutOfSpace(f"the store's index can't be written: {error}; free some disk space") from error
 
+    def forget_dead_readers(self) -> None:
+        """Lets pages be used again that processes held which died while they looked something up.
+
+        Without it the file would grow with every write, as long as the server lives.
+        """
+        self._env.reader_check()
+
     def notes(self) -> dict[int, SegmentNote]:
         """What the last clean stop noted, by segment."""
         with self._env.begin(self._tables.segments) as txn:
@@ -175,6 +187,7 @@ class IndexWriter:
         self._chunks = tables.chunks
         self._members = tables.members
         self._segments = tables.segments
+        self._files = tables.files
 
     def get(self, key: bytes) -> Location | None:
         """The chunk's place as this transaction sees it."""
@@ -249,7 +262,19 @@ class IndexWriter:
                     self._txn.delete(key, db=self._chunks)
                     count += 1
                 found = cursor.delete()
+        self._txn.delete(SEGMENT_NUMBER.pack(number), db=self._files)
         return count
+
+    def put_file(self, header: SegmentHeader) -> None:
+        """Says where a segment's file is."""
+        entry = file_entry(header.nonce, header.namespace)
+        self._txn.put(SEGMENT_NUMBER.pack(header.number), entry, db=self._files)
+
+    def replace_files(self, headers: Iterable[SegmentHeader]) -> None:
+        """Says where these segments' files are, and forgets all others."""
+        self._txn.drop(self._files, delete=False)
+        for header in headers:
+            self.put_file(header)
 
     def replace_notes(self, notes: dict[int, SegmentNote]) -> None:
         """Puts `notes` in the place of all earlier ones."""

@@ -113,6 +113,10 @@ def _load_segments(core: Core, notes: dict[int, SegmentNote], kept: Mapping[str,
         for segment in doubtful:
             writer.delete_segment(segment.number)
     _reread(core, doubtful)
+    with core.index.writing() as writer:
+        writer.replace_files(segment.header for segment in core.space.segments.values())
+    for segment in core.space.segments.values():
+        segment.listed = True
 
 
 def _open_segments(core: Core, kept: Mapping[str, str]) -> Iterator[tuple[Segment, bool]]:

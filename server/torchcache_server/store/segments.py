@@ -56,6 +56,7 @@ class Segment:
     doubtful: bool = (
         False  # parts could not be read, and the index may lack records: the next start looks again
     )
+    listed: bool = False  # the index says where the file is
     dropped: bool = False  # unlinked, or about to be
     unsynced: bool = False  # written to since the last fsync
     sync_error: OSError | None = None  # an fsync failed

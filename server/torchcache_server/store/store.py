@@ -109,6 +109,19 @@ class Store:
         with self._gate:
             return find_in_memory(self._core, chunk)
 
+    def used(self, namespaces: Iterable[str], *, chunks: int) -> None:
+        """Counts `chunks` that clients found in the files by themselves, and the namespaces as used. Unknown is fine.
+
+        Not told are the chunks: where the order of reading is known, it doesn't move on by these.
+        """
+        with self._gate:
+            core = self._core
+            with core.lock:
+                for name in namespaces:
+                    if (namespace := core.space.namespaces.get(name)) is not None:
+                        core.used(namespace)
+            core.counts.looked_up(hits=chunks, misses=0)
+
     def contains(self, chunk: ChunkId) -> bool:
         """Whether the index knows the chunk. Counts nothing."""
         with self._gate:

@@ -15,6 +15,7 @@ _log = logging.getLogger(__name__)
 
 def tidy(core: Core) -> None:
     """One round. Cheap where nothing is to be done."""
+    core.index.forget_dead_readers()
     if not core.watch.out_of_service:
         expire(core, time.monotonic())
         compact_dead(core)

@@ -208,6 +208,8 @@ def commit(core: Core, drafts: Sequence[Draft]) -> None:
                 mended.append(before)
                 before = None
             if before == one.moved_from:
+                if not segment.listed:
+                    writer.put_file(segment.header)
                 writer.put(one.key, Location(segment.number, one.offset))
                 placed.append(one)
             else:
@@ -215,6 +217,7 @@ def commit(core: Core, drafts: Sequence[Draft]) -> None:
     with core.lock:
         for one in placed:
             if one.segment is not None:
+                one.segment.listed = True
                 one.segment.gain(one.header.record_bytes)
             origin = core.space.segments.get(one.moved_from.segment) if one.moved_from else None
             if origin is not None:

@@ -80,19 +80,33 @@ class UnderStoreInfo(_message.Message):
     uri: str
     def __init__(self, name: _Optional[str] = ..., uri: _Optional[str] = ...) -> None: ...
 
+class LocalStore(_message.Message):
+    __slots__ = ("path", "kernel", "device", "inode")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    INODE_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    kernel: str
+    device: int
+    inode: int
+    def __init__(self, path: _Optional[str] = ..., kernel: _Optional[str] = ..., device: _Optional[int] = ..., inode: _Optional[int] = ...) -> None: ...
+
 class InfoReply(_message.Message):
-    __slots__ = ("server_id", "instance", "version", "data_port", "under_stores")
+    __slots__ = ("server_id", "instance", "version", "data_port", "under_stores", "local_store")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DATA_PORT_FIELD_NUMBER: _ClassVar[int]
     UNDER_STORES_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STORE_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     instance: str
     version: str
     data_port: int
     under_stores: _containers.RepeatedCompositeFieldContainer[UnderStoreInfo]
-    def __init__(self, server_id: _Optional[str] = ..., instance: _Optional[str] = ..., version: _Optional[str] = ..., data_port: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreInfo, _Mapping]]] = ...) -> None: ...
+    local_store: LocalStore
+    def __init__(self, server_id: _Optional[str] = ..., instance: _Optional[str] = ..., version: _Optional[str] = ..., data_port: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreInfo, _Mapping]]] = ..., local_store: _Optional[_Union[LocalStore, _Mapping]] = ...) -> None: ...
 
 class UnderStoreCounters(_message.Message):
     __slots__ = ("name", "read_requests", "read_bytes", "write_requests", "write_bytes", "meta_requests", "retries")
@@ -137,7 +151,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "filled_chunks", "filled_bytes", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces", "spare_bytes", "dead_bytes", "overhead_bytes", "free_bytes", "recycled_segments", "compacted_bytes", "expired_chunks", "scrubbed_bytes", "scrub_rounds", "damaged_kept", "disk_errors", "out_of_service")
+    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "filled_chunks", "filled_bytes", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces", "spare_bytes", "dead_bytes", "overhead_bytes", "free_bytes", "recycled_segments", "compacted_bytes", "expired_chunks", "scrubbed_bytes", "scrub_rounds", "damaged_kept", "disk_errors", "out_of_service", "local_chunks", "local_bytes")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STORE_PATH_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +184,8 @@ class StatusReply(_message.Message):
     DAMAGED_KEPT_FIELD_NUMBER: _ClassVar[int]
     DISK_ERRORS_FIELD_NUMBER: _ClassVar[int]
     OUT_OF_SERVICE_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     info: InfoReply
     store_path: str
     uptime_s: float
@@ -202,7 +218,23 @@ class StatusReply(_message.Message):
     damaged_kept: int
     disk_errors: int
     out_of_service: str
-    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., filled_chunks: _Optional[int] = ..., filled_bytes: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., spare_bytes: _Optional[int] = ..., dead_bytes: _Optional[int] = ..., overhead_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., recycled_segments: _Optional[int] = ..., compacted_bytes: _Optional[int] = ..., expired_chunks: _Optional[int] = ..., scrubbed_bytes: _Optional[int] = ..., scrub_rounds: _Optional[int] = ..., damaged_kept: _Optional[int] = ..., disk_errors: _Optional[int] = ..., out_of_service: _Optional[str] = ...) -> None: ...
+    local_chunks: int
+    local_bytes: int
+    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., filled_chunks: _Optional[int] = ..., filled_bytes: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., spare_bytes: _Optional[int] = ..., dead_bytes: _Optional[int] = ..., overhead_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., recycled_segments: _Optional[int] = ..., compacted_bytes: _Optional[int] = ..., expired_chunks: _Optional[int] = ..., scrubbed_bytes: _Optional[int] = ..., scrub_rounds: _Optional[int] = ..., damaged_kept: _Optional[int] = ..., disk_errors: _Optional[int] = ..., out_of_service: _Optional[str] = ..., local_chunks: _Optional[int] = ..., local_bytes: _Optional[int] = ...) -> None: ...
+
+class ReportUseRequest(_message.Message):
+    __slots__ = ("namespaces", "chunks", "bytes")
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    namespaces: _containers.RepeatedScalarFieldContainer[str]
+    chunks: int
+    bytes: int
+    def __init__(self, namespaces: _Optional[_Iterable[str]] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class ReportUseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class SetPolicyRequest(_message.Message):
     __slots__ = ("namespace", "pinned", "priority", "quota_bytes", "ttl_s")

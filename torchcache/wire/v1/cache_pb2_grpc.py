@@ -44,6 +44,11 @@ class ControlStub(object):
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.StatusRequest.SerializeToString,
                 response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.StatusReply.FromString,
                 _registered_method=True)
+        self.ReportUse = channel.unary_unary(
+                '/torchcache.v1.Control/ReportUse',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseReply.FromString,
+                _registered_method=True)
         self.ListObjects = channel.unary_unary(
                 '/torchcache.v1.Control/ListObjects',
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ListRequest.SerializeToString,
@@ -156,6 +161,12 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportUse(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -293,6 +304,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.StatusRequest.FromString,
                     response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.StatusReply.SerializeToString,
+            ),
+            'ReportUse': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportUse,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseReply.SerializeToString,
             ),
             'ListObjects': grpc.unary_unary_rpc_method_handler(
                     servicer.ListObjects,
@@ -449,6 +465,33 @@ class Control(object):
             '/torchcache.v1.Control/GetStatus',
             torchcache_dot_wire_dot_v1_dot_cache__pb2.StatusRequest.SerializeToString,
             torchcache_dot_wire_dot_v1_dot_cache__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportUse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/ReportUse',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseReply.FromString,
             options,
             channel_credentials,
             insecure,
