@@ -6,7 +6,7 @@ from torchcache import environment
 from torchcache.embedded import EmbeddedMembers
 from torchcache.errors import ConfigurationError
 from torchcache.lanes.access import Access, TlsConfig
-from torchcache.local_pool import LocalPool, default_root
+from torchcache.local_pool import LocalPool, default_root, wanted_lane
 from torchcache.pool.client import Pool
 from torchcache.pool.members import StaticMembers, parse_address
 
@@ -16,6 +16,7 @@ def connect(
     *,
     token: str | None = None,
     tls: TlsConfig | str | None = None,
+    lane: str | None = None,
 ) -> Pool:
     """The pool at an address; nothing is opened yet.
 
@@ -23,19 +24,22 @@ def connect(
     pool of this user on this machine. `token` is the servers' token itself (default: the content of
     `TORCHCACHE_TOKEN_FILE`, or of `token` in `TORCHCACHE_HOME`). `tls` is a TlsConfig, or the path of the PEM file
     with the authority that signed the servers' certificates (default: `TORCHCACHE_TLS_CA`); without it only this
-    machine's own servers are talked to. Raises ConfigurationError.
+    machine's own servers are talked to. `lane` is how bytes travel: "local" reads the files of a server on this
+    machine, "flight" the network, "auto" what is best for each server (default: `TORCHCACHE_LANE`, else "auto"). Raises
+    ConfigurationError.
     """
     if isinstance(pool, Pool | LocalPool):
-        if token is not None or tls is not None:
-            raise ConfigurationError("token= and tls= belong to an address: a pool object has its own")
+        if token is not None or tls is not None or lane is not None:
+            raise ConfigurationError("token=, tls= and lane= belong to an address: a pool object has its own")
         return pool if isinstance(pool, Pool) else pool.pool
     address = pool if pool is not None else environment.pool_address()
+    wanted = wanted_lane(lane)
     if address is None:
         if token is not None or tls is not None:
             raise ConfigurationError(
                 "token= and tls= need the address of a pool: pass pool=, or set TORCHCACHE_POOL"
             )
-        return Pool(EmbeddedMembers(root=default_root()))
+        return Pool(EmbeddedMembers(root=default_root()), wanted)
     if not isinstance(address, str):
         raise ConfigurationError(f"pool={address!r}: give an address like host:7440, a Pool or a LocalPool")
     tls = environment.tls_ca() if tls is None else tls
@@ -44,4 +48,4 @@ def connect(
         token_file=environment.token_file() if token is None else None,
         tls=TlsConfig(ca=tls) if isinstance(tls, str) else tls,
     )
-    return Pool(StaticMembers(endpoints=parse_address(address), access=access))
+    return Pool(StaticMembers(endpoints=parse_address(address), access=access), wanted)

@@ -27,6 +27,11 @@ def pool_address() -> str | None:
     return os.environ.get("TORCHCACHE_POOL") or None
 
 
+def lane() -> str | None:
+    """`TORCHCACHE_LANE`: the lane of pools that are given none."""
+    return os.environ.get("TORCHCACHE_LANE") or None
+
+
 def home() -> Path:
     """`TORCHCACHE_HOME`, else the user's cache folder: where the embedded pool keeps its store."""
     configured = os.environ.get("TORCHCACHE_HOME")

@@ -13,6 +13,7 @@ from torchcache.embedded import ATTACH_S, EmbeddedMembers, release
 from torchcache.errors import ConfigurationError
 from torchcache.pool.client import Pool
 from torchcache.pool.farewell import farewell
+from torchcache.pool.lane_choice import LaneName, lane_name
 from torchcache.sizes import parse_size
 
 
@@ -26,16 +27,26 @@ def default_root() -> Path:
     return environment.home().expanduser().absolute() / "pools" / digest
 
 
+def wanted_lane(lane: str | None) -> LaneName:
+    """The lane that is asked for, by the caller or by `TORCHCACHE_LANE`. Raises ConfigurationError."""
+    return lane_name(lane or environment.lane() or "auto")
+
+
 class LocalPool:
     """An embedded pool as a context manager; entering gives its `Pool`.
 
     `root` is the folder that keeps its contents (default: under `TORCHCACHE_HOME`, or the user's cache folder).
-    `capacity` is in bytes, or text like "100GB" (default: a tenth of the free disk), over all `servers`. Leaving stops
-    the servers unless other processes use them; the contents stay.
+    `capacity` is in bytes, or text like "100GB" (default: a tenth of the free disk), over all `servers`. `lane` as
+    `connect` has it. Leaving stops the servers unless other processes use them; the contents stay.
     """
 
     def __init__(
-        self, root: Path | str | None = None, capacity: int | str | None = None, servers: int = 1
+        self,
+        root: Path | str | None = None,
+        capacity: int | str | None = None,
+        servers: int = 1,
+        *,
+        lane: str | None = None,
     ) -> None:
         if isinstance(servers, bool) or not isinstance(servers, int) or not 1 <= servers <= 64:
             raise ConfigurationError(f"servers={servers!r}: a local pool has 1 to 64 servers")
@@ -44,7 +55,7 @@ class LocalPool:
             servers=servers,
             capacity_bytes=parse_size(capacity) if capacity is not None else None,
         )
-        self._pool = Pool(self._source)
+        self._pool = Pool(self._source, wanted_lane(lane))
 
     def __repr__(self) -> str:
         return f"LocalPool({str(self._source.root)!r})"

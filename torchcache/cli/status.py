@@ -13,7 +13,7 @@ from torchcache.errors import ServerUnavailable
 
 if TYPE_CHECKING:
     from torchcache.cli.output import Output
-    from torchcache.pool import NamespaceStatus, Pool, ServerStatus
+    from torchcache.pool import NamespaceStatus, Pool, PoolStatistics, ServerStatus
 
 
 @click.command(epilog=EXIT_CODES, short_help="Show how the pool's servers are.")
@@ -24,9 +24,14 @@ def status(session: Session) -> None:
     Never starts a pool: exit code 3 if none runs. Counters run since each server started.
     """
     pool = _running_embedded_pool() if session.uses_embedded_pool else session.pool
-    servers, unreachable = pool.status(), pool.unreachable()
+    servers, unreachable, seen = pool.status(), pool.unreachable(), pool.statistics()
     session.output.document(
-        {"servers": [dataclasses.asdict(server) for server in servers], "unreachable": unreachable}
+        {
+            "servers": [dataclasses.asdict(server) for server in servers],
+            "unreachable": unreachable,
+            "lanes": seen.lanes,
+            "lane_reasons": seen.lane_reasons,
+        }
     )
     for address in unreachable:
         session.output.warning(f"the server {address} can't be reached; the others stand in for it")
@@ -38,6 +43,7 @@ def status(session: Session) -> None:
             )
     if not session.output.as_json:
         _show_servers(session.output, servers)
+        _show_lanes(session.output, servers, seen)
         _show_disks(session.output, servers)
         _show_under_stores(session.output, servers)
         _show_namespaces(session.output, servers)
@@ -47,7 +53,7 @@ def _running_embedded_pool() -> Pool:
     """The embedded pool as it runs, without attaching to it: that would start it. Raises ServerUnavailable."""
     from torchcache.embedded import read_endpoint, running
     from torchcache.lanes.access import Access
-    from torchcache.local_pool import default_root
+    from torchcache.local_pool import default_root, wanted_lane
     from torchcache.pool import Pool
     from torchcache.pool.members import StaticMembers, parse_address
 
@@ -59,7 +65,9 @@ def _running_embedded_pool() -> Pool:
             "no embedded pool runs here for these S3 settings; the first program to use one starts it"
         )
     endpoints = parse_address(",".join(addresses))
-    return Pool(StaticMembers(endpoints=endpoints, access=Access(token_file=root / "token")))
+    return Pool(
+        StaticMembers(endpoints=endpoints, access=Access(token_file=root / "token")), wanted_lane(None)
+    )
 
 
 def _show_servers(output: Output, servers: list[ServerStatus]) -> None:
@@ -88,6 +96,22 @@ def _show_servers(output: Output, servers: list[ServerStatus]) -> None:
                 size_text(s.upload_pending_bytes),
                 f"{s.corrupt:,}",
                 s.store_path,
+            )
+            for s in servers
+        ],
+    )
+
+
+def _show_lanes(output: Output, servers: list[ServerStatus], seen: PoolStatistics) -> None:
+    output.table(
+        ("server", "lane from here", ">read locally", ">read by flight", "why not local"),
+        [
+            (
+                s.address,
+                seen.lanes.get(s.address, ""),
+                size_text(s.local_bytes),
+                size_text(s.served_bytes),
+                seen.lane_reasons.get(s.address, ""),
             )
             for s in servers
         ],

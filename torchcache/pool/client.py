@@ -11,6 +11,7 @@ from torchcache.lanes.base import Buffer, ReadOptions
 from torchcache.model import Extent, ObjectId, ObjectInfo
 from torchcache.pool import policies, staging
 from torchcache.pool.farewell import farewell
+from torchcache.pool.lane_choice import LaneName
 from torchcache.pool.members import MemberSource
 from torchcache.pool.objects import Objects
 from torchcache.pool.reads import Reading
@@ -38,12 +39,13 @@ class Pool:
     DeadlineExceeded once trying again did not help, ConfigurationError for wrong arguments and a refused token.
     """
 
-    def __init__(self, source: MemberSource) -> None:
+    def __init__(self, source: MemberSource, lane: LaneName = "auto") -> None:
         self._source = source
+        self._lane = lane
         self._sessions: dict[int, Session] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (Pool, (self._source,))
+        return (Pool, (self._source, self._lane))
 
     def __repr__(self) -> str:
         return f"Pool({self._source.description!r})"
@@ -58,7 +60,7 @@ class Pool:
         pid = os.getpid()
         session = self._sessions.get(pid)
         if session is None:
-            session = self._sessions.setdefault(pid, Session(self._source))
+            session = self._sessions.setdefault(pid, Session(self._source, self._lane))
             for other in [key for key in self._sessions if key != pid]:
                 self._sessions.pop(other, None)
         return session

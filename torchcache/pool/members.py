@@ -96,6 +96,7 @@ class Member:
     server_id: str
     control: ControlClient
     lane: Lane
+    lane_reason: str  # why it isn't the local one, if that was wanted
     under_stores: tuple[UnderStoreName, ...]
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from torchcache.errors import TorchCacheError
@@ -49,7 +49,8 @@ class ServerStatus:
     Of the store's disk: `spare_bytes` are in files kept to be written again, `dead_bytes` in segments where chunks
     were, `overhead_bytes` in the index and the records beside it, `free_bytes` left on the file system. `damaged_kept`
     counts damaged chunks that stay because there is no other copy. `out_of_service` says why the disk is not used any
-    more; empty while it is.
+    more; empty while it is. `served_bytes` travelled by the flight lane; `local_chunks` and `local_bytes` clients read
+    from the store's files themselves, by what they say.
     """
 
     address: str
@@ -70,6 +71,8 @@ class ServerStatus:
     filled_chunks: int
     filled_bytes: int
     served_bytes: int
+    local_chunks: int
+    local_bytes: int
     read_calls: int
     write_calls: int
     upload_pending_bytes: int
@@ -113,12 +116,17 @@ class Residency:
 class PoolStatistics:
     """What this process asked of the pool since it first used it.
 
-    `lanes` maps a server's address to the lane its bytes travel by. `read_calls` and `write_calls` count calls to a
+    `lanes` maps a server's address to the lane its bytes travel by, `lane_reasons` to why that isn't the local one,
+    empty if it is. `local_extents` and `local_bytes` of `extents` and `read_bytes` this process read from a server's
+    files itself, the others came by the flight lane. `read_calls` and `write_calls` count calls to a
     server (do_get, do_put), not samples; `extents` and `read_bytes` what they delivered, `written_bytes` what was
     acknowledged; `retries` calls made again.
     """
 
     lanes: dict[str, str]
+    lane_reasons: dict[str, str] = field(default_factory=dict)
+    local_extents: int = 0
+    local_bytes: int = 0
     read_calls: int = 0
     write_calls: int = 0
     control_calls: int = 0
@@ -193,8 +201,8 @@ def namespace_status(reply: cache_pb2.NamespaceStatus) -> NamespaceStatus:
 
 
 _SAME = tuple(
-    field.name
-    for field in fields(ServerStatus)
-    if field.name in cache_pb2.StatusReply.DESCRIPTOR.fields_by_name
-    and field.name not in ("under_stores", "namespaces")
+    one.name
+    for one in fields(ServerStatus)
+    if one.name in cache_pb2.StatusReply.DESCRIPTOR.fields_by_name
+    and one.name not in ("under_stores", "namespaces")
 )

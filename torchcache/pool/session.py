@@ -12,6 +12,7 @@ from typing import Any, Final
 from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
 from torchcache.lanes.flight import FlightLane
 from torchcache.pool.control import ControlClient
+from torchcache.pool.lane_choice import LaneName, choose_lane
 from torchcache.pool.members import Endpoint, Member, Members, MemberSource, Ordering, UnderStoreName
 from torchcache.pool.reports import PoolStatistics
 from torchcache.pool.retry import Retry, RetryBudget
@@ -35,8 +36,9 @@ class Asked:
 class Session:
     """One process's live state of a pool. Thread-safe; never used in another process than the one that made it."""
 
-    def __init__(self, source: MemberSource) -> None:
+    def __init__(self, source: MemberSource, lane: LaneName = "auto") -> None:
         self.source = source
+        self._wanted_lane = lane
         self.budget = RetryBudget()
         self.ordering = Ordering()
         self._lock = threading.Lock()
@@ -44,6 +46,7 @@ class Session:
         self._members: Members | None = None
         self._counts: Counter[str] = Counter()
         self._lanes: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
 
     # ---- statistics ----
 
@@ -55,7 +58,7 @@ class Session:
     def statistics(self) -> PoolStatistics:
         """See `Pool.statistics`."""
         with self._lock:
-            return PoolStatistics(lanes=dict(self._lanes), **self._counts)
+            return PoolStatistics(lanes=dict(self._lanes), lane_reasons=dict(self._reasons), **self._counts)
 
     # ---- members ----
 
@@ -92,7 +95,9 @@ class Session:
             if member.address not in addresses:
                 member.close()
         with self._lock:
-            self._lanes |= {member.address: member.lane.name for member in found.by_id.values()}
+            for member in found.by_id.values():
+                self._lanes[member.address] = member.lane.name
+                self._reasons[member.address] = member.lane_reason
         return found
 
     def _find(self, deadline: float, before: Members | None) -> Members:
@@ -103,7 +108,7 @@ class Session:
         failure: TransientError | None = None
         for endpoint in self.source.resolve(deadline=deadline):
             try:
-                member = self._meet(endpoint, deadline)
+                member = self._meet(endpoint, known.get(endpoint.address), deadline)
                 by_id[member.server_id] = member
             except TransientError as error:
                 missing.append(endpoint.address)
@@ -122,7 +127,7 @@ class Session:
             )
         return Members(by_id, tuple(missing))
 
-    def _meet(self, endpoint: Endpoint, deadline: float) -> Member:
+    def _meet(self, endpoint: Endpoint, before: Member | None, deadline: float) -> Member:
         access = self.source.access
         control = ControlClient(endpoint.address, access)
         until = min(deadline, time.monotonic() + INFO_S)
@@ -132,8 +137,16 @@ class Session:
         stores = tuple(
             UnderStoreName(s.name, s.uri if s.uri.endswith("/") else s.uri + "/") for s in info.under_stores
         )
-        lane = FlightLane(endpoint.host, info.data_port, server=endpoint.address, access=access)
-        return Member(info.server_id, control, lane, stores)
+        flight = FlightLane(endpoint.host, info.data_port, server=endpoint.address, access=access)
+        lane, reason = choose_lane(
+            self._wanted_lane,
+            info,
+            flight,
+            control,
+            before=before.lane if before is not None else None,
+            count=self.count,
+        )
+        return Member(info.server_id, control, lane, reason, stores)
 
     # ---- control calls ----
 

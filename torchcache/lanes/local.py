@@ -1,0 +1,156 @@
+"""The local lane: a client on the server's machine reads the store's files itself. No call, and every byte verified.
+
+One transaction of the index for a batch, then for each extent a slice of a mapped segment and a checksum over it. What
+isn't there, isn't sound or isn't as asked, the flight lane reads within the same call: it has it fetched or mended, or
+says what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Protocol, cast
+
+import xxhash
+
+from torchcache.errors import TorchCacheError
+from torchcache.lanes.base import Lane, Outcome, ReadOptions, Row
+from torchcache.lanes.local_ranges import Damaged, read_range
+from torchcache.lanes.local_store import LocalStore
+from torchcache.lanes.local_use import UseReports
+from torchcache.model import CHUNK_BYTES, UNKNOWN_SIZE, Extent, ObjectInfo
+from torchcache.records import CHUNK_INDEX
+
+_packed = CHUNK_INDEX.pack
+_hash = xxhash.xxh3_64_intdigest
+
+
+class Counted(Protocol):
+    """Takes counts by their names, as `Session.count` does."""
+
+    def __call__(self, **counts: int) -> None: ...
+
+
+class LocalLane:
+    """Reads the store of one server. What it can't, `flight` does."""
+
+    name = "local"
+
+    def __init__(self, store: LocalStore, flight: Lane, *, count: Counted, reports: UseReports) -> None:
+        self.store = store
+        self._flight = flight
+        self._count = count
+        self._reports = reports
+
+    def behind(self, flight: Lane) -> LocalLane:
+        """The same, with another flight lane for what it can't do."""
+        return LocalLane(self.store, flight, count=self._count, reports=self._reports)
+
+    def read(
+        self,
+        extents: Sequence[Extent],
+        into: Sequence[memoryview | None],
+        options: ReadOptions,
+        *,
+        deadline: float,
+    ) -> list[Outcome]:
+        """See `Lane.read`."""
+        if options.suspect:
+            return self._flight.read(extents, into, options, deadline=deadline)
+        outcomes: list[Outcome | None] = [None] * len(extents)
+        damaged, read_bytes = self._read_here(extents, into, outcomes)
+        left = [number for number, outcome in enumerate(outcomes) if outcome is None]
+        if here := len(outcomes) - len(left):
+            self._count(local_extents=here, local_bytes=read_bytes)
+            self._reports.add(here, read_bytes)
+        if left:
+            suspects = replace(options, suspect=True)
+            for numbers, how in (
+                ([n for n in left if n not in damaged], options),
+                (sorted(damaged), suspects),
+            ):
+                if numbers:
+                    self._read_there(numbers, extents, into, outcomes, options=how, deadline=deadline)
+        return cast(list[Outcome], outcomes)
+
+    def _read_here(  # noqa: PLR0912 - each branch is a few instructions of what every record costs
+        self, extents: Sequence[Extent], into: Sequence[memoryview | None], outcomes: list[Outcome | None]
+    ) -> tuple[set[int], int]:
+        """Puts what can be read here in its place. Returns which extents were found damaged, and the bytes read."""
+        store = self.store
+        found = store.look_up([e[0].id.digest + _packed(e[1] // CHUNK_BYTES & 0xFFFFFFFF) for e in extents])
+        warm, count = found.warm, found.count
+        damaged: set[int] = set()
+        read_bytes = 0
+        for number, (extent, place, target) in enumerate(zip(extents, found.places, into, strict=True)):
+            try:
+                known = warm.get(place) or found.learn(place)
+                if known is None:
+                    continue
+                identity, chunk_index, object_size, view, start, end, digest, mapped, _ = known
+                info, offset, length = extent
+                if identity != info.id.encoded or chunk_index != offset // CHUNK_BYTES:
+                    store.records.forget(place)  # by the index it should be another's
+                    continue
+                if info.size not in (object_size, UNKNOWN_SIZE):
+                    continue
+                mapped.used = count
+                if offset or end - start != object_size or 0 <= length != object_size:
+                    got = read_range(store, known, extent, target)
+                    if got is None:
+                        continue
+                elif target is None:
+                    got = view[start:end]
+                    if _hash(got) != digest:
+                        raise Damaged
+                else:
+                    if len(target) < object_size:
+                        continue
+                    got = target[:object_size]
+                    got[:] = view[start:end]
+                    if _hash(got) != digest:
+                        raise Damaged
+            except (Damaged, OSError):
+                damaged.add(number)
+                store.records.forget(place)
+            else:
+                outcomes[number] = got
+                read_bytes += len(got)
+        return damaged, read_bytes
+
+    def _read_there(
+        self,
+        numbers: Sequence[int],
+        extents: Sequence[Extent],
+        into: Sequence[memoryview | None],
+        outcomes: list[Outcome | None],
+        *,
+        options: ReadOptions,
+        deadline: float,
+    ) -> None:
+        """Puts what the flight lane says of these extents in their places."""
+        asked, targets = [extents[n] for n in numbers], [into[n] for n in numbers]
+        try:
+            answers = self._flight.read(asked, targets, options, deadline=deadline)
+        except TorchCacheError as error:  # nothing could be asked; what was read here is good all the same
+            answers = [error] * len(numbers)
+        for number, answer in zip(numbers, answers, strict=True):
+            outcomes[number] = answer
+
+    def write(
+        self,
+        namespace: str,
+        objects: Sequence[ObjectInfo],
+        rows: Iterable[Row],
+        *,
+        durable: bool,
+        deadline: float,
+    ) -> int:
+        """See `Lane.write`."""
+        return self._flight.write(namespace, objects, rows, durable=durable, deadline=deadline)
+
+    def close(self) -> None:
+        """See `Lane.close`."""
+        self._reports.close()
+        self.store.close()
+        self._flight.close()
