@@ -264,7 +264,8 @@ def test_a_killed_server_is_started_again(root: Path, pool: Pool) -> None:
     assert pool.statistics().retries > 0
 
 
-def test_a_server_killed_amid_reads_is_not_noticed(root: Path, pool: Pool) -> None:
+def test_a_server_killed_amid_reads_is_not_noticed(root: Path) -> None:
+    pool = LocalPool(root, capacity=CAPACITY, lane="flight").pool
     fill(pool)
     failed: list[BaseException] = []
     turns = 0
@@ -292,6 +293,16 @@ def test_a_server_killed_amid_reads_is_not_noticed(root: Path, pool: Pool) -> No
     for reader in readers:
         reader.join()
     assert not failed
+
+
+def test_what_is_held_is_read_on_while_the_server_is_dead(root: Path, pool: Pool) -> None:
+    fill(pool)
+    check(pool)
+    os.kill(server_pids(root)[0], signal.SIGKILL)
+    check(pool)
+    statistics = pool.statistics()
+    assert (statistics.retries, statistics.local_extents) == (0, statistics.extents)
+    assert not server_pids(root), "nobody needed it"
 
 
 def test_children_keep_the_pool_alive(root: Path) -> None:

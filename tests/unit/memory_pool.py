@@ -16,7 +16,14 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.model import Extent, ObjectId, ObjectInfo
-from torchcache.pool import NamespaceStatus, Residency, SaveInfo, ServerStatus, UnderStoreStatus
+from torchcache.pool import (
+    NamespaceStatus,
+    PoolStatistics,
+    Residency,
+    SaveInfo,
+    ServerStatus,
+    UnderStoreStatus,
+)
 
 
 class MemoryPool:
@@ -225,6 +232,11 @@ class MemoryPool:
         namespaces = tuple(self.namespaces.values())
         return [dataclasses.replace(server_status(self.roots), namespaces=namespaces, **self.disk)]
 
+    def statistics(self) -> PoolStatistics:
+        return PoolStatistics(
+            lanes={"127.0.0.1:7440": "flight"}, lane_reasons={"127.0.0.1:7440": "it is far away"}
+        )
+
     def unreachable(self) -> list[str]:
         return []
 
@@ -266,6 +278,8 @@ def server_status(roots: dict[str, str]) -> ServerStatus:
         filled_chunks=0,
         filled_bytes=0,
         served_bytes=5_000_000_000,
+        local_chunks=3,
+        local_bytes=6_000_000_000,
         read_calls=40,
         write_calls=4,
         upload_pending_bytes=1_500_000,

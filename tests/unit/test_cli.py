@@ -116,6 +116,17 @@ def test_status_names_the_servers_that_do_not_answer(
     assert "the server h:1 can't be reached" in capsys.readouterr().err
 
 
+def test_status_shows_the_lane_to_each_server_and_what_was_read_by_it(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["status"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "flight" in line and "far" in line]
+    assert line.split()[1:6] == ["flight", "6.0", "GB", "5.0", "GB"]
+    document = run_json(capsys, "status")
+    assert document["lanes"] == {"127.0.0.1:7440": "flight"}
+    assert document["lane_reasons"] == {"127.0.0.1:7440": "it is far away"}
+
+
 def test_configuration_errors_are_code_2(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["ls", "gs://bucket/x"]) == 2
     assert capsys.readouterr().err == "torchcache: no under-store for gs://bucket/x/\n"
