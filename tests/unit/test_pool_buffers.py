@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchcache.errors import ConfigurationError
+from torchcache.lanes.base import Scattered
 from torchcache.model import CHUNK_BYTES, ChunkId, Extent, ObjectId, ObjectInfo
 from torchcache.pool import buffers
 from torchcache.pool.buffers import CALL_BYTES, chunks, flat, targets, write_calls
@@ -33,10 +34,22 @@ def test_chunks_are_the_concatenation(sizes: list[int]) -> None:
     assert [c.size for c in cut] == [ChunkId(info.id, i).length(len(whole)) for i in range(info.chunk_count)]
 
 
-def test_only_chunks_of_several_buffers_are_copied() -> None:
-    large = pa.py_buffer(bytes(2 * CHUNK_BYTES))
-    first, second, _ = chunks([memoryview(large), memoryview(b"tail")])
+def test_no_chunk_is_copied() -> None:
+    large, other = pa.py_buffer(bytes(2 * CHUNK_BYTES + 10)), pa.py_buffer(b"tail")
+    first, second, third = chunks([memoryview(large), memoryview(other)])
+    assert isinstance(first, pa.Buffer) and isinstance(second, pa.Buffer)
     assert (first.address, second.address) == (large.address, large.address + CHUNK_BYTES)
+    assert isinstance(third, Scattered)
+    assert [(pa.py_buffer(part).address, len(part)) for part in third.parts] == [
+        (large.address + 2 * CHUNK_BYTES, 10),
+        (other.address, 4),
+    ]
+
+
+def test_many_small_buffers_become_one() -> None:
+    [chunk] = chunks([memoryview(bytes([i])) for i in range(200)])
+    assert isinstance(chunk, pa.Buffer)
+    assert bytes(chunk) == bytes(range(200))
 
 
 @settings(max_examples=20, deadline=None)

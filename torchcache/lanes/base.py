@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import pyarrow as pa
 
@@ -17,8 +17,36 @@ Buffer = bytes | bytearray | memoryview
 Outcome = memoryview | TorchCacheError
 """Of one extent: its bytes, or why not."""
 
-Row = tuple[int, int, pa.Buffer]
+
+class Scattered:
+    """Bytes that lie in several places, one behind the other. `size` of all of them."""
+
+    __slots__ = ("parts", "size")
+
+    def __init__(self, parts: Sequence[memoryview]) -> None:
+        self.parts = tuple(parts)
+        self.size = sum(map(len, self.parts))
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.parts)
+
+
+Data: TypeAlias = pa.Buffer | Scattered
+
+Row = tuple[int, int, Data]
 """A chunk to write: the place of its object in the call, the number of the chunk in the object, its bytes."""
+
+
+def parts_of(data: Data) -> tuple[memoryview, ...]:
+    """The bytes where they lie. None of no bytes."""
+    if isinstance(data, Scattered):
+        return data.parts
+    return (memoryview(data).cast("B"),) if data.size else ()
+
+
+def contiguous(data: Data) -> pa.Buffer:
+    """The bytes in one place: copied if they aren't yet."""
+    return pa.py_buffer(bytes(data)) if isinstance(data, Scattered) else data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from torchcache.errors import DeadlineExceeded, IntegrityError, ServerUnavailabl
 from torchcache.heap import keep_freed_memory
 from torchcache.lanes.access import Access
 from torchcache.lanes.assembly import Assembly
-from torchcache.lanes.base import Outcome, ReadOptions, Row
+from torchcache.lanes.base import Outcome, ReadOptions, Row, contiguous
 from torchcache.lanes.connections import Connections, connections
 from torchcache.model import Extent, ObjectInfo, chunk_digest
 from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, WRITE_SCHEMA, decode_pieces, encode_chunks
@@ -231,7 +231,8 @@ def _batches(rows: Iterable[Row]) -> Iterator[tuple[pa.RecordBatch, int]]:
     """Batches of WRITE_SCHEMA with their payload in bytes."""
     held: list[tuple[int, int, int, pa.Buffer]] = []
     size = 0
-    for number, index, data in rows:
+    for number, index, scattered in rows:
+        data = contiguous(scattered)
         held.append((number, index, chunk_digest(memoryview(data)), data))
         size += data.size
         if size >= BATCH_BYTES or len(held) >= BATCH_ROWS:

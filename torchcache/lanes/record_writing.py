@@ -11,12 +11,12 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-import pyarrow as pa
 from xxhash import xxh3_64, xxh3_64_intdigest
 
+from torchcache.lanes.base import Data, parts_of
 from torchcache.model import BLOCK_BYTES, ObjectInfo
 from torchcache.records import RecordHeader, aligned, encode_record, header_bytes, padding
 
@@ -24,7 +24,7 @@ PIECE_BYTES: Final = 1024 * 1024
 """Hashed and written at a time: little enough to stay in the processor's cache, a multiple of the block."""
 
 _RUN_BYTES: Final = 1024 * 1024
-_RUN_BUFFERS: Final = 1000  # below IOV_MAX
+_RUN_BUFFERS: Final = 900  # and those of one record more: below IOV_MAX
 
 Bytes = bytes | memoryview
 
@@ -69,7 +69,7 @@ class Record(NamedTuple):
 
     object: ObjectInfo
     number: int
-    data: pa.Buffer
+    data: Data
     offset: int
 
     @property
@@ -98,14 +98,14 @@ class SegmentWriter:
         if record.data.size > PIECE_BYTES:
             self._write_large(record)
             return
-        payload = memoryview(record.data).cast("B") if record.data.size else memoryview(b"")
-        header = self._header(record, xxh3_64_intdigest(payload), _block_digests(payload))
+        parts = parts_of(record.data)
+        header = self._header(record, _digest(parts), _block_digests(parts))
+        buffers: list[Bytes] = [header, *parts, padding(record.data.size)]
         if self._run_at + self._run_bytes != record.offset or self._run_bytes >= _RUN_BYTES:
             self.flush()
             self._run_at = record.offset
-        end = padding(len(payload))
-        self._run += [part for part in (header, payload, end) if len(part)]
-        self._run_bytes += len(header) + len(payload) + len(end)
+        self._run += [buffer for buffer in buffers if len(buffer)]
+        self._run_bytes += sum(map(len, buffers))
         if len(self._run) >= _RUN_BUFFERS:
             self.flush()
 
@@ -115,16 +115,17 @@ class SegmentWriter:
         self._put(run, self._run_at)
 
     def _write_large(self, record: Record) -> None:
-        payload = memoryview(record.data).cast("B")
         whole, blocks = xxh3_64(), []
         at = record.offset + record.header_bytes
-        for start in range(0, len(payload), PIECE_BYTES):
-            piece = payload[start : start + PIECE_BYTES]
+        for piece in _pieces(parts_of(record.data)):
             blocks.append(_block_digests(piece))
-            whole.update(piece)
-            self._put([piece], at + start)
-        if end := padding(len(payload)):
-            self._put([end], at + len(payload))
+            for part in piece:
+                whole.update(part)
+            size = sum(map(len, piece))
+            self._put(piece, at)
+            at += size
+        if end := padding(record.data.size):
+            self._put([end], at)
         self._put([self._header(record, whole.intdigest(), b"".join(blocks))], record.offset)
 
     def _header(self, record: Record, digest: int, block_digests: bytes) -> bytes:
@@ -139,8 +140,9 @@ class SegmentWriter:
         )
         return encode_record(header, self._nonce, record.offset)
 
-    def _put(self, buffers: list[Bytes], offset: int) -> None:
-        """All of `buffers`, in order, going on after short writes."""
+    def _put(self, given: Sequence[Bytes], offset: int) -> None:
+        """All of `given`, in order, going on after short writes."""
+        buffers = list(given)
         left = sum(map(len, buffers))
         while left:
             written = self._files.pwritev(self._fd, buffers, offset)
@@ -155,9 +157,47 @@ class SegmentWriter:
                 buffers[0] = memoryview(buffers[0])[written:]
 
 
-def _block_digests(payload: memoryview) -> bytes:
-    """As `model.block_digests`, for what starts with a block."""
-    digests = [
-        xxh3_64_intdigest(payload[at : at + BLOCK_BYTES]) for at in range(0, len(payload), BLOCK_BYTES)
-    ]
+def _pieces(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """The bytes in pieces of `PIECE_BYTES`, the last one maybe shorter."""
+    piece: list[memoryview] = []
+    room = PIECE_BYTES
+    for part in parts:
+        at = 0
+        while at < len(part):
+            taken = part[at : at + room]
+            piece.append(taken)
+            at += len(taken)
+            room -= len(taken)
+            if not room:
+                yield piece
+                piece, room = [], PIECE_BYTES
+    if piece:
+        yield piece
+
+
+def _digest(parts: Sequence[memoryview]) -> int:
+    """As `model.chunk_digest`."""
+    whole = xxh3_64()
+    for part in parts:
+        whole.update(part)
+    return whole.intdigest()
+
+
+def _block_digests(parts: Sequence[memoryview]) -> bytes:
+    """As `model.block_digests`, of what starts with a block. Only a block that lies in several parts is copied."""
+    digests: list[int] = []
+    begun = b""
+    for part in parts:
+        at = 0
+        if begun:
+            at = min(BLOCK_BYTES - len(begun), len(part))
+            begun += part[:at]
+            if len(begun) < BLOCK_BYTES:
+                continue
+            digests.append(xxh3_64_intdigest(begun))
+        whole = at + (len(part) - at) // BLOCK_BYTES * BLOCK_BYTES
+        digests += [xxh3_64_intdigest(part[i : i + BLOCK_BYTES]) for i in range(at, whole, BLOCK_BYTES)]
+        begun = bytes(part[whole:])
+    if begun:
+        digests.append(xxh3_64_intdigest(begun))
     return struct.pack(f"<{len(digests)}Q", *digests)

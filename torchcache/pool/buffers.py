@@ -9,13 +9,16 @@ from typing import Final
 import pyarrow as pa
 
 from torchcache.errors import ConfigurationError
-from torchcache.lanes.base import Buffer, Row
+from torchcache.lanes.base import Buffer, Data, Row, Scattered
 from torchcache.model import CHUNK_BYTES, UNKNOWN_SIZE, Extent, ObjectId, ObjectInfo
 
-CALL_BYTES: Final = 64 * 1024 * 1024
-"""Payload of one write call; the last chunk may exceed it."""
+CALL_BYTES: Final = 256 * 1024 * 1024
+"""Payload of one write call; the last chunk may exceed it. So much fills four segments of the store."""
 
 CALL_OBJECTS: Final = 16_384
+
+_MOST_PARTS: Final = 64
+"""Of one chunk. More, and handling each costs more than copying them."""
 
 
 def flat(buffer: Buffer) -> memoryview:
@@ -89,8 +92,11 @@ def write_calls(objects: Sequence[tuple[ObjectId, Sequence[Buffer]]]) -> Iterato
         yield call
 
 
-def chunks(views: Sequence[memoryview]) -> Iterator[pa.Buffer]:
-    """The concatenation of `views` in chunks. Only a chunk that spans several views is copied; nothing is one chunk."""
+def chunks(views: Sequence[memoryview]) -> Iterator[Data]:
+    """The concatenation of `views` in chunks, each of which may span several. Nothing is one chunk.
+
+    Only what many small views make together is copied.
+    """
     held: list[memoryview] = []
     held_bytes = 0
     for view in views:
@@ -101,11 +107,13 @@ def chunks(views: Sequence[memoryview]) -> Iterator[pa.Buffer]:
             held_bytes += len(part)
             at += len(part)
             if held_bytes == CHUNK_BYTES:
-                yield _joined(held)
+                yield _data(held)
                 held, held_bytes = [], 0
     if held or not any(len(view) for view in views):
-        yield _joined(held)
+        yield _data(held)
 
 
-def _joined(parts: Sequence[memoryview]) -> pa.Buffer:
+def _data(parts: Sequence[memoryview]) -> Data:
+    if 1 < len(parts) <= _MOST_PARTS:
+        return Scattered(parts)
     return pa.py_buffer(parts[0] if len(parts) == 1 else b"".join(parts))
