@@ -13,6 +13,7 @@ _HOMES = {
     "LocalPool": "torchcache.local_pool",
     "Pool": "torchcache.pool",
     "TlsConfig": "torchcache.pool",
+    "BufferPool": "torchcache.data",
     "CachedDataset": "torchcache.data",
     "CacheStorageReader": "torchcache.checkpoint",
     "CacheStorageWriter": "torchcache.checkpoint",
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
         open_safetensors,
     )
     from torchcache.connecting import connect
-    from torchcache.data import CachedDataset
+    from torchcache.data import BufferPool, CachedDataset
     from torchcache.errors import (
         AlreadyExists,
         CheckpointError,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlreadyExists",
+    "BufferPool",
     "CacheStorageReader",
     "CacheStorageWriter",
     "CachedDataset",

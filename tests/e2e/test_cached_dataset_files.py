@@ -35,6 +35,11 @@ def decode(data: memoryview) -> torch.Tensor:
     return torch.tensor([len(data), sum(data[:10])])
 
 
+def head(sample: Any) -> Any:
+    """Of equal size, so that samples can be stacked."""
+    return sample[:500]
+
+
 @pytest.fixture
 def bucket(s3: SeaweedFS) -> str:
     name = s3.make_bucket()
@@ -89,6 +94,26 @@ def test_workers_beside_a_used_pool(bucket: str, method: str) -> None:
                 seen += batch.tolist()
                 assert dataset[1].tolist() == expected[1]
             assert seen == expected
+
+
+@pytest.mark.parametrize("output", ["numpy", "tensor"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_that_reuse_their_buffers(bucket: str, method: str, output: Any) -> None:
+    """More batches than the pool has room for, kept by the trainer while workers go on: none is written over."""
+    with tc.LocalPool() as pool:
+        buffers = tc.BufferPool("64KiB")
+        dataset = tc.CachedDataset.from_files(
+            f"s3://{bucket}/data", output=output, transform=head, buffers=buffers, pool=pool
+        )
+        expected = [list(payload(i)[:500]) for i in ORDER]
+        mine = dataset[0]  # a buffer is out when the workers are forked
+        loader = DataLoader(
+            dataset, batch_size=5, num_workers=2, multiprocessing_context=method, persistent_workers=True
+        )
+        for _ in range(2):
+            kept = list(loader)
+            assert [row for batch in kept for row in batch.tolist()] == expected
+        assert mine.tolist() == expected[0]
 
 
 def test_staged_files_need_no_s3(bucket: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ class MemoryPool:
             try:
                 data = memoryview(self._content(extent.object.id))[extent.offset : extent.end]
             except TorchCacheError as error:
-                outcomes.append(error)
+                outcomes.append(error.with_traceback(None))  # else it would keep `into` alive
                 continue
             if into is not None:
                 into[i][: len(data)] = data

@@ -1,6 +1,7 @@
 """Datasets behind the cache."""
 
+from torchcache.data.buffer_pool import BufferPool
 from torchcache.data.cached import CachedDataset
 from torchcache.data.prefetch import Prefetch
 
-__all__ = ["CachedDataset", "Prefetch"]
+__all__ = ["BufferPool", "CachedDataset", "Prefetch"]

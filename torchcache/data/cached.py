@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset, IterableDataset
 
 from torchcache.connecting import connect
+from torchcache.data.buffer_pool import BufferPool
 from torchcache.data.computed import ComputedSamples, Encoding
 from torchcache.data.files import FileSamples
 from torchcache.data.fingerprint import fingerprint
+from torchcache.data.outputs import Output
 from torchcache.data.prefetch import Prefetch, epoch_order
 from torchcache.data.progress import progress_bar
 from torchcache.data.samples import Samples
@@ -81,19 +83,32 @@ class CachedDataset(Dataset[Any]):
         pattern: str = "*",
         decode: Callable[[memoryview], Any] | None = None,
         transform: Transform | None = None,
+        output: Output = "bytes",
+        buffers: BufferPool | None = None,
         pool: str | Pool | LocalPool | None = None,
     ) -> CachedDataset:
         """The objects under the folder `uri`, one a sample, ordered by key, bytewise; listed once, here.
 
         `uri` is a URI ("s3://bucket/images") or an absolute path ("/data/images", the same as "file:///data/images").
-        `pattern` is matched as by fnmatch against the key relative to `uri`; `*` crosses slashes. A sample is the
-        object's `bytes`, or what `decode` makes of a read-only memoryview of them; then `transform` runs on it.
+        `pattern` is matched as by fnmatch against the key relative to `uri`; `*` crosses slashes. A sample is what
+        `decode` makes of a read-only memoryview of the object; without it, what `output` says:
 
-        Raises ConfigurationError for a bad URI or missing credentials, ObjectNotFound if the bucket doesn't exist or
-        nothing matches.
+        - "bytes": a copy as `bytes`.
+        - "view": the read-only memoryview, without a copy. It stays valid as long as you keep it, and holds with it
+          what it is a part of: a file of the store, or the batch it came in. It doesn't pickle, so it has to become
+          something else before it leaves a DataLoader's worker.
+        - "tensor", "numpy": a writable tensor or array of uint8 in a buffer of `buffers` (default: one pool of 1 GB
+          for each process). It is yours while you keep it or anything made of it without a copy; then the buffer is
+          used again. Samples of a batch share a buffer, so keep a `.clone()` where you keep one of many.
+
+        Then `transform` runs on the sample.
+
+        Raises ConfigurationError for a bad URI, wrong arguments or missing credentials, ObjectNotFound if the bucket
+        doesn't exist or nothing matches.
         """
         dataset = cls.__new__(cls)
-        dataset._set_up(FileSamples(connect(pool), uri, pattern, decode), transform)
+        samples = FileSamples(connect(pool), uri, pattern, decode=decode, output=output, buffers=buffers)
+        dataset._set_up(samples, transform)
         return dataset
 
     def _set_up(self, samples: Samples, transform: Transform | None) -> None:
