@@ -15,6 +15,7 @@ _HOMES = {
     "TlsConfig": "torchcache.pool",
     "BufferPool": "torchcache.data",
     "CachedDataset": "torchcache.data",
+    "CheckpointManager": "torchcache.checkpoint",
     "CacheStorageReader": "torchcache.checkpoint",
     "CacheStorageWriter": "torchcache.checkpoint",
     "load_safetensors": "torchcache.checkpoint",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from torchcache.checkpoint import (
         CacheStorageReader,
         CacheStorageWriter,
+        CheckpointManager,
         load_safetensors,
         open_safetensors,
     )
@@ -74,6 +76,7 @@ __all__ = [
     "CacheStorageWriter",
     "CachedDataset",
     "CheckpointError",
+    "CheckpointManager",
     "ConfigurationError",
     "DeadlineExceeded",
     "InUse",

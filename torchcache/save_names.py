@@ -12,6 +12,9 @@ METADATA_NAME: Final = ".metadata"
 MANIFEST_NAME: Final = ".torchcache.json"
 """Behind a save's part: the file with our manifest."""
 
+CLAIM_NAME: Final = ".torchcache.save.json"
+"""Behind a save's part: the claim of whoever is saving, or deleting, there."""
+
 PUT_PREFIX: Final = "put:"
 """Namespaces of objects that are put into the pool to be published start so."""
 

@@ -506,7 +506,7 @@ def test_a_failed_upload_says_so(pool: CheckpointPool) -> None:
 def test_an_upload_that_stands_still_is_not_waited_for_forever(
     pool: CheckpointPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchcache.checkpoint.writer._STALL_S", 0.1)
+    monkeypatch.setattr("torchcache.checkpoint.durable.STALL_S", 0.1)
     pool.uploads = False
     with pytest.raises(dcp.CheckpointException) as raised:
         dcp.save(state(), storage_writer=writer(pool, durability="store"))

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOMES = {
+    "CheckpointManager": "torchcache.checkpoint.manager",
     "CacheStorageReader": "torchcache.checkpoint.reader",
     "CacheStorageWriter": "torchcache.checkpoint.writer",
     "load_safetensors": "torchcache.checkpoint.safetensors",
@@ -16,11 +17,18 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from torchcache.checkpoint.manager import CheckpointManager
     from torchcache.checkpoint.reader import CacheStorageReader
     from torchcache.checkpoint.safetensors import load_safetensors, open_safetensors
     from torchcache.checkpoint.writer import CacheStorageWriter
 
-__all__ = ["CacheStorageReader", "CacheStorageWriter", "load_safetensors", "open_safetensors"]
+__all__ = [
+    "CacheStorageReader",
+    "CacheStorageWriter",
+    "CheckpointManager",
+    "load_safetensors",
+    "open_safetensors",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from torchcache.errors import CheckpointError, NotCommitted, ObjectNotFound
 from torchcache.model import ObjectId, ObjectInfo
-from torchcache.save_names import MANIFEST_NAME, METADATA_NAME
+from torchcache.save_names import CLAIM_NAME, MANIFEST_NAME, METADATA_NAME
 
 if TYPE_CHECKING:
     from torchcache.pool import Pool, SaveInfo
 
-State = Literal["saving", "uploading", "durable", "failed", "stock"]
+State = Literal["saving", "uploading", "durable", "failed", "stock", "unfinished"]
 
 STATE_OF_SAVE: Final[dict[str, State]] = {
     "reserved": "saving",
@@ -31,7 +31,8 @@ class Checkpoint:
 
     "saving": not committed yet. "uploading": restorable from the pool. "durable": restorable from storage. "failed":
     restorable from the pool, and its upload met an error. "stock": in storage, saved by torch without torchcache.
-    Sizes are bytes, 0 where they are not known.
+    "unfinished": in storage, being written or deleted by another pool, or left so. Sizes are bytes, 0 where they are
+    not known.
     """
 
     uri: str
@@ -102,16 +103,21 @@ def _stored(pool: Pool, objects: Iterable[ObjectInfo]) -> dict[tuple[str, str], 
     """Checkpoints that lie in storage, by URI and part, from all objects there."""
     found: dict[tuple[str, str], Checkpoint] = {}
     data_bytes: dict[str, int] = {}
+    claimed: set[tuple[str, str]] = set()
     for object in objects:
         folder, _, name = pool.uri(object.id).rpartition("/")
         if name.endswith(_DATA):
             data_bytes[folder] = data_bytes.get(folder, 0) + object.size
+        if name.endswith(CLAIM_NAME):
+            claimed.add((folder, name.removesuffix(CLAIM_NAME)))
         for suffix in (MANIFEST_NAME, METADATA_NAME):
             if name.endswith(suffix) and object.size:  # an empty one was withdrawn
                 part = name.removesuffix(suffix)
                 one = found.setdefault((folder, part), Checkpoint(uri=folder, part=part, state="stock"))
                 if suffix == MANIFEST_NAME:
                     one.state = "durable"
+    for folder, part in claimed - found.keys():
+        found[folder, part] = Checkpoint(uri=folder, part=part, state="unfinished")
     for (folder, part), one in found.items():
         if not part:
             one.bytes = data_bytes.get(folder, 0)

@@ -180,6 +180,8 @@ class CacheStorageReader(StorageReader):
         return self._open_save(uri, info)
 
     def _open_save(self, uri: str, info: SaveInfo) -> Metadata:
+        if self._hold is not None:
+            self._hold.release()
         self._hold = Hold(self.pool, info)
         self._hold.take()
         manifest = Manifest.decode(info.manifest, where=uri)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 import torchcache
+from torchcache.checkpoint.durable import wait_until_durable
 from torchcache.checkpoint.holder import holder_name
 from torchcache.checkpoint.layout import assign_files, file_name, metadata_name, part_name
 from torchcache.checkpoint.lease import Lease, end_lease_of_thread
@@ -30,7 +31,7 @@ from torchcache.checkpoint.metadata import dcp_version, describe, stock_metadata
 from torchcache.checkpoint.staging import StagedFile, expected_bytes
 from torchcache.checkpoint.ticket import Ticket, forget_arrived, take_arrived
 from torchcache.connecting import connect
-from torchcache.errors import CheckpointError, ConfigurationError, DeadlineExceeded
+from torchcache.errors import CheckpointError, ConfigurationError
 from torchcache.local_pool import LocalPool
 from torchcache.pool import Pool
 from torchcache.threads import Threads
@@ -40,9 +41,6 @@ Durability = Literal["pool", "store"]
 _WRITERS = min(4, os.cpu_count() or 1)
 _FILES_IN_FLIGHT = _WRITERS + 1
 _LEAST_BYTES_PER_S = 20e6
-_POLL_S = 0.05
-_MOST_POLL_S = 1.0
-_STALL_S = 600.0
 
 
 class _Save:
@@ -233,7 +231,7 @@ class CacheStorageWriter(StorageWriter):
         if manifest.pickled_bytes:
             self._write_metadata(ticket, pickled)
         try:
-            self.pool.commit_save(
+            committed = self.pool.commit_save(
                 ticket.store,
                 ticket.path,
                 ticket.part,
@@ -247,7 +245,7 @@ class CacheStorageWriter(StorageWriter):
             lease.stop()
             save.forget_release()
         if self.durability == "store":
-            self._wait_durable(ticket)
+            wait_until_durable(self.pool, committed)
         # As FileSystemWriter does: dcp.save returns this object.
         metadata.__dict__.update(finished.__dict__)
 
@@ -270,34 +268,6 @@ class CacheStorageWriter(StorageWriter):
         # Planner data without a JSON form has to be loadable before the upload too.
         target = ticket.file(metadata_name(ticket.part))
         self.pool.write(ticket.namespace, [(target, [pickled])], durable=True)
-
-    def _wait_durable(self, ticket: Ticket) -> None:
-        """Until the save is in the under-store. Gives up when nothing moved for ten minutes."""
-        pause_s, pending, moved_s = _POLL_S, -1, time.monotonic()
-        while True:
-            info = self.pool.get_save(ticket.store, ticket.path, ticket.part, manifest=False)
-            if info.save_id != ticket.save_id:
-                raise CheckpointError(
-                    f"another save replaced {ticket.uri} while it was uploaded", object=ticket.uri
-                )
-            if info.state == "durable":
-                return
-            if info.state == "failed":
-                raise CheckpointError(
-                    f"{ticket.uri} was saved to the pool, but its upload failed: {info.error}; it loads from the "
-                    "pool, and save it again once the cause is mended",
-                    object=ticket.uri,
-                ) from info.error
-            if info.pending_bytes != pending:
-                pending, moved_s = info.pending_bytes, time.monotonic()
-            elif time.monotonic() - moved_s > _STALL_S:
-                raise DeadlineExceeded(
-                    f"{ticket.uri} is saved in the pool, but {pending} bytes have been waiting for their upload for "
-                    f"{_STALL_S:.0f} s; the pool goes on trying",
-                    object=ticket.uri,
-                )
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, _MOST_POLL_S)
 
 
 def _manifest(ticket: Ticket, metadata: Metadata, items: Sequence[Item], pickled: bytes) -> Manifest:

@@ -145,6 +145,10 @@ class CachedDataset(Dataset[Any]):
         """
         return self._samples.keys()
 
+    def identity(self) -> dict[str, str | int]:
+        """Which samples these are: equal for equal ones, also in another process or a later job."""
+        return self._samples.identity()
+
     def state_dict(self) -> dict[str, str | int]:
         """Which samples these are, so that a resumed job notices if they are others. The position is the sampler's."""
         return self._samples.identity()

@@ -254,13 +254,17 @@ class Pool:
         """Gives up a reservation and what was written under it."""
         Saves(self._session()).abandon(cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id))
 
-    def delete_save(self, store: str, path: str, part: str = "", save_id: str = "") -> None:
+    def delete_save(
+        self, store: str, path: str, part: str = "", save_id: str = "", *, timeout_s: float = 600.0
+    ) -> None:
         """Deletes the checkpoint at `path`, in the pool and in the under-store: for readers at once, then its files.
 
         Only `save_id`, if that is given. Raises NotCommitted if there is none, InUse if somebody reads it,
-        AlreadyExists if a save is being written there.
+        AlreadyExists if a save is being written there, DeadlineExceeded if not all files are gone after `timeout_s`;
+        the pool goes on deleting them.
         """
-        Saves(self._session()).delete(cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id))
+        ref = cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
+        Saves(self._session()).delete(ref, timeout_s=timeout_s)
 
     def hold_save(self, save: SaveInfo, reader_id: str, reader: str) -> float:
         """Keeps a save from being deleted while it is read; returns for how many seconds. Raises NotCommitted.

@@ -30,8 +30,6 @@ HOLD_S: Final = 10.0
 DELETE_WAIT_S: Final = 20.0
 """How long one call waits for a deletion before it is asked again."""
 
-DELETE_S: Final = 600.0
-
 _STATES: Final[dict[int, SaveState]] = {
     cache_pb2.SAVE_STATE_RESERVED: "reserved",
     cache_pb2.SAVE_STATE_COMMITTED: "committed",
@@ -118,13 +116,14 @@ class Saves:
         """See `Pool.abandon_save`."""
         self._ask("AbandonSave", cache_pb2.AbandonSaveRequest(save=ref), ref)
 
-    def delete(self, ref: cache_pb2.SaveRef) -> None:
+    def delete(self, ref: cache_pb2.SaveRef, *, timeout_s: float) -> None:
         """See `Pool.delete_save`."""
-        deadline = time.monotonic() + DELETE_S
-        request = cache_pb2.DeleteSaveRequest(save=ref, wait_s=DELETE_WAIT_S)
+        deadline = time.monotonic() + timeout_s
         begun = False
         while True:
             try:
+                wait_s = max(0.001, min(DELETE_WAIT_S, deadline - time.monotonic()))
+                request = cache_pb2.DeleteSaveRequest(save=ref, wait_s=wait_s)
                 done = self._ask("DeleteSave", request, ref).reply.done
             except NotCommitted:
                 if begun:  # by an answer that was lost, or while this one asked again

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from torchcache.errors import AlreadyExists, NotCommitted, Overloaded, TorchCacheError, TransientError
+from torchcache.save_names import CLAIM_NAME
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import (
     Keep,
@@ -30,7 +31,7 @@ from torchcache_server.cache.claims import (
     live_writer,
 )
 from torchcache_server.cache.readers import Readers
-from torchcache_server.cache.saves import CLAIM_NAME, Deletion, SaveKey, manifest_digest, status_of_manifest
+from torchcache_server.cache.saves import Deletion, SaveKey, manifest_digest, status_of_manifest
 from torchcache_server.cache.slots import Slot, Slots
 from torchcache_server.cache.small_objects import read_small, stat_even_empty, write_small
 from torchcache_server.cache.upload_attempt import call_deadline

@@ -22,9 +22,7 @@ from typing import Literal
 from torchcache import errors
 from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.model import ObjectInfo
-from torchcache.save_names import MANIFEST_NAME, METADATA_NAME, save_namespace, saved_file
-
-CLAIM_NAME = ".torchcache.save.json"
+from torchcache.save_names import CLAIM_NAME, MANIFEST_NAME, METADATA_NAME, save_namespace, saved_file
 
 _PART = re.compile(r"(__[0-9]{1,9})?")
 

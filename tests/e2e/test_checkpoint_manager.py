@@ -1,0 +1,422 @@
+"""CheckpointManager through a real pool to a real S3: what is saved comes back exactly, what may go goes."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+import torchcache as tc
+from examples.seaweedfs import SeaweedFS, environment
+from tests.unit.checkpoint_states import assert_same, blank, state
+from torchcache.checkpoint.hold import Hold
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def shared(s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tc.Pool]:
+    with environment(s3_server.environment()), tc.LocalPool(tmp_path_factory.mktemp("pool"), "1GB") as pool:
+        yield pool
+
+
+@pytest.fixture
+def pool(shared: tc.Pool, s3: SeaweedFS) -> tc.Pool:
+    return shared
+
+
+@pytest.fixture(scope="module")
+def other_pool(s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tc.Pool]:
+    """A pool that has no copies of what the first one saved."""
+    with environment(s3_server.environment()), tc.LocalPool(tmp_path_factory.mktemp("other"), "1GB") as pool:
+        yield pool
+
+
+@pytest.fixture
+def bucket(s3: SeaweedFS) -> str:
+    return s3.make_bucket()
+
+
+@pytest.fixture
+def root(bucket: str) -> str:
+    return f"s3://{bucket}/run"
+
+
+def keys(s3: SeaweedFS, bucket: str) -> list[str]:
+    return [entry["Key"] for entry in s3.client.list_objects_v2(Bucket=bucket).get("Contents", [])]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def states(manager: tc.CheckpointManager) -> dict[int, str]:
+    return {step.step: step.state for step in manager.list()}
+
+
+# ---- saving and loading ----
+
+
+def test_all_kinds_of_values_come_back(pool: tc.Pool, root: str) -> None:
+    manager = tc.CheckpointManager(root, pool=pool)
+    assert manager.latest() is None
+    assert manager.list() == []
+    with pytest.raises(tc.NotCommitted, match="no checkpoint under"):
+        manager.load(blank(state()))
+    manager.save(7, state())
+    loaded = blank(state())
+    assert manager.load(loaded) == 7
+    assert_same(loaded, state())
+    assert manager.latest() == 7
+    only = {"step": None}  # less may be asked for
+    assert manager.load(only) == 7
+    assert only == {"step": 12}
+
+
+def test_what_the_state_had_no_place_for_is_loaded_too(pool: tc.Pool, root: str) -> None:
+    saved = {"history": {"loss": [1.0, 2.0], "best": {"at": 3, "weights": torch.ones(3)}}, "other": 1}
+    manager = tc.CheckpointManager(root, pool=pool)
+    manager.save(1, saved)
+    loaded: dict[str, Any] = {"history": {}}
+    manager.load(loaded)
+    assert_same(loaded, {"history": saved["history"]})
+
+
+def test_it_is_a_stock_checkpoint(
+    pool: tc.Pool, root: str, s3: SeaweedFS, bucket: str, tmp_path: Path
+) -> None:
+    manager = tc.CheckpointManager(root, pool=pool)
+    manager.save(0, state())
+    manager.wait_durable()
+    for key in keys(s3, bucket):
+        s3.client.download_file(bucket, key, str(tmp_path / key.rpartition("/")[2]))
+    loaded = blank(state())
+    dcp.load(loaded, storage_reader=dcp.FileSystemReader(tmp_path), no_dist=True)
+    assert_same(loaded, state())
+
+
+class Squares(Dataset[torch.Tensor]):
+    def __init__(self, length: int = 40) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((4,), float(index * index) / 1000)
+
+
+class Training:
+    """A model with dropout, Adam, a schedule, a loader, and random numbers of all three kinds."""
+
+    def __init__(self, pool: tc.Pool, seed: int, workers: int = 0, length: int = 40) -> None:
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 1)
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05, amsgrad=True)
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=3)
+        self.loader = StatefulDataLoader(
+            tc.CachedDataset(Squares(length), name="squares", version=length, pool=pool),
+            batch_size=4,
+            shuffle=True,
+            num_workers=workers,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        self.state: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "loader": self.loader,
+            "epoch": 0,
+        }
+
+    def run(self, steps: int, after: Callable[[int], None] = lambda step: None) -> list[float]:
+        seen: list[float] = []
+        while len(seen) < steps:
+            for batch in self.loader:
+                loss = (self.model(batch) - random.random() - float(np.random.rand())).square().mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                self.schedule.step()
+                seen.append(loss.item() + batch.sum().item())
+                after(len(seen))
+                if len(seen) == steps:
+                    return seen
+            self.state["epoch"] += 1
+        return seen
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_as_if_it_had_never_stopped(pool: tc.Pool, root: str, workers: int) -> None:
+    """In the middle of the second epoch; every loss afterwards is the same to the last bit."""
+    manager = tc.CheckpointManager(root, pool=pool)
+    first = Training(pool, seed=1, workers=workers)
+
+    def save(step: int) -> None:
+        if step == 14:
+            manager.save(step, first.state)
+
+    expected = first.run(27, save)
+    other = Training(pool, seed=2, workers=workers)
+    assert manager.load(other.state) == 14
+    assert other.state["epoch"] == 1
+    assert other.run(13) == expected[14:]
+    assert_same(other.model.state_dict(), first.model.state_dict())
+    ours, theirs = other.optimizer.state_dict(), first.optimizer.state_dict()
+    assert_same(
+        {str(k): v for k, v in ours["state"].items()}, {str(k): v for k, v in theirs["state"].items()}
+    )
+    assert ours["param_groups"] == theirs["param_groups"]
+
+
+def test_random_numbers_can_be_left_out(pool: tc.Pool, root: str) -> None:
+    tc.CheckpointManager(root, pool=pool).save(1, {"a": 1})
+    before = torch.get_rng_state()
+    torch.rand(1)
+    moved = torch.get_rng_state()
+    tc.CheckpointManager(root, pool=pool, rng=False).load({"a": 0})
+    assert torch.equal(torch.get_rng_state(), moved)
+    tc.CheckpointManager(root, pool=pool).load({"a": 0})
+    assert torch.equal(torch.get_rng_state(), before)
+    tc.CheckpointManager(root, pool=pool, rng=False).save(2, {"a": 1})
+    torch.rand(1)
+    moved = torch.get_rng_state()
+    assert tc.CheckpointManager(root, pool=pool).load({"a": 0}) == 2
+    assert torch.equal(torch.get_rng_state(), moved)
+
+
+def test_a_dataset_that_changed_is_named_before_anything_is_touched(pool: tc.Pool, root: str) -> None:
+    manager = tc.CheckpointManager(root, pool=pool)
+    first = Training(pool, seed=1)
+    first.run(2)
+    manager.save(2, first.state)
+    other = Training(pool, seed=2, length=44)
+    before = {name: tensor.clone() for name, tensor in other.model.state_dict().items()}
+    with pytest.raises(tc.CheckpointError, match=r"dataset of 'loader' has changed .*version"):
+        manager.load(other.state)
+    assert_same(other.model.state_dict(), before)
+    del other.state["loader"]
+    assert manager.load(other.state) == 2
+
+
+class StrangeData(Squares):
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": Squares()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("never")
+
+
+def test_a_position_that_could_not_be_read_back_is_refused_when_it_is_saved(pool: tc.Pool, root: str) -> None:
+    loader = StatefulDataLoader(StrangeData(), batch_size=4, num_workers=0)
+    next(iter(loader))
+    manager = tc.CheckpointManager(root, pool=pool)
+    with pytest.raises(
+        tc.CheckpointError, match="state of 'loader' holds something that can't be loaded safely"
+    ):
+        manager.save(1, {"loader": loader})
+    assert manager.list() == []
+
+
+def test_a_checkpoint_without_a_position_is_not_taken_for_one_with(pool: tc.Pool, root: str) -> None:
+    manager = tc.CheckpointManager(root, pool=pool)
+    manager.save(1, {"a": 1})
+    with pytest.raises(tc.CheckpointError, match="no position for 'loader' on rank 0 of 1"):
+        manager.load({"a": 0, "loader": Training(pool, seed=1).loader})
+
+
+def test_errors_are_ours(pool: tc.Pool, root: str) -> None:
+    manager = tc.CheckpointManager(root, pool=pool)
+    manager.save(1, {"a": 1})
+    with pytest.raises(tc.AlreadyExists, match="pass overwrite=True"):
+        manager.save(1, {"a": 2})
+    manager.save(1, {"a": 3}, overwrite=True)
+    loaded = {"a": 0}
+    manager.load(loaded)
+    assert loaded == {"a": 3}
+    with pytest.raises(tc.CheckpointError, match="Missing key in checkpoint"):
+        manager.load({"b": 0})
+    with pytest.raises(tc.NotCommitted):
+        manager.load({"a": 0}, step=2)
+    with pytest.raises(tc.NotCommitted):
+        manager.delete(2)
+    with pytest.raises(tc.NotCommitted):
+        manager.wait_durable(2)
+    for wrong in (-1, 1.0, "1", True, None):
+        with pytest.raises(tc.ConfigurationError, match="a step is a number"):
+            manager.save(wrong, {})  # type: ignore[arg-type]
+    for options in ({"keep_last": 0}, {"keep_every": -1}, {"keep_last": 1.5}):
+        with pytest.raises(tc.ConfigurationError):
+            tc.CheckpointManager(root, pool=pool, **options)  # type: ignore[arg-type]
+    with pytest.raises(tc.ConfigurationError, match="can't name an entry"):
+        manager.save(9, {"_torchcache.rank-0": 1})
+
+
+# ---- what stays ----
+
+
+def test_retention_keeps_what_it_should_and_leaves_nothing_of_the_rest(
+    pool: tc.Pool, root: str, s3: SeaweedFS, bucket: str
+) -> None:
+    manager = tc.CheckpointManager(root, keep_last=2, keep_every=4, pool=pool)
+    s3.client.put_object(Bucket=bucket, Key="run/notes/step-1", Body=b"mine")
+    for step in range(1, 8):
+        manager.save(step, {"a": torch.full((1000,), step)})
+        manager.wait_durable(step)
+    assert states(manager) == {4: "durable", 6: "durable", 7: "durable"}
+    left = {key.split("/")[1] for key in keys(s3, bucket)}
+    assert left == {"step-4", "step-6", "step-7", "notes"}
+    saves = [n.name for n in pool.status()[0].namespaces if n.name.startswith(f"save:s3/{bucket}/")]
+    assert {name.partition("@")[0].rpartition("/")[2] for name in saves} == {"step-4", "step-6", "step-7"}
+    loaded = {"a": torch.zeros(1000, dtype=torch.int64)}
+    assert manager.load(loaded, 4) == 4
+    assert loaded["a"].eq(4).all()
+
+
+def test_one_that_is_being_read_stays_until_it_is_not(pool: tc.Pool, root: str) -> None:
+    manager = tc.CheckpointManager(root, keep_last=1, pool=pool)
+    manager.save(1, {"a": 1})
+    manager.wait_durable()
+    hold = Hold(pool, pool.get_save(*pool.resolve(f"{root}/step-1")))
+    with hold.kept():
+        hold.take()
+        manager.save(2, {"a": 2})
+        manager.wait_durable()
+        assert list(states(manager)) == [1, 2]
+        with pytest.raises(tc.InUse, match="is being read by"):
+            manager.delete(1)
+        assert manager.load({"a": 0}, 1) == 1
+    manager.save(3, {"a": 3})
+    manager.wait_durable()
+    assert list(states(manager)) == [3]
+
+
+def test_the_last_durable_one_outlives_those_that_are_not(pool: tc.Pool, tmp_path: Path) -> None:
+    """Two uploads are hindered, by folders in the way of their files."""
+    manager = tc.CheckpointManager(tmp_path / "run", keep_last=1, pool=pool)
+    manager.save(1, {"a": 1})
+    manager.wait_durable()
+    for step in (2, 3):
+        (tmp_path / f"run/step-{step}/__0_0.distcp/in the way").mkdir(parents=True)
+        manager.save(step, {"a": step})
+    assert list(states(manager)) == [1, 3]
+    assert states(manager)[1] == "durable"
+    assert manager.load({"a": 0}) == 3  # from the pool
+    (tmp_path / "run/step-3/__0_0.distcp/in the way").rmdir()
+    (tmp_path / "run/step-3/__0_0.distcp").rmdir()
+    wait_for(lambda: states(manager)[3] == "durable")
+    manager.wait_durable(3)
+    assert states(manager) == {3: "durable"}
+
+
+def test_deleting(pool: tc.Pool, root: str, s3: SeaweedFS, bucket: str) -> None:
+    manager = tc.CheckpointManager(root, pool=pool)
+    for step in (1, 2):
+        manager.save(step, {"a": step})
+    manager.delete(2)  # uploaded or not
+    assert manager.latest() == 1
+    manager.wait_durable()
+    manager.delete(1)
+    assert manager.latest() is None
+    assert keys(s3, bucket) == []
+    manager.save(1, {"a": 5})
+    assert manager.latest() == 1
+
+
+def test_broken_ones_are_passed_over_and_it_is_said_why(
+    pool: tc.Pool,
+    other_pool: tc.Pool,
+    root: str,
+    s3: SeaweedFS,
+    bucket: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    manager = tc.CheckpointManager(root, keep_last=None, pool=pool)
+    for step in range(1, 6):
+        manager.save(step, {"a": torch.full((100_000,), step)})
+    manager.wait_durable()
+    s3.client.delete_object(Bucket=bucket, Key="run/step-5/__0_0.distcp")
+    s3.client.put_object(Bucket=bucket, Key="run/step-4/.torchcache.json", Body=b"{")
+    s3.client.put_object(Bucket=bucket, Key="run/step-3/__0_0.distcp", Body=b"short")
+    s3.client.delete_object(Bucket=bucket, Key="run/step-2/.torchcache.json")  # stock still
+    s3.client.put_object(Bucket=bucket, Key="run/step-9/.torchcache.save.json", Body=b"{}")
+    caplog.set_level(logging.WARNING, "torchcache")
+    elsewhere = tc.CheckpointManager(root, pool=other_pool)
+    assert elsewhere.latest() == 2
+    reasons = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert [reason.partition(" ")[2].partition(" ")[0] for reason in reasons] == ["9", "5", "4", "3"]
+    assert "never finished" in reasons[0]
+    assert "__0_0.distcp can't be found whole" in reasons[1]
+    assert "manifest" in reasons[2]
+    loaded = {"a": torch.zeros(100_000, dtype=torch.int64)}
+    assert elsewhere.load(loaded) == 2
+    assert loaded["a"].eq(2).all()
+    with pytest.raises(tc.IntegrityError, match="step-5 is broken"):
+        elsewhere.load(loaded, 5)
+
+
+def test_one_that_turns_out_damaged_while_it_is_loaded_is_passed_over(
+    pool: tc.Pool, other_pool: tc.Pool, root: str, s3: SeaweedFS, bucket: str
+) -> None:
+    manager = tc.CheckpointManager(root, keep_last=None, pool=pool)
+    for step in (1, 2):
+        manager.save(step, {"a": torch.full((100_000,), step)})
+    manager.wait_durable()
+    whole = s3.client.get_object(Bucket=bucket, Key="run/step-2/__0_0.distcp")["Body"].read()
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 2] ^= 1
+    s3.client.put_object(Bucket=bucket, Key="run/step-2/__0_0.distcp", Body=bytes(damaged))
+    loaded = {"a": torch.zeros(100_000, dtype=torch.int64)}
+    elsewhere = tc.CheckpointManager(root, pool=other_pool)
+    assert elsewhere.load(loaded) == 1
+    assert loaded["a"].eq(1).all()
+    with pytest.raises(tc.IntegrityError):
+        elsewhere.load(loaded, 2)
+
+
+def test_a_checkpoint_that_goes_while_others_load_the_next(pool: tc.Pool, root: str) -> None:
+    """Evaluation loads the latest over and over while training saves and deletes: it always gets one, whole."""
+    manager = tc.CheckpointManager(root, keep_last=1, pool=pool)
+    manager.save(0, {"a": torch.full((50_000,), 0)})
+    done = threading.Event()
+    seen: list[int] = []
+    problems: list[BaseException] = []
+
+    def evaluate() -> None:
+        watcher = tc.CheckpointManager(root, pool=pool, rng=False)
+        while not done.is_set() or not seen:
+            loaded = {"a": torch.full((50_000,), -1)}
+            try:
+                step = watcher.load(loaded)
+                assert loaded["a"].eq(step).all()
+                seen.append(step)
+            except BaseException as error:
+                problems.append(error)
+                return
+
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    for step in range(1, 12):
+        manager.save(step, {"a": torch.full((50_000,), step)})
+    done.set()
+    thread.join()
+    assert not problems, problems
+    assert seen == sorted(seen)
