@@ -1,0 +1,84 @@
+"""Arrow IPC: files, whose record batches are read alone, and streams, as `datasets` keeps them, read from the front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, ClassVar, Final
+
+import pyarrow as pa
+
+from torchcache.data.formats.base import BlockFormat, BlockReader, damaged
+from torchcache.data.formats.parquet import checked_columns
+from torchcache.errors import TorchCacheError
+
+_MAGIC: Final = b"ARROW1"
+
+
+@dataclass(frozen=True)
+class Arrow(BlockFormat):
+    """A sample is a dict by column: all of them, or `columns`. A block is a record batch."""
+
+    name: ClassVar[str] = "arrow"
+    suffixes: ClassVar[tuple[str, ...]] = (".arrow", ".arrows", ".feather")
+
+    columns: Sequence[str] | None = None
+
+    def open(self, file: BinaryIO, where: str) -> ArrowReader:
+        return ArrowReader(file, self.columns, where)
+
+
+class ArrowReader(BlockReader):
+    """One Arrow IPC file or stream, open."""
+
+    def __init__(self, file: BinaryIO, columns: Sequence[str] | None, where: str) -> None:
+        self._where = where
+        self._file = file
+        self.seekable = file.read(len(_MAGIC)) == _MAGIC
+        file.seek(0)
+        self._batches = self._opened()
+        self._columns = checked_columns(columns, self._batches.schema.names, where)
+
+    def rows(self) -> list[int]:
+        if self.seekable:
+            counts = [self._batch(i).num_rows for i in range(self._batches.num_record_batches)]
+        else:
+            counts = [batch.num_rows for batch in self._stream()]
+            self._file.seek(0)
+            self._batches = self._opened()
+        return counts
+
+    def read(self, block: int) -> Any:
+        """For a stream `block` must be the one behind the last that was read."""
+        batch = self._batch(block) if self.seekable else next(self._stream())
+        table = pa.Table.from_batches([batch])
+        return table if self._columns is None else table.select(self._columns)
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        try:
+            return self._batches.get_batch(number)
+        except TorchCacheError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(self._where, f"record batch {number} can't be read: {error}") from error
+
+    def _opened(self) -> Any:
+        opener = pa.ipc.open_file if self.seekable else pa.ipc.open_stream
+        try:
+            return opener(self._file)
+        except TorchCacheError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(self._where, f"it is no Arrow IPC: {error}") from error
+
+    def _stream(self) -> Iterator[pa.RecordBatch]:
+        while True:
+            try:
+                batch = self._batches.read_next_batch()
+            except StopIteration:
+                return
+            except TorchCacheError:
+                raise
+            except (pa.ArrowException, OSError) as error:
+                raise damaged(self._where, f"the stream can't be read on: {error}") from error
+            yield batch
