@@ -16,6 +16,7 @@ _HOMES = {
     "BufferPool": "torchcache.data",
     "CachedDataset": "torchcache.data",
     "CheckpointManager": "torchcache.checkpoint",
+    "CachedIterableDataset": "torchcache.data",
     "CacheStorageReader": "torchcache.checkpoint",
     "CacheStorageWriter": "torchcache.checkpoint",
     "load_safetensors": "torchcache.checkpoint",
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
         open_safetensors,
     )
     from torchcache.connecting import connect
-    from torchcache.data import BufferPool, CachedDataset
+    from torchcache.data import BufferPool, CachedDataset, CachedIterableDataset
     from torchcache.errors import (
         AlreadyExists,
         CheckpointError,
@@ -75,6 +76,7 @@ __all__ = [
     "CacheStorageReader",
     "CacheStorageWriter",
     "CachedDataset",
+    "CachedIterableDataset",
     "CheckpointError",
     "CheckpointManager",
     "ConfigurationError",

@@ -49,6 +49,15 @@ def tls_ca() -> str | None:
     return os.environ.get("TORCHCACHE_TLS_CA") or None
 
 
+def world() -> tuple[int, int]:
+    """`WORLD_SIZE` and `RANK`, as torchrun sets them: the number of ranks and this one's. (1, 0) if there are none."""
+    try:
+        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    except ValueError:
+        return 1, 0
+    return (size, rank) if 0 <= rank < size else (1, 0)
+
+
 def endpoint_settings() -> dict[str, str]:
     """The variables that say *which* S3 is meant, without secrets. Pools of different settings are kept apart."""
     return {name: os.environ[name] for name in _ENDPOINT_VARIABLES if name in os.environ}

@@ -2,6 +2,7 @@
 
 from torchcache.data.buffer_pool import BufferPool
 from torchcache.data.cached import CachedDataset
+from torchcache.data.iterable import CachedIterableDataset
 from torchcache.data.prefetch import Prefetch
 
-__all__ = ["BufferPool", "CachedDataset", "Prefetch"]
+__all__ = ["BufferPool", "CachedDataset", "CachedIterableDataset", "Prefetch"]

@@ -1,0 +1,147 @@
+"""Samples that lie many in a shard: which shards there are, and how a reader gets at a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from torchcache import environment
+from torchcache.data.formats import Format, format_of
+from torchcache.data.formats.base import place
+from torchcache.data.iterable_index import Access, Indexing, ShardIndex
+from torchcache.data.iterable_order import Ints
+from torchcache.data.iterable_reading import BlockReading, Reading, RecordReading, StreamReading
+from torchcache.data.iterable_sources import Source, common_folder, find_shards
+from torchcache.data.manifest import Manifest
+from torchcache.model import ObjectInfo
+from torchcache.pool import Pool
+
+
+class ShardRecords:
+    """The records of shards, numbered through all of them. Pickles; the arrays are shared with forked workers.
+
+    Arrays are kept as tensors: those torch moves through shared memory to spawned workers, once for all.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        source: Source,
+        format: str | Format | None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Finds the shards and reads what has no index. Raises ConfigurationError, ObjectNotFound, IntegrityError."""
+        self.pool = pool
+        shards = find_shards(pool, source)
+        self.format = format_of(format, (shard.id.key for shard in shards))
+        self.namespace = common_folder([pool.uri(shard.id) for shard in shards])
+        indices, self.made = Indexing(pool, self.format, self.namespace).run(shards, on_progress)
+        self._manifest = Manifest.write(shards[0].id.store, shards, environment.home() / "manifests")
+        self.access = _access(indices)
+        self._counts = torch.tensor([index.count for index in indices], dtype=torch.int64)
+        self._firsts = _summed(self._counts)
+        self._rows, self._starts = _joined([index.rows for index in indices]), None
+        if self.access == "records":
+            self._starts = _joined([index.starts for index in indices])
+        elif self.access == "blocks":
+            sizes = torch.tensor([0 if i.rows is None else len(i.rows) for i in indices], dtype=torch.int64)
+            self._first_blocks = _summed(sizes)
+        self._infos: dict[int, ObjectInfo] = {}
+
+    @property
+    def count(self) -> int:
+        return int(self._firsts[-1])
+
+    @property
+    def shard_count(self) -> int:
+        return len(self._counts)
+
+    @property
+    def total_bytes(self) -> int:
+        return self._manifest.total_bytes
+
+    @property
+    def blocks(self) -> Ints:
+        """The samples of each part that is shuffled as one: blocks where they can be read alone, else shards."""
+        found: Ints = (
+            self._rows if self.access == "blocks" and self._rows is not None else self._counts
+        ).numpy()
+        return found
+
+    @property
+    def digest(self) -> str:
+        """Equal for the same records in the same shards, in hex."""
+        text = f"{self._manifest.digest} {self.format.identity} {self._counts.tolist()}"
+        return str(xxhash.xxh3_128_hexdigest(text.encode()))
+
+    def describe(self) -> str:
+        return f"{self.shard_count:,} shards of {self.format.name} under {self.namespace}, {self.count:,} samples"
+
+    def shards(self) -> list[ObjectInfo]:
+        """All shards, in order."""
+        return [self.info(number) for number in range(self.shard_count)]
+
+    def name(self, number: int) -> str:
+        """What a sample is called in errors and logs."""
+        shards, numbers = self.place(np.array([number]))
+        return place(self.pool.uri(self.info(int(shards[0])).id), int(numbers[0]))
+
+    def reading(self) -> Reading:
+        """A reader, for one pass in one thread."""
+        if self.access == "records":
+            return RecordReading(self)
+        return BlockReading(self) if self.access == "blocks" else StreamReading(self)
+
+    # ---- what readings ask ----
+
+    def info(self, shard: int) -> ObjectInfo:
+        info = self._infos.get(shard)
+        if info is None:
+            info = self._infos[shard] = self._manifest[shard]
+        return info
+
+    def place(self, ids: Ints) -> tuple[Ints, Ints]:
+        """The shards of the samples `ids`, and their numbers within them."""
+        firsts = self._firsts.numpy()
+        shard = np.searchsorted(firsts, ids, side="right") - 1
+        return shard, ids - firsts[shard]
+
+    def bounds(self, shard: Ints, number: Ints) -> tuple[Ints, Ints]:
+        """Where records begin, and where the next ones do. For access "records"."""
+        if self._starts is None:
+            raise TypeError("only records that can be read alone have bounds")
+        starts = self._starts.numpy()
+        at = self._firsts.numpy()[shard] + shard + number  # each shard has one entry more than records
+        return starts[at], starts[at + 1]
+
+    def rows_before(self, shard: int) -> Ints:
+        """For each block of a shard the number of its first row, and behind the last the number of rows."""
+        if self._rows is None:
+            raise TypeError("only shards that are read by block have rows")
+        first, stop = self._first_blocks[shard : shard + 2].tolist()
+        found: Ints = _summed(self._rows[first:stop]).numpy()
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_infos": {}}
+
+
+def _access(indices: list[ShardIndex]) -> Access:
+    """What can be done with all of the shards."""
+    found = {index.access for index in indices}
+    return found.pop() if len(found) == 1 else "stream"
+
+
+def _summed(counts: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(counts, 0)])
+
+
+def _joined(arrays: list[Any]) -> torch.Tensor | None:
+    """Arrays of u64 as one tensor of i64: no offset or count is that large."""
+    if any(array is None for array in arrays):
+        return None
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
