@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import torchcache as tc
-from examples.seaweedfs import SeaweedFS
+from examples.seaweedfs import SeaweedFS, environment
 from tests.unit import shards
 from torchcache.data import formats
+
+# More workers than the processors of a small machine are what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 COUNT = 97
 SHARDS = 5
@@ -91,3 +93,363 @@ def test_every_format(pool: tc.Pool, tmp_path: Path, kind: str, shuffle: bool) -
     for half in halves:
         half.load_state_dict(state)
     assert sorted([*front, *halves[0], *halves[1]]) == list(range(COUNT))
+
+
+# ---- workers and ranks ----
+
+
+def batches_of(loader: Any) -> list[list[int]]:
+    return [[int(n) for n in batch] for batch in loader]
+
+
+@pytest.fixture(scope="module")
+def patterns(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One kind for each way of reading: records, blocks, streams."""
+    return {
+        kind: write_shards(tmp_path_factory.mktemp(kind), kind) for kind in ("tar", "parquet", "jsonl.zst")
+    }
+
+
+KIND = pytest.mark.parametrize("kind", ["tar", "parquet", "jsonl.zst"])
+
+
+@pytest.mark.parametrize(("kind", "workers", "ranks"), [("tar", 2, 1), ("jsonl.zst", 3, 2)])
+def test_loaders_read_every_sample_once(
+    pool: tc.Pool, patterns: dict[str, str], kind: str, workers: int, ranks: int
+) -> None:
+    had: list[int] = []
+    for rank in range(ranks):
+        dataset = tc.CachedIterableDataset(
+            patterns[kind],
+            shuffle=True,
+            transform=number_of(kind),
+            uneven="keep",
+            num_replicas=ranks,
+            rank=rank,
+            pool=pool,
+        )
+        had += numbers(DataLoader(dataset, batch_size=8, num_workers=workers))
+    assert sorted(had) == list(range(COUNT))
+
+
+@KIND
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_a_stateful_loader_resumes_exactly(
+    pool: tc.Pool, patterns: dict[str, str], kind: str, workers: int
+) -> None:
+    """Also by others: another number of workers, and of ranks, with a plain DataLoader."""
+
+    def dataset(**settings: Any) -> tc.CachedIterableDataset:
+        made = tc.CachedIterableDataset(
+            patterns[kind], shuffle=True, transform=number_of(kind), window=16, pool=pool, **settings
+        )
+        made.set_epoch(3)
+        return made
+
+    def loader() -> StatefulDataLoader[Any]:
+        return StatefulDataLoader(dataset(), batch_size=4, num_workers=workers)
+
+    whole = batches_of(loader())
+    assert sorted(n for batch in whole for n in batch) == list(range(COUNT))
+    stop = random.Random(f"{kind} {workers}").randrange(1, len(whole))
+    interrupted = loader()
+    iterator = iter(interrupted)
+    front = [[int(n) for n in next(iterator)] for _ in range(stop)]
+    state = pickle.loads(pickle.dumps(interrupted.state_dict()))
+    del iterator
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert front + batches_of(resumed) == whole
+    assert batches_of(resumed) == whole  # the next epoch is a whole one
+
+    had = sorted(n for batch in front for n in batch)
+    rest = sorted(set(range(COUNT)) - set(had))
+    other = dataset()
+    other.load_state_dict(state)
+    assert sorted(numbers(DataLoader(other, batch_size=4, num_workers=3))) == rest
+    found: list[int] = []
+    for rank in range(2):
+        half = dataset(num_replicas=2, rank=rank, uneven="keep")
+        half.load_state_dict(state)
+        found += numbers(DataLoader(half, batch_size=3, num_workers=workers and 1))
+    assert sorted(found) == rest
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_a_plain_loader_resumes_by_the_number_of_batches(
+    pool: tc.Pool, patterns: dict[str, str], workers: int
+) -> None:
+    def dataset() -> tc.CachedIterableDataset:
+        return tc.CachedIterableDataset(
+            patterns["tar"], shuffle=True, transform=number_of("tar"), pool=pool, seed=5
+        )
+
+    for stop in (0, 1, 5, 11, 1000):
+        first = dataset()
+        iterator = iter(DataLoader(first, batch_size=4, num_workers=workers))
+        front = [int(n) for batch, _ in zip(iterator, range(stop), strict=False) for n in batch]
+        if workers:
+            with pytest.raises(tc.ConfigurationError, match="only the DataLoader's workers know"):
+                first.state_dict()
+        state = first.state_after(batches=stop, batch_size=4, num_workers=workers)
+        second = dataset()
+        second.load_state_dict(state)
+        resumed = DataLoader(second, batch_size=4, num_workers=2)
+        assert sorted(front + numbers(resumed)) == list(range(COUNT))
+        assert sorted(numbers(resumed)) == list(range(COUNT))  # a state is good for one pass
+
+
+def test_told_the_batch_size_workers_change_nothing(pool: tc.Pool, patterns: dict[str, str]) -> None:
+    def run(workers: int) -> list[list[int]]:
+        dataset = tc.CachedIterableDataset(
+            patterns["tar"], shuffle=True, transform=number_of("tar"), batch_size=8, pool=pool
+        )
+        loader = DataLoader(dataset, batch_size=8, num_workers=workers)
+        assert len(loader) == 13
+        return batches_of(loader)
+
+    alone = run(0)
+    assert run(1) == run(2) == run(4) == alone
+
+
+def test_ranks_are_even_and_global_batches_the_same(pool: tc.Pool, patterns: dict[str, str]) -> None:
+    def rank_of(rank: int, ranks: int, uneven: Any = "pad") -> list[int]:
+        return list(
+            tc.CachedIterableDataset(
+                patterns["tar"],
+                shuffle=True,
+                transform=number_of("tar"),
+                num_replicas=ranks,
+                rank=rank,
+                uneven=uneven,
+                pool=pool,
+            )
+        )
+
+    alone = rank_of(0, 1)
+    four = [rank_of(rank, 4) for rank in range(4)]
+    assert [len(share) for share in four] == [25] * 4
+    dealt = [n for step in zip(*four, strict=True) for n in step]
+    assert dealt == alone + alone[:3]
+    assert [len(rank_of(rank, 4, "drop")) for rank in range(4)] == [24] * 4
+    assert sorted(len(rank_of(rank, 4, "keep")) for rank in range(4)) == [24, 24, 24, 25]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_persistent_workers_see_the_epoch(pool: tc.Pool, patterns: dict[str, str], method: str) -> None:
+    dataset = tc.CachedIterableDataset(
+        patterns["tar"], shuffle=True, transform=number_of("tar"), pool=pool, batch_size=10
+    )
+    loader = DataLoader(
+        dataset, batch_size=10, num_workers=2, persistent_workers=True, multiprocessing_context=method
+    )
+    seen = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        seen.append(numbers(loader))
+        assert sorted(seen[-1]) == list(range(COUNT))
+    assert len({tuple(s) for s in seen}) == 3
+    dataset.set_epoch(1)
+    assert numbers(loader) == seen[1]
+    dataset.load_state_dict(dataset.state_after(batches=3, batch_size=10, num_workers=2))
+    with pytest.raises(tc.ConfigurationError, match="persistent workers had it already"):
+        numbers(loader)
+
+
+def test_the_rank_is_that_of_the_environment(pool: tc.Pool, patterns: dict[str, str]) -> None:
+    with environment({"RANK": "1", "WORLD_SIZE": "3"}):
+        dataset = tc.CachedIterableDataset(patterns["tar"], transform=number_of("tar"), pool=pool)
+        assert list(dataset)[:3] == [1, 4, 7]
+        assert len(dataset) == 33
+
+
+def test_states_of_others_are_refused(pool: tc.Pool, patterns: dict[str, str]) -> None:
+    def make(kind: str = "tar", **settings: Any) -> tc.CachedIterableDataset:
+        return tc.CachedIterableDataset(patterns[kind], pool=pool, **settings)
+
+    state = make().state_dict()
+    for other in (make("parquet"), make(shuffle=True), make(window=3)):
+        with pytest.raises(tc.ConfigurationError, match="saved over other samples"):
+            other.load_state_dict(state)
+    for changed, message in (
+        ({"torchcache": 9}, "another version"),
+        ({"left": [3, 1, 0]}, "damaged"),
+        ({"count": -1}, "'count' is -1"),
+        ({"split": [0, 1, 1, 0]}, "'split' is"),
+        ({"split": [1, 2, 1, 0]}, "1 of 2 workers"),
+    ):
+        with pytest.raises(tc.ConfigurationError, match=message):
+            make().load_state_dict({**state, **changed})
+    for strange in ({}, {"dataset_state": None}, {"_snapshot": 1}):
+        with pytest.raises(tc.ConfigurationError, match="neither a state"):
+            make().load_state_dict(strange)
+    with pytest.raises(tc.ConfigurationError, match="snapshot_every_n_steps=1"):
+        make().load_state_dict({"_steps_since_snapshot": 2, "_snapshot": {}})
+
+
+# ---- sources ----
+
+
+@pytest.fixture
+def bucket(s3: SeaweedFS) -> str:
+    name = s3.make_bucket()
+    for i in range(4):
+        body = shards.jsonl(range(10 * i, 10 * i + 10))
+        s3.client.put_object(Bucket=name, Key=f"data/a/{i:03d}.jsonl", Body=body)
+    s3.client.put_object(Bucket=name, Key="data/readme.txt", Body=b"no shard")
+    return name
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("data/a/{000..003}.jsonl", [0, 1, 2, 3]),
+        ("data/a/{000..003..2}.jsonl", [0, 2]),
+        ("data/a/00{3,1}.jsonl", [3, 1]),
+        ("data/*/*.jsonl", [0, 1, 2, 3]),
+        ("data/**/00[12].jsonl", [1, 2]),
+        ("data/a/00?.jsonl", [0, 1, 2, 3]),
+        ("data", [0, 1, 2, 3]),
+        ("data/a/", [0, 1, 2, 3]),
+        ("data/a/002.jsonl", [2]),
+        (["data/a/002.jsonl", "data/a/{000..001}.jsonl"], [2, 0, 1]),
+    ],
+)
+def test_sources_in_s3(bucket: str, source: str | list[str], expected: list[int]) -> None:
+    uris = f"s3://{bucket}/{source}" if isinstance(source, str) else [f"s3://{bucket}/{s}" for s in source]
+    with tc.LocalPool() as own:
+        dataset = tc.CachedIterableDataset(uris, transform=number_of("jsonl"), pool=own)
+        assert list(dataset) == [10 * i + n for i in expected for n in range(10)]
+
+
+def test_sources_that_are_none(bucket: str) -> None:
+    with tc.LocalPool() as own:
+        for source, error, message in (
+            (f"s3://{bucket}/data/a/9.jsonl", tc.ObjectNotFound, "no shard .*/data/a/9.jsonl"),
+            (f"s3://{bucket}/data/a/00{{0..9}}.jsonl", tc.ObjectNotFound, "no shard .*/data/a/004.jsonl"),
+            (f"s3://{bucket}/x*.tar", tc.ObjectNotFound, r"no object under .* matches s3://.*/x\*.tar"),
+            (f"s3://{bucket}/data/readme.txt", tc.ConfigurationError, "says no format"),
+            ([], tc.ConfigurationError, "at least one shard"),
+            (7, tc.ConfigurationError, "not int"),
+            (f"s3://{bucket}/{{0..99999999}}", tc.ConfigurationError, "more than 1,000,000"),
+        ):
+            with pytest.raises(error, match=message):
+                tc.CachedIterableDataset(source, pool=own)  # type: ignore[arg-type]
+
+
+# ---- what goes wrong ----
+
+
+def test_a_shard_that_changed_is_named(s3: SeaweedFS, bucket: str) -> None:
+    with tc.LocalPool() as own:
+        pattern = f"s3://{bucket}/data/a/*.jsonl"
+        dataset = tc.CachedIterableDataset(pattern, transform=number_of("jsonl"), pool=own)
+        s3.client.put_object(Bucket=bucket, Key="data/a/001.jsonl", Body=shards.jsonl(range(7)))
+        own.evict(f"s3://{bucket}/data/a")
+        iterator = iter(dataset)
+        with pytest.raises(tc.ObjectChanged, match=rf"s3://{bucket}/data/a/001.jsonl has changed since"):
+            list(iterator)
+        loader = DataLoader(dataset, batch_size=4, num_workers=1)
+        with pytest.raises(tc.ObjectChanged, match=r"001.jsonl has changed since"):
+            list(loader)
+        again = tc.CachedIterableDataset(pattern, transform=number_of("jsonl"), pool=own)
+        assert list(again)[10:17] == list(range(7))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_raised_or_skipped(
+    pool: tc.Pool, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [shards.tf_frame(bytes([n])) for n in range(20)]
+    bad = bytearray(good[7])
+    bad[12] ^= 1
+    (tmp_path / "x.tfrecord").write_bytes(b"".join([*good[:7], bytes(bad), *good[8:]]))
+
+    def dataset(**settings: Any) -> tc.CachedIterableDataset:
+        return tc.CachedIterableDataset(f"{tmp_path}/x.tfrecord", pool=pool, transform=only_even, **settings)
+
+    with pytest.raises(ValueError, match="odd"):
+        list(DataLoader(dataset(), batch_size=None, num_workers=workers))
+    skipping = dataset(on_error="skip")
+    found = list(DataLoader(skipping, batch_size=None, num_workers=workers))
+    assert sorted(found) == list(range(0, 20, 2))
+    assert skipping.skipped == 10
+    if not workers:
+        assert f"record 7 of file://{tmp_path}/x.tfrecord is skipped: IntegrityError" in caplog.text
+        assert f"record 9 of file://{tmp_path}/x.tfrecord is skipped: ValueError" in caplog.text
+
+
+def only_even(sample: bytes) -> int:
+    if sample[0] % 2:
+        raise ValueError(f"{sample[0]} is odd")
+    return sample[0]
+
+
+def test_a_damaged_shard_is_refused_when_it_is_indexed(pool: tc.Pool, tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(shards.tar(range(5))[:3000])
+    with pytest.raises(tc.IntegrityError, match=r"x.tar.* cut short"):
+        tc.CachedIterableDataset(f"{tmp_path}/x.tar", pool=pool)
+
+
+# ---- indices ----
+
+
+def test_an_index_is_made_once_for_a_version(s3: SeaweedFS, bucket: str) -> None:
+    with tc.LocalPool() as own:
+        pattern = f"s3://{bucket}/data/a/*.jsonl"
+
+        def made() -> int:
+            return tc.CachedIterableDataset(pattern, pool=own)._records.made
+
+        assert made() == 4
+        assert made() == 0
+        s3.client.put_object(Bucket=bucket, Key="data/a/001.jsonl", Body=shards.jsonl(range(7)))
+        assert made() == 1
+        own.evict("samples:torchcache-index@1")
+        assert made() == 4
+
+
+def test_settings_are_checked(pool: tc.Pool, patterns: dict[str, str]) -> None:
+    for settings, message in (
+        ({"shuffle": "rows"}, "shuffle='rows'"),
+        ({"uneven": "cut"}, "uneven='cut'"),
+        ({"on_error": "log"}, "on_error='log'"),
+        ({"batch_size": -1}, "batch_size=-1"),
+        ({"window": 0}, "window=0"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"rank": 3}, "give both"),
+        ({"rank": 3, "num_replicas": 3}, "0 <= rank < num_replicas"),
+    ):
+        with pytest.raises(tc.ConfigurationError, match=message):
+            tc.CachedIterableDataset(patterns["tar"], pool=pool, **settings)
+    with pytest.raises(tc.ConfigurationError, match="shuffle='records' needs"):
+        tc.CachedIterableDataset(patterns["jsonl.zst"], shuffle="records", pool=pool)
+    forced = tc.CachedIterableDataset(
+        patterns["parquet"], shuffle="records", transform=number_of("parquet"), pool=pool
+    )
+    assert sorted(forced) == list(range(COUNT))
+
+
+def test_stage_and_residency(bucket: str) -> None:
+    with tc.LocalPool() as own:
+        dataset = tc.CachedIterableDataset(f"s3://{bucket}/data/a/*.jsonl", pool=own)
+        dataset.stage(progress=False)
+        assert dataset.residency().fraction == 1.0
+        assert "4 shards of jsonl under" in repr(dataset) and f"s3://{bucket}/data/a, 40 samples" in repr(
+            dataset
+        )
+
+
+@KIND
+def test_samples_are_as_their_users_know_them(pool: tc.Pool, patterns: dict[str, str], kind: str) -> None:
+    first = next(iter(tc.CachedIterableDataset(patterns[kind], pool=pool)))
+    url = "file://" + patterns["tar"].replace("{0..4}", "0")
+    assert (
+        first
+        == {
+            "tar": {"__key__": "folder/000000", "__url__": url, "txt": b"0", "data.bin": b""},
+            "parquet": {"n": 0, "text": "t0"},
+            "jsonl.zst": {"n": 0, "text": ""},
+        }[kind]
+    )
+    assert not torch.is_tensor(first)

@@ -118,6 +118,11 @@ class CachedIterableDataset(IterableDataset[Any]):
         return self._samples(self._begun)
 
     def _samples(self, begun: Pass) -> Iterator[Any]:
+        if self._loads != int(self._shared[_LOADS]):
+            raise ConfigurationError(
+                "a state was loaded into the dataset when persistent workers had it already: load it before the "
+                "first iteration, or make a new DataLoader"
+            )
         epoch, records = begun.epoch, self._records
         key = OrderKey(shuffle=self._shuffle, seed=epoch.seed, epoch=epoch.number, window=self._window)
         order = Order(records.blocks, key)
@@ -145,11 +150,6 @@ class CachedIterableDataset(IterableDataset[Any]):
         if info is None:
             return loaded
         self._shared[_WORKING] = 1
-        if self._loads != int(self._shared[_LOADS]):
-            raise ConfigurationError(
-                "a state was loaded into the dataset when persistent workers had it already: load it before the "
-                "first iteration, or make a new DataLoader"
-            )
         if isinstance(loaded, Left):
             # The main process, and so the workers of the next pass, can't see that these have used it up. Workers of
             # one pass have a seed in common.
