@@ -7,8 +7,8 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-from torchcache.lanes.local_pages import populate
 from torchcache.lanes.local_segments import Mapped
+from torchcache.mappings import populate
 from torchcache.model import BLOCK_BYTES, CHUNK_BYTES
 from torchcache.records import IDENTITY_AT, PAGE_BYTES, sound_record, stated_length
 

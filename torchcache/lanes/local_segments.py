@@ -1,38 +1,32 @@
 """Segments of a store, mapped by a reader.
 
 A reader takes a shared flock on the file, looks whether it is the segment that it came for, maps it, and keeps the lock
-as long as the mapping: the server makes no other segment of a file that is locked (its `store/recycling.py`). The
-mapping holds a descriptor of its own, and with it the lock, until the last view of it is gone.
+as long as the mapping: the server makes no other segment of a file that is locked (its `store/recycling.py`). On most
+file systems the mapping keeps the lock by itself, as it keeps the file open; where it doesn't, a descriptor stays too.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import mmap
 import os
 import resource
 import weakref
+from pathlib import Path
 from typing import Final
 
-import numpy as np
+import pyarrow as pa
 
+from torchcache.mappings import Mapping
 from torchcache.records import MAX_IDENTITY_BYTES, PAGE_BYTES, SegmentHeader, file_at
 
-_MOST_MAPPED: Final = 4096
-_LEAST_MAPPED: Final = 8
-_SHARE: Final = 4  # of the descriptors that a process may have
+_SHARE: Final = 4  # of the mappings, or descriptors, that a process may have
+_MAPPINGS: Final = 65_530  # Linux's own limit, where it isn't told
+_LEAST: Final = 8
 _TRIES: Final = 4
 
-_alive: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
-"""Every mapping there is in this process, wanted still or only looked at: each holds a descriptor."""
-
-
-def most_mapped() -> int:
-    """How many segments this process may have mapped at a time: each takes a descriptor, and one of 65,530 mappings."""
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if allowed == resource.RLIM_INFINITY:
-        return _MOST_MAPPED
-    return min(max(allowed // _SHARE, _LEAST_MAPPED), _MOST_MAPPED)
+_alive: weakref.WeakSet[Mapping] = weakref.WeakSet()
+"""Every mapping there is in this process, wanted still or only looked at."""
 
 
 class Mapped:
@@ -40,12 +34,13 @@ class Mapped:
 
     __slots__ = ("address", "gone", "namespace", "nonce", "number", "used", "view")
 
-    def __init__(self, header: SegmentHeader, memory: mmap.mmap) -> None:
+    def __init__(self, header: SegmentHeader, mapping: Mapping) -> None:
         self.number = header.number
         self.nonce = header.nonce
         self.namespace = header.namespace
-        self.view = memoryview(memory)
-        self.address: int = np.frombuffer(memory, np.uint8).ctypes.data
+        self.address = mapping.address
+        buffer = pa.foreign_buffer(mapping.address, mapping.size, base=mapping)
+        self.view = memoryview(buffer).cast("B")
         self.used = 0
         self.gone = False
 
@@ -56,6 +51,7 @@ class MappedSegments:
     def __init__(self, store: str) -> None:
         self._store = store
         self._mapped: dict[int, Mapped] = {}
+        self._locks_stay: bool | None = None  # with mappings alone; None: not tried yet
 
     def __len__(self) -> int:
         return len(self._mapped)
@@ -73,10 +69,14 @@ class MappedSegments:
             if found.nonce == nonce:
                 return found
             self.drop(number)  # the number was given again by a server that was started anew
+        if self._locks_stay is None:
+            self._locks_stay = locks_stay_with_mappings(self._store)
         if not self._make_room():
             return None
         try:
-            found = map_segment(os.path.join(self._store, file), number, nonce)
+            found = map_segment(
+                os.path.join(self._store, file), number, nonce, keep_open=not self._locks_stay
+            )
         except OSError:
             return None
         if found is not None:
@@ -104,19 +104,30 @@ class MappedSegments:
 
     def _make_room(self) -> bool:
         """Lets go those read longest ago, if there are too many. What is looked at stays, and counts."""
-        most = most_mapped()
+        most = most_mapped(keep_open=not self._locks_stay)
         for _ in range(_TRIES):
-            if len(_alive) < most:
-                return True
-            if not self._mapped:
+            if len(_alive) < most or not self._mapped:
                 break
             self.drop(min(self._mapped.values(), key=lambda found: found.used).number)
         return len(_alive) < most
 
 
-def map_segment(path: str, number: int, nonce: int) -> Mapped | None:
+def most_mapped(*, keep_open: bool) -> int:
+    """How many segments this process may have mapped at a time: part of what the system allows it."""
+    try:
+        allowed = int(Path("/proc/sys/vm/max_map_count").read_text())
+    except (OSError, ValueError):
+        allowed = _MAPPINGS
+    if keep_open:
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        allowed = allowed if files == resource.RLIM_INFINITY else min(allowed, files)
+    return max(allowed // _SHARE, _LEAST)
+
+
+def map_segment(path: str, number: int, nonce: int, *, keep_open: bool) -> Mapped | None:
     """Maps the file at `path` if it is the segment with that number and nonce. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    kept = False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         header = SegmentHeader.decode(memoryview(os.pread(fd, PAGE_BYTES, 0)))
@@ -126,8 +137,49 @@ def map_segment(path: str, number: int, nonce: int) -> Mapped | None:
             return None
         if os.fstat(fd).st_size < header.file_bytes:
             return None
-        memory = mmap.mmap(fd, header.file_bytes, prot=mmap.PROT_READ)
+        mapping = Mapping(fd, header.file_bytes, (lambda: os.close(fd)) if keep_open else None)
+        kept = keep_open
     finally:
-        os.close(fd)  # the mapping has one of its own, of the same lock
-    _alive.add(memory)
-    return Mapped(header, memory)
+        if not kept:
+            os.close(fd)
+    _alive.add(mapping)
+    return Mapped(header, mapping)
+
+
+def locks_stay_with_mappings(folder: str) -> bool:
+    """Whether a flock lasts as long as a mapping of its file, its descriptor closed, on the file system of `folder`.
+
+    Linux lets go of a flock with the last reference to the open file, of which a mapping is one. An overlay, for one,
+    maps another file than the one that was opened. So it is tried, with a file that has no name.
+    """
+    try:
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:  # it knows no such files
+        return False
+    try:
+        os.ftruncate(fd, PAGE_BYTES)
+        again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(again, fcntl.LOCK_SH)
+            mapping = Mapping(again, PAGE_BYTES)
+        finally:
+            os.close(again)
+        stays = not _is_free(fd)
+        del mapping
+        return stays and _is_free(fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _is_free(fd: int) -> bool:
+    """Whether nobody else holds a lock on the file. Raises OSError."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        return False
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return True

@@ -17,7 +17,7 @@ import lmdb
 from torchcache.errors import ConfigurationError
 from torchcache.kernel import kernel_id
 from torchcache.lanes.local_index import LocalIndex
-from torchcache.lanes.local_pages import Reclaim
+from torchcache.lanes.local_reclaim import Reclaim
 from torchcache.lanes.local_records import Known, KnownRecords
 from torchcache.lanes.local_segments import Mapped, MappedSegments
 from torchcache.records import IDENTITY, LOCATION, SEGMENT_NUMBER

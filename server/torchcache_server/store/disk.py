@@ -15,6 +15,8 @@ from typing import Final
 
 import pyarrow as pa
 
+from torchcache.mappings import Mapping, populate
+
 Bytes = bytes | bytearray | memoryview
 
 UNREADABLE: Final = (errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA)
@@ -23,48 +25,8 @@ UNREADABLE: Final = (errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA)
 _IOV_MAX: Final = 1024  # Linux; os.sysconf("SC_IOV_MAX") says the same everywhere it runs
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_PROT_READ: Final = 1
-_MAP_SHARED: Final = 1
-_MAP_FAILED: Final = ctypes.c_void_p(-1).value
-_POPULATE_READ: Final = 22  # MADV_POPULATE_READ, Linux 5.14
 _PUNCH_HOLE_KEEP_SIZE: Final = 0x02 | 0x01
-_PAGE: Final = 4096
-
-
-class _Mapping:
-    """Owns one mapping; unmaps when the last view into it is gone.
-
-    Not `mmap.mmap`, which keeps a descriptor open for every mapping before Python 3.13: a store of some thousand
-    segments would meet the limit of open files.
-    """
-
-    def __init__(self, fd: int, size: int, released: Callable[[], object] | None) -> None:
-        self._size = size
-        self._released = released
-        self._unmap = _libc.munmap  # still reachable while the interpreter is torn down
-        self.address: int | None = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, fd, 0)
-        if self.address == _MAP_FAILED:
-            self.address = None
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-
-    def __del__(self) -> None:
-        if self.address is not None:
-            self._unmap(self.address, self._size)
-            if self._released is not None:
-                self._released()
 
 
 class DiskCalls:
@@ -115,7 +77,7 @@ class DiskCalls:
 
         `released` is called once the last view is gone, in any thread and at any point: it may take no lock.
         """
-        mapping = _Mapping(fd, size, released)
+        mapping = Mapping(fd, size, released)
         return pa.foreign_buffer(mapping.address, size, base=mapping)
 
     def populate(self, buffer: pa.Buffer, offset: int, size: int) -> None:
@@ -123,16 +85,7 @@ class DiskCalls:
 
         Raises OSError with EIO for what the disk can't read: touching such a page would end the process by SIGBUS.
         """
-        first = buffer.address + offset
-        start = first - first % _PAGE
-        while _libc.madvise(start, first + size - start, _POPULATE_READ) != 0:
-            code = ctypes.get_errno()
-            if code == errno.EINVAL:  # an older kernel: the risk stays
-                return
-            if code == errno.EFAULT:  # its word for a page that can't be read
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            if code not in (errno.EINTR, errno.EAGAIN):
-                raise OSError(code, os.strerror(code))
+        populate(buffer.address + offset, size)
 
     def lock_alone(self, fd: int) -> bool:
         """Whether no reader of another process holds the file; if so it is ours alone until `unlock`."""

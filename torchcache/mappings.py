@@ -1,0 +1,73 @@
+"""Files mapped for reading, and their pages brought into memory."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from typing import Final
+
+_PROT_READ: Final = 1
+_MAP_SHARED: Final = 1
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+_POPULATE_READ: Final = 22  # MADV_POPULATE_READ, Linux 5.14
+_PAGE: Final = 4096
+
+_libc = ctypes.CDLL(None, use_errno=True)  # its calls release the interpreter lock
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_madvise = _libc.madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Mapping:
+    """A file's first `size` bytes, mapped read-only and shared. Outlives the descriptor and the file's name.
+
+    It is unmapped with its last reference; buffers made of it (`pyarrow.foreign_buffer`) must hold one. Not
+    `mmap.mmap`, which keeps a descriptor open for every mapping before Python 3.13: some thousand segments would meet
+    the limit of open files.
+    """
+
+    def __init__(self, fd: int, size: int, released: Callable[[], object] | None = None) -> None:
+        """Raises OSError. `released` is called at the end, in any thread and at any point: it may take no lock."""
+        self.size = size
+        self._released = released
+        self._unmap = _libc.munmap  # still reachable while the interpreter is torn down
+        address: int | None = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, fd, 0)
+        self._mapped = address is not None and address != _MAP_FAILED
+        if address is None or not self._mapped:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        self.address = address
+
+    def __del__(self) -> None:
+        if self._mapped:
+            self._unmap(self.address, self.size)
+            if self._released is not None:
+                self._released()
+
+
+def populate(address: int, size: int) -> None:
+    """Brings `size` bytes of a mapping into memory, other threads running meanwhile.
+
+    Raises OSError with EIO for what the disk can't read, or the file doesn't have: touching such a page would end the
+    process by SIGBUS. Does nothing before Linux 5.14: the risk stays.
+    """
+    start = address - address % _PAGE
+    while _madvise(start, address + size - start, _POPULATE_READ) != 0:
+        code = ctypes.get_errno()
+        if code == errno.EINVAL:
+            return
+        if code == errno.EFAULT:  # its word for a page that can't be read
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if code not in (errno.EINTR, errno.EAGAIN):
+            raise OSError(code, os.strerror(code))
