@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Protocol, cast
+from typing import cast
 
 import xxhash
 
@@ -25,26 +25,19 @@ _packed = CHUNK_INDEX.pack
 _hash = xxhash.xxh3_64_intdigest
 
 
-class Counted(Protocol):
-    """Takes counts by their names, as `Session.count` does."""
-
-    def __call__(self, **counts: int) -> None: ...
-
-
 class LocalLane:
     """Reads the store of one server. What it can't, `flight` does."""
 
     name = "local"
 
-    def __init__(self, store: LocalStore, flight: Lane, *, count: Counted, reports: UseReports) -> None:
+    def __init__(self, store: LocalStore, flight: Lane, *, reports: UseReports) -> None:
         self.store = store
         self._flight = flight
-        self._count = count
         self._reports = reports
 
     def behind(self, flight: Lane) -> LocalLane:
         """The same, with another flight lane for what it can't do."""
-        return LocalLane(self.store, flight, count=self._count, reports=self._reports)
+        return LocalLane(self.store, flight, reports=self._reports)
 
     def read(
         self,
@@ -58,11 +51,10 @@ class LocalLane:
         if options.suspect:
             return self._flight.read(extents, into, options, deadline=deadline)
         outcomes: list[Outcome | None] = [None] * len(extents)
-        damaged, read_bytes = self._read_here(extents, into, outcomes)
+        damaged, read_bytes, more_chunks = self._read_here(extents, into, outcomes)
         left = [number for number, outcome in enumerate(outcomes) if outcome is None]
         if here := len(outcomes) - len(left):
-            self._count(local_extents=here, local_bytes=read_bytes)
-            self._reports.add(here, read_bytes)
+            self._reports.add(here, here + more_chunks, read_bytes)
         if left:
             suspects = replace(options, suspect=True)
             for numbers, how in (
@@ -75,13 +67,16 @@ class LocalLane:
 
     def _read_here(  # noqa: PLR0912 - each branch is a few instructions of what every record costs
         self, extents: Sequence[Extent], into: Sequence[memoryview | None], outcomes: list[Outcome | None]
-    ) -> tuple[set[int], int]:
-        """Puts what can be read here in its place. Returns which extents were found damaged, and the bytes read."""
+    ) -> tuple[set[int], int, int]:
+        """Puts what can be read here in its place.
+
+        Returns which extents were found damaged, the bytes read, and how many chunks beyond the first of each extent.
+        """
         store = self.store
         found = store.look_up([e[0].id.digest + _packed(e[1] // CHUNK_BYTES & 0xFFFFFFFF) for e in extents])
         warm, count = found.warm, found.count
         damaged: set[int] = set()
-        read_bytes = 0
+        read_bytes = more_chunks = 0
         for number, (extent, place, target) in enumerate(zip(extents, found.places, into, strict=True)):
             try:
                 known = warm.get(place) or found.learn(place)
@@ -99,6 +94,7 @@ class LocalLane:
                     got = read_range(store, known, extent, target)
                     if got is None:
                         continue
+                    more_chunks += len(got) // CHUNK_BYTES
                 elif target is None:
                     got = view[start:end]
                     if _hash(got) != digest:
@@ -116,7 +112,7 @@ class LocalLane:
             else:
                 outcomes[number] = got
                 read_bytes += len(got)
-        return damaged, read_bytes
+        return damaged, read_bytes, more_chunks
 
     def _read_there(
         self,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,9 +11,6 @@ import lmdb
 from torchcache.records import CHUNKS_TABLE, FILES_TABLE, INDEX, INDEX_FILES, MAX_READERS
 
 _TABLES: Final = 4
-
-Get = Callable[[bytes], bytes | None]
-"""The value of a key."""
 
 
 class LocalIndex:
@@ -51,15 +46,17 @@ class LocalIndex:
             self._env.close()
             raise
 
-    @contextmanager
-    def reading(self) -> Iterator[tuple[Get, Get]]:
-        """One transaction: looks up places of chunks, by their keys, and files of segments, by their numbers.
+    def begin(self) -> Any:
+        """A transaction, to be used in a `with`: its `get` says the place of a chunk by its key.
 
         Raises lmdb.Error; MapResizedError once the owner was started with room for a larger index.
         """
-        with self._env.begin(self._chunks) as txn:
-            get, files = txn.get, self._files
-            yield get, lambda number: get(number, db=files)
+        return self._env.begin(self._chunks)
+
+    def file(self, txn: Any, number: bytes) -> bytes | None:
+        """What a transaction says of the file of a segment, by its packed number."""
+        found: bytes | None = txn.get(number, db=self._files)
+        return found
 
     def is_current(self) -> bool:
         """Whether the files at its place are the ones that are open."""

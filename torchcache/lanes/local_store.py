@@ -100,14 +100,14 @@ class LocalStore:
     def _look_up(self, keys: Sequence[bytes]) -> Found:
         index = self._current_index()
         mapped: dict[bytes, Mapped] = {}
-        with index.reading() as (get, get_file):
-            places = list(map(get, keys))
+        with index.begin() as txn:
+            places = list(map(txn.get, keys))
             warm = self.records.warm
             for place in places:
                 if place is None or place in warm or place in mapped:
                     continue
                 segment = self._segments.get(
-                    LOCATION.unpack(place)[0], get_file(place[: SEGMENT_NUMBER.size])
+                    LOCATION.unpack(place)[0], index.file(txn, place[: SEGMENT_NUMBER.size])
                 )
                 if segment is not None:
                     mapped[place] = segment
@@ -151,9 +151,9 @@ class LocalStore:
     def _drop_removed(self, index: LocalIndex) -> None:
         """Lets go the segments that the server has removed, so that their room comes back."""
         gone = len(self._segments)
-        with index.reading() as (_, get_file):
+        with index.begin() as txn:
             for number in self._segments.numbers():
-                if get_file(SEGMENT_NUMBER.pack(number)) is None:
+                if index.file(txn, SEGMENT_NUMBER.pack(number)) is None:
                     self._segments.drop(number)
         if len(self._segments) < gone:
             self.records.drop_gone()

@@ -25,7 +25,10 @@ _log = logging.getLogger(__name__)
 
 
 class UseReports:
-    """The reports of one lane. Thread-safe. Sending goes on beside the reads: a server that hangs stops none."""
+    """The reports of one lane. Thread-safe. Sending goes on beside the reads: a server that hangs stops none.
+
+    `extents` and `bytes` are all that was read.
+    """
 
     def __init__(
         self, store: LocalStore, send: Callable[[cache_pb2.ReportUseRequest, float], object]
@@ -35,14 +38,18 @@ class UseReports:
         self._send_call = send
         self._lock = threading.Lock()
         self._sending = threading.Lock()
+        self.extents = 0
+        self.bytes = 0
         self._chunks = 0
         self._bytes = 0
         self._told_count = store.count
         self._due_s = time.monotonic() + EVERY_S
 
-    def add(self, chunks: int, read_bytes: int) -> None:
+    def add(self, extents: int, chunks: int, read_bytes: int) -> None:
         """Counts what was read, and reports if it is time."""
         with self._lock:
+            self.extents += extents
+            self.bytes += read_bytes
             self._chunks += chunks
             self._bytes += read_bytes
             if time.monotonic() < self._due_s or not self._sending.acquire(blocking=False):

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
 from torchcache.errors import ConfigurationError
 from torchcache.lanes.base import Lane
-from torchcache.lanes.local import Counted, LocalLane
+from torchcache.lanes.local import LocalLane
 from torchcache.lanes.local_store import local_store
 from torchcache.lanes.local_use import UseReports
 from torchcache.pool.control import ControlClient
@@ -40,9 +40,11 @@ def choose_lane(
     control: ControlClient,
     *,
     before: Lane | None,
-    count: Counted,
+    uses: list[UseReports],
 ) -> Choice:
-    """The lane to the server that gave `info`. `before` is the one there was until now.
+    """The lane to the server that gave `info`.
+
+    `before` is the one there was until now. `uses` gets what a new local one counts.
 
     Raises ConfigurationError if "local" is wanted and can't be.
     """
@@ -63,4 +65,5 @@ def choose_lane(
     def send(request: cache_pb2.ReportUseRequest, deadline: float) -> Any:
         return control.call("ReportUse", request, deadline=deadline)
 
-    return Choice(LocalLane(store, flight, count=count, reports=UseReports(store, send)))
+    uses.append(UseReports(store, send))
+    return Choice(LocalLane(store, flight, reports=uses[-1]))

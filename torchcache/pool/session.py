@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
 from torchcache.lanes.flight import FlightLane
+from torchcache.lanes.local_use import UseReports
 from torchcache.pool.control import ControlClient
 from torchcache.pool.lane_choice import LaneName, choose_lane
 from torchcache.pool.members import Endpoint, Member, Members, MemberSource, Ordering, UnderStoreName
@@ -47,6 +48,7 @@ class Session:
         self._counts: Counter[str] = Counter()
         self._lanes: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
+        self._uses: list[UseReports] = []
 
     # ---- statistics ----
 
@@ -58,7 +60,13 @@ class Session:
     def statistics(self) -> PoolStatistics:
         """See `Pool.statistics`."""
         with self._lock:
-            return PoolStatistics(lanes=dict(self._lanes), lane_reasons=dict(self._reasons), **self._counts)
+            return PoolStatistics(
+                lanes=dict(self._lanes),
+                lane_reasons=dict(self._reasons),
+                local_extents=sum(use.extents for use in self._uses),
+                local_bytes=sum(use.bytes for use in self._uses),
+                **self._counts,
+            )
 
     # ---- members ----
 
@@ -144,7 +152,7 @@ class Session:
             flight,
             control,
             before=before.lane if before is not None else None,
-            count=self.count,
+            uses=self._uses,
         )
         return Member(info.server_id, control, lane, reason, stores)
 
