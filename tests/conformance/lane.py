@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import random
 import threading
 import time
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pytest
 
+from tests.integration.self_describing import content, part
 from torchcache.errors import (
     ConfigurationError,
     DeadlineExceeded,
@@ -18,16 +18,48 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.lanes.base import Lane, Outcome, ReadOptions
-from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, Extent, ObjectId, ObjectInfo
+from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, STRIPE_BYTES, Extent, ObjectId, ObjectInfo
 
 NAMESPACE = "samples:lane@1"
+
+SMALL = [0, 1, 12, 13, 63, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 114_660]
+LARGE = [
+    *(CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES),
+    *(STRIPE_BYTES - 1, STRIPE_BYTES, STRIPE_BYTES + 1, STRIPE_BYTES + CHUNK_BYTES + BLOCK_BYTES + 7),
+]
+SIZES = SMALL + LARGE
+"""Around everything that an object may be cut at."""
+
+RANGES_SIZE = STRIPE_BYTES + 2 * CHUNK_BYTES + 100
+RANGES = [
+    (0, 1),
+    (1, 0),
+    (5, 100),
+    (BLOCK_BYTES - 1, 2),
+    (BLOCK_BYTES, BLOCK_BYTES),
+    (BLOCK_BYTES + 1, 3 * BLOCK_BYTES),
+    (CHUNK_BYTES - 5, 10),
+    (CHUNK_BYTES - BLOCK_BYTES, BLOCK_BYTES),
+    (CHUNK_BYTES, 3),
+    (CHUNK_BYTES, CHUNK_BYTES),
+    (100, 2 * CHUNK_BYTES),
+    (STRIPE_BYTES - 1, 2),
+    (STRIPE_BYTES - 3 * CHUNK_BYTES + 7, 5 * CHUNK_BYTES - 14),
+    (STRIPE_BYTES, CHUNK_BYTES + 1),
+    (STRIPE_BYTES + 2 * CHUNK_BYTES + 7, -1),
+    (RANGES_SIZE - 1, -1),
+    (RANGES_SIZE, 0),
+    (RANGES_SIZE, -1),
+    (0, -1),
+]
+"""(offset, length) in an object of `RANGES_SIZE` bytes: within and across its blocks, chunks and stripes."""
 
 
 def sample(key: str, size: int = -1) -> ObjectInfo:
     return ObjectInfo(ObjectId("samples", f"lane/{key}", "1"), size)
 
 
-def soon(seconds: float = 20.0) -> float:
+def soon(seconds: float = 60.0) -> float:
     return time.monotonic() + seconds
 
 
@@ -38,9 +70,30 @@ def put(lane: Lane, info: ObjectInfo, data: bytes) -> None:
     assert lane.write(NAMESPACE, [sized], rows, durable=False, deadline=soon()) == len(data)
 
 
-def read(lane: Lane, extents: list[Extent], into: list[memoryview | None] | None = None) -> list[Outcome]:
-    options = ReadOptions(namespace=NAMESPACE)
-    return lane.read(extents, into or [None] * len(extents), options, deadline=soon())
+def read(
+    lane: Lane,
+    extents: Sequence[Extent],
+    into: Sequence[memoryview | None] | None = None,
+    *,
+    options: ReadOptions | None = None,
+    seconds: float = 60.0,
+) -> list[Outcome]:
+    chosen = options or ReadOptions(namespace=NAMESPACE)
+    return lane.read(extents, into or [None] * len(extents), chosen, deadline=soon(seconds))
+
+
+def good(outcome: Outcome) -> memoryview:
+    """The bytes of an extent that may not have failed."""
+    if isinstance(outcome, TorchCacheError):
+        raise outcome
+    return outcome
+
+
+def put_sample(lane: Lane, key: str, size: int) -> bytes:
+    """Writes bytes that say what they are; the same each time, as what is written again must be."""
+    data = content(key, 0, size)
+    put(lane, sample(key), data)
+    return data
 
 
 class LaneContract:
@@ -63,89 +116,108 @@ class LaneContract:
     def test_has_a_name(self, lane: Lane) -> None:
         assert lane.name
 
-    @pytest.mark.parametrize(
-        "size", [0, 1, 12, 13, BLOCK_BYTES, BLOCK_BYTES + 1, 114_660, CHUNK_BYTES, CHUNK_BYTES + 1]
-    )
+    @pytest.mark.parametrize("size", SIZES)
     def test_gives_back_what_was_written(self, lane: Lane, size: int) -> None:
-        data = os.urandom(size)
-        put(lane, sample(f"whole-{size}"), data)
+        data = put_sample(lane, f"whole-{size}", size)
         for known in (-1, size):
-            (view,) = read(lane, [Extent(sample(f"whole-{size}", known))])
-            assert isinstance(view, memoryview)
+            view = good(*read(lane, [Extent(sample(f"whole-{size}", known))]))
             assert view.readonly
-            assert bytes(view) == data
+            assert view == data
 
-    @pytest.mark.parametrize(
-        ("start", "length"),
-        [
-            (0, 1),
-            (1, 0),
-            (BLOCK_BYTES - 1, 2),
-            (CHUNK_BYTES - 5, 10),
-            (CHUNK_BYTES, 3),
-            (2 * CHUNK_BYTES + 7, -1),
-            (2 * CHUNK_BYTES + 100, 0),
-            (2 * CHUNK_BYTES + 100, -1),
-            (100, 2 * CHUNK_BYTES),
-        ],
-    )
-    def test_reads_ranges(self, lane: Lane, start: int, length: int) -> None:
-        data = random.Random(7).randbytes(2 * CHUNK_BYTES + 100)  # what is written again must be the same
-        put(lane, sample("ranges"), data)
-        expected = data[start:] if length < 0 else data[start : start + length]
-        for known in (-1, len(data)):
-            (view,) = read(lane, [Extent(sample("ranges", known), start, length)])
-            assert isinstance(view, memoryview)
-            assert bytes(view) == expected
+    @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+    def test_reads_ranges(self, lane: Lane, known: bool) -> None:
+        """Each by itself, and all in one call."""
+        put_sample(lane, "ranges", RANGES_SIZE)
+        info = sample("ranges", RANGES_SIZE if known else -1)
+        extents = [Extent(info, start, length) for start, length in RANGES]
+        alone = [read(lane, [extent])[0] for extent in extents]
+        for (start, length), *views in zip(RANGES, alone, read(lane, extents), strict=True):
+            end = RANGES_SIZE if length < 0 else start + length
+            assert [good(view) for view in views] == [part("ranges", 0, start, end)] * 2, (start, length)
 
     def test_many_extents_in_one_call_keep_their_order(self, lane: Lane) -> None:
-        data = {i: os.urandom(100 + i * 997) for i in range(50)}
-        for i, content in data.items():
-            put(lane, sample(f"many-{i}"), content)
+        """Duplicates too."""
+        data = {i: put_sample(lane, f"many-{i}", 100 + i * 997) for i in range(50)}
         order = [49 - i // 2 for i in range(100)]
         views = read(lane, [Extent(sample(f"many-{i}")) for i in order])
-        assert [bytes(view) for view in views if isinstance(view, memoryview)] == [data[i] for i in order]
+        assert [good(view) for view in views] == [data[i] for i in order]
+
+    def test_one_object_in_many_extents(self, lane: Lane) -> None:
+        data = put_sample(lane, "cut", 2 * CHUNK_BYTES + 5)
+        info = sample("cut", len(data))
+        cuts = range(0, len(data), 97 * 1024)
+        views = read(lane, [Extent(info, at, min(97 * 1024, len(data) - at)) for at in cuts])
+        assert b"".join(good(view) for view in views) == data
 
     def test_fills_the_buffers_given(self, lane: Lane) -> None:
-        small, large = os.urandom(1000), os.urandom(CHUNK_BYTES + 1000)
-        put(lane, sample("into-small"), small)
-        put(lane, sample("into-large"), large)
-        memory = [bytearray(1500), bytearray(len(large))]
-        views = read(
-            lane,
-            [Extent(sample("into-small")), Extent(sample("into-large", len(large)))],
-            [memoryview(m) for m in memory],
-        )
-        assert [len(view) for view in views if isinstance(view, memoryview)] == [1000, len(large)]
-        assert memory[0][:1000] == small
-        assert memory[0][1000:] == bytes(500)
-        assert memory[1] == large
+        """What is longer than its bytes stays as it was behind them."""
+        sizes = [0, 1, 1000, BLOCK_BYTES + 1, CHUNK_BYTES + 1000]
+        data = [put_sample(lane, f"into-{size}", size) for size in sizes]
+        for known in (True, False):
+            memory = [bytearray(b"\xee" * (size + 500)) for size in sizes]
+            extents = [Extent(sample(f"into-{size}", size if known else -1)) for size in sizes]
+            views = read(lane, extents, [memoryview(m) for m in memory])
+            for view, buffer, right in zip(views, memory, data, strict=True):
+                assert good(view) == right
+                assert buffer == right + b"\xee" * 500
+
+    def test_fills_buffers_with_ranges(self, lane: Lane) -> None:
+        """One buffer for all, and ends across blocks and chunks."""
+        put_sample(lane, "ranges", RANGES_SIZE)
+        info = sample("ranges", RANGES_SIZE)
+        spans = [(start, RANGES_SIZE if n < 0 else start + n) for start, n in RANGES]
+        memory = bytearray(sum(end - start for start, end in spans))
+        views, at = [], 0
+        for start, end in spans:
+            views.append(memoryview(memory)[at : at + end - start])
+            at += end - start
+        for outcome in read(lane, [Extent(info, a, b - a) for a, b in spans], views):
+            good(outcome)
+        assert memory == b"".join(part("ranges", 0, a, b) for a, b in spans)
 
     def test_one_missing_object_fails_alone(self, lane: Lane) -> None:
         put(lane, sample("there"), b"here I am")
-        outcomes = read(lane, [Extent(sample("there")), Extent(sample("absent")), Extent(sample("there"), 5)])
-        assert bytes(outcomes[0]) == b"here I am"  # type: ignore[arg-type]
-        assert isinstance(outcomes[1], NotResident)
-        assert bytes(outcomes[2]) == b"I am"  # type: ignore[arg-type]
+        memory = memoryview(bytearray(20))
+        first, missing, last, into = read(
+            lane,
+            [
+                Extent(sample("there")),
+                Extent(sample("absent")),
+                Extent(sample("there"), 5),
+                Extent(sample("gone")),
+            ],
+            [None, None, None, memory],
+        )
+        assert good(first) == b"here I am"
+        assert isinstance(missing, NotResident)
+        assert "absent" in str(missing)
+        assert good(last) == b"I am"
+        assert isinstance(into, NotResident)
 
-    def test_an_extent_beyond_the_object_is_refused(self, lane: Lane) -> None:
+    @pytest.mark.parametrize(("start", "length"), [(5, 6), (11, 0), (11, -1), (0, 1 << 40), (1 << 40, -1)])
+    def test_an_extent_beyond_the_object_is_refused(self, lane: Lane, start: int, length: int) -> None:
         put(lane, sample("short"), b"0123456789")
-        (outcome,) = read(lane, [Extent(sample("short"), 5, 6)])
+        outcome, beside = read(lane, [Extent(sample("short"), start, length), Extent(sample("short"))])
         assert isinstance(outcome, ConfigurationError)
+        assert good(beside) == b"0123456789"
 
-    def test_a_buffer_too_short_is_refused(self, lane: Lane) -> None:
-        put(lane, sample("tight"), b"0123456789")
-        (outcome,) = read(lane, [Extent(sample("tight"))], [memoryview(bytearray(9))])
+    @pytest.mark.parametrize("size", [10, CHUNK_BYTES + 10])
+    def test_a_buffer_too_short_is_refused(self, lane: Lane, size: int) -> None:
+        """And nothing is written behind its end."""
+        data = put_sample(lane, f"tight-{size}", size)
+        memory = bytearray(b"\xee" * (size + 100))
+        tight = memoryview(memory)[: size - 1]
+        outcome, beside = read(lane, [Extent(sample(f"tight-{size}"))] * 2, [tight, None])
         assert isinstance(outcome, ConfigurationError)
+        assert memory[size - 1 :] == b"\xee" * 101
+        assert good(beside) == data
 
     def test_views_outlive_the_lane(self, lane: Lane) -> None:
-        data = os.urandom(200_000)
-        put(lane, sample("outlive"), data)
-        (view,) = read(lane, [Extent(sample("outlive"))])
+        data = put_sample(lane, "outlive", 200_000)
+        view = good(*read(lane, [Extent(sample("outlive"))]))
         lane.close()
-        assert bytes(view) == data  # type: ignore[arg-type]
-        (again,) = read(lane, [Extent(sample("outlive"))])
-        assert bytes(again) == data  # type: ignore[arg-type]
+        assert view == data
+        assert good(*read(lane, [Extent(sample("outlive"))])) == data
 
     def test_a_server_that_is_not_there(self, deaf: Lane) -> None:
         outcomes = read(deaf, [Extent(sample("a")), Extent(sample("b"))])
@@ -161,20 +233,22 @@ class LaneContract:
             put(stranger, sample("a"), b"x")
 
     def test_a_deadline_that_has_passed(self, lane: Lane) -> None:
-        (outcome,) = lane.read([Extent(sample("late"))], [None], ReadOptions(), deadline=time.monotonic() - 1)
+        (outcome,) = read(lane, [Extent(sample("late"))], seconds=-1)
         assert isinstance(outcome, DeadlineExceeded)
+        with pytest.raises(DeadlineExceeded):
+            lane.write(
+                NAMESPACE, [sample("late", 1)], [(0, 0, pa.py_buffer(b"x"))], durable=False, deadline=soon(-1)
+            )
 
     def test_threads_share_a_lane(self, lane: Lane) -> None:
-        data = [os.urandom(50_000) for _ in range(8)]
-        for i, content in enumerate(data):
-            put(lane, sample(f"thread-{i}"), content)
+        data = [put_sample(lane, f"thread-{i}", 50_000) for i in range(8)]
         wrong: list[object] = []
 
         def work(first: int) -> None:
             for turn in range(10):
                 i = (first + turn) % 8
                 (view,) = read(lane, [Extent(sample(f"thread-{i}"))])
-                if isinstance(view, TorchCacheError) or bytes(view) != data[i]:
+                if isinstance(view, TorchCacheError) or view != data[i]:
                     wrong.append(view)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -183,3 +257,18 @@ class LaneContract:
         for thread in threads:
             thread.join()
         assert not wrong
+
+    def test_what_is_written_again_changes_nothing(self, lane: Lane) -> None:
+        data = put_sample(lane, "again", 30_000)
+        view = good(*read(lane, [Extent(sample("again"))]))
+        put_sample(lane, "again", 30_000)
+        assert view == data == good(*read(lane, [Extent(sample("again"))]))
+
+    def test_a_write_of_many_objects_in_one_call(self, lane: Lane) -> None:
+        sizes = [i * 3001 for i in range(60)]
+        data = [content(f"batch-{i}", 0, size) for i, size in enumerate(sizes)]
+        infos = [sample(f"batch-{i}", size) for i, size in enumerate(sizes)]
+        rows = [(i, 0, pa.py_buffer(d)) for i, d in enumerate(data)]
+        for durable in (False, True):
+            assert lane.write(NAMESPACE, infos, rows, durable=durable, deadline=soon()) == sum(sizes)
+        assert [good(view) for view in read(lane, [Extent(info) for info in infos])] == data
