@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.lane import LaneContract
+from tests.conformance.lane_server import LaneServer
+from tests.conformance.lane_source import SourceContract
 from tests.conformance.standin import StandIn
 from torchcache.embedded import read_endpoint
 from torchcache.lanes.access import Access
@@ -54,3 +56,8 @@ class TestFlightToServer(FlightContract):
             fields = read_endpoint(root / "server-0")
             assert fields is not None
             yield fields["data_port"], Access(token_file=root / "token")
+
+
+class TestFlightWithSource(SourceContract):
+    def make_lane(self, server: LaneServer) -> FlightLane:
+        return FlightLane("127.0.0.1", server.proxy.port, server=server.address, access=server.access)
