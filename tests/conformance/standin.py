@@ -48,6 +48,9 @@ class Script:
     writes: list[cache_pb2.WriteRequest] = field(default_factory=list)
     calls: list[tuple[str, Any]] = field(default_factory=list)
     tamper: Tamper = lambda _, pieces: pieces
+    stream: Callable[[Iterator[pa.RecordBatch]], Any] | None = (
+        None  # from the batches to another stream of Flight's
+    )
     fail_reads: list[Exception] = field(default_factory=list)
     fail_calls: list[TorchCacheError] = field(default_factory=list)
     break_after: int | None = None
@@ -94,6 +97,8 @@ class _Data(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyped
             self._script.reads.append(request)
             if self._script.fail_reads:
                 raise self._script.fail_reads.pop(0)
+        if self._script.stream is not None:
+            return self._script.stream(self._batches(request))
         return fl.GeneratorStream(READ_SCHEMA, self._batches(request))
 
     def _batches(self, request: cache_pb2.ReadRequest) -> Iterator[pa.RecordBatch]:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.lane import LaneContract
+from tests.conformance.lane_lies import LiesContract
 from tests.conformance.lane_server import LaneServer
 from tests.conformance.lane_source import SourceContract
+from tests.conformance.lane_wire import WireContract
 from tests.conformance.standin import StandIn
 from torchcache.embedded import read_endpoint
 from torchcache.lanes.access import Access
@@ -61,3 +63,13 @@ class TestFlightToServer(FlightContract):
 class TestFlightWithSource(SourceContract):
     def make_lane(self, server: LaneServer) -> FlightLane:
         return FlightLane("127.0.0.1", server.proxy.port, server=server.address, access=server.access)
+
+
+class TestFlightOverABadWire(WireContract):
+    def make_lane(self, server: LaneServer) -> FlightLane:
+        return FlightLane("127.0.0.1", server.proxy.port, server=server.address, access=server.access)
+
+
+class TestFlightToALiar(LiesContract):
+    def make_lane(self, liar: StandIn) -> FlightLane:
+        return FlightLane("127.0.0.1", liar.data_port, server="liar", access=Access(token=liar.script.token))
