@@ -37,7 +37,7 @@ from torchcache.errors import (
     TorchCacheError,
     TransientError,
 )
-from torchcache.model import Extent, ObjectInfo
+from torchcache.model import Extent, ObjectId, ObjectInfo
 from torchcache.pool import Pool
 
 READ_S = 20.0
@@ -364,6 +364,26 @@ class Workers:
                     self._going = False
 
 
+def meet_server(pool: Pool) -> None:
+    """Returns once a control call and a read have got through to the server, which is up.
+
+    The outage may have used up the retries that the pool allows itself, and gRPC waits a while before it connects
+    again.
+    """
+    nothing = [Extent(ObjectInfo(ObjectId("samples", "nothing", "0"), -1))]
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            pool.status()
+            (outcome,) = pool.read_each(nothing, resident_only=True)
+            if isinstance(outcome, NotResident) or time.monotonic() > deadline:
+                return
+        except TransientError:
+            if time.monotonic() > deadline:
+                return
+        time.sleep(0.05)
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     job = Job(**json.loads(sys.stdin.readline()))
@@ -387,6 +407,7 @@ def main() -> None:
                 more = {"descriptors": len(list(pathlib.Path("/proc/self/fd").iterdir()))}
             case "check" | "settle" as order:
                 try:
+                    meet_server(pool)
                     for part in (*readers, checkpoints):
                         getattr(part, order)()
                 except Exception:
