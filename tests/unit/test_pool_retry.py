@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from torchcache.errors import DeadlineExceeded, ObjectNotFound, Overloaded, ServerUnavailable, TorchCacheError
+from torchcache.pool.members import DOWN_S, MOST_S, Members, Ordering
 from torchcache.pool.retry import Retry, RetryBudget, RetryPolicy
 
 
@@ -75,3 +78,25 @@ def test_an_outage_spends_the_budget_and_good_calls_earn_it_back() -> None:
     budget.earn()
     budget.earn()
     assert tries(retry(clock, budget=budget), ServerUnavailable("down")) == 2
+
+
+def test_a_server_that_stays_down_is_asked_ever_more_rarely() -> None:
+    now = 100.0
+    ordering = Ordering(lambda: now)
+    member: Any = None
+    members = Members({"a": member, "b": member})
+    key = next(bytes([n]) for n in range(99) if ordering.owner(bytes([n]), members) == "a")
+    waits = []
+    for _ in range(7):
+        ordering.down("a")
+        ordering.down("a")  # by a call that was under way too
+        start = now
+        while ordering.order(key, members) == ["b", "a"]:
+            now += 1
+        waits.append(now - start)
+    assert waits == [DOWN_S, 2 * DOWN_S, 4 * DOWN_S, 8 * DOWN_S, MOST_S, MOST_S, MOST_S]
+    ordering.up("a")
+    assert ordering.order(key, members) == ["a", "b"]
+    ordering.down("a")
+    now += DOWN_S
+    assert ordering.order(key, members) == ["a", "b"]

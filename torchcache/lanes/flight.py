@@ -8,6 +8,7 @@ from typing import Final
 
 import pyarrow as pa
 import pyarrow.flight as fl
+from google.protobuf.message import DecodeError
 
 from torchcache.errors import DeadlineExceeded, IntegrityError, ServerUnavailable, TorchCacheError
 from torchcache.heap import keep_freed_memory
@@ -16,6 +17,7 @@ from torchcache.lanes.assembly import Assembly
 from torchcache.lanes.base import Outcome, ReadOptions, Row, contiguous
 from torchcache.lanes.connections import Connections, connections
 from torchcache.model import Extent, ObjectInfo, chunk_digest
+from torchcache.wire import liveness
 from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, WRITE_SCHEMA, decode_pieces, encode_chunks
 from torchcache.wire.status import error_from_flight
 from torchcache.wire.v1 import cache_pb2
@@ -24,6 +26,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.use_local_subchannel_pool", 1),  # closing a channel closes its connection, shared with nobody
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    *liveness.CHANNEL_OPTIONS,
 )
 """Of data and control channels alike."""
 
@@ -108,7 +111,7 @@ class FlightLane:
             sent, reply = self._put(request, rows, deadline)
         except (pa.ArrowException, OSError) as error:
             raise foreign(error, self._server) from without_frames(error)
-        if reply is None or cache_pb2.WriteReply.FromString(reply).bytes != sent:
+        if reply is None or reply.bytes != sent:
             raise IntegrityError(
                 f"a write of {sent} bytes to {namespace} was not acknowledged", server=self._server
             )
@@ -116,7 +119,7 @@ class FlightLane:
 
     def _put(
         self, request: cache_pb2.WriteRequest, rows: Iterable[Row], deadline: float
-    ) -> tuple[int, bytes | None]:
+    ) -> tuple[int, cache_pb2.WriteReply | None]:
         """One do_put: the bytes sent, and the server's answer."""
         with self._connections.call():
             client = writer = reader = None
@@ -130,10 +133,10 @@ class FlightLane:
                         writer.write_batch(batch)
                         sent += size
                     writer.done_writing()
-                    answer = reader.read()
+                    reply = _reply(reader)
                 finally:
                     writer.close()  # raises what the server says, in place of "the stream is broken"
-                return sent, None if answer is None else bytes(answer)
+                return sent, reply
             finally:
                 del client, writer, reader
 
@@ -225,6 +228,18 @@ def without_frames(error: Exception) -> Exception:
     """The error, without the frames it passed: they hold channels, which must not outlive their call."""
     error.__context__ = None
     return error.with_traceback(None)
+
+
+def _reply(reader: fl.FlightMetadataReader) -> cache_pb2.WriteReply | None:
+    """The server's answer to a write, behind those that only say that it is at work."""
+    while (answer := reader.read()) is not None:
+        try:
+            reply = cache_pb2.WriteReply.FromString(bytes(answer))
+        except DecodeError:
+            return None
+        if not reply.working:
+            return reply
+    return None
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[tuple[pa.RecordBatch, int]]:

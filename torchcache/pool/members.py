@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -17,7 +17,9 @@ from torchcache.pool.control import ControlClient
 DEFAULT_PORT: Final = 7440
 
 DOWN_S: Final = 2.0
-"""How long a server that could not be reached is asked last."""
+"""How long a server that could not be reached is asked last; twice as long each time that follows, up to `MOST_S`."""
+
+MOST_S: Final = 32.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,16 +123,21 @@ class Members:
 class Ordering:
     """Rendezvous order with the servers that are down moved to the end. Thread-safe."""
 
-    def __init__(self) -> None:
-        self._down_until: dict[str, float] = {}
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._down: dict[str, tuple[float, float]] = {}  # until when, and for how long that is
 
     def down(self, server_id: str) -> None:
         """The server could not be reached just now."""
-        self._down_until[server_id] = time.monotonic() + DOWN_S
+        now = self._clock()
+        until, for_s = self._down.get(server_id, (0.0, 0.0))
+        if now >= until:  # those who asked it meanwhile, as the last, tell nothing new
+            for_s = min(2 * for_s, MOST_S) or DOWN_S
+            self._down[server_id] = (now + for_s, for_s)
 
     def up(self, server_id: str) -> None:
         """The server answered."""
-        self._down_until.pop(server_id, None)
+        self._down.pop(server_id, None)
 
     @staticmethod
     def owner(key: bytes, members: Members) -> str:
@@ -140,10 +147,10 @@ class Ordering:
     def order(self, key: bytes, members: Members) -> list[str]:
         """Server ids to ask for `key`, best first."""
         order = rendezvous_order(key, list(members.by_id))
-        if not self._down_until or len(order) < 2:
+        if not self._down or len(order) < 2:
             return order
-        now = time.monotonic()
-        return sorted(order, key=lambda server: self._down_until.get(server, 0.0) > now)  # stable
+        now = self._clock()
+        return sorted(order, key=lambda server: self._down.get(server, (0.0, 0.0))[0] > now)  # stable
 
 
 def parse_address(text: str) -> tuple[Endpoint, ...]:

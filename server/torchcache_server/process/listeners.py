@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from torchcache.addresses import host_port
 from torchcache.errors import ConfigurationError
+from torchcache.wire import liveness
 from torchcache.wire.v1 import cache_pb2, cache_pb2_grpc
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.control import ControlService
@@ -32,6 +33,7 @@ _OPTIONS: Final = (
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: nothing can be a bomb
+    *liveness.CONTROL_OPTIONS,
 )
 
 TlsPair = tuple[bytes, bytes]  # certificate, key: PEM

@@ -5,7 +5,9 @@ Only translation: tickets become plans, plans become batches, errors become Flig
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import pyarrow as pa
@@ -14,6 +16,7 @@ import pyarrow.flight as fl
 from torchcache.errors import ConfigurationError, IntegrityError
 from torchcache.model import ChunkId, chunk_digest
 from torchcache.wire.codec import READ_SCHEMA, WRITE_SCHEMA, decode_chunks
+from torchcache.wire.liveness import HEARTBEAT_S
 from torchcache.wire.v1 import cache_pb2
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.store import Store
@@ -69,11 +72,14 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
             plan = write_plan(descriptor.command)
             if reader.schema != WRITE_SCHEMA:
                 raise ConfigurationError(f"a write came with another schema: {reader.schema}")
-            if plan.is_save:
-                self._store.keep(plan.namespace, True)
-            written = sum(self._store_group(plan.namespace, group) for group in self._groups(plan, reader))
-            if plan.durable:
-                self._store.sync(plan.namespace)
+            with heartbeats(writer):
+                if plan.is_save:
+                    self._store.keep(plan.namespace, True)
+                written = sum(
+                    self._store_group(plan.namespace, group) for group in self._groups(plan, reader)
+                )
+                if plan.durable:
+                    self._store.sync(plan.namespace)
             self._counters.add(written_bytes=written)
             writer.write(pa.py_buffer(cache_pb2.WriteReply(bytes=written).SerializeToString()))
 
@@ -112,6 +118,28 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
     def _store_group(self, namespace: str, group: list[Row]) -> int:
         self._store.put_many(namespace, group)
         return sum(row[2].size for row in group)
+
+
+@contextmanager
+def heartbeats(writer: Any) -> Iterator[None]:
+    """Around what a write may wait for: the client hears every `HEARTBEAT_S` that the server is at work."""
+    done = threading.Event()
+    working = pa.py_buffer(cache_pb2.WriteReply(working=True).SerializeToString())
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_S):
+            try:
+                writer.write(working)
+            except (pa.ArrowException, OSError):
+                return  # the client is gone, which the write itself finds out
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def checked_row(plan: WritePlan, number: int, index: int, digest: int, data: pa.Buffer) -> Row:

@@ -14,7 +14,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Final, NamedTuple, TypeAlias
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ import pyarrow as pa
 from torchcache.errors import ConfigurationError, DeadlineExceeded, ObjectChanged, TorchCacheError
 from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, ObjectInfo, block_cover
 from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, Piece, encode_pieces, failed_piece
+from torchcache.wire.liveness import HEARTBEAT_S
 from torchcache.wire.status import encode_error
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.store import StoredChunk
@@ -45,6 +46,9 @@ _DIGEST: Final = struct.Struct("<Q")
 
 WINDOW_BYTES: Final = 16 * BATCH_BYTES
 """Resident bytes looked up at once, from the fourth round on; the first is one batch, so that the client has work."""
+
+NOTHING: Final = encode_pieces([])
+"""A batch without rows."""
 
 Answer: TypeAlias = StoredChunk | Future[StoredChunk] | TorchCacheError
 
@@ -77,20 +81,27 @@ class Read:
         """Of payload, in the batches taken so far."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The stream's batches. An extent that fails has a row that says so; nothing is raised for it."""
+        """The stream's batches. An extent that fails has a row that says so; nothing is raised for it.
+
+        While nothing is there yet, one without rows comes every `HEARTBEAT_S`.
+        """
         for pieces in self._rounds():
+            if not pieces:
+                yield NOTHING
             # All of a round is encoded before any is sent: sending 2 MiB leaves nothing of Python in the CPU's cache.
             for batch, size in [encoded(group) for group in batched(pieces)]:
                 self.sent_bytes += size
                 yield batch
 
     def _rounds(self) -> Iterator[list[Piece]]:
-        """Pieces, in portions: what is found resident, more each time, then what the fills bring."""
+        """Pieces, in portions: what is found resident, more each time, then what the fills bring; none meanwhile."""
         window_bytes = BATCH_BYTES
         while True:
             pieces = self._look_ahead(window_bytes)
             window_bytes = min(2 * window_bytes, WINDOW_BYTES)
             if not pieces and self._waiting:
+                while not self._has_come(HEARTBEAT_S):
+                    yield []
                 pieces = self._filled()
             elif not pieces:
                 return
@@ -121,6 +132,14 @@ class Read:
                     ready.append(self._piece(part, answer))
                     ready_bytes += ready[-1].data.size
         return ready
+
+    def _has_come(self, timeout_s: float) -> bool:
+        """Whether the first that waits comes within `timeout_s`, or will not by the read's deadline."""
+        answer = self._waiting[0][1]
+        if not isinstance(answer, Future):
+            return True
+        left_s = self._deadline - time.monotonic()
+        return bool(wait([answer], max(0.0, min(timeout_s, left_s))).done) or left_s <= timeout_s
 
     def _filled(self) -> list[Piece]:
         """The first that waits, as soon as it is there, and those behind it that are there too: at most a batch."""

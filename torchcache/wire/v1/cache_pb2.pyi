@@ -63,10 +63,12 @@ class WriteRequest(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., durable: bool = ...) -> None: ...
 
 class WriteReply(_message.Message):
-    __slots__ = ("bytes",)
+    __slots__ = ("bytes", "working")
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    WORKING_FIELD_NUMBER: _ClassVar[int]
     bytes: int
-    def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+    working: bool
+    def __init__(self, bytes: _Optional[int] = ..., working: bool = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ()
