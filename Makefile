@@ -31,6 +31,7 @@ reliability: $(READY)
 
 # Measures everything, and docs/benchmarks.md from what it found. SECTIONS=local,flight measures only those.
 bench: $(READY)
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m benchmarks --json docs/benchmarks/results.json --report $(if $(SECTIONS),--only $(SECTIONS))
 
 lint: $(READY)

@@ -19,7 +19,7 @@ class FlatFile:
         size, file = self._size, self._file
         done = 0
         for number, buffer in zip(numbers, into, strict=False):
-            done += _read_whole(file, buffer[:size], number * size)
+            done += read_whole(file, buffer[:size], number * size)
         return done
 
     def __enter__(self) -> FlatFile:
@@ -29,8 +29,8 @@ class FlatFile:
         os.close(self._file)
 
 
-def _read_whole(file: int, buffer: memoryview, offset: int) -> int:
-    """A call returns at most 2 GiB, and on some file systems less than was asked for."""
+def read_whole(file: int, buffer: memoryview, offset: int) -> int:
+    """Fills the buffer from `offset` on: one call gives at most 2 GiB, and may give less."""
     done = os.preadv(file, [buffer], offset)
     while done < len(buffer):
         more = os.preadv(file, [buffer[done:]], offset + done)

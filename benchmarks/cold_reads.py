@@ -1,0 +1,158 @@
+"""The first epoch, from S3: ours beside the best parallel client of the same server, and its first sample beside a GET.
+
+The server is SeaweedFS on this machine, with its files in memory. Every round of ours finds the pool empty.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Final
+
+import torchcache as tc
+from benchmarks.findings import Findings, Goal, Row, Scale
+from benchmarks.places import local_pool, memory_folder
+from benchmarks.rounds import Result, alternate
+from examples.seaweedfs import ACCESS_KEY, SECRET_KEY, SeaweedFS, environment
+
+OURS: Final = "torchcache"
+BOTO3: Final = "boto3, 16 threads"
+OBSTORE: Final = "obstore, 16 threads"
+ONE_GET: Final = "one GET, boto3"
+_THREADS: Final = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`count` objects of `size` bytes, `batch` a request."""
+
+    name: str
+    size: int
+    count: int
+    batch: int
+
+
+SHAPES: Final = (
+    Shape("1,024 objects of 114,660 B", 114_660, 1024, 256),
+    Shape("24 objects of 16 MiB", 1 << 24, 24, 8),
+)
+TINY: Final = (Shape("8 objects of 114,660 B", 114_660, 8, 4),)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A bucket with the objects, and a pool that can read them."""
+
+    shape: Shape
+    server: SeaweedFS
+    bucket: str
+    keys: list[str]
+    pool: tc.Pool
+    dataset: tc.CachedDataset
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.bucket}/cold"
+
+    def forget(self) -> None:
+        """Makes the pool cold."""
+        self.pool.evict(self.uri)
+
+
+def measure(scale: Scale) -> Findings:
+    """Small objects and large ones."""
+    rows: list[Row] = []
+    contenders: dict[str, list[Result]] = {}
+    for shape in TINY if scale.tiny else SHAPES:
+        with _ground(shape) as found, ThreadPoolExecutor(_THREADS) as threads:
+            epochs = alternate(
+                {OURS: _epoch(found), **_clients(found, threads)},
+                before={OURS: found.forget},
+                rounds=scale.rounds,
+            )
+            firsts = alternate(
+                {OURS: lambda: len(found.dataset[0]), ONE_GET: _one_get(found)},
+                before={OURS: found.forget},
+                rounds=scale.rounds,
+            )
+        best = min((r for name, r in epochs.items() if name != OURS), key=lambda r: r.median_s)
+        rows += [
+            _row(f"cold epoch of {shape.name}", epochs[OURS], best, 0.9),
+            _row(f"first of {shape.name}", firsts[OURS], firsts[ONE_GET], 0.5),
+        ]
+        contenders[f"cold epoch of {shape.name}"] = list(epochs.values())
+    return Findings(title="The first epoch, from S3", rows=rows, contenders=contenders)
+
+
+def _row(what: str, ours: Result, other: Result, goal: float) -> Row:
+    return Row(
+        what=what,
+        unit="ms",
+        ours=ours.median_s * 1e3,
+        bare=other.median_s * 1e3,
+        against=other.name,
+        goal=Goal(bound=goal),
+    )
+
+
+@contextmanager
+def _ground(shape: Shape) -> Iterator[Ground]:
+    with memory_folder() as root, ExitStack() as closing:
+        server = closing.enter_context(SeaweedFS(root / "s3"))
+        closing.enter_context(environment(server.environment()))
+        bucket = server.make_bucket()
+        keys = [f"cold/{number:05d}" for number in range(shape.count)]
+        for key in keys:
+            server.client.put_object(Bucket=bucket, Key=key, Body=os.urandom(shape.size))
+        capacity_bytes = 2 * shape.size * shape.count + (1 << 28)
+        warm = closing.enter_context(local_pool(root / "pool", capacity_bytes=capacity_bytes))
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/cold", pool=warm.pool)
+        yield Ground(shape, server, bucket, keys, warm.pool, dataset)
+
+
+def _epoch(found: Ground) -> Callable[[], int]:
+    shape = found.shape
+    batches = [range(at, min(at + shape.batch, shape.count)) for at in range(0, shape.count, shape.batch)]
+    return lambda: sum(len(record) for batch in batches for record in found.dataset.__getitems__(batch))
+
+
+def _clients(found: Ground, threads: ThreadPoolExecutor) -> dict[str, Callable[[], int]]:
+    """Whoever reads all objects with as many threads as help: an object a GET, whole."""
+    clients = {BOTO3: _all_by(found.keys, threads, _boto3_get(found))}
+    if find_spec("obstore"):
+        clients[OBSTORE] = _all_by(found.keys, threads, _obstore_get(found))
+    return clients
+
+
+def _all_by(keys: Sequence[str], threads: ThreadPoolExecutor, get: Callable[[str], int]) -> Callable[[], int]:
+    return lambda: sum(threads.map(get, keys))
+
+
+def _boto3_get(found: Ground) -> Callable[[str], int]:
+    client: Any = found.server.client
+    return lambda key: len(client.get_object(Bucket=found.bucket, Key=key)["Body"].read())
+
+
+def _obstore_get(found: Ground) -> Callable[[str], int]:
+    import obstore
+    from obstore.store import S3Store
+
+    store = S3Store(
+        found.bucket,
+        endpoint=found.server.endpoint_url,
+        access_key_id=ACCESS_KEY,
+        secret_access_key=SECRET_KEY,
+        region="us-east-1",
+        virtual_hosted_style_request=False,
+        client_options={"allow_http": True},
+    )
+    return lambda key: len(obstore.get(store, key).bytes())
+
+
+def _one_get(found: Ground) -> Callable[[], int]:
+    get = _boto3_get(found)
+    return lambda: get(found.keys[0])
