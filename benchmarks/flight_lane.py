@@ -11,7 +11,7 @@ from benchmarks.bare_flight import flight_client
 from benchmarks.bare_grpc import grpc_client
 from benchmarks.bare_socket import SocketClient, socket_client
 from benchmarks.findings import Findings, Goal, Row, Scale, us_each
-from benchmarks.records import Shape, check, ground, objects_shape, reader_into, records_shape
+from benchmarks.records import Shape, all_of, check, ground, objects_shape, reader, records_shape
 from benchmarks.rounds import Result, alternate
 
 OURS = "torchcache, flight lane"
@@ -60,7 +60,7 @@ def _beside_all(shape: Shape, rounds: int) -> dict[str, Result]:
         enter = clients.enter_context
         socket = enter(socket_client(found.flat, shape.size))
         grpc = enter(grpc_client(found.flat, shape.size))
-        ours = reader_into(found, into)
+        ours = reader(found, "numpy")
         check(found, ours)
         for bare in (socket, grpc):
             bare.read(batches[0], into)
@@ -69,7 +69,7 @@ def _beside_all(shape: Shape, rounds: int) -> dict[str, Result]:
         views = enter(flight_client(found.flat, shape.size, "views"))
         return alternate(
             {
-                OURS: lambda: sum(len(record) for batch in batches for record in ours(batch)),
+                OURS: all_of(shape, ours),
                 SOCKET: lambda: sum(socket.read(batch, into) for batch in batches),
                 GRPC: lambda: sum(grpc.read(batch, into) for batch in batches),
                 FLIGHT_ONE: lambda: sum(one.read(batch) for batch in batches),
@@ -95,12 +95,12 @@ def _beside_sockets(shape: Shape, servers: int, rounds: int) -> dict[str, Result
         enter = clients.enter_context
         sockets = [enter(socket_client(found.flat, part)) for _ in range(servers)]
         threads = enter(ThreadPoolExecutor(servers))
-        ours = reader_into(found, into)
+        ours = reader(found, "numpy")
         check(found, ours)
         bare = _in_parts(sockets, threads, into[0], part)
         return alternate(
             {
-                OURS: lambda: sum(len(record) for batch in batches for record in ours(batch)),
+                OURS: all_of(shape, ours),
                 SOCKET: lambda: (
                     sum(bare(batch[0]) for batch in batches) + shape.count * (shape.size % servers)
                 ),

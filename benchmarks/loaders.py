@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,19 +49,12 @@ class Constant(Dataset[torch.Tensor]):
         return self._record
 
 
-def as_tensor(view: memoryview) -> torch.Tensor:
-    """The record without a copy: the loader's collation copies it anyway. torch warns, as nobody may write to it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(view, dtype=torch.uint8)
-
-
 def measure(scale: Scale) -> Findings:
     """A round is an epoch, shuffled, with workers that live on from epoch to epoch."""
     shape = records_shape(scale)
     with ground(shape) as found:
         datasets: dict[str, Dataset[Any]] = {
-            OURS: tc.CachedDataset.from_files(found.source, pool=found.warm.pool, decode=as_tensor),
+            OURS: tc.CachedDataset.from_files(found.source, pool=found.warm.pool, output="tensor"),
             FILES: PlainFiles(sorted(found.source.iterdir())),
             CONSTANT: Constant(shape.count, shape.size),
         }

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Final
 
-import torchcache as tc
 from benchmarks.bare_files import FlatFile, buffers
 from benchmarks.findings import Findings, Goal, Row, Scale, us_each
-from benchmarks.records import Ground, check, ground, reader_into, records_shape
+from benchmarks.records import all_of, check, ground, reader, records_shape
 from benchmarks.rounds import alternate
+from torchcache.data.outputs import Output
 
-Read = Callable[[list[int]], Sequence[Any]]
-
-AS = {"into buffers": 1.2, "as bytes": 1.4, "as views": 2.0}
-"""The forms a record can have, and how many times faster than preadv each is to be."""
+FORMS: Final[dict[str, tuple[Output, float]]] = {
+    "into buffers": ("numpy", 1.2),
+    "as bytes": ("bytes", 1.4),
+    "as views": ("view", 2.0),
+}
+"""What a record can be, the output that it is, and how many times faster than preadv it is to be."""
 
 
 def measure(scale: Scale) -> Findings:
     """All forms beside preadv, in turn, batch after batch of one request each."""
     shape = records_shape(scale)
     batches = shape.batches()
-    with ground(shape) as found, FlatFile(found.flat, shape.size) as file:
+    with ground(shape, lane="local") as found, FlatFile(found.flat, shape.size) as file:
         into = buffers(shape.batch, shape.size)
-        readers = _readers(found, into)
-        for read in readers.values():
+        contenders = {}
+        for form, (output, _) in FORMS.items():
+            read = reader(found, output)
             check(found, read)
-
-        def ours(read: Read) -> Callable[[], int]:
-            return lambda: sum(len(record) for batch in batches for record in read(batch))
-
-        contenders = {f"torchcache, {form}": ours(read) for form, read in readers.items()}
+            contenders[f"torchcache, {form}"] = all_of(shape, read)
         contenders["preadv"] = lambda: sum(file.read(batch, into) for batch in batches)
         results = alternate(contenders, rounds=scale.rounds)
-        lanes = found.warm.pool.statistics().lanes
     rows = [
         Row(
             what=f"batches of {shape.name}, {form}",
@@ -43,22 +40,10 @@ def measure(scale: Scale) -> Findings:
             against="preadv into reused buffers",
             goal=Goal(bound=bound),
         )
-        for form, bound in AS.items()
+        for form, (_, bound) in FORMS.items()
     ]
     return Findings(
         title="Records on one machine",
         rows=rows,
-        contenders={shape.name: list(results.values())},
-        details={"lanes": sorted(set(lanes.values()))},
+        contenders={f"batches of {shape.name}": list(results.values())},
     )
-
-
-def _readers(found: Ground, into: Sequence[memoryview]) -> dict[str, Read]:
-    pool = found.warm.pool
-    as_bytes = tc.CachedDataset.from_files(found.source, pool=pool)
-    as_views = tc.CachedDataset.from_files(found.source, pool=pool, decode=lambda view: view)
-    return {
-        "into buffers": reader_into(found, into),
-        "as bytes": as_bytes.__getitems__,
-        "as views": as_views.__getitems__,
-    }

@@ -21,7 +21,7 @@ from benchmarks.mlperf_sources import FileSource, PoolSource, S3Source, Source
 from benchmarks.places import Lane, local_pool, memory_folder, write_files
 from examples.seaweedfs import ACCESS_KEY, SECRET_KEY, SeaweedFS
 
-OURS: Final[Mapping[str, Lane]] = {"torchcache, flight lane": "flight"}
+OURS: Final[Mapping[str, Lane]] = {"torchcache, local lane": "local", "torchcache, flight lane": "flight"}
 FILES: Final = "plain local files, preadv"
 S3: Final = "straight from S3"
 MOST_RUNS: Final = 3

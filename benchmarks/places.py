@@ -48,11 +48,12 @@ class WarmPool:
 
     pool: tc.Pool
     address: str
+    token: str
     pids: tuple[int, ...]
 
     def by_lane(self, lane: Lane) -> tc.Pool:
         """The same servers, by this lane alone."""
-        return self.pool
+        return tc.connect(self.address, token=self.token, lane=lane)
 
 
 @contextmanager
@@ -60,11 +61,11 @@ def local_pool(
     root: Path, *, capacity_bytes: int, servers: int = 1, lane: Lane | None = None
 ) -> Iterator[WarmPool]:
     """An embedded pool of its own in `root`. `lane` forces one; without it the pool takes the best that works."""
-    local = tc.LocalPool(root, capacity=capacity_bytes, servers=servers)
+    local = tc.LocalPool(root, capacity=capacity_bytes, servers=servers, lane=lane)
     with local as pool:
         described = [root / f"server-{index}" / "endpoint.json" for index in range(servers)]
         pids = tuple(int(json.loads(path.read_text())["pid"]) for path in described)
-        yield WarmPool(pool, local.address, pids)
+        yield WarmPool(pool, local.address, (root / "token").read_text().strip(), pids)
 
 
 @contextmanager

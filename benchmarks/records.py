@@ -12,7 +12,10 @@ from typing import Any
 import torchcache as tc
 from benchmarks.findings import Scale
 from benchmarks.places import Lane, WarmPool, local_pool, memory_folder, write_files
-from torchcache.model import Extent
+from torchcache.data.outputs import Output
+
+Read = Callable[[list[int]], Sequence[Any]]
+"""A batch of records by their numbers; each has a length in bytes and the buffer protocol."""
 
 RECORD_BYTES = 114_660
 BATCH = 256
@@ -78,21 +81,20 @@ def ground(shape: Shape, *, servers: int = 1, lane: Lane | None = None) -> Itera
             yield Ground(shape, source, flat, warm)
 
 
-def check(ground: Ground, read: Callable[[list[int]], Sequence[Any]]) -> None:
+def check(ground: Ground, read: Read) -> None:
     """That what a contender reads is what the files hold. Raises RuntimeError."""
     batch = ground.shape.batches()[0]
     for number, found in zip(batch, read(batch), strict=True):
-        if memoryview(found) != memoryview((ground.source / f"{number:05d}").read_bytes()):
+        if bytes(memoryview(found)) != (ground.source / f"{number:05d}").read_bytes():
             raise RuntimeError(f"record {number} isn't what its file holds")
 
 
-def reader_into(ground: Ground, into: Sequence[memoryview]) -> Callable[[list[int]], Sequence[memoryview]]:
-    """Reads a batch into buffers that are the caller's."""
-    namespace = f"file://{ground.source}"
-    pool = ground.warm.pool
-    objects = list(pool.list(namespace))
+def reader(ground: Ground, output: Output) -> Read:
+    """`__getitems__` of the records as this output; "numpy" is into buffers that are used again."""
+    return tc.CachedDataset.from_files(ground.source, pool=ground.warm.pool, output=output).__getitems__
 
-    def read(batch: list[int]) -> Sequence[memoryview]:
-        return pool.read([Extent(objects[i]) for i in batch], namespace=namespace, into=into[: len(batch)])
 
-    return read
+def all_of(shape: Shape, read: Read) -> Callable[[], int]:
+    """A round: all records once, batch by batch; nobody keeps what was read before. Gives the bytes."""
+    batches = shape.batches()
+    return lambda: sum(len(record) for batch in batches for record in read(batch))

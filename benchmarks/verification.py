@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from benchmarks.bare_files import buffers
 from benchmarks.findings import Findings, Goal, Row, Scale, us_each
-from benchmarks.records import Shape, ground, objects_shape, reader_into, records_shape
+from benchmarks.records import Shape, all_of, ground, objects_shape, reader, records_shape
 from benchmarks.rounds import Result, alternate
 from torchcache.wire.codec import Piece
 
@@ -40,10 +39,7 @@ def measure(scale: Scale) -> Findings:
 
 def _with_and_without(shape: Shape, rounds: int) -> list[Result]:
     with ground(shape, lane="flight") as found:
-        read = reader_into(found, buffers(shape.batch, shape.size))
-
-        def verified() -> int:
-            return sum(len(view) for batch in shape.batches() for view in read(batch))
+        verified = all_of(shape, reader(found, "numpy"))
 
         def unverified() -> int:
             with nothing_verified():
