@@ -46,12 +46,14 @@ def test_contenders_move_the_same_bytes(measured: dict) -> None:
 
 def test_a_document_holds_what_was_measured(measured: dict) -> None:
     text = (
-        "Before\n" + "".join(f"<!-- figures: {name} -->\nold\n<!-- end -->\n" for name in SECTIONS) + "after"
+        "Before\n"
+        + "".join(f"<!-- figures: {name} -->\nstale figures\n<!-- end -->\n" for name in SECTIONS)
+        + "after"
     )
     made = document(text, measured)
     assert made.startswith("Before\n")
     assert made.endswith("after")
-    assert "old" not in made
+    assert "stale figures" not in made
     for name, section in measured.items():
         assert markdown(section) in made, name
     assert document(made, measured) == made
