@@ -269,7 +269,6 @@ class Endless(Dataset[int]):
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        (Stream(), {}, "Stream has none"),
         (Endless(), {}, "Endless has none"),
         (5, {}, "int has none"),
         ("s3://bucket/data", {}, "use CachedDataset.from_files"),
@@ -288,6 +287,13 @@ def test_wrong_arguments_are_refused(
     with pytest.raises(ConfigurationError) as caught:
         CachedDataset(dataset, pool=pool, **{"name": "n", **options})  # type: ignore[arg-type]
     assert message in str(caught.value)
+
+
+def test_an_iterable_dataset_is_shown_its_class(pool: SamplePool) -> None:
+    with pytest.raises(
+        TypeError, match=r"Stream is an IterableDataset: wrap it in torchcache\.CachedIterableDataset"
+    ):
+        CachedDataset(Stream(), name="n", pool=pool)  # type: ignore[arg-type]
 
 
 def test_a_data_loader_takes_it(pool: SamplePool) -> None:

@@ -56,7 +56,7 @@ class CachedDataset(Dataset[Any]):
         another `version` when samples change for a reason that the fingerprint can't see. `pool` is what
         `torchcache.connect` takes.
 
-        Raises ConfigurationError: no map-style dataset; a name is needed.
+        Raises ConfigurationError: no map-style dataset; a name is needed. Raises TypeError for an IterableDataset.
         """
         length = _checked_length(dataset)
         encoding = Encoding(encode=encode, decode=decode)
@@ -193,13 +193,18 @@ class CachedDataset(Dataset[Any]):
 
 
 def _checked_length(dataset: Any) -> int:
-    """The dataset's length. Raises ConfigurationError if it isn't map-style."""
+    """The dataset's length. Raises ConfigurationError, and TypeError for an IterableDataset, if it isn't map-style."""
     kind = type(dataset).__name__
     if isinstance(dataset, str | bytes | os.PathLike):
         raise ConfigurationError(
             f"CachedDataset wraps a dataset, not {kind}: for a URI or a path use CachedDataset.from_files"
         )
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"CachedDataset needs a map-style dataset, with __getitem__; {kind} is an IterableDataset: wrap it in "
+            "torchcache.CachedIterableDataset, which records its first full pass"
+        )
+    if not hasattr(dataset, "__getitem__"):
         raise ConfigurationError(
             f"CachedDataset needs a map-style dataset, with __getitem__; {kind} has none"
         )

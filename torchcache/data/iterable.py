@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from torchcache import environment
 from torchcache.connecting import connect
 from torchcache.data.formats import Format
-from torchcache.data.iterable_order import Order, OrderKey, Shuffle
+from torchcache.data.iterable_order import Order, OrderKey
 from torchcache.data.iterable_pass import Epoch, OnError, Pass, Sieve
 from torchcache.data.iterable_position import Rest, Split, Uneven
+from torchcache.data.iterable_reading import Records
+from torchcache.data.iterable_recording import Recorder, Recording, RecordingPass
+from torchcache.data.iterable_settings import (
+    one_of,
+    replicas,
+    shuffle_of,
+    this_rank,
+    this_worker,
+    whole_number,
+)
 from torchcache.data.iterable_shards import ShardRecords
 from torchcache.data.iterable_sources import Source
-from torchcache.data.iterable_state import Left, after_batches, left_of, of_loader, pass_of
+from torchcache.data.iterable_state import Left, after_batches, left_of, of_loader, pass_of, recording_pass_of
 from torchcache.data.progress import progress_bar
 from torchcache.errors import ConfigurationError
 from torchcache.pool import Pool, Residency
@@ -31,6 +40,9 @@ WINDOW: Final = 1000
 _EPOCH, _LOADS, _USED_BY, _WORKING, _SKIPPED = range(5)
 _SHARED: Final = 128
 
+Loaded = Left | Pass | RecordingPass | None
+"""What the next iteration goes on with."""
+
 
 class CachedIterableDataset(IterableDataset[Any]):
     """Samples of shards in S3 or on disk, through the pool. Give it to a DataLoader as any other IterableDataset.
@@ -41,7 +53,7 @@ class CachedIterableDataset(IterableDataset[Any]):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | IterableDataset[Any],
         *,
         format: str | Format | None = None,
         shuffle: bool | Literal["records", "blocks"] = False,
@@ -53,6 +65,8 @@ class CachedIterableDataset(IterableDataset[Any]):
         window: int = WINDOW,
         num_replicas: int | None = None,
         rank: int | None = None,
+        name: str | None = None,
+        version: str | int | None = None,
         pool: str | Pool | LocalPool | None = None,
     ) -> None:
         """Finds the shards; those that have no index yet are read for it, here, once.
@@ -72,28 +86,59 @@ class CachedIterableDataset(IterableDataset[Any]):
         then the same for any number of workers. `num_replicas` and `rank` are those of torch.distributed, or of the
         environment, unless given.
 
+        `source` may be any IterableDataset: its first full pass is recorded, under `name` (a fingerprint of it unless
+        given) and `version`, split by rank and worker as it does that itself; later passes, of later jobs too, replay
+        it, shuffled if asked. Samples are what CachedDataset takes. A pass that is cut short records nothing.
+
         Raises ConfigurationError, ObjectNotFound for shards that aren't there, IntegrityError for damaged ones.
         """
-        self._seed = _checked(seed, "seed", None)
-        self._run = _checked(batch_size or 1, "batch_size", 1)
-        self._window = _checked(window, "window", 1)
-        self._uneven = _one_of(uneven, "uneven", ("pad", "drop", "keep"))
-        self._on_error: OnError = _one_of(on_error, "on_error", ("raise", "skip"))
-        self._replicas = _replicas(num_replicas, rank)
+        self._seed = whole_number(seed, "seed", None)
+        self._run = whole_number(batch_size or 1, "batch_size", 1)
+        self._window = whole_number(window, "window", 1)
+        self._uneven = one_of(uneven, "uneven", ("pad", "drop", "keep"))
+        self._on_error: OnError = one_of(on_error, "on_error", ("raise", "skip"))
+        self._replicas = replicas(num_replicas, rank)
         self._transform = transform
-        self._records = ShardRecords(connect(pool), source, format)
-        self._shuffle = _shuffle(shuffle, self._records)
+        self._recorder = self._set_up(source, format, connect(pool), name, version)
+        self._shuffle = shuffle_of(shuffle, self._records.access if self._records else "records")
         self._shared = torch.zeros(_SHARED, dtype=torch.int64)
         self._shared.share_memory_()  # type: ignore[no-untyped-call]
         self._loads = 0
-        self._loaded: Left | Pass | None = None
-        self._begun: Pass | None = None
+        self._loaded: Loaded = None
+        self._begun: Pass | RecordingPass | None = None
+
+    def _set_up(
+        self,
+        source: Any,
+        format: str | Format | None,
+        pool: Pool,
+        name: str | None,
+        version: str | int | None,
+    ) -> Recorder | None:
+        self._records: Records | None = None
+        if isinstance(source, IterableDataset):
+            if format is not None:
+                raise ConfigurationError(
+                    "format= is for shards; what an IterableDataset gives is recorded as it is"
+                )
+            recorder = Recorder(Recording(pool, source, name, version), source)
+            self._records = recorder.recording.open()
+            return recorder
+        if name is not None or version is not None:
+            raise ConfigurationError(
+                "name= and version= are for a recorded IterableDataset; shards have their own"
+            )
+        self._records = ShardRecords(pool, source, format)
+        return None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._records.describe()}, shuffle={self._shuffle!r})"
+        told = self._records.describe() if self._records else "not recorded yet"
+        return f"{type(self).__name__}({told}, shuffle={self._shuffle!r})"
 
     def __len__(self) -> int:
-        """The samples of a whole epoch that this rank reads."""
+        """The samples of a whole epoch that this rank reads. Raises TypeError before there is a whole recording."""
+        if self._records is None:
+            raise TypeError("an IterableDataset has no length before it was recorded")
         split = self._split(workers=1)
         return split.share(split.total(self._records.count, self._uneven), self._where()[1], 0)
 
@@ -107,15 +152,41 @@ class CachedIterableDataset(IterableDataset[Any]):
 
         Of a state that was loaded for this epoch iteration goes on; one of another epoch is let go.
         """
-        self._shared[_EPOCH] = _checked(epoch, "epoch", 0)
+        self._shared[_EPOCH] = whole_number(epoch, "epoch", 0)
         if isinstance(self._loaded, Left) and self._loaded.epoch != epoch:
             self._loaded = None
 
     # ---- iterating ----
 
     def __iter__(self) -> Iterator[Any]:
-        self._begun = self._begin(take=True)
-        return self._samples(self._begun)
+        if isinstance(self._loaded, RecordingPass) or not self._has_records():
+            return self._record()
+        self._begun = begun = self._begin(take=True)
+        return self._samples(begun)
+
+    def _has_records(self) -> bool:
+        """Whether they are known now; readers that have just recorded wait for the others of their epoch."""
+        if self._records is None and self._recorder is not None:
+            workers, worker = this_worker()
+            self._records = self._recorder.soon_recorded(
+                self._split(workers), self._where()[1], worker, int(self._shared[_EPOCH])
+            )
+        return self._records is not None
+
+    def _record(self) -> Iterator[Any]:
+        """The wrapped dataset's own samples, recorded on their way."""
+        if self._recorder is None:
+            raise TypeError("only an IterableDataset is recorded")
+        workers, worker = this_worker()
+        loaded = self._taken()
+        skip = loaded.count if isinstance(loaded, RecordingPass) else 0
+        epoch = loaded.number if isinstance(loaded, RecordingPass) else int(self._shared[_EPOCH])
+        begun = RecordingPass(number=epoch, split=self._split(workers), worker=worker, count=skip)
+        self._begun = begun
+        sieve = self._sieve(worker, lambda number: f"sample {number} of {self._recorder}")
+        for sample in self._recorder.samples(begun, self._where()[1]):
+            begun.count += 1
+            yield from sieve.passed(begun.count - 1, sample, self._transform)
 
     def _samples(self, begun: Pass) -> Iterator[Any]:
         if self._loads != int(self._shared[_LOADS]):
@@ -123,27 +194,44 @@ class CachedIterableDataset(IterableDataset[Any]):
                 "a state was loaded into the dataset when persistent workers had it already: load it before the "
                 "first iteration, or make a new DataLoader"
             )
-        epoch, records = begun.epoch, self._records
+        epoch, records = begun.epoch, self._known()
         key = OrderKey(shuffle=self._shuffle, seed=epoch.seed, epoch=epoch.number, window=self._window)
         order = Order(records.blocks, key)
-        slot = _SKIPPED + begun.worker % (_SHARED - _SKIPPED)
-        sieve = Sieve(self._on_error, self._shared[slot : slot + 1], records.name)
+        sieve = self._sieve(begun.worker, records.name)
         for number, outcome in begun.samples(order, records.reading()):
             yield from sieve.passed(number, outcome, self._transform)
 
+    def _sieve(self, worker: int, name: Callable[[int], str]) -> Sieve:
+        slot = _SKIPPED + worker % (_SHARED - _SKIPPED)
+        return Sieve(self._on_error, self._shared[slot : slot + 1], name)
+
+    def _known(self) -> Records:
+        """The records there are. Raises ConfigurationError while nothing is recorded."""
+        if self._records is None and self._recorder is not None:
+            self._records = self._recorder.recording.found()
+        if self._records is None:
+            raise ConfigurationError(
+                f"{self!r}: nothing can be said of its samples before a full pass was made"
+            )
+        return self._records
+
     def _begin(self, *, take: bool = False) -> Pass:
         """The pass that iteration would make now. With `take` it is made: what was loaded is used up."""
-        workers, worker = _worker()
+        workers, worker = this_worker()
         split, rank = self._split(workers), self._where()[1]
         loaded = self._taken() if take else self._loaded
         if isinstance(loaded, Pass):
             return loaded
-        left = loaded or Left(epoch=int(self._shared[_EPOCH]), seed=self._seed, rest=Rest())
-        total = split.total(left.rest.left(self._records.count), self._uneven)
+        left = (
+            loaded
+            if isinstance(loaded, Left)
+            else Left(epoch=int(self._shared[_EPOCH]), seed=self._seed, rest=Rest())
+        )
+        total = split.total(left.rest.left(self._known().count), self._uneven)
         epoch = Epoch(number=left.epoch, seed=left.seed, rest=left.rest, total=total, split=split)
         return Pass(epoch, rank, worker)
 
-    def _taken(self) -> Left | Pass | None:
+    def _taken(self) -> Loaded:
         """What was loaded, for the pass that begins; the next one begins anew."""
         loaded, self._loaded = self._loaded, None
         info = get_worker_info()
@@ -161,14 +249,13 @@ class CachedIterableDataset(IterableDataset[Any]):
         return loaded
 
     def _split(self, workers: int) -> Split:
-        in_pieces = self._shuffle == "blocks" or (
-            self._shuffle == "none" and self._records.access != "records"
-        )
+        alone = self._records is None or self._records.access == "records"
+        in_pieces = self._shuffle == "blocks" or (self._shuffle == "none" and not alone)
         return Split(ranks=self._where()[0], workers=workers, run=self._run, contiguous=in_pieces)
 
     def _where(self) -> tuple[int, int]:
         """(ranks, rank)."""
-        return self._replicas or _distributed()
+        return self._replicas or this_rank()
 
     # ---- resuming ----
 
@@ -185,8 +272,10 @@ class CachedIterableDataset(IterableDataset[Any]):
                     "only the DataLoader's workers know the position: use torchdata's StatefulDataLoader and its "
                     "state_dict, or state_after(batches=...)"
                 )
-            if begun is not None and begun.epoch.number != int(self._shared[_EPOCH]):
+            if begun is not None and begun.number != int(self._shared[_EPOCH]):
                 begun = None  # the next epoch has been said, and nothing of it read
+        if isinstance(begun, RecordingPass) or (begun is None and self._records is None):
+            return (begun or RecordingPass(int(self._shared[_EPOCH]), self._split(1), 0)).state()
         return self._told(begun or self._begin())
 
     def state_after(self, *, batches: int, batch_size: int, num_workers: int) -> dict[str, Any]:
@@ -205,30 +294,46 @@ class CachedIterableDataset(IterableDataset[Any]):
         step. Raises ConfigurationError for a state of other samples, or of some workers only.
         """
         states = of_loader(state)
-        for one in states:
-            if one.get("records") != self._identity():
-                raise ConfigurationError(
-                    "this position was saved over other samples, or in an order of another kind: it would mean other "
-                    "samples. Resume with the shards, format, shuffle and window it was saved with, or start anew"
-                )
-        workers, worker = _worker()
-        same = (
-            pass_of(states[0], self._split(workers), self._where()[1], worker) if len(states) == 1 else None
-        )
-        self._loaded = loaded = same or left_of(states)
-        self._begun = None
-        self._shared[_EPOCH] = loaded.epoch.number if isinstance(loaded, Pass) else loaded.epoch
-        if get_worker_info() is None:
-            # Workers to come go on by themselves, whatever their number.
-            self._loaded = left_of(states)
+        in_worker = get_worker_info() is not None
+        loaded = self._recording_pass(states) or self._pass_or_left(states, in_worker=in_worker)
+        self._loaded, self._begun = loaded, None
+        self._shared[_EPOCH] = loaded.epoch if isinstance(loaded, Left) else loaded.number
+        if not in_worker:
             self._shared[_USED_BY] = 0
             self._shared[_LOADS] += 1
             self._loads = int(self._shared[_LOADS])
 
+    def _recording_pass(self, states: Sequence[Mapping[str, Any]]) -> RecordingPass | None:
+        """The pass of the wrapped dataset that goes on, if they are states of one."""
+        if "recording" not in states[0]:
+            return None
+        workers, worker = this_worker()
+        found = recording_pass_of(states[0])
+        if len(states) > 1 or found.split != self._split(workers) or found.worker != worker:
+            raise ConfigurationError(
+                "a pass over the IterableDataset itself, before it is recorded, goes on only by the load_state_dict "
+                "of a StatefulDataLoader with the same ranks and workers"
+            )
+        return found
+
+    def _pass_or_left(self, states: Sequence[Mapping[str, Any]], *, in_worker: bool) -> Pass | Left:
+        for state in states:
+            if state.get("records") != self._identity():
+                raise ConfigurationError(
+                    "this position was saved over other samples, or in an order of another kind: it would mean other "
+                    "samples. Resume with the shards, format, shuffle and window it was saved with, or start anew"
+                )
+        workers, worker = this_worker()
+        if in_worker and len(states) == 1:
+            same = pass_of(states[0], self._split(workers), self._where()[1], worker)
+            if same is not None:
+                return same
+        return left_of(states)
+
     def _going_on(self, left: Left) -> Pass:
         """A pass of one worker over what is left."""
         split = self._split(1)
-        total = split.total(left.rest.left(self._records.count), self._uneven)
+        total = split.total(left.rest.left(self._known().count), self._uneven)
         epoch = Epoch(number=left.epoch, seed=left.seed, rest=left.rest, total=total, split=split)
         return Pass(epoch, self._where()[1], 0)
 
@@ -236,13 +341,20 @@ class CachedIterableDataset(IterableDataset[Any]):
         return {**begun.state(), "records": self._identity()}
 
     def _identity(self) -> str:
-        return f"{self._records.digest}-{self._shuffle}-{self._window}"
+        return f"{self._known().digest}-{self._shuffle}-{self._window}"
 
     # ---- the pool ----
 
     def stage(self, *, progress: bool = True) -> None:
-        """Brings every shard into the pool before its use, with a progress bar on stderr unless told otherwise."""
+        """Brings every shard into the pool before its use, with a progress bar on stderr unless told otherwise.
+
+        Raises ConfigurationError for an IterableDataset, which only a pass records.
+        """
         records = self._records
+        if not isinstance(records, ShardRecords):
+            raise ConfigurationError(
+                "an IterableDataset is recorded by a full pass over it; only shards are staged"
+            )
         stage = records.pool.stage
         if not progress:
             stage(records.shards(), namespace=records.namespace)
@@ -252,60 +364,9 @@ class CachedIterableDataset(IterableDataset[Any]):
             stage(records.shards(), namespace=records.namespace, on_progress=advance)
 
     def residency(self) -> Residency:
-        """How much of the shards the pool holds now."""
-        return self._records.pool.residency(self._records.shards())
+        """How much of the shards, or of what was recorded, the pool holds now."""
+        return self._known().residency()
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker has no torch.distributed: it is told its rank.
         return {**self.__dict__, "_begun": None, "_replicas": self._where()}
-
-
-def _worker() -> tuple[int, int]:
-    """(workers, worker) of this process's loader; one if it has no workers."""
-    info = get_worker_info()
-    return (info.num_workers, info.id) if info is not None else (1, 0)
-
-
-def _shuffle(given: bool | str, records: Any) -> Shuffle:
-    alone = records.access == "records"
-    if given is False:
-        return "none"
-    if given is True:
-        return "records" if alone else "blocks"
-    if given == "records" and records.access == "stream":
-        raise ConfigurationError(
-            "shuffle='records' needs records that can be read alone, and these shards are compressed or streams: use "
-            "shuffle='blocks'"
-        )
-    if given in ("records", "blocks"):
-        return given  # type: ignore[return-value]
-    raise ConfigurationError(f"shuffle={given!r}: it is True, False, 'records' or 'blocks'")
-
-
-def _distributed() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return environment.world()
-
-
-def _replicas(ranks: int | None, rank: int | None) -> tuple[int, int] | None:
-    if ranks is None and rank is None:
-        return None
-    if ranks is None or rank is None or not 0 <= rank < ranks:
-        raise ConfigurationError(
-            f"num_replicas={ranks}, rank={rank}: give both, with 0 <= rank < num_replicas"
-        )
-    return ranks, rank
-
-
-def _checked(value: int, name: str, least: int | None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-        bound = "" if least is None else f" of at least {least}"
-        raise ConfigurationError(f"{name}={value!r}: it is a whole number{bound}")
-    return value
-
-
-def _one_of(value: Any, name: str, known: tuple[str, ...]) -> Any:
-    if value not in known:
-        raise ConfigurationError(f"{name}={value!r}: it is one of {', '.join(map(repr, known))}")
-    return value

@@ -42,6 +42,11 @@ class Pass:
         self.count = count
         self.share = epoch.split.share(epoch.total, rank, worker)
 
+    @property
+    def number(self) -> int:
+        """The epoch's."""
+        return self.epoch.number
+
     def state(self) -> dict[str, Any]:
         """Plain values, new ones at each call."""
         epoch, split = self.epoch, self.epoch.split

@@ -17,9 +17,11 @@ from torchcache.data.formats import BlockFormat, RecordFormat, codec_of
 from torchcache.data.formats.base import BlockReader, damaged
 from torchcache.data.formats.compression import held_whole, unpacked
 from torchcache.data.iterable_file import explained, open_shard
+from torchcache.data.iterable_index import Access
 from torchcache.data.iterable_order import Ints
 from torchcache.errors import IntegrityError, TorchCacheError
 from torchcache.model import Extent
+from torchcache.pool import Residency
 
 if TYPE_CHECKING:
     from torchcache.data.iterable_shards import ShardRecords
@@ -45,6 +47,30 @@ class Reading(Protocol):
 
     def fetch(self, ids: Ints) -> list[Any]:
         """An outcome for each of `ids`, in order: its sample, or an IntegrityError."""
+
+
+class Records(Protocol):
+    """Samples that lie somewhere, numbered from 0. Pickles."""
+
+    access: Access
+    count: int
+    blocks: Ints
+    """The samples of each part that is shuffled as one: of what is read at once where possible."""
+
+    digest: str
+    """Equal for the same samples under the same numbers."""
+
+    def describe(self) -> str:
+        """What they are, for people."""
+
+    def name(self, number: int) -> str:
+        """What a sample is called in errors and logs."""
+
+    def reading(self) -> Reading:
+        """A reader, for one pass in one thread."""
+
+    def residency(self) -> Residency:
+        """How much of them the pool holds now."""
 
 
 class RecordReading:

@@ -18,7 +18,7 @@ from torchcache.data.iterable_reading import BlockReading, Reading, RecordReadin
 from torchcache.data.iterable_sources import Source, common_folder, find_shards
 from torchcache.data.manifest import Manifest
 from torchcache.model import ObjectInfo
-from torchcache.pool import Pool
+from torchcache.pool import Pool, Residency
 
 
 class ShardRecords:
@@ -51,10 +51,11 @@ class ShardRecords:
             sizes = torch.tensor([0 if i.rows is None else len(i.rows) for i in indices], dtype=torch.int64)
             self._first_blocks = _summed(sizes)
         self._infos: dict[int, ObjectInfo] = {}
-
-    @property
-    def count(self) -> int:
-        return int(self._firsts[-1])
+        self.count = int(self._firsts[-1])
+        by_block = self.access == "blocks" and self._rows is not None
+        self.blocks: Ints = (self._rows if by_block else self._counts).numpy()  # type: ignore[union-attr]
+        text = f"{self._manifest.digest} {self.format.identity} {self._counts.tolist()}"
+        self.digest = str(xxhash.xxh3_128_hexdigest(text.encode()))
 
     @property
     def shard_count(self) -> int:
@@ -64,34 +65,21 @@ class ShardRecords:
     def total_bytes(self) -> int:
         return self._manifest.total_bytes
 
-    @property
-    def blocks(self) -> Ints:
-        """The samples of each part that is shuffled as one: blocks where they can be read alone, else shards."""
-        found: Ints = (
-            self._rows if self.access == "blocks" and self._rows is not None else self._counts
-        ).numpy()
-        return found
-
-    @property
-    def digest(self) -> str:
-        """Equal for the same records in the same shards, in hex."""
-        text = f"{self._manifest.digest} {self.format.identity} {self._counts.tolist()}"
-        return str(xxhash.xxh3_128_hexdigest(text.encode()))
-
     def describe(self) -> str:
         return f"{self.shard_count:,} shards of {self.format.name} under {self.namespace}, {self.count:,} samples"
+
+    def residency(self) -> Residency:
+        return self.pool.residency(self.shards())
 
     def shards(self) -> list[ObjectInfo]:
         """All shards, in order."""
         return [self.info(number) for number in range(self.shard_count)]
 
     def name(self, number: int) -> str:
-        """What a sample is called in errors and logs."""
         shards, numbers = self.place(np.array([number]))
         return place(self.pool.uri(self.info(int(shards[0])).id), int(numbers[0]))
 
     def reading(self) -> Reading:
-        """A reader, for one pass in one thread."""
         if self.access == "records":
             return RecordReading(self)
         return BlockReading(self) if self.access == "blocks" else StreamReading(self)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchcache.data.iterable_pass import STATE, Epoch, Pass
 from torchcache.data.iterable_position import Rest, Split
+from torchcache.data.iterable_recording import RecordingPass
 from torchcache.errors import ConfigurationError
 
 State = Mapping[str, Any]
@@ -71,6 +72,13 @@ def after_batches(epoch: Epoch, batches: int, batch_size: int) -> Left:
         counts[worker] = min(shares[worker], counts[worker] + batch_size)
     rest = epoch.rest.without(split.taken(epoch.total, counts))
     return Left(epoch=epoch.number, seed=epoch.seed, rest=rest)
+
+
+def recording_pass_of(state: State) -> RecordingPass:
+    """The pass over a dataset that isn't recorded yet, from its state."""
+    return RecordingPass(
+        _number(state, "epoch"), _split(state), _number(state, "worker"), _number(state, "count")
+    )
 
 
 def of_loader(state: State) -> list[State]:
