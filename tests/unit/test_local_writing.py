@@ -288,6 +288,19 @@ def test_a_client_that_holds_its_files_has_until_its_time_is_over(store: Store, 
     os.close(fd)
 
 
+def test_a_client_that_is_gone_is_noticed(store: Store, tmp_path: Path) -> None:
+    """Without waiting for the end of its time: it held its files, and doesn't any more."""
+    prepare(store, range(MUCH))
+    expire(store, 0)
+    fd = os.open(segment_files(tmp_path / "s")[0], os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    expire(store, 0)
+    assert store.usage().segments == 2
+    os.close(fd)
+    expire(store, 0)
+    assert_nothing_left(store, tmp_path / "s")
+
+
 def test_tidying_gives_back(store: Store, tmp_path: Path) -> None:
     prepare(store, range(MUCH), timeout_s=1e-9)
     store.tidy()

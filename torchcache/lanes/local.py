@@ -2,11 +2,12 @@
 
 One transaction of the index for a batch, then for each extent a slice of a mapped segment and a checksum over it. What
 isn't there, isn't sound or isn't as asked, the flight lane reads within the same call: it has it fetched or mended, or
-says what is wrong.
+says what is wrong. Large writes go into the store's files too (`local_writing`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import cast
@@ -18,26 +19,30 @@ from torchcache.lanes.base import Lane, Outcome, ReadOptions, Row
 from torchcache.lanes.local_ranges import Damaged, read_range
 from torchcache.lanes.local_store import LocalStore
 from torchcache.lanes.local_use import UseReports
+from torchcache.lanes.local_writing import LocalWriter, NotWritable
 from torchcache.model import CHUNK_BYTES, UNKNOWN_SIZE, Extent, ObjectInfo
 from torchcache.records import CHUNK_INDEX
+
+_log = logging.getLogger(__name__)
 
 _packed = CHUNK_INDEX.pack
 _hash = xxhash.xxh3_64_intdigest
 
 
 class LocalLane:
-    """Reads the store of one server. What it can't, `flight` does."""
+    """Reads and writes the store of one server. What it can't, `flight` does."""
 
     name = "local"
 
-    def __init__(self, store: LocalStore, flight: Lane, *, reports: UseReports) -> None:
+    def __init__(self, store: LocalStore, flight: Lane, *, writer: LocalWriter, reports: UseReports) -> None:
         self.store = store
         self._flight = flight
+        self._writer = writer
         self._reports = reports
 
     def behind(self, flight: Lane) -> LocalLane:
         """The same, with another flight lane for what it can't do."""
-        return LocalLane(self.store, flight, reports=self._reports)
+        return LocalLane(self.store, flight, writer=self._writer, reports=self._reports)
 
     def read(
         self,
@@ -142,8 +147,15 @@ class LocalLane:
         durable: bool,
         deadline: float,
     ) -> int:
-        """See `Lane.write`."""
-        return self._flight.write(namespace, objects, rows, durable=durable, deadline=deadline)
+        """See `Lane.write`. Much is written into the store's files; little, and what can't be, goes by `flight`."""
+        rows = list(rows)
+        try:
+            written = self._writer.write(namespace, objects, rows, durable=durable, deadline=deadline)
+        except NotWritable as error:
+            _log.debug("a write goes by the flight lane: %s", error)
+            return self._flight.write(namespace, objects, rows, durable=durable, deadline=deadline)
+        self._reports.wrote()
+        return written
 
     def close(self) -> None:
         """See `Lane.close`."""

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 class UseReports:
     """The reports of one lane. Thread-safe. Sending goes on beside the reads: a server that hangs stops none.
 
-    `extents` and `bytes` are all that was read.
+    `extents` and `bytes` are all that was read, `writes` how many writes went into the store's files.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class UseReports:
         self._sending = threading.Lock()
         self.extents = 0
         self.bytes = 0
+        self.writes = 0
         self._chunks = 0
         self._bytes = 0
         self._told_count = store.count
@@ -59,6 +60,11 @@ class UseReports:
             threading.Thread(target=self._send, name="torchcache use report", daemon=True).start()
         except RuntimeError:  # the interpreter ends
             self._sending.release()
+
+    def wrote(self) -> None:
+        """Counts a write; the server knows of it."""
+        with self._lock:
+            self.writes += 1
 
     def close(self) -> None:
         """Reports what wasn't yet."""

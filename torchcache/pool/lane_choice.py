@@ -10,6 +10,7 @@ from torchcache.lanes.base import Lane
 from torchcache.lanes.local import LocalLane
 from torchcache.lanes.local_store import local_store
 from torchcache.lanes.local_use import UseReports
+from torchcache.lanes.local_writing import LocalWriter
 from torchcache.pool.control import ControlClient
 from torchcache.wire.v1 import cache_pb2
 
@@ -66,4 +67,5 @@ def choose_lane(
         return control.call("ReportUse", request, deadline=deadline)
 
     uses.append(UseReports(store, send))
-    return Choice(LocalLane(store, flight, reports=uses[-1]))
+    writer = LocalWriter(control, store.path, server=control.address)
+    return Choice(LocalLane(store, flight, writer=writer, reports=uses[-1]))

@@ -118,15 +118,16 @@ class PoolStatistics:
 
     `lanes` maps a server's address to the lane its bytes travel by, `lane_reasons` to why that isn't the local one,
     empty if it is. `local_extents` and `local_bytes` of `extents` and `read_bytes` this process read from a server's
-    files itself, the others came by the flight lane. `read_calls` and `write_calls` count calls to a
-    server (do_get, do_put), not samples; `extents` and `read_bytes` what they delivered, `written_bytes` what was
-    acknowledged; `retries` calls made again.
+    files itself, and `local_writes` of `write_calls` it wrote into them; the others came by the flight lane.
+    `read_calls` and `write_calls` count calls to a server (do_get, do_put), not samples; `extents` and `read_bytes`
+    what they delivered, `written_bytes` what was acknowledged; `retries` calls made again.
     """
 
     lanes: dict[str, str]
     lane_reasons: dict[str, str] = field(default_factory=dict)
     local_extents: int = 0
     local_bytes: int = 0
+    local_writes: int = 0
     read_calls: int = 0
     write_calls: int = 0
     control_calls: int = 0

@@ -65,6 +65,7 @@ class Session:
                 lane_reasons=dict(self._reasons),
                 local_extents=sum(use.extents for use in self._uses),
                 local_bytes=sum(use.bytes for use in self._uses),
+                local_writes=sum(use.writes for use in self._uses),
                 **self._counts,
             )
 

@@ -70,7 +70,7 @@ class HandedOut(NamedTuple):
     places: list[Place | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Write:
     namespace: str
     drafts: list[Draft]
@@ -78,6 +78,7 @@ class _Write:
     bytes: int  # of the files
     opened_by_s: float
     ends_s: float
+    was_held: bool = False  # its client had the files open when we last looked
 
     @property
     def segments(self) -> list[Segment]:
@@ -163,7 +164,10 @@ class HandingOut:
         with self._lock:
             writes = list(self._writes.items())
         for write_id, write in writes:
-            if now >= write.ends_s or (now >= write.opened_by_s and not self._is_held(write)):
+            is_held = self._is_held(write)
+            gone = not is_held and (write.was_held or now >= write.opened_by_s)
+            write.was_held |= is_held
+            if gone or now >= write.ends_s:
                 _log.warning("a client's write into %r was never committed: given back", write.namespace)
                 self.abandon(write_id)
 
