@@ -17,6 +17,7 @@ _HOMES = {
     "CachedDataset": "torchcache.data",
     "CheckpointManager": "torchcache.checkpoint",
     "CachedIterableDataset": "torchcache.data",
+    "collate": "torchcache.data",
     "CacheStorageReader": "torchcache.checkpoint",
     "CacheStorageWriter": "torchcache.checkpoint",
     "load_safetensors": "torchcache.checkpoint",
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
         open_safetensors,
     )
     from torchcache.connecting import connect
-    from torchcache.data import BufferPool, CachedDataset, CachedIterableDataset
+    from torchcache.data import BufferPool, CachedDataset, CachedIterableDataset, collate
     from torchcache.errors import (
         AlreadyExists,
         CheckpointError,
@@ -97,6 +98,7 @@ __all__ = [
     "TransientError",
     "UnsupportedSample",
     "__version__",
+    "collate",
     "connect",
     "load_safetensors",
     "open_safetensors",

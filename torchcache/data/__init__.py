@@ -1,8 +1,9 @@
 """Datasets behind the cache."""
 
+from torchcache.data.batching import collate
 from torchcache.data.buffer_pool import BufferPool
 from torchcache.data.cached import CachedDataset
 from torchcache.data.iterable import CachedIterableDataset
 from torchcache.data.prefetch import Prefetch
 
-__all__ = ["BufferPool", "CachedDataset", "CachedIterableDataset", "Prefetch"]
+__all__ = ["BufferPool", "CachedDataset", "CachedIterableDataset", "Prefetch", "collate"]

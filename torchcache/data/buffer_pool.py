@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch.utils.data import get_worker_info
 
-from torchcache.data.memory import Lease, Memory
+from torchcache.data.memory import Lease, Memory, SharedMemory
 from torchcache.errors import ConfigurationError
 from torchcache.sizes import parse_size
 
@@ -20,6 +20,9 @@ DEFAULT_CAPACITY_BYTES: Final = 1_000_000_000
 _LEAST_BYTES: Final = 4096
 _WASTE: Final = 2
 """A piece serves what asks for at least its `_WASTE`th part."""
+
+_MOST_PIECES: Final = 256
+"""Each shared one is an open descriptor."""
 
 
 class BufferPool:
@@ -34,8 +37,9 @@ class BufferPool:
     nothing waits, nothing fails. With `pin_memory` buffers are page-locked, for copies to a GPU that don't wait; they
     come from torch's own cache of such memory, which `capacity` does not bound.
 
-    Threads share a pool. It pickles as its arguments, and each process, forked or spawned, begins with an empty one;
-    what a process had in use at a fork stays valid on both sides, which no longer see each other's changes.
+    Threads share a pool. It pickles as its arguments, and each process, forked or spawned, begins with an empty one.
+    What a process had in use at a fork stays valid on both sides. In a DataLoader's worker buffers are shared memory,
+    which `torchcache.collate` sends to the process that trains, and gets back, without a copy.
     """
 
     def __init__(self, capacity: int | str = DEFAULT_CAPACITY_BYTES, *, pin_memory: bool = False) -> None:
@@ -83,10 +87,22 @@ class BufferPool:
     def _own_shelf(self) -> _Shelf:
         """This process's buffers. What a fork brought along belongs to whoever still uses it."""
         shelf = self._shelf
-        if shelf is None or shelf.pid != os.getpid():
-            shelf = self._shelf = _Shelf(self.capacity_bytes)
+        if shelf is None or shelf.stale:
+            shelf = self._shelf = _Shelf(self.capacity_bytes, shared=get_worker_info() is not None)
         return shelf
 
+
+class _Forks:
+    """How often this process forked, or was forked."""
+
+    count = 0
+
+    def forking(self) -> None:
+        self.count += 1
+
+
+_forks: Final = _Forks()
+os.register_at_fork(before=_forks.forking, after_in_parent=_forks.forking, after_in_child=_forks.forking)
 
 default_buffers: Final = BufferPool()
 """Where samples lie for which no pool was given."""
@@ -105,8 +121,10 @@ def room_for(size_bytes: int) -> int:
 class _Shelf:
     """The buffers of one pool in one process. Thread-safe."""
 
-    def __init__(self, capacity_bytes: int) -> None:
-        self.pid = os.getpid()
+    def __init__(self, capacity_bytes: int, *, shared: bool) -> None:
+        self._pid = os.getpid()
+        self._forks = _forks.count
+        self._shared = shared
         self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
         self._free: list[tuple[int, int, Memory]] = []  # by size; of equal ones the one that came back first
@@ -117,15 +135,21 @@ class _Shelf:
         # only noted, without a lock, and seen to by the next who asks.
         self._ended: deque[weakref.ref[Lease]] = deque()
 
+    @property
+    def stale(self) -> bool:
+        """Whether another is needed: in a child, and where a child may still read what is shared with it."""
+        return self._pid != os.getpid() or (self._shared and self._forks != _forks.count)
+
     def take(self, size_bytes: int) -> Lease:
         """A lease of `size_bytes`, which are more than 0."""
         with self._lock:
             self._collect()
             memory = self._fitting(size_bytes)
             if memory is None:
-                memory = Memory(room_for(size_bytes))
-                if not self._make_room(memory.size_bytes):
-                    return memory.lease(size_bytes)
+                room = room_for(size_bytes)
+                if not self._make_room(room):
+                    return Memory(room).lease(size_bytes)
+                memory = SharedMemory(room) if self._shared else Memory(room)
             lease = memory.lease(size_bytes)
             ended = weakref.ref(lease, self._ended.append)
             self._lent[id(ended)] = (ended, memory)
@@ -148,18 +172,32 @@ class _Shelf:
 
     def _fitting(self, size_bytes: int) -> Memory | None:
         """The smallest free piece that is large enough, unless most of it would lie idle."""
-        at = bisect.bisect_left(self._free, (size_bytes,))
-        if at == len(self._free) or self._free[at][0] > max(_LEAST_BYTES, _WASTE * size_bytes):
-            return None
-        return self._free.pop(at)[2]
+        for at in range(bisect.bisect_left(self._free, (size_bytes,)), len(self._free)):
+            size, _, memory = self._free[at]
+            if size > max(_LEAST_BYTES, _WASTE * size_bytes):
+                break
+            if not memory.away:
+                del self._free[at]
+                return memory
+        return None
 
     def _make_room(self, size_bytes: int) -> bool:
-        """Whether so much more may be lent, once free pieces have made room, those unused longest first."""
-        if self._lent_bytes + size_bytes > self._capacity_bytes:
+        """Whether so much more may be lent, once free pieces have made room, those unused longest first.
+
+        Pieces that are away stay: the receiver may have yet to open them.
+        """
+        by_age = sorted((piece for piece in self._free if not piece[2].away), key=lambda piece: piece[1])
+        spare = self._capacity_bytes - self._lent_bytes - self._free_bytes() - size_bytes
+        pieces = len(self._free) + len(self._lent)
+        if spare + sum(size for size, _, _ in by_age) < 0:
             return False
-        while self._lent_bytes + self._free_bytes() + size_bytes > self._capacity_bytes:
-            del self._free[min(range(len(self._free)), key=lambda at: self._free[at][1])]
-        return True
+        for piece in by_age:
+            if spare >= 0 and pieces < _MOST_PIECES:
+                break
+            self._free.remove(piece)
+            spare += piece[0]
+            pieces -= 1
+        return spare >= 0 and pieces < _MOST_PIECES
 
     def _free_bytes(self) -> int:
         return sum(size for size, _, _ in self._free)
