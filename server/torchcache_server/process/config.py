@@ -21,6 +21,7 @@ EMBEDDED_DRAIN_S: Final = 40.0
 DEFAULT_IDLE_S: Final = 15.0
 DEFAULT_SCRUB_BYTES_S: Final = 32 * 1024 * 1024
 MAX_SCRUB_BYTES_S: Final = 100 * 1024**3
+MAX_SERVERS: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +61,15 @@ class ServerConfig:
     scrub_bytes_s: int = DEFAULT_SCRUB_BYTES_S  # 0: no scrub
     min_free_bytes: int | None = None  # None: the store chooses
     embedded: Embedded | None = None
+    servers: int = 1  # more share the machine, each with a part of the capacity; see several.py
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65534:
             raise ConfigurationError(
                 f"port {self.port}: give 0, or 1 to 65534, since data takes the one behind it"
             )
+        if not 1 <= self.servers <= MAX_SERVERS:
+            raise ConfigurationError(f"{self.servers} servers: give 1 to {MAX_SERVERS}")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ConfigurationError(f"metrics port {self.metrics_port} does not exist")
         if not 0 <= self.drain_s <= 86_400:
@@ -106,8 +110,8 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
     """The configuration that `settings` describe: names and values as in the TOML file.
 
     listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, drain_s, metrics_port, scrub_rate
-    (bytes a second), min_free; an embedded server has embedded (its pool's folder), index and idle_s in place of listen
-    and store. None is the same as absent.
+    (bytes a second), min_free, servers; an embedded server has embedded (its pool's folder), index and idle_s in place
+    of listen, store and servers. None is the same as absent.
     Raises ConfigurationError, also for a setting that doesn't exist.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -130,6 +134,7 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
         scrub_bytes_s=_size_or_zero(given, "scrub_rate", DEFAULT_SCRUB_BYTES_S),
         min_free_bytes=_size_or_zero(given, "min_free", 0) if "min_free" in given else None,
         embedded=embedded,
+        servers=_whole(given, "servers", 1),
     )
 
 
@@ -169,6 +174,7 @@ _SETTINGS: Final = (
     "metrics_port",
     "scrub_rate",
     "min_free",
+    "servers",
     "embedded",
     "index",
     "idle_s",
@@ -189,7 +195,7 @@ def _embedded(given: Mapping[str, Any]) -> Embedded | None:
             if name in given:
                 raise ConfigurationError(f"{name} belongs to an embedded server: give its pool's folder, too")
         return None
-    extra = sorted({"listen", "store", "tls_cert", "tls_key"} & given.keys())
+    extra = sorted({"listen", "store", "tls_cert", "tls_key", "servers"} & given.keys())
     if extra:
         raise ConfigurationError(
             f"an embedded server chooses its address and store itself: drop {', '.join(extra)}"
@@ -236,6 +242,13 @@ def _number(given: Mapping[str, Any], name: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigurationError(f"{name} must be a number, not {value!r}")
     return value
+
+
+def _whole(given: Mapping[str, Any], name: str, default: int) -> int:
+    value = _number(given, name, default)
+    if value != int(value):
+        raise ConfigurationError(f"{name} must be a whole number, not {value!r}")
+    return int(value)
 
 
 def _size_or_zero(given: Mapping[str, Any], name: str, default: int) -> int:

@@ -1,7 +1,6 @@
-"""`python -m torchcache_server`: one server, from its start to its drained end.
+"""`python -m torchcache_server`: a server, from its start to its drained end.
 
-Exit codes: 0 stopped with nothing left to do; 1 stopped, but something is not yet in the under-store, or failed;
-2 could not start as it was told to.
+Exit codes: see exit_codes.py. Several servers (`--servers`) are child processes of one that supervises them.
 """
 
 from __future__ import annotations
@@ -23,12 +22,10 @@ from torchcache.heap import keep_freed_memory
 from torchcache.locks import LockFile
 
 from .config import Embedded, ServerConfig, from_settings, parse_under_stores, read_toml
+from .exit_codes import INCOMPLETE, OK, REFUSED
 from .presence import POLL_S, clients_present, wait_until_idle
 from .server import Server
-
-OK: Final = 0
-INCOMPLETE: Final = 1
-REFUSED: Final = 2
+from .supervisor import supervise
 
 LOG_BYTES: Final = 1024 * 1024
 CLOSE_S: Final = 30.0
@@ -91,6 +88,14 @@ _LOG = logging.getLogger(__name__)
     help="What is to stay free on the store's file system, like 10GB; 0: nothing.",
 )
 @click.option(
+    "--servers",
+    metavar="N",
+    type=int,
+    help="Servers to run on this machine, each with a folder of --store, a share of --capacity, and two ports counted "
+    "up from --listen's. One that dies is started again. [1]",
+)
+@click.option("--supervised", is_flag=True, hidden=True, help="End when standard input does.")
+@click.option(
     "--embedded",
     metavar="ROOT",
     type=click.Path(path_type=Path),
@@ -100,7 +105,7 @@ _LOG = logging.getLogger(__name__)
 @click.option(
     "--idle-s", metavar="SECONDS", type=float, help="Embedded: end after so long without a client. [15]"
 )
-def main(*, config: Path | None, under_store: tuple[str, ...], **options: Any) -> None:
+def main(*, config: Path | None, under_store: tuple[str, ...], supervised: bool, **options: Any) -> None:
     """A torchcache server: holds chunks of datasets and checkpoints on local disk and serves them to a pool's clients.
 
     SIGTERM stops it: it finishes what runs and uploads what is not yet in the under-store, then says what is left.
@@ -111,18 +116,23 @@ def main(*, config: Path | None, under_store: tuple[str, ...], **options: Any) -
         settings |= {name: value for name, value in options.items() if value is not None}
         if under_store:
             settings["under_stores"] = parse_under_stores(under_store)
-        sys.exit(run(from_settings(settings)))
+        sys.exit(run(from_settings(settings), supervised=supervised))
     except (TorchCacheError, OSError) as error:
         click.echo(f"torchcache server: {error}", err=True)
         sys.exit(REFUSED)
 
 
-def run(config: ServerConfig) -> int:
+def run(config: ServerConfig, *, supervised: bool = False) -> int:
     """Runs a server until it is told to stop, or, embedded, until nobody needs it. Returns the exit code.
 
     Raises TorchCacheError or OSError if it can't start.
     """
     stop = _stop_on_signals()
+    if supervised:
+        _stop_with_supervisor(stop)
+    if config.servers > 1:
+        _log_to_stderr()
+        return supervise(config, stop)
     _raise_descriptor_limit()
     keep_freed_memory()
     if config.embedded is None:
@@ -206,6 +216,19 @@ def _stop_on_signals() -> threading.Event:
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
     return stop
+
+
+def _stop_with_supervisor(stop: threading.Event) -> None:
+    """Sets `stop` when the supervisor is gone, however it went: its end of the pipe closes."""
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        if stop.is_set():  # the supervisor was told twice
+            os._exit(INCOMPLETE)
+        stop.set()
+
+    threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()
 
 
 def _raise_descriptor_limit() -> None:

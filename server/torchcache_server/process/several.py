@@ -1,0 +1,72 @@
+"""`--servers N`: from one configuration to those of N servers on this machine. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torchcache.addresses import host_port
+from torchcache.errors import ConfigurationError
+
+from .config import ServerConfig
+
+PORTS_EACH = 2
+"""Control, and data behind it."""
+
+
+def split(config: ServerConfig) -> list[ServerConfig]:
+    """The configurations of `config.servers` servers that share the machine.
+
+    Each has a store of its own, in the folder server-<i> of the given one, an even share of capacity and scrub rate,
+    and its own ports, counted up from those given. Raises ConfigurationError if there are no ports to count up from.
+    """
+    count = config.servers
+    if not config.port:
+        raise ConfigurationError(
+            "several servers need a port in --listen: a client must find each again when it was started again"
+        )
+    last = config.port + PORTS_EACH * count - 1
+    if last > 65535 or (config.metrics_port is not None and config.metrics_port + count - 1 > 65535):
+        raise ConfigurationError(f"{count} servers need {PORTS_EACH * count} ports from {config.port} on")
+    return [
+        replace(
+            config,
+            servers=1,
+            port=config.port + PORTS_EACH * i,
+            store=config.store / folder(i),
+            capacity_bytes=config.capacity_bytes // count,
+            scrub_bytes_s=-(-config.scrub_bytes_s // count),
+            # 0 takes a free port, for each server another.
+            metrics_port=config.metrics_port + i if config.metrics_port else config.metrics_port,
+        )
+        for i in range(count)
+    ]
+
+
+def folder(number: int) -> str:
+    """The name of a server's folder in the common one."""
+    return f"server-{number}"
+
+
+def left_out(store: Path, count: int) -> list[Path]:
+    """Stores in the common folder that none of `count` servers has: there were more, or only one."""
+    found = [path.parent for path in store.glob("server-*/store.json")]
+    found += [store] if (store / "store.json").exists() else []
+    return sorted(path for path in found if path not in {store / folder(i) for i in range(count)})
+
+
+def arguments(config: ServerConfig) -> Iterator[str]:
+    """The command line of one server that is not embedded."""
+    yield from ("--listen", host_port(config.host, config.port))
+    yield from ("--store", str(config.store), "--capacity", str(config.capacity_bytes))
+    for name, uri in config.under_stores:
+        yield from ("--under-store", f"{name}={uri}")
+    yield from ("--token-file", str(config.token_file), "--drain-s", str(config.drain_s))
+    yield from ("--scrub-rate", str(config.scrub_bytes_s))
+    if config.tls is not None:
+        yield from ("--tls-cert", str(config.tls.certificate), "--tls-key", str(config.tls.key))
+    if config.metrics_port is not None:
+        yield from ("--metrics-port", str(config.metrics_port))
+    if config.min_free_bytes is not None:
+        yield from ("--min-free", str(config.min_free_bytes))
