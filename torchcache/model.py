@@ -8,8 +8,9 @@ placement. Within a chunk every *block* of `BLOCK_BYTES` has a checksum of its o
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
@@ -22,6 +23,7 @@ UNKNOWN_SIZE = -1
 """Size of an object whose size only its stored record tells: a computed sample."""
 
 _U32 = struct.Struct("<I").pack
+_U32_BYTES = 4
 
 SAMPLES = "samples"
 """Reserved under-store name of computed samples. Nothing stands behind it: a miss is a miss."""
@@ -48,6 +50,23 @@ class ObjectId:
         fields["store"] = store
         fields["key"] = key
         fields["version"] = version
+
+    @classmethod
+    def from_encoded(cls, encoded: bytes) -> ObjectId:
+        """The id whose `encoded` this is, taken apart only once a field is asked for: a local read asks for none."""
+        id_ = cls.__new__(cls)
+        id_.__dict__["_encoded"] = encoded
+        return id_
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> str:
+            """The fields of an id `from_encoded`, at first use. What has them is never asked."""
+            encoded = self.__dict__.get("_encoded")
+            if encoded is None or name not in ("store", "key", "version"):
+                raise AttributeError(name)
+            self.__init__(*_decoded(encoded))
+            return self.__dict__[name]
 
     def __str__(self) -> str:
         return f"{self.store}/{self.key}@{self.version}"
@@ -78,6 +97,14 @@ class ObjectId:
     @property
     def is_save(self) -> bool:
         return self.version.startswith(SAVE_PREFIX)
+
+
+def _decoded(encoded: bytes) -> Iterator[str]:
+    at = 0
+    while at < len(encoded):
+        start = at + _U32_BYTES
+        at = start + int.from_bytes(encoded[at:start], "little")
+        yield str(encoded[start:at], "utf-8")
 
 
 class ObjectInfo(NamedTuple):

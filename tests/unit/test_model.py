@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +29,20 @@ ids = st.builds(ObjectId, texts, texts, texts)
 def test_encodings_are_equal_only_for_equal_ids(a: ObjectId, b: ObjectId) -> None:
     assert (a.encoded == b.encoded) == (a == b)
     assert (a.digest == b.digest) == (a == b)
+
+
+@given(ids)
+def test_an_id_taken_from_its_encoding_is_the_same(id_: ObjectId) -> None:
+    def again() -> ObjectId:
+        return ObjectId.from_encoded(id_.encoded)
+
+    assert again() == id_
+    assert (again().store, again().key, again().version) == (id_.store, id_.key, id_.version)
+    assert (again().digest, again().encoded, hash(again())) == (id_.digest, id_.encoded, hash(id_))
+    assert (str(again()), repr(again())) == (str(id_), repr(id_))
+    assert pickle.loads(pickle.dumps(again())) == copy.deepcopy(again()) == id_
+    with pytest.raises(AttributeError):
+        again().name  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_fields_do_not_run_into_each_other() -> None:

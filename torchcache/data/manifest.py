@@ -22,28 +22,25 @@ import xxhash
 from torchcache.errors import ConfigurationError, IntegrityError, ObjectNotFound
 from torchcache.model import ObjectId, ObjectInfo
 
-_SCHEMA = pa.schema([("key", pa.large_string()), ("version", pa.large_string()), ("size", pa.int64())])
+_SCHEMA = pa.schema([("id", pa.large_binary()), ("size", pa.int64())])  # `ObjectId.encoded`
 _BATCH_ROWS = 65_536
 _UNUSED_S = 30 * 24 * 3600.0
 
 
 class _Rows(NamedTuple):
-    """A batch of the list where it lies in the mapped file. String i is data[offsets[i]:offsets[i + 1]], in UTF-8."""
+    """A batch of the list where it lies in the mapped file. Id i is ids[offsets[i]:offsets[i + 1]]."""
 
-    key_offsets: memoryview
-    keys: memoryview
-    version_offsets: memoryview
-    versions: memoryview
+    offsets: memoryview
+    ids: memoryview
     sizes: memoryview
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> _Rows:
-        (_, key_offsets, keys), (_, version_offsets, versions), (_, sizes) = (
+        (_, offsets, ids), (_, sizes) = (
             [memoryview(buffer or b"") for buffer in column.buffers()] for column in batch.columns
         )
-        return cls(
-            key_offsets.cast("q"), keys, version_offsets.cast("q"), versions, sizes.cast("q")[: len(batch)]
-        )
+        rows = len(batch)
+        return cls(offsets.cast("q")[: rows + 1], ids, sizes.cast("q")[:rows])
 
 
 class Manifest:
@@ -97,23 +94,20 @@ class Manifest:
     def take(self, indices: Iterable[int]) -> list[ObjectInfo]:
         """The objects of `indices`, in order."""
         # From the mapped bytes: Arrow's own scalars take three times as long.
-        store, batches, _ = self._load()
-        rows = _BATCH_ROWS
+        batches, rows, from_encoded = self._load().batches, _BATCH_ROWS, ObjectId.from_encoded
         taken = []
         for index in indices:
-            key_offsets, keys, version_offsets, versions, sizes = batches[index // rows]
-            i = index % rows
-            key = str(keys[key_offsets[i] : key_offsets[i + 1]], "utf-8")
-            version = str(versions[version_offsets[i] : version_offsets[i + 1]], "utf-8")
-            taken.append(ObjectInfo(ObjectId(store, key, version), sizes[i]))
+            offsets, ids, sizes = batches[index // rows]
+            row = index % rows
+            taken.append(ObjectInfo(from_encoded(bytes(ids[offsets[row] : offsets[row + 1]])), sizes[row]))
         return taken
 
     def keys(self) -> list[str]:
         """All keys, in order."""
         return [
-            str(rows.keys[start:end], "utf-8")
+            ObjectId.from_encoded(bytes(rows.ids[start:end])).key
             for rows in self._load().batches
-            for start, end in pairwise(rows.key_offsets[: len(rows.sizes) + 1])
+            for start, end in pairwise(rows.offsets)
         ]
 
     @property
@@ -128,7 +122,6 @@ class Manifest:
 
 
 class _OpenList(NamedTuple):
-    store: str
     batches: Sequence[_Rows]
     length: int
 
@@ -136,8 +129,7 @@ class _OpenList(NamedTuple):
 def _write_batches(file: object, store: str, objects: Iterable[ObjectInfo]) -> str:
     """Writes the rows and returns their digest."""
     digest = _RowsDigest(store)
-    schema = _SCHEMA.with_metadata({"store": store})
-    with pa.ipc.new_file(file, schema) as writer:
+    with pa.ipc.new_file(file, _SCHEMA) as writer:
         for batch in _batches(objects):
             digest.update(batch)
             writer.write_batch(batch)
@@ -148,7 +140,7 @@ def _batches(objects: Iterable[ObjectInfo]) -> Iterator[pa.RecordBatch]:
     """Batches of `_BATCH_ROWS` rows; only the last may be shorter."""
     rest = iter(objects)
     while rows := list(islice(rest, _BATCH_ROWS)):
-        columns = [[o.id.key for o in rows], [o.id.version for o in rows], [o.size for o in rows]]
+        columns = [[o.id.encoded for o in rows], [o.size for o in rows]]
         yield pa.RecordBatch.from_pydict(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
 
 
@@ -195,7 +187,7 @@ def _map(path: Path, checksum: str) -> _OpenList:
     reader = pa.ipc.open_file(file)
     batches = [_Rows.of(reader.get_batch(i)) for i in range(reader.num_record_batches)]
     length = sum(len(rows.sizes) for rows in batches)
-    return _OpenList(reader.schema.metadata[b"store"].decode(), batches, length)
+    return _OpenList(batches, length)
 
 
 def _sweep(folder: Path) -> None:
