@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 from collections.abc import Iterator
@@ -15,43 +16,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import torchcache as tc
 from examples.seaweedfs import SeaweedFS, environment
+from tests.e2e.sharded import COUNT, KINDS, Number, dataset_of, write_shards
 from tests.unit import shards
-from torchcache.data import formats
+from torchcache.cli.app import run
 
 # More workers than the processors of a small machine are what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
-COUNT = 97
-SHARDS = 5
-KINDS = [f"{name}{packing}" for name in shards.WRITERS for packing in ("", ".zst", ".gz")]
-
-
-def format_of(kind: str) -> formats.Format | None:
-    return formats.Raw(record_bytes=8, header_bytes=4) if kind.startswith("raw") else None
-
-
-def number_of(kind: str) -> Any:
-    return Number(kind.partition(".")[0])
-
-
-class Number:
-    """The transform of the tests: the number that a sample stands for. Pickles."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self, sample: Any) -> int:
-        return shards.NUMBER[self._name](sample)
-
-
-def write_shards(folder: Path, kind: str, count: int = COUNT) -> str:
-    """Shards of unequal sizes, one of them empty, as files; their pattern."""
-    name, _, packing = kind.partition(".")
-    bounds = [0, 20, 20, 45, 50, count]
-    for i in range(SHARDS):
-        data = shards.packed(shards.WRITERS[name](range(bounds[i], bounds[i + 1])), packing and f".{packing}")
-        (folder / f"train-{i}.{kind}").write_bytes(data)
-    return f"{folder}/train-{{0..{SHARDS - 1}}}.{kind}"
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +40,7 @@ def test_every_format(pool: tc.Pool, tmp_path: Path, kind: str, shuffle: bool) -
     pattern = write_shards(tmp_path, kind)
 
     def make(**settings: Any) -> tc.CachedIterableDataset:
-        return tc.CachedIterableDataset(
-            pattern, format=format_of(kind), shuffle=shuffle, transform=number_of(kind), pool=pool, **settings
-        )
+        return dataset_of(pattern, pool, shuffle=shuffle, **settings)
 
     dataset = make(window=16)
     first = list(dataset)
@@ -122,7 +90,7 @@ def test_loaders_read_every_sample_once(
         dataset = tc.CachedIterableDataset(
             patterns[kind],
             shuffle=True,
-            transform=number_of(kind),
+            transform=Number(kind),
             uneven="keep",
             num_replicas=ranks,
             rank=rank,
@@ -141,7 +109,7 @@ def test_a_stateful_loader_resumes_exactly(
 
     def dataset(**settings: Any) -> tc.CachedIterableDataset:
         made = tc.CachedIterableDataset(
-            patterns[kind], shuffle=True, transform=number_of(kind), window=16, pool=pool, **settings
+            patterns[kind], shuffle=True, transform=Number(kind), window=16, pool=pool, **settings
         )
         made.set_epoch(3)
         return made
@@ -181,7 +149,7 @@ def test_a_plain_loader_resumes_by_the_number_of_batches(
 ) -> None:
     def dataset() -> tc.CachedIterableDataset:
         return tc.CachedIterableDataset(
-            patterns["tar"], shuffle=True, transform=number_of("tar"), pool=pool, seed=5
+            patterns["tar"], shuffle=True, transform=Number("tar"), pool=pool, seed=5
         )
 
     for stop in (0, 1, 5, 11, 1000):
@@ -200,16 +168,16 @@ def test_a_plain_loader_resumes_by_the_number_of_batches(
 
 
 def test_told_the_batch_size_workers_change_nothing(pool: tc.Pool, patterns: dict[str, str]) -> None:
-    def run(workers: int) -> list[list[int]]:
+    def batches(workers: int) -> list[list[int]]:
         dataset = tc.CachedIterableDataset(
-            patterns["tar"], shuffle=True, transform=number_of("tar"), batch_size=8, pool=pool
+            patterns["tar"], shuffle=True, transform=Number("tar"), batch_size=8, pool=pool
         )
         loader = DataLoader(dataset, batch_size=8, num_workers=workers)
         assert len(loader) == 13
         return batches_of(loader)
 
-    alone = run(0)
-    assert run(1) == run(2) == run(4) == alone
+    alone = batches(0)
+    assert batches(1) == batches(2) == batches(4) == alone
 
 
 def test_ranks_are_even_and_global_batches_the_same(pool: tc.Pool, patterns: dict[str, str]) -> None:
@@ -218,7 +186,7 @@ def test_ranks_are_even_and_global_batches_the_same(pool: tc.Pool, patterns: dic
             tc.CachedIterableDataset(
                 patterns["tar"],
                 shuffle=True,
-                transform=number_of("tar"),
+                transform=Number("tar"),
                 num_replicas=ranks,
                 rank=rank,
                 uneven=uneven,
@@ -238,7 +206,7 @@ def test_ranks_are_even_and_global_batches_the_same(pool: tc.Pool, patterns: dic
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_persistent_workers_see_the_epoch(pool: tc.Pool, patterns: dict[str, str], method: str) -> None:
     dataset = tc.CachedIterableDataset(
-        patterns["tar"], shuffle=True, transform=number_of("tar"), pool=pool, batch_size=10
+        patterns["tar"], shuffle=True, transform=Number("tar"), pool=pool, batch_size=10
     )
     loader = DataLoader(
         dataset, batch_size=10, num_workers=2, persistent_workers=True, multiprocessing_context=method
@@ -258,7 +226,7 @@ def test_persistent_workers_see_the_epoch(pool: tc.Pool, patterns: dict[str, str
 
 def test_the_rank_is_that_of_the_environment(pool: tc.Pool, patterns: dict[str, str]) -> None:
     with environment({"RANK": "1", "WORLD_SIZE": "3"}):
-        dataset = tc.CachedIterableDataset(patterns["tar"], transform=number_of("tar"), pool=pool)
+        dataset = tc.CachedIterableDataset(patterns["tar"], transform=Number("tar"), pool=pool)
         assert list(dataset)[:3] == [1, 4, 7]
         assert len(dataset) == 33
 
@@ -318,7 +286,7 @@ def bucket(s3: SeaweedFS) -> str:
 def test_sources_in_s3(bucket: str, source: str | list[str], expected: list[int]) -> None:
     uris = f"s3://{bucket}/{source}" if isinstance(source, str) else [f"s3://{bucket}/{s}" for s in source]
     with tc.LocalPool() as own:
-        dataset = tc.CachedIterableDataset(uris, transform=number_of("jsonl"), pool=own)
+        dataset = tc.CachedIterableDataset(uris, transform=Number("jsonl"), pool=own)
         assert list(dataset) == [10 * i + n for i in expected for n in range(10)]
 
 
@@ -343,7 +311,7 @@ def test_sources_that_are_none(bucket: str) -> None:
 def test_a_shard_that_changed_is_named(s3: SeaweedFS, bucket: str) -> None:
     with tc.LocalPool() as own:
         pattern = f"s3://{bucket}/data/a/*.jsonl"
-        dataset = tc.CachedIterableDataset(pattern, transform=number_of("jsonl"), pool=own)
+        dataset = tc.CachedIterableDataset(pattern, transform=Number("jsonl"), pool=own)
         s3.client.put_object(Bucket=bucket, Key="data/a/001.jsonl", Body=shards.jsonl(range(7)))
         own.evict(f"s3://{bucket}/data/a")
         iterator = iter(dataset)
@@ -352,7 +320,7 @@ def test_a_shard_that_changed_is_named(s3: SeaweedFS, bucket: str) -> None:
         loader = DataLoader(dataset, batch_size=4, num_workers=1)
         with pytest.raises(tc.ObjectChanged, match=r"001.jsonl has changed since"):
             list(loader)
-        again = tc.CachedIterableDataset(pattern, transform=number_of("jsonl"), pool=own)
+        again = tc.CachedIterableDataset(pattern, transform=Number("jsonl"), pool=own)
         assert list(again)[10:17] == list(range(7))
 
 
@@ -409,6 +377,24 @@ def test_an_index_is_made_once_for_a_version(s3: SeaweedFS, bucket: str) -> None
         assert made() == 4
 
 
+def test_the_command_makes_it_ahead(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the embedded pool, which a dataset without pool= uses too."""
+    pattern = f"s3://{bucket}/data/a/*.jsonl"
+    for made in (4, 0):
+        assert run(["index", "--json", pattern]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["shards"], found["records"], found["indexed"], found["access"]) == (
+            4,
+            40,
+            made,
+            ["records"],
+        )
+    assert tc.CachedIterableDataset(pattern)._records.made == 0  # type: ignore[union-attr]
+    assert run(["index", f"s3://{bucket}/nothing.tar"]) == 1
+    assert "there is no shard" in capsys.readouterr().err
+    assert run(["index", f"s3://{bucket}/data/readme.txt"]) == 2
+
+
 def test_settings_are_checked(pool: tc.Pool, patterns: dict[str, str]) -> None:
     for settings, message in (
         ({"shuffle": "rows"}, "shuffle='rows'"),
@@ -425,7 +411,7 @@ def test_settings_are_checked(pool: tc.Pool, patterns: dict[str, str]) -> None:
     with pytest.raises(tc.ConfigurationError, match="shuffle='records' needs"):
         tc.CachedIterableDataset(patterns["jsonl.zst"], shuffle="records", pool=pool)
     forced = tc.CachedIterableDataset(
-        patterns["parquet"], shuffle="records", transform=number_of("parquet"), pool=pool
+        patterns["parquet"], shuffle="records", transform=Number("parquet"), pool=pool
     )
     assert sorted(forced) == list(range(COUNT))
 
