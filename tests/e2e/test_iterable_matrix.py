@@ -1,4 +1,4 @@
-"""The exactness matrix: whatever the format, workers and ranks, wherever one stops, whoever goes on: the rest is the rest.
+"""The exactness matrix: whatever the format, workers and ranks, wherever one stops, whoever goes on, the rest is whole.
 
 The readers of all ranks and workers run in this process, each an unpickled dataset that takes itself for a worker's, in
 the order in which loaders ask them. That what real loaders do is the same, test_iterable_dataset.py shows.

@@ -137,10 +137,12 @@ class CachedIterableDataset(IterableDataset[Any]):
 
     def __len__(self) -> int:
         """The samples of a whole epoch that this rank reads. Raises TypeError before there is a whole recording."""
-        if self._records is None:
-            raise TypeError("an IterableDataset has no length before it was recorded")
+        try:
+            count = self._known().count
+        except ConfigurationError as error:
+            raise TypeError("an IterableDataset has no length before it was recorded") from error
         split = self._split(workers=1)
-        return split.share(split.total(self._records.count, self._uneven), self._where()[1], 0)
+        return split.share(split.total(count, self._uneven), self._where()[1], 0)
 
     @property
     def skipped(self) -> int:
