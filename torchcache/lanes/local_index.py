@@ -65,6 +65,11 @@ class LocalIndex:
         except OSError:
             return False
 
+    def readers(self) -> str:
+        """LMDB's table of who reads, for people: process, thread, transaction."""
+        found: str = self._env.readers()
+        return found
+
     def close(self) -> None:
         """Gives the reader's slot back."""
         self._env.close()
