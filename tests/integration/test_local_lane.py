@@ -262,7 +262,7 @@ def test_what_was_evicted_gives_its_room_back_once_anything_is_read(small: PoolS
 
 
 def test_the_store_knows_who_is_read_locally_and_evicts_others(small: PoolServer) -> None:
-    a, b, c = (Dataset(small, name, [3 * MIB] * 5) for name in ("a", "b", "c"))
+    a, b, c = (Dataset(small, name, [3 * MIB] * 6) for name in ("a", "b", "c"))
     a.read(small.pool)
     b.read(small.pool)
     served = small.status.local_bytes
@@ -275,8 +275,8 @@ def test_the_store_knows_who_is_read_locally_and_evicts_others(small: PoolServer
     hits = small.status.hits
     assert hits >= small.status.local_chunks > 0
     c.read(small.pool)
-    assert a.resident(small.pool) == 5
-    assert b.resident(small.pool) < 5
+    assert a.resident(small.pool) == 6
+    assert b.resident(small.pool) < 6
 
 
 def test_closing_a_pool_reports_what_it_read(server: PoolServer) -> None:
