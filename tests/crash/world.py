@@ -226,7 +226,7 @@ class World:
     ) -> tuple[HandedOut, list[tuple[ChunkId, int, bytes]]]:
         rows = [(chunk(number), len(payload(number)), payload(number)) for number in numbers]
         self.trace.payloads |= {id: data for id, _, data in rows}
-        got = self.there.prepare_write(namespace, [(id, size) for id, size, _ in rows], timeout_s=60)
+        got = self.there.prepare_write(namespace, [(id, size, size) for id, size, _ in rows], timeout_s=60)
         if got is None:
             raise ValueError("too little for files of its own")
         return got, rows

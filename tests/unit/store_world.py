@@ -149,7 +149,7 @@ class World:
         self.ever.update(numbers)
 
         def write() -> None:
-            got = self.store.prepare_write(name, [(id, size) for id, size, _ in rows], timeout_s=60)
+            got = self.store.prepare_write(name, [(id, size, size) for id, size, _ in rows], timeout_s=60)
             assert got is not None
             with opened(self.folder, name, got) as fds:
                 write_records(fds, got, rows)
@@ -163,7 +163,7 @@ class World:
 
     def lose_client(self, name: str, numbers: Iterable[int]) -> None:
         """A client gets files, and is never heard of again."""
-        chunks = [(chunk(n), SIZE) for n in numbers]
+        chunks = [(chunk(n), SIZE, SIZE) for n in numbers]
         self.try_to(lambda: self.store.prepare_write(name, chunks, timeout_s=60))
         self._look_for_clients()
         self.store._handing_out.expire(time.monotonic() + 61)  # if that couldn't be told

@@ -51,7 +51,7 @@ def client(store: Store, tmp_path: Path) -> Client:
 
 def prepare(store: Store, numbers: Sequence[int], size: int = SIZE, *, timeout_s: float = 60) -> Any:
     """As a client that goes no further."""
-    chunks = [(ChunkId(sample(n, size).id, 0), size) for n in numbers]
+    chunks = [(ChunkId(sample(n, size).id, 0), size, size) for n in numbers]
     got = store.prepare_write(NAMESPACE, chunks, timeout_s=timeout_s)
     assert got is not None
     return got
@@ -549,4 +549,4 @@ def test_a_symlink_in_the_place_of_a_file_is_not_followed(
 def test_a_chunk_that_no_record_holds_is_refused(store: Store) -> None:
     long = ChunkId(ObjectId("samples", "k" * 20_000, "1"), 0)
     with pytest.raises(ConfigurationError, match="name of object"):
-        store.prepare_write(NAMESPACE, [(long, SIZE)], timeout_s=1)
+        store.prepare_write(NAMESPACE, [(long, SIZE, SIZE)], timeout_s=1)

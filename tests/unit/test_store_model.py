@@ -26,6 +26,7 @@ from torchcache_server.store.space import Space
 from torchcache_server.store.store import NamespaceUsage
 
 from tests.proofs import proof
+from tests.unit.handed_out_parts import opened, write_records
 from tests.unit.store_parts import (
     SMALL_SEGMENT,
     chunk,
@@ -35,7 +36,7 @@ from tests.unit.store_parts import (
     payload,
     small_store,
 )
-from torchcache.errors import ConfigurationError, OutOfSpace
+from torchcache.errors import ConfigurationError, IntegrityError, OutOfSpace
 from torchcache.model import BLOCK_BYTES, block_digests
 from torchcache.records import chunk_key
 
@@ -129,6 +130,37 @@ class StoreMachine(RuleBasedStateMachine):
             assert number in self.intact(), "what was promised was kept"
             self.model[number] = name
             self.damaged.discard(number)
+        self.only_those_yielded(before, name)
+
+    @rule(
+        name=NAMES,
+        numbers=st.lists(NUMBERS, min_size=2, max_size=8, unique=True),
+        ending=st.sampled_from(["commit", "commit", "half", "abandon"]),
+    )
+    def write_by_client(self, name: str, numbers: list[int], ending: str) -> None:
+        """A client is handed files; it writes all and commits, or half, or gives up."""
+        before, there = dict(self.model), self.contained()
+        rows = [(chunk(n), n, content(n)) for n in numbers]
+        missing = set(numbers) - there
+        try:
+            got = self.store.prepare_write(name, [(id, n, len(data)) for id, n, data in rows], timeout_s=60)
+            if got is None:
+                return
+            with opened(self.folder / str(self.turn), name, got) as fds:
+                write_records(fds, got, rows if ending == "commit" else rows[: len(rows) // 2])
+                assert self.contained() <= there, "nothing is visible before the commit"
+                if ending == "abandon":
+                    self.store.abandon_write(got.write_id)
+                else:
+                    self.store.commit_write(got.write_id)
+        except (OutOfSpace, IntegrityError) as error:
+            assert isinstance(error, OutOfSpace) or ending == "half"
+            assert self.contained() <= there
+        else:
+            if ending != "abandon":
+                self.model.update(dict.fromkeys(missing, name))
+                self.damaged -= missing
+                assert missing <= self.intact()
         self.only_those_yielded(before, name)
 
     @rule(pick=NUMBERS)

@@ -139,8 +139,10 @@ def write_plan(command: bytes) -> WritePlan:
     return WritePlan(*_writable(request.namespace, request.objects), request.durable)
 
 
-def prepared_chunks(request: cache_pb2.PrepareWriteRequest) -> tuple[WritePlan, list[tuple[ChunkId, int]]]:
-    """The write that a client wants to do by itself: each of its chunks with the size of the object.
+def prepared_chunks(
+    request: cache_pb2.PrepareWriteRequest,
+) -> tuple[WritePlan, list[tuple[ChunkId, int, int]]]:
+    """The write that a client wants to do by itself: each chunk with its object's size and its own.
 
     Raises ConfigurationError as `write_plan`, and for a chunk that its object doesn't have.
     """
@@ -160,7 +162,8 @@ def prepared_chunks(request: cache_pb2.PrepareWriteRequest) -> tuple[WritePlan, 
             raise ConfigurationError(
                 f"there is no chunk {index} in an object of {info.size}", object=str(info.id)
             )
-        chunks.append((ChunkId(info.id, index), info.size))
+        chunk = ChunkId(info.id, index)
+        chunks.append((chunk, info.size, chunk.length(info.size)))
     return plan, chunks
 
 

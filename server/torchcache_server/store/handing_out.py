@@ -96,20 +96,16 @@ class HandingOut:
         self._preparing_bytes = 0
 
     def prepare(
-        self, namespace: str, chunks: Sequence[tuple[ChunkId, int]], *, timeout_s: float
+        self, namespace: str, chunks: Sequence[tuple[ChunkId, int, int]], *, timeout_s: float
     ) -> HandedOut | None:
-        """Room for chunks, each with the size of its object; they are distinct. Nobody sees them before the commit.
+        """Room for (chunk, object size, chunk size), distinct ones. Nobody sees them before the commit.
 
         None if what is missing of them would leave most of a segment unused: better put it. Raises OutOfSpace as
         `append` does, Overloaded at one of the bounds, ConfigurationError for what no record can hold.
         """
         core = self._core
-        there = find_many(core, [chunk for chunk, _ in chunks])
-        drafts = [
-            planned(chunk, size, chunk.length(size))
-            for (chunk, size), found in zip(chunks, there, strict=True)
-            if found is None
-        ]
+        there = find_many(core, [chunk for chunk, _, _ in chunks])
+        drafts = [planned(*chunk) for chunk, found in zip(chunks, there, strict=True) if found is None]
         if len({draft.key for draft in drafts}) != len(drafts):
             raise ConfigurationError("a write names a chunk twice")
         size_bytes = sum(draft.header.record_bytes for draft in drafts)

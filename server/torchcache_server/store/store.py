@@ -176,9 +176,9 @@ class Store:
     # ---- chunks that a client of this host writes by itself ----
 
     def prepare_write(
-        self, namespace: str, chunks: Sequence[tuple[ChunkId, int]], *, timeout_s: float
+        self, namespace: str, chunks: Sequence[tuple[ChunkId, int, int]], *, timeout_s: float
     ) -> HandedOut | None:
-        """Hands files out for chunks, each given with the size of its object; None: they are better put.
+        """Hands files out for chunks: (chunk, object size, chunk size), sizes in bytes. None: they are better put.
 
         Raises as `put_many`; Overloaded too, while too much is handed out. What isn't committed in `timeout_s`, or by
         who holds a flock on the files, is given back.
