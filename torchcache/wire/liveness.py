@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from typing import Final
 
-CONNECT_S: Final = 1.0
+CONNECT_S: Final = 2.0
 """What connecting may take, TLS and the peer's first word included."""
 
 PING_S: Final = 1.0
 """How long nothing may come before a client asks."""
 
-PING_TIMEOUT_S: Final = 1.0
+PING_TIMEOUT_S: Final = 3.0
+"""What the answer may take. Of any ping, those by which gRPC measures a busy connection too: 1 s was too short where
+64 streams and others' work shared two cores."""
 
 HEARTBEAT_S: Final = 1.0
 
