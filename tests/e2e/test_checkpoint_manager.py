@@ -420,3 +420,64 @@ def test_a_checkpoint_that_goes_while_others_load_the_next(pool: tc.Pool, root: 
     thread.join()
     assert not problems, problems
     assert seen == sorted(seen)
+
+
+# ---- asynchronous ----
+
+
+def test_training_may_change_the_state_as_soon_as_the_call_returns(pool: tc.Pool, root: str) -> None:
+    manager = tc.CheckpointManager(root, keep_last=None, pool=pool)
+    weights = torch.zeros(500_000)
+    futures = []
+    for step in range(5):
+        weights.fill_(step)
+        futures.append(manager.save_async(step, {"w": weights, "step": step}))
+        weights.fill_(-1)
+    assert futures[-1].result(60) is None
+    assert all(future.done() for future in futures)  # one at a time
+    for step in range(5):
+        loaded = {"w": torch.empty(500_000), "step": None}
+        manager.load(loaded, step)
+        assert loaded["w"].eq(step).all()
+        assert loaded["step"] == step
+    manager.close()
+
+
+def test_an_error_of_a_save_behind_is_not_lost(pool: tc.Pool, root: str) -> None:
+    manager = tc.CheckpointManager(root, pool=pool)
+    manager.save(1, {"a": 1})
+    future = manager.save_async(1, {"a": 2})
+    with pytest.raises(tc.AlreadyExists):
+        future.result(60)
+    manager.save(2, {"a": 2})  # it was heard
+    manager.save_async(1, {"a": 3})
+    with pytest.raises(tc.AlreadyExists):
+        manager.latest()
+    assert manager.latest() == 2
+    manager.save_async(1, {"a": 3})
+    with pytest.raises(tc.AlreadyExists):
+        manager.close()
+
+
+def test_async_save_of_torch_stages_in_memory_that_all_writers_share(pool: tc.Pool, root: str) -> None:
+    weights = torch.zeros(500_000)
+    for step in range(4):
+        weights.fill_(step)
+        future: Any = dcp.async_save(
+            {"w": weights}, storage_writer=tc.CacheStorageWriter(f"{root}/{step}", pool=pool), no_dist=True
+        )
+        weights.fill_(-1)
+        if step == 2:  # one that fails holds nothing up, though its error is kept
+            future.result(60)
+            failed: Any = dcp.async_save(
+                {"w": weights},
+                storage_writer=tc.CacheStorageWriter(f"{root}/{step}", pool=pool),
+                no_dist=True,
+            )
+            with pytest.raises(dcp.CheckpointException):
+                failed.result(60)
+    future.result(60)
+    for step in range(4):
+        loaded = {"w": torch.empty(500_000)}
+        dcp.load(loaded, storage_reader=tc.CacheStorageReader(f"{root}/{step}", pool=pool), no_dist=True)
+        assert loaded["w"].eq(step).all()

@@ -12,6 +12,7 @@ _HOMES = {
     "CheckpointManager": "torchcache.checkpoint.manager",
     "CacheStorageReader": "torchcache.checkpoint.reader",
     "CacheStorageWriter": "torchcache.checkpoint.writer",
+    "Stager": "torchcache.checkpoint.stager",
     "load_safetensors": "torchcache.checkpoint.safetensors",
     "open_safetensors": "torchcache.checkpoint.safetensors",
 }
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from torchcache.checkpoint.manager import CheckpointManager
     from torchcache.checkpoint.reader import CacheStorageReader
     from torchcache.checkpoint.safetensors import load_safetensors, open_safetensors
+    from torchcache.checkpoint.stager import Stager
     from torchcache.checkpoint.writer import CacheStorageWriter
 
 __all__ = [
     "CacheStorageReader",
     "CacheStorageWriter",
     "CheckpointManager",
+    "Stager",
     "load_safetensors",
     "open_safetensors",
 ]

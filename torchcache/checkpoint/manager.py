@@ -6,8 +6,10 @@ import builtins
 import functools
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator, MutableMapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torchcache.checkpoint.agreement import Ranks, as_ours
 from torchcache.checkpoint.durable import wait_until_durable
 from torchcache.checkpoint.location import checkpoint_uri
+from torchcache.checkpoint.pending import PendingSave
 from torchcache.checkpoint.reader import CacheStorageReader
 from torchcache.checkpoint.resume import (
     PREFIX,
@@ -36,6 +39,7 @@ from torchcache.checkpoint.resume import (
 )
 from torchcache.checkpoint.retention import Step, superfluous
 from torchcache.checkpoint.run import list_steps, require_whole, step_uri
+from torchcache.checkpoint.stager import StagedSave, Stager
 from torchcache.checkpoint.targets import as_dict, complete, give_back, prepare
 from torchcache.checkpoint.writer import CacheStorageWriter, Durability
 from torchcache.connecting import connect
@@ -51,6 +55,9 @@ from torchcache.local_pool import LocalPool
 from torchcache.pool import Pool
 
 _log = logging.getLogger(__name__)
+
+# A single process is nothing to warn of at every save. (Filters can't be changed for one thread alone.)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 RETENTION_S: Final = 30.0
 """How long a save waits for the files of an old checkpoint to go; the pool goes on without it."""
@@ -91,6 +98,8 @@ class CheckpointManager:
         self._durability: Durability = durability
         self._rng = rng
         self._made_ranks: Ranks | None = None
+        self._stager = Stager()
+        self._under_way: PendingSave | None = None
 
     def __repr__(self) -> str:
         return f"CheckpointManager({self.root!r}, keep_last={self.keep_last}, keep_every={self.keep_every})"
@@ -105,7 +114,9 @@ class CheckpointManager:
             self.close()
 
     def close(self) -> None:
-        """Ends what the manager has open; it may be used again."""
+        """Waits for a `save_async` and gives back its memory; the manager may be used again. Raises what that met."""
+        self._finish_pending()
+        self._stager.close()
         ranks, self._made_ranks = self._made_ranks, None
         if ranks is not None:
             ranks.close()
@@ -124,9 +135,52 @@ class CheckpointManager:
         Raises AlreadyExists if the step has one, unless `overwrite`; CheckpointError for a state that can't be saved,
         on all ranks if any has met it.
         """
-        uri = step_uri(self.root, _checked(step))
+        self._finish_pending()
+        writer = self._writer(step, overwrite=overwrite)
+        self._write(self._content(state), writer)
+
+    def save_async(
+        self, step: int, state: MutableMapping[str, Any], *, overwrite: bool = False
+    ) -> Future[None]:
+        """As `save`, but training stops only until `state` is copied, into memory that is used again by the next one.
+
+        The future tells when the checkpoint can be restored, or raises what `save` would. One save runs at a time: the
+        next, like every other method, waits for it first, and raises its error if nobody asked the future.
+        """
+        self._finish_pending()
+        writer = self._writer(step, overwrite=overwrite)
         content = self._content(state)
-        writer = CacheStorageWriter(uri, pool=self._pool, durability=self._durability, overwrite=overwrite)
+        copied: builtins.list[tuple[dict[str, Any], StagedSave]] = []
+        self._ranks.all_or_none(lambda: copied.append(self._stager.stage_save(content)))
+        staged, staged_save = copied.pop()
+        pending = self._under_way = PendingSave()
+
+        def run() -> None:
+            nonlocal staged
+            try:
+                self._write(staged, writer)
+            except BaseException as error:  # noqa: BLE001 - the future's to raise
+                pending.set_exception(error)
+            else:
+                pending.set_result(None)
+            finally:
+                staged = {}
+                staged_save.release()
+
+        pending.set_running_or_notify_cancel()
+        threading.Thread(target=run, name="torchcache-save").start()
+        return pending
+
+    def _finish_pending(self) -> None:
+        pending, self._under_way = self._under_way, None
+        if pending is not None:
+            pending.finish()
+
+    def _writer(self, step: int, *, overwrite: bool) -> CacheStorageWriter:
+        uri = step_uri(self.root, _checked(step))
+        return CacheStorageWriter(uri, pool=self._pool, durability=self._durability, overwrite=overwrite)
+
+    def _write(self, content: dict[str, Any], writer: CacheStorageWriter) -> None:
         with _plain_errors():
             save(
                 content,
@@ -169,6 +223,7 @@ class CheckpointManager:
         Raises NotCommitted if there is none, IntegrityError if it is damaged, CheckpointError if a dataset in `state`
         has changed since, or a data loader's position is that of another number of ranks.
         """
+        self._finish_pending()
         candidates = [_checked(step)] if step is not None else self._ranks.decide(self._restorable)
         for number in candidates:
             uri = step_uri(self.root, number)
@@ -251,10 +306,12 @@ class CheckpointManager:
 
     def list(self) -> builtins.list[Step]:
         """All checkpoints of the run, by step, also those that are being written or can't be restored."""
+        self._finish_pending()
         return self._ranks.decide(lambda: list_steps(self._pool, self.root))
 
     def latest(self) -> int | None:
         """The newest step that can be restored; None if there is none. Of one passed over a warning says why."""
+        self._finish_pending()
         return self._ranks.decide(self._latest)
 
     def _latest(self) -> int | None:
@@ -281,6 +338,7 @@ class CheckpointManager:
         Raises CheckpointError if an upload failed, DeadlineExceeded after `timeout_s`, NotCommitted if there is no such
         step.
         """
+        self._finish_pending()
         numbers = None if step is None else [_checked(step)]
         self._ranks.decide(lambda: self._wait(numbers, timeout_s))
         self._retain()
@@ -300,6 +358,7 @@ class CheckpointManager:
 
         Raises NotCommitted if there is none, InUse while somebody reads it.
         """
+        self._finish_pending()
         where = self._pool.resolve(step_uri(self.root, _checked(step)))
         self._ranks.decide(lambda: self._pool.delete_save(*where))
 
@@ -328,11 +387,9 @@ def _checked(step: object) -> int:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What torch gathered of all ranks as the error of the lowest one; without its warning that there is one rank."""
+    """What torch gathered of all ranks as the error of the lowest one."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-            yield
+        yield
     except CheckpointException as gathered:
         rank, (cause, _) = min(gathered.failures.items(), key=lambda failure: failure[0])
         error = as_ours(cause)

@@ -28,6 +28,7 @@ from torchcache.checkpoint.lease import Lease, end_lease_of_thread
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
 from torchcache.checkpoint.metadata import dcp_version, describe, stock_metadata
+from torchcache.checkpoint.stager import StagedSave, default_stager
 from torchcache.checkpoint.staging import StagedFile, expected_bytes
 from torchcache.checkpoint.ticket import Ticket, forget_arrived, take_arrived
 from torchcache.connecting import connect
@@ -70,7 +71,8 @@ class CacheStorageWriter(StorageWriter):
     (`durability="pool"`), or from the under-store (`"store"`). An existing checkpoint at `path` is `AlreadyExists`
     unless `overwrite`. `replicas` and `compression` are not available yet.
 
-    One writer may serve many saves (`checkpoint_id=` gives each its path), from several threads too, and pickles.
+    One writer may serve many saves (`checkpoint_id=` gives each its path), from several threads too, and pickles. It is
+    its own stager for `dcp.async_save`, see `stage`.
     Raises ConfigurationError.
     """
 
@@ -101,11 +103,12 @@ class CacheStorageWriter(StorageWriter):
 
     def _forget(self) -> None:
         self._pool: Pool | None = None
+        self._staged: StagedSave | None = None  # until the thread that saves it has begun
         self._local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        del state["_pool"], state["_local"]
+        del state["_pool"], state["_local"], state["_staged"]
         if isinstance(self._given_pool, LocalPool):
             state["_given_pool"] = self._given_pool.pool
         return state
@@ -116,6 +119,28 @@ class CacheStorageWriter(StorageWriter):
 
     def __repr__(self) -> str:
         return f"CacheStorageWriter({str(self.path)!r}, durability={self.durability!r})"
+
+    # ---- staging for async_save ----
+
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        """No: `stage` returns when all is copied."""
+        return False
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What `dcp.async_save` stops training for: one copy into memory that all writers of this process use again.
+
+        Waits for the save before, if that still reads the memory.
+        """
+        staged, self._staged = default_stager().stage_save(state_dict)
+        return staged
+
+    def synchronize_staging(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Gives back the memory that async saves were staged in, once none reads it."""
+        default_stager().close()
 
     # ---- the contract, in the order torch calls it ----
 
@@ -140,6 +165,9 @@ class CacheStorageWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._end_last_save()
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            staged.begun()
         save = self._local.save = _Save(self._local.__dict__.pop("path", self.path))
         save.rank = kwargs.get("rank")
         if not kwargs.get("use_collectives", True):
