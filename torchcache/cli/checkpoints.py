@@ -1,4 +1,4 @@
-"""`torchcache checkpoint`: ls, verify."""
+"""`torchcache checkpoint`: ls, verify; wait, rm and export stand in files of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from torchcache.cli.checkpoint_export import checkpoint_export
+from torchcache.cli.checkpoint_upkeep import checkpoint_rm, checkpoint_wait
 from torchcache.cli.command import EXIT_CODES, EXIT_FAILED, Session, command
 from torchcache.cli.output import duration_text, size_text
 
@@ -17,7 +19,12 @@ if TYPE_CHECKING:
 
 @click.group()
 def checkpoint() -> None:
-    """List and verify checkpoints."""
+    """List, verify, await, delete and export checkpoints."""
+
+
+checkpoint.add_command(checkpoint_wait)
+checkpoint.add_command(checkpoint_rm)
+checkpoint.add_command(checkpoint_export)
 
 
 @checkpoint.command("ls", epilog=EXIT_CODES, short_help="List checkpoints in the pool and in storage.")
@@ -27,7 +34,8 @@ def checkpoint_ls(session: Session, uri: str) -> None:
     """List the checkpoints at and below URI, in the pool and in storage, and how far they are.
 
     States: saving (not committed yet), uploading (safe in the pool), durable (safe in storage), failed (safe in the
-    pool; the upload met an error), stock (in storage, saved by torch without torchcache).
+    pool; the upload met an error), stock (in storage, saved by torch without torchcache), unfinished (being written or
+    deleted by another pool, or left so: rm takes it away).
     """
     from torchcache.checkpoint.catalog import list_checkpoints
 
@@ -62,6 +70,7 @@ def checkpoint_verify(session: Session, uri: str) -> int:
     pool. Exit code 1 if a byte is missing or wrong, or if there is no committed checkpoint.
     """
     from torchcache.checkpoint.catalog import STATE_OF_SAVE, committed_parts
+    from torchcache.checkpoint.hold import Hold
     from torchcache.checkpoint.manifest import Manifest
     from torchcache.checkpoint.verification import verify_save
 
@@ -73,7 +82,10 @@ def checkpoint_verify(session: Session, uri: str) -> int:
     faults: list[Fault] = []
     with session.output.progress("verifying", items=items, total_bytes=total_bytes) as advance:
         for save, manifest in zip(saves, manifests, strict=True):
-            faults += verify_save(session.pool, save, manifest, on_progress=advance)
+            hold = Hold(session.pool, save)
+            hold.take()
+            with hold.kept():
+                faults += verify_save(session.pool, save, manifest, on_progress=advance)
     took_s = time.monotonic() - start_s
     session.output.document(
         {
