@@ -115,6 +115,7 @@ class MemoryPool:
         namespace: str = "",
         into: Sequence[memoryview] | None = None,
         resident_only: bool = False,
+        as_bytes: bool = False,
         timeout_s: float = 60.0,
     ) -> list[memoryview | TorchCacheError]:
         self.reads.append(list(extents))

@@ -30,6 +30,7 @@ class SamplePool(MemoryPool):
         namespace: str = "",
         into: Sequence[memoryview] | None = None,
         resident_only: bool = False,
+        as_bytes: bool = False,
         timeout_s: float = 60.0,
     ) -> list[memoryview | TorchCacheError]:
         self.namespaces.add(namespace)

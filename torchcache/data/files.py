@@ -76,15 +76,19 @@ class FileSamples:
             landing = Landing([object.size for object in objects], self._buffers or default_buffers)
             self._read(objects, landing.targets())
             return landing.samples(self._output)
-        views = self._read(objects, None)
+        if self._decode is not None:
+            return [*map(self._decode, self._read(objects, None))]
         if self._output == "view":
-            return [*views]
+            return [*self._read(objects, None)]
         _keep_freed_memory()
-        return [*map(self._decode or bytes, views)]
+        return [*map(_as_bytes, self._read(objects, None, as_bytes=True))]
 
-    def _read(self, objects: Sequence[ObjectInfo], into: Sequence[memoryview] | None) -> list[memoryview]:
+    def _read(
+        self, objects: Sequence[ObjectInfo], into: Sequence[memoryview] | None, *, as_bytes: bool = False
+    ) -> list[memoryview]:
         """The bytes of `objects`. Raises the error of the first that failed."""
-        outcomes = self._pool.read_each(list(map(Extent, objects)), namespace=self.uri, into=into)
+        extents = list(map(Extent, objects))
+        outcomes = self._pool.read_each(extents, namespace=self.uri, into=into, as_bytes=as_bytes)
         views = [outcome for outcome in outcomes if isinstance(outcome, memoryview)]
         if len(views) == len(outcomes):
             return views
@@ -141,6 +145,11 @@ class FileSamples:
             f".from_files({self.uri!r}, pattern={self._pattern!r}: "
             f"{len(self):,} objects, {self.total_bytes:,} bytes)"
         )
+
+
+def _as_bytes(view: memoryview) -> bytes:
+    known = view.obj
+    return known if type(known) is bytes and len(known) == len(view) else bytes(view)
 
 
 @functools.cache

@@ -51,11 +51,16 @@ def contiguous(data: Data) -> pa.Buffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadOptions:
-    """How to read. `resident_only`: nothing is fetched. `suspect`: the server first proves what it holds on disk."""
+    """How to read. `resident_only`: nothing is fetched. `suspect`: the server first proves what it holds on disk.
+
+    `as_bytes`: the reader makes `bytes` of every view. A lane may do it, more cheaply: then the view is of all of a
+    `bytes`, its `obj`.
+    """
 
     namespace: str = ""
     resident_only: bool = False
     suspect: bool = False
+    as_bytes: bool = False
 
 
 class Lane(Protocol):

@@ -56,7 +56,7 @@ class LocalLane:
         if options.suspect:
             return self._flight.read(extents, into, options, deadline=deadline)
         outcomes: list[Outcome | None] = [None] * len(extents)
-        damaged, read_bytes, more_chunks = self._read_here(extents, into, outcomes)
+        damaged, read_bytes, more_chunks = self._read_here(extents, into, outcomes, options.as_bytes)
         left = [number for number, outcome in enumerate(outcomes) if outcome is None]
         if here := len(outcomes) - len(left):
             self._reports.add(here, here + more_chunks, read_bytes)
@@ -71,7 +71,11 @@ class LocalLane:
         return cast(list[Outcome], outcomes)
 
     def _read_here(  # noqa: PLR0912 - each branch is a few instructions of what every record costs
-        self, extents: Sequence[Extent], into: Sequence[memoryview | None], outcomes: list[Outcome | None]
+        self,
+        extents: Sequence[Extent],
+        into: Sequence[memoryview | None],
+        outcomes: list[Outcome | None],
+        as_bytes: bool,
     ) -> tuple[set[int], int, int]:
         """Puts what can be read here in its place.
 
@@ -102,6 +106,8 @@ class LocalLane:
                     more_chunks += len(got) // CHUNK_BYTES
                 elif target is None:
                     got = view[start:end]
+                    if as_bytes:  # before the checksum: what was just written is in the CPU's cache
+                        got = memoryview(bytes(got))
                     if _hash(got) != digest:
                         raise Damaged
                 else:
