@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset, IterableDataset
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchcache.connecting import connect
 from torchcache.data.buffer_pool import BufferPool
 from torchcache.data.computed import ComputedSamples, Encoding
+from torchcache.data.file_records import FileRecords
 from torchcache.data.files import FileSamples
 from torchcache.data.fingerprint import fingerprint
 from torchcache.data.outputs import Output
@@ -85,6 +87,7 @@ class CachedDataset(Dataset[Any]):
         transform: Transform | None = None,
         output: Output = "bytes",
         buffers: BufferPool | None = None,
+        record_bytes: int | None = None,
         pool: str | Pool | LocalPool | None = None,
     ) -> CachedDataset:
         """The objects under the folder `uri`, one a sample, ordered by key, bytewise; listed once, here.
@@ -101,13 +104,17 @@ class CachedDataset(Dataset[Any]):
           for each process). It is yours while you keep it or anything made of it without a copy; then the buffer is
           used again. Samples of a batch share a buffer, so keep a `.clone()` where you keep one of many.
 
-        Then `transform` runs on the sample.
+        Then `transform` runs on the sample. With `record_bytes` a sample is not a whole object but a record of that
+        size in one; objects are whole numbers of records, end to end.
 
         Raises ConfigurationError for a bad URI, wrong arguments or missing credentials, ObjectNotFound if the bucket
         doesn't exist or nothing matches.
         """
         dataset = cls.__new__(cls)
-        samples = FileSamples(connect(pool), uri, pattern, decode=decode, output=output, buffers=buffers)
+        kind: Callable[..., FileSamples] = (
+            FileSamples if record_bytes is None else partial(FileRecords, record_bytes=record_bytes)
+        )
+        samples = kind(connect(pool), uri, pattern, decode=decode, output=output, buffers=buffers)
         dataset._set_up(samples, transform)
         return dataset
 

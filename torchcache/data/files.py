@@ -71,36 +71,38 @@ class FileSamples:
     def read(self, indices: Sequence[int]) -> list[Any]:
         if not indices:
             return []
-        objects = self._manifest.take(indices)
+        extents = self._extents(indices)
         if self._output in ("numpy", "tensor"):
-            landing = Landing([object.size for object in objects], self._buffers or default_buffers)
-            self._read(objects, landing.targets())
+            sizes = [extent.end - extent.offset for extent in extents]
+            landing = Landing(sizes, self._buffers or default_buffers)
+            self._read(extents, landing.targets())
             return landing.samples(self._output)
         if self._decode is not None:
-            return [*map(self._decode, self._read(objects, None))]
+            return [*map(self._decode, self._read(extents, None))]
         if self._output == "view":
-            return [*self._read(objects, None)]
+            return [*self._read(extents, None)]
         _keep_freed_memory()
-        return [*map(_as_bytes, self._read(objects, None, as_bytes=True))]
+        return [*map(_as_bytes, self._read(extents, None, as_bytes=True))]
+
+    def _extents(self, indices: Sequence[int]) -> list[Extent]:
+        """Where the samples lie."""
+        return list(map(Extent, self._manifest.take(indices)))
 
     def _read(
-        self, objects: Sequence[ObjectInfo], into: Sequence[memoryview] | None, *, as_bytes: bool = False
+        self, extents: Sequence[Extent], into: Sequence[memoryview] | None, *, as_bytes: bool = False
     ) -> list[memoryview]:
-        """The bytes of `objects`. Raises the error of the first that failed."""
-        extents = list(map(Extent, objects))
+        """The bytes of `extents`. Raises the error of the first that failed."""
         outcomes = self._pool.read_each(extents, namespace=self.uri, into=into, as_bytes=as_bytes)
         views = [outcome for outcome in outcomes if isinstance(outcome, memoryview)]
         if len(views) == len(outcomes):
             return views
-        failed = (
-            pair for pair in zip(objects, outcomes, strict=True) if isinstance(pair[1], TorchCacheError)
-        )
-        error = self._explained(*next(failed))  # type: ignore[arg-type]
+        number, error = next((n, e) for n, e in enumerate(outcomes) if isinstance(e, TorchCacheError))
+        error = self._explained(extents[number].object, error)
         try:
             raise error
         finally:
             # An error that a frame of its traceback refers to would keep the buffers until the next collection.
-            del error, failed, outcomes
+            del error, outcomes
 
     def _explained(self, object: ObjectInfo, error: TorchCacheError) -> TorchCacheError:
         """An object that is no longer what was listed, in the user's terms; other errors as they are."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -109,6 +110,13 @@ class Manifest:
             for rows in self._load().batches
             for start, end in pairwise(rows.offsets)
         ]
+
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """All sizes, in order."""
+        batches = self._load().batches
+        return np.concatenate(
+            [np.frombuffer(rows.sizes, np.int64) for rows in batches] or [np.empty(0, np.int64)]
+        )
 
     @property
     def total_bytes(self) -> int:

@@ -1,0 +1,85 @@
+"""Samples that are records of a fixed size within the objects of an under-store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from torchcache.data.files import FileSamples
+from torchcache.data.samples import OnProgress, residency_of, windows
+from torchcache.errors import ConfigurationError
+from torchcache.model import Extent
+from torchcache.pool import Residency
+
+
+class FileRecords(FileSamples):
+    """The records of the objects that FileSamples would hold, in their order: `record_bytes` each, end to end."""
+
+    def __init__(self, *arguments: Any, record_bytes: int, **options: Any) -> None:
+        """As FileSamples. Raises ConfigurationError too where an object isn't a whole number of records."""
+        if not isinstance(record_bytes, int) or record_bytes <= 0:
+            raise ConfigurationError(
+                f"record_bytes={record_bytes!r} is no size: it is a number of bytes above 0"
+            )
+        super().__init__(*arguments, **options)
+        self._record_bytes = record_bytes
+        sizes = self._manifest.sizes()
+        if len(torn := np.flatnonzero(sizes % record_bytes)):
+            object = self._manifest[int(torn[0])]
+            raise ConfigurationError(
+                f"{self._pool.uri(object.id)} has {object.size} bytes, which is no whole number of records of "
+                f"{record_bytes}: give the right record_bytes=, or a pattern= that leaves it out",
+                object=self._pool.uri(object.id),
+            )
+        # Of each object the number of its first record: 8 bytes an object, for each process.
+        self._firsts = np.concatenate(([0], np.cumsum(sizes // record_bytes)))
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def _extents(self, indices: Sequence[int]) -> list[Extent]:
+        records = np.asarray(indices, dtype=np.int64)
+        files = np.searchsorted(self._firsts, records, side="right") - 1
+        offsets = ((records - self._firsts[files]) * self._record_bytes).tolist()
+        objects = self._manifest.take(files.tolist())
+        size = self._record_bytes
+        return [Extent(object, offset, size) for object, offset in zip(objects, offsets, strict=True)]
+
+    def stage(
+        self, indices: Sequence[int], *, on_progress: OnProgress, cancelled: Callable[[], bool]
+    ) -> None:
+        """Brings the objects of these records, whole, in the order in which they are first needed."""
+        staged: set[int] = set()
+        for window in windows(indices):
+            if cancelled():
+                return
+            files = np.searchsorted(self._firsts, np.asarray(window), side="right") - 1
+            new = [file for file in dict.fromkeys(files.tolist()) if file not in staged]
+            staged.update(new)
+            self._pool.stage(
+                self._manifest.take(new),
+                namespace=self.uri,
+                on_progress=lambda _, size_bytes: on_progress(0, size_bytes),
+                cancelled=cancelled,
+            )
+            on_progress(len(window), 0)
+
+    def residency(self) -> Residency:
+        """Of the objects."""
+        return residency_of(self._pool, self._manifest.__getitem__, len(self._manifest))
+
+    def identity(self) -> dict[str, str | int]:
+        return {**super().identity(), "record_bytes": self._record_bytes}
+
+    def keys(self) -> list[str]:
+        """Of each record the key of its object."""
+        counts = np.diff(self._firsts).tolist()
+        return [key for key, count in zip(super().keys(), counts, strict=True) for _ in range(count)]
+
+    def describe(self) -> str:
+        return (
+            f".from_files({self.uri!r}, pattern={self._pattern!r}, record_bytes={self._record_bytes}: {len(self):,} "
+            f"records in {len(self._manifest):,} objects, {self.total_bytes:,} bytes)"
+        )
