@@ -237,6 +237,12 @@ def test_lines_that_are_no_json(line: bytes) -> None:
         format.record(memoryview(frame), "r", 3)
 
 
+def test_lines_with_a_byte_order_mark() -> None:
+    format = formats.JsonLines()
+    [(_, first), (_, second)] = cut(format, b'\xef\xbb\xbf{"a": 1}\n["\xc3\xa9"]')
+    assert [format.record(memoryview(line), "r", 0) for line in (first, second)] == [{"a": 1}, ["é"]]
+
+
 def test_raw_records_that_do_not_come_out_even() -> None:
     format = formats.Raw(record_bytes=8)
     with pytest.raises(IntegrityError, match="4 bytes are left at byte 16"):

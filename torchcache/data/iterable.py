@@ -371,4 +371,11 @@ class CachedIterableDataset(IterableDataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker has no torch.distributed: it is told its rank.
-        return {**self.__dict__, "_begun": None, "_replicas": self._where()}
+        ranks, rank = self._where()
+        replicas = (ranks, rank) if ranks > 1 else self._replicas
+        return {**self.__dict__, "_begun": None, "_replicas": replicas}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self._shared.is_shared():  # type: ignore[no-untyped-call]  # a copy that is no worker's has workers of its own
+            self._shared.share_memory_()  # type: ignore[no-untyped-call]

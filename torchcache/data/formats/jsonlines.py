@@ -33,9 +33,7 @@ class JsonLines(RecordFormat):
                 raise damaged(where, f"the line at byte {at} has more than {MAX_RECORD_BYTES:,} bytes")
 
     def record(self, frame: memoryview, url: str, number: int) -> Any:
-        where = place(url, number)
-        line = bytes(frame).strip().split(b"\n", 1)[0]
         try:
-            return json.loads(line)
+            return json.loads(str(frame, "utf-8-sig" if bytes(frame[:1]) == b"\xef" else "utf-8"))
         except (ValueError, RecursionError) as error:
-            raise damaged(where, f"it is no JSON: {error}") from error
+            raise damaged(place(url, number), f"it is no JSON: {error}") from error

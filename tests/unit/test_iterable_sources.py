@@ -1,0 +1,73 @@
+"""Braces, patterns and folders: what a user's source means."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchcache.data.iterable_sources import common_folder, expand, translated
+from torchcache.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain.tar", ["plain.tar"]),
+        ("{0..2}", ["0", "1", "2"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{0..8..4}", ["0", "4", "8"]),
+        ("{a,b}-{1..2}", ["a-1", "a-2", "b-1", "b-2"]),
+        ("x{a,}y", ["xay", "xy"]),
+        ("{a}", ["a"]),
+        ("{000..001}/{9..10}", ["000/9", "000/10", "001/9", "001/10"]),
+    ],
+)
+def test_braces_as_a_shell_expands_them(text: str, expected: list[str]) -> None:
+    assert expand(text) == expected
+
+
+@pytest.mark.parametrize("text", ["{0..1000000}", "{0..999}{0..999}{0..999}", "{0..5..0}"])
+def test_too_many_names(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="more than 1,000,000"):
+        expand(text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matching", "others"),
+    [
+        ("*.tar", ["a.tar", ".tar"], ["a/b.tar", "a.tar.gz", "atar"]),
+        ("**/*.tar", ["a.tar", "a/b.tar", "a/b/c.tar"], ["a/b.ta"]),
+        ("a/**", ["a/b", "a/b/c"], ["b/a"]),
+        ("a?c", ["abc"], ["ac", "a/c"]),
+        ("[ab]x", ["ax", "bx"], ["cx"]),
+        ("[!ab]x", ["cx"], ["ax"]),
+        ("a+b(c).tar", ["a+b(c).tar"], ["aab(c).tar"]),
+    ],
+)
+def test_patterns(pattern: str, matching: list[str], others: list[str]) -> None:
+    matches = re.compile(translated(pattern)).fullmatch
+    assert all(matches(name) for name in matching)
+    assert not any(matches(name) for name in others)
+
+
+@given(st.text(alphabet="ab*?[]!/.\\-^(){}|+$", max_size=12))
+def test_any_pattern_is_an_expression(pattern: str) -> None:
+    re.compile(translated(pattern))
+
+
+@pytest.mark.parametrize(
+    ("uris", "folder"),
+    [
+        (["s3://b/a/x.tar"], "s3://b/a"),
+        (["s3://b/a/x.tar", "s3://b/ab/y.tar"], "s3://b"),
+        (["s3://b/a/1/x", "s3://b/a/2/x", "s3://b/a/x"], "s3://b/a"),
+        (["s3://b/x", "s3://c/x"], "s3://b"),
+        (["file:///data/x", "file:///data/y"], "file:///data"),
+    ],
+)
+def test_the_folder_of_all(uris: list[str], folder: str) -> None:
+    assert common_folder(uris) == folder
