@@ -299,6 +299,7 @@ def test_what_is_held_is_read_on_while_the_server_is_dead(root: Path, pool: Pool
     fill(pool)
     check(pool)
     os.kill(server_pids(root)[0], signal.SIGKILL)
+    until(lambda: not server_pids(root), "the server is dead")
     check(pool)
     statistics = pool.statistics()
     assert (statistics.retries, statistics.local_extents) == (0, statistics.extents)

@@ -121,6 +121,23 @@ def test_damage_on_the_way_is_asked_for_once_more_as_suspect(server: StandIn, po
     assert pool.statistics().suspects == 1
 
 
+def test_a_server_is_down_for_who_got_nothing_though_others_got_theirs_by_another_lane(
+    server: StandIn, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.put(sample(1), b"one")
+    pool.read([whole(sample(1))])
+    session = pool._session()
+    assert session.current is not None
+    (member,) = session.current.by_id.values()
+    answer = [ServerUnavailable("gone"), memoryview(b"from the files")]
+    monkeypatch.setattr(member.lane, "read", lambda *_, **__: answer)
+    down: list[str] = []
+    monkeypatch.setattr(session.ordering, "down", down.append)
+    first, second = pool.read_each([whole(sample(1)), whole(sample(2))], timeout_s=20)
+    assert down
+    assert (first, second) == (b"one", b"from the files"), "after another try"
+
+
 def test_damage_that_stays_is_an_integrity_error(server: StandIn, pool: Pool) -> None:
     server.put(sample(1), b"right")
     server.script.tamper = lambda _, pieces: corrupt(pieces)

@@ -60,6 +60,8 @@ class LocalLane:
         left = [number for number, outcome in enumerate(outcomes) if outcome is None]
         if here := len(outcomes) - len(left):
             self._reports.add(here, here + more_chunks, read_bytes)
+        if damaged:
+            self._reports.add_suspects(len(damaged))
         if left:
             suspects = replace(options, suspect=True)
             for numbers, how in (

@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 class UseReports:
     """The reports of one lane. Thread-safe. Sending goes on beside the reads: a server that hangs stops none.
 
-    `extents` and `bytes` are all that was read, `writes` how many writes went into the store's files.
+    `extents` and `bytes` are all that was read, `suspects` how many extents were found damaged,
+    `writes` how many writes went into the store's files.
     """
 
     def __init__(
@@ -39,12 +40,18 @@ class UseReports:
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         self.extents = 0
+        self.suspects = 0
         self.bytes = 0
         self.writes = 0
         self._chunks = 0
         self._bytes = 0
         self._told_count = store.count
         self._due_s = time.monotonic() + EVERY_S
+
+    def add_suspects(self, extents: int) -> None:
+        """Counts what was found damaged."""
+        with self._lock:
+            self.suspects += extents
 
     def add(self, extents: int, chunks: int, read_bytes: int) -> None:
         """Counts what was read, and reports if it is time."""

@@ -138,7 +138,10 @@ class Reading:
         except TorchCacheError as error:
             # Nothing could be asked: the process may not, or the token can't be read.
             return [error] * len(extents)
-        if isinstance(outcomes[-1], ServerUnavailable):  # what ended the stream reaches the last extent
+        failed = [outcome for outcome in outcomes if not isinstance(outcome, memoryview)]
+        if any(
+            isinstance(error, ServerUnavailable) for error in failed
+        ):  # some may have come by another lane
             self._session.ordering.down(server)
         else:
             self._session.ordering.up(server)

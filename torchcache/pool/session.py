@@ -60,13 +60,14 @@ class Session:
     def statistics(self) -> PoolStatistics:
         """See `Pool.statistics`."""
         with self._lock:
+            counts = self._counts + Counter(suspects=sum(use.suspects for use in self._uses))
             return PoolStatistics(
                 lanes=dict(self._lanes),
                 lane_reasons=dict(self._reasons),
                 local_extents=sum(use.extents for use in self._uses),
                 local_bytes=sum(use.bytes for use in self._uses),
                 local_writes=sum(use.writes for use in self._uses),
-                **self._counts,
+                **counts,
             )
 
     # ---- members ----
