@@ -167,7 +167,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 # ---- under a running store, whose mappings see it ----
 
 
-@pytest.mark.parametrize("flips", [100_000])
+@pytest.mark.parametrize("flips", [20_000, pytest.param(100_000, marks=pytest.mark.long)])
 def test_flipped_bits(flips: int) -> None:
     """F5, F6, I1: half of them anywhere, half in headers; a record's header may be remembered or not."""
     rng = random.Random(SEED)
