@@ -162,18 +162,18 @@ class LaneContract:
                 assert buffer == right + b"\xee" * 500
 
     def test_fills_buffers_with_ranges(self, lane: Lane) -> None:
-        """One buffer for all, and ends across blocks and chunks."""
+        """Parts of one buffer, each longer than its bytes, and ends across blocks and chunks."""
         put_sample(lane, "ranges", RANGES_SIZE)
         info = sample("ranges", RANGES_SIZE)
         spans = [(start, RANGES_SIZE if n < 0 else start + n) for start, n in RANGES]
-        memory = bytearray(sum(end - start for start, end in spans))
+        memory = bytearray(b"\xee" * sum(end - start + 3 for start, end in spans))
         views, at = [], 0
         for start, end in spans:
-            views.append(memoryview(memory)[at : at + end - start])
-            at += end - start
+            views.append(memoryview(memory)[at : at + end - start + 3])
+            at += end - start + 3
         for outcome in read(lane, [Extent(info, a, b - a) for a, b in spans], views):
             good(outcome)
-        assert memory == b"".join(part("ranges", 0, a, b) for a, b in spans)
+        assert memory == b"".join(part("ranges", 0, a, b) + b"\xee" * 3 for a, b in spans)
 
     def test_one_missing_object_fails_alone(self, lane: Lane) -> None:
         put(lane, sample("there"), b"here I am")

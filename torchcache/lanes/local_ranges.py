@@ -37,7 +37,7 @@ def read_range(
     if not 0 <= offset <= stop <= size or (target is not None and len(target) < stop - offset):
         return None
     if stop <= (first.chunk_index + 1) * CHUNK_BYTES:
-        return _part(first, offset, stop, target)
+        return _part(first, offset, stop, target if target is None else target[: stop - offset])
     records = _rest(store, first, extent, stop)
     if records is None:
         return None
