@@ -27,7 +27,7 @@ from torchcache.errors import (
 )
 from torchcache.model import CHUNK_BYTES, STRIPE_BYTES, Extent, ObjectId, ObjectInfo
 from torchcache.placement import placement_key, rendezvous_order
-from torchcache.pool import Pool
+from torchcache.pool import Pool, reads
 from torchcache.wire.codec import Piece
 from torchcache.wire.v1 import cache_pb2
 
@@ -351,6 +351,43 @@ def test_saves(server: StandIn, pool: Pool) -> None:
 
 
 # ---- several servers ----
+
+
+def test_a_large_extent_is_read_by_several_calls_at_a_time(
+    server: StandIn, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "STREAM_BYTES", STRIPE_BYTES)
+    monkeypatch.setitem(reads.STREAMS, "flight", 3)
+    large, small = ObjectId("s3", "b/large", "v"), ObjectId("s3", "b/small", "v")
+    infos = [server.put(large, LARGE), server.put(small, b"small")]
+    memory = bytearray(len(LARGE))
+    got = pool.read([Extent(info) for info in infos], into=[memoryview(memory), memoryview(bytearray(9))])
+    assert memory == LARGE
+    assert [len(view) for view in got] == [len(LARGE), 5]
+    assert bytes(pool.read([Extent(infos[0])])[0]) == LARGE
+    calls = server.script.reads
+    assert len(calls) == 6
+    assert sum(len(call.offset) for call in calls) == 7  # the small one came with a part of the large one
+    assert sum(sum(call.length) for call in calls) in (2 * len(LARGE) - 1, 2 * len(LARGE) + 5)
+
+
+def test_one_part_that_fails_fails_its_extent_alone(
+    server: StandIn, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "STREAM_BYTES", STRIPE_BYTES)
+    monkeypatch.setitem(reads.STREAMS, "flight", 3)
+    infos = [server.put(ObjectId("s3", f"b/{n}", "v"), LARGE) for n in range(2)]
+
+    def tamper(request: cache_pb2.ReadRequest, pieces: list[Piece]) -> list[Piece]:
+        names = [request.objects[request.object[piece.extent]].key for piece in pieces]
+        bad = [name == "b/0" and p.offset >= 2 * STRIPE_BYTES for name, p in zip(names, pieces, strict=True)]
+        return [corrupt([p])[0] if b else p for p, b in zip(pieces, bad, strict=True)]
+
+    server.script.tamper = tamper
+    first, second = pool.read_each([Extent(info) for info in infos])
+    assert isinstance(first, IntegrityError)
+    assert isinstance(second, memoryview)
+    assert bytes(second) == LARGE
 
 
 def test_an_extent_is_read_from_the_owners_of_its_stripes(servers: dict[str, StandIn], wide: Pool) -> None:

@@ -20,7 +20,7 @@ from torchcache.errors import (
 )
 from torchcache.model import STRIPE_BYTES, UNKNOWN_SIZE, Extent, ObjectId, ObjectInfo
 from torchcache.placement import placement_key, rendezvous_order
-from torchcache.pool.routing import Part, Step, advance, check_extents, next_step, placed, stripes
+from torchcache.pool.routing import Part, Step, advance, check_extents, next_step, placed, streams, stripes
 
 FILE = ObjectId("s3", "bucket/key", "v1")
 SAMPLE = ObjectId("samples", "d/1", "0")
@@ -39,6 +39,33 @@ def test_stripes_tile_the_extent(one: int, other: int) -> None:
         assert following.offset % STRIPE_BYTES == 0
     for part in parts:
         assert part.length == 0 or part.offset // STRIPE_BYTES == (part.end - 1) // STRIPE_BYTES
+
+
+@given(st.integers(1, 3), st.integers(0, SIZE), st.integers(0, SIZE), st.integers(1, 5))
+def test_streams_tile_the_extent_and_share_what_a_server_has(
+    servers: int, one: int, other: int, most: int
+) -> None:
+    members = [f"server-{n}" for n in range(servers)]
+    start, end = sorted((one, other))
+    extent = Extent(ObjectInfo(FILE, SIZE), start, end - start)
+    runs = placed(extent, lambda key: rendezvous_order(key, members))
+    least = STRIPE_BYTES // 2
+    cut = streams(runs, least, lambda _: most)
+    assert cut[0][0].offset == start
+    assert sum(part.length for part, _, _ in cut) == end - start
+    for (part, _, _), (following, _, _) in pairwise(cut):
+        assert part.end == following.offset
+        assert following.offset % STRIPE_BYTES == 0
+    for part, order, _ in cut:
+        assert list(order) == rendezvous_order(placement_key(FILE, part.offset), members)
+    for server in members:
+        mine = [(part.length, stream) for part, order, stream in cut if order[0] == server]
+        share = sum(length for length, _ in mine)
+        used = {stream for _, stream in mine}
+        assert used <= set(range(most))
+        assert len(used) <= max(1, share // least)
+        if share >= 2 * most * STRIPE_BYTES:
+            assert len(used) == most
 
 
 @pytest.mark.parametrize(

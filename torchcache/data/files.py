@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torchcache.errors import (
     ObjectNotFound,
     TorchCacheError,
 )
+from torchcache.heap import keep_freed_memory
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, Residency
 
@@ -81,7 +81,7 @@ class FileSamples:
             return [*map(self._decode, self._read(extents, None))]
         if self._output == "view":
             return [*self._read(extents, None)]
-        _keep_freed_memory()
+        keep_freed_memory()  # 29 MB of bytes a batch
         return [*map(_as_bytes, self._read(extents, None, as_bytes=True))]
 
     def _extents(self, indices: Sequence[int]) -> list[Extent]:
@@ -152,16 +152,6 @@ class FileSamples:
 def _as_bytes(view: memoryview) -> bytes:
     known = view.obj
     return known if type(known) is bytes and len(known) == len(view) else bytes(view)
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Makes glibc keep what a batch of `bytes` leaves, for the next: to get it anew costs five times the copying.
-
-    What glibc keeps at the end of its heap, 128 KiB at first, is twice the largest block with a mapping of its own that
-    it freed so far, counted up to 32 MiB. The pages of this one are never touched.
-    """
-    bytes(31 * 1024 * 1024)
 
 
 class _OutOfOrderError(IntegrityError):

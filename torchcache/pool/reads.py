@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -10,15 +11,24 @@ from typing import Final
 
 from torchcache.errors import ServerUnavailable, TorchCacheError
 from torchcache.lanes.base import Outcome, ReadOptions
-from torchcache.model import Extent
+from torchcache.model import STRIPE_BYTES, Extent
 from torchcache.placement import placement_key
 from torchcache.pool.buffers import allocate, targets
 from torchcache.pool.retry import Retry
-from torchcache.pool.routing import Part, advance, check_extents, next_step, placed
+from torchcache.pool.routing import Part, advance, check_extents, next_step, placed, streams
 from torchcache.pool.session import Session
 
 CALL_EXTENTS: Final = 16_384
 """Extents in one call. Well below what a server takes."""
+
+STREAM_BYTES: Final = 2 * STRIPE_BYTES
+"""An extent of twice this or more is read by several calls to its server side by side, each of at least so much."""
+
+_CORES: Final = os.cpu_count() or 1
+STREAMS: Final = {"local": min(4, _CORES), "flight": max(1, min(4, _CORES // 2))}
+"""Calls to one server at a time, by lane. One is bound by the core that copies, or receives, and verifies; with the
+flight lane a core at the other end is busy too, which may be of this machine.
+"""
 
 
 class Reading:
@@ -41,11 +51,15 @@ class Reading:
         self._retry = Retry(session.budget, deadline)
         self._members = session.first_members(self._retry, deadline)
         self._outcomes: list[Outcome | None] = [None] * len(extents)
-        self._shared: set[int] = set()  # extents that several servers deliver parts of
+        self._shared: set[int] = set()  # extents that several calls deliver parts of
 
     def run(self) -> list[Outcome]:
         """Every extent's bytes, or the error it ended with."""
-        alone = len(self._members.by_id) == 1 and len(self._extents) <= CALL_EXTENTS
+        alone = (
+            len(self._members.by_id) == 1
+            and len(self._extents) <= CALL_EXTENTS
+            and not any(info.size >= 2 * STREAM_BYTES for info, _, _ in self._extents)
+        )
         parts = self._ask_only_server() if alone else self._plan()
         while parts:
             parts = self._follow_up(self._ask(parts))
@@ -66,37 +80,40 @@ class Reading:
         ]
         return self._follow_up(failed)
 
+    def _most_streams(self, server: str) -> int:
+        return STREAMS.get(self._members.by_id[server].lane.name, 1)
+
     def _order(self, key: bytes) -> list[str]:
         return self._session.ordering.order(key, self._members)
 
     def _plan(self) -> list[Part]:
         parts: list[Part] = []
         for number, (extent, into) in enumerate(zip(self._extents, self._into, strict=True)):
-            runs = placed(extent, self._order)
+            runs = streams(placed(extent, self._order), STREAM_BYTES, self._most_streams)
             if len(runs) == 1:
                 parts.append(Part(number, extent, into, runs[0][1]))
             else:
                 parts += self._share(number, runs)
         return parts
 
-    def _share(self, number: int, runs: Sequence[tuple[Extent, Sequence[str]]]) -> list[Part]:
-        """The parts of an extent that several servers deliver, into one buffer."""
+    def _share(self, number: int, runs: Sequence[tuple[Extent, Sequence[str], int]]) -> list[Part]:
+        """The parts of an extent that several calls deliver, into one buffer."""
         extent, into = self._extents[number], self._into[number]
         length = extent.end - extent.offset
         whole = allocate(length) if into is None else into[:length]
         self._shared.add(number)
         self._outcomes[number] = whole.toreadonly() if into is None else whole
         parts = []
-        for run, order in runs:
+        for run, order, stream in runs:
             at = run.offset - extent.offset
-            parts.append(Part(number, run, whole[at : at + run.length], order))
+            parts.append(Part(number, run, whole[at : at + run.length], order, stream=stream))
         return parts
 
     def _ask(self, parts: Sequence[Part]) -> list[tuple[Part, Outcome]]:
-        """One call a server (and one more for what is suspect there), side by side."""
-        groups: dict[tuple[str, bool], list[Part]] = {}
+        """One call a server (and more for what is suspect there, or large), side by side."""
+        groups: dict[tuple[str, bool, int], list[Part]] = {}
         for part in parts:
-            groups.setdefault((part.server, part.suspect), []).append(part)
+            groups.setdefault((part.server, part.suspect, part.stream), []).append(part)
         calls = [
             group[at : at + CALL_EXTENTS]
             for group in groups.values()

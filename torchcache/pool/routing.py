@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,12 +22,18 @@ from torchcache.placement import placement_key
 Order = Callable[[bytes], Sequence[str]]
 """From a placement key to server ids, the owner first."""
 
+Runs = list[tuple[Extent, Sequence[str]]]
+"""Parts of an extent, in order, each with the servers to ask for it."""
+
 Step = Literal["suspect", "next", "wait", "final"]
 
 
 @dataclass(slots=True)
 class Part:
-    """The part of extent number `number` that one server is asked for. `turn` counts along `order`."""
+    """The part of extent number `number` that one server is asked for. `turn` counts along `order`.
+
+    Parts of different `stream` are asked for side by side.
+    """
 
     number: int
     extent: Extent
@@ -34,6 +41,7 @@ class Part:
     order: Sequence[str]
     turn: int = 0
     suspect: bool = False
+    stream: int = 0
 
     @property
     def server(self) -> str:
@@ -73,9 +81,9 @@ def stripes(extent: Extent) -> list[Extent]:
     return [Extent(info, a, b - a) for a, b in pairwise(cuts)]
 
 
-def merge_runs(pieces: Iterable[tuple[Extent, Sequence[str]]]) -> list[tuple[Extent, Sequence[str]]]:
+def merge_runs(pieces: Iterable[tuple[Extent, Sequence[str]]]) -> Runs:
     """Neighbouring pieces of one extent with the same order, joined again."""
-    runs: list[tuple[Extent, Sequence[str]]] = []
+    runs: Runs = []
     for extent, order in pieces:
         if runs and runs[-1][1] == order:
             last = runs[-1][0]
@@ -85,12 +93,44 @@ def merge_runs(pieces: Iterable[tuple[Extent, Sequence[str]]]) -> list[tuple[Ext
     return runs
 
 
-def placed(extent: Extent, order: Order) -> list[tuple[Extent, Sequence[str]]]:
+def placed(extent: Extent, order: Order) -> Runs:
     """The extent by runs of stripes that go to the same servers in the same order."""
     parts = stripes(extent)
     if len(parts) == 1:
         return [(extent, order(placement_key(extent.object.id, extent.offset)))]
     return merge_runs((part, order(placement_key(part.object.id, part.offset))) for part in parts)
+
+
+def streams(
+    runs: Runs, least_bytes: int, most: Callable[[str], int]
+) -> list[tuple[Extent, Sequence[str], int]]:
+    """The runs with the stream that each is read by, from 0, cut where stripes begin.
+
+    What one server has of the extent is shared by up to `most(server)` streams, if there are at least `least_bytes` for
+    each.
+    """
+    shares: Counter[str] = Counter()
+    for extent, order in runs:
+        shares[order[0]] += extent.end - extent.offset
+    before: Counter[str] = Counter()
+    cut: list[tuple[Extent, Sequence[str], int]] = []
+    for extent, order in runs:
+        server = order[0]
+        count = min(most(server), shares[server] // least_bytes)
+        if count < 2:
+            cut.append((extent, order, 0))
+            continue
+        share = -(-shares[server] // count)
+        for stripe in stripes(extent):
+            stream = before[server] // share
+            before[server] += stripe.length
+            last = cut[-1] if cut and stripe.offset > extent.offset else None
+            if last is not None and last[2] == stream:
+                joined = Extent(extent.object, last[0].offset, last[0].length + stripe.length)
+                cut[-1] = (joined, order, stream)
+            else:
+                cut.append((stripe, order, stream))
+    return cut
 
 
 def next_step(part: Part, error: TorchCacheError) -> Step:
