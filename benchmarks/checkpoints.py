@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -100,7 +100,8 @@ def _in_memory(state: State, rounds: int) -> tuple[Results, Results, Results]:
 
 def _first_saves(state: State, rounds: int) -> Results:
     """Each into a pool that is new."""
-    with memory_folder() as root, two_threads() as threads, Ours(root / "ours", state, {}) as ours:
+    with memory_folder() as root, two_threads() as threads, ExitStack() as closing:
+        ours = closing.push(Ours(root / "ours", state, {}))
         new = RawFile(root / "new", state, {}, threads)
         return alternate(
             {OURS: ours.save, RAW_NEW: new.write},

@@ -43,7 +43,7 @@ class Ours:
         self._open.close()
 
     def start_anew(self) -> None:
-        """Behind nothing that was saved before."""
+        """With nothing that was saved before; may stand for entering."""
         self._open.close()
         shutil.rmtree(self._root, ignore_errors=True)
         self.__enter__()
