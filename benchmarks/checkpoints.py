@@ -81,7 +81,7 @@ def _in_memory(state: State, rounds: int) -> tuple[Results, Results, Results]:
         same = RawFile(root / "same", state, into, threads)
         saves = alternate(
             {OURS: ours.save, STOCK: stock.save, RAW_NEW: new.write, RAW_SAME: same.write},
-            after={OURS: ours.settle, STOCK: stock.settle, RAW_NEW: new.remove},
+            after={OURS: ours.settle, RAW_NEW: new.remove},
             rounds=rounds,
             warm_up=2,
         )
@@ -115,8 +115,9 @@ def _small(state: State, rounds: int) -> tuple[Results, Results]:
     into = cleared(state)
     with memory_folder() as root, Ours(root / "ours", state, into) as ours:
         stock = Stock(root / "stock", state, into)
-        after = {OURS: ours.settle, STOCK: stock.settle}
-        saves = alternate({OURS: ours.save, STOCK: stock.save}, after=after, rounds=rounds, warm_up=2)
+        saves = alternate(
+            {OURS: ours.save, STOCK: stock.save}, after={OURS: ours.settle}, rounds=rounds, warm_up=2
+        )
         loads = alternate({OURS: ours.load, STOCK_READER: stock.load}, rounds=rounds)
         ours.load()
         check(into, state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,28 +14,29 @@ import torchcache as tc
 from benchmarks.places import local_pool
 from benchmarks.states import State, size_of
 
-_POLL_S: Final = 0.02
 _UPLOAD_S: Final = 300.0
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is what we want
 
 
 class Ours:
-    """Saves through a pool of its own, always at one path: a save replaces the one before once it is committed."""
+    """A CheckpointManager that keeps one checkpoint, over a pool of its own: each save replaces the one before."""
 
     def __init__(self, root: Path, state: State, into: State) -> None:
         self._root, self._state, self._into = root, state, into
         self._size = size_of(state)
         self._open = ExitStack()
-        self._path = f"file://{root / 'store' / 'run'}"
+        self._step = 0
 
     def __enter__(self) -> Ours:
         """Starts the pool, and asks it once: no save pays for a connection."""
-        capacity_bytes = 4 * self._size + (1 << 29)
         self._pool = self._open.enter_context(
-            local_pool(self._root / "pool", capacity_bytes=capacity_bytes)
+            local_pool(self._root / "pool", capacity_bytes=4 * self._size + (1 << 29))
         ).pool
-        self._place = self._pool.resolve(self._path)
+        root = f"file://{self._root / 'store'}"
+        manager = tc.CheckpointManager(root, keep_last=1, pool=self._pool, rng=False)
+        self._manager = self._open.enter_context(manager)
+        self._pool.resolve(root)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,17 +49,20 @@ class Ours:
         self.__enter__()
 
     def save(self) -> int:
-        dcp.save(self._state, storage_writer=self._writer(), no_dist=True)
+        self._step += 1
+        self._manager.save(self._step, self._state)
         return self._size
 
     def load(self) -> int:
-        reader = tc.CacheStorageReader(self._path, pool=self._pool)
+        """The last one, as torch's own load does it."""
+        reader = tc.CacheStorageReader(f"{self._manager.root}/step-{self._step}", pool=self._pool)
         dcp.load(self._into, storage_reader=reader, no_dist=True)
         return self._size
 
     def begin_async(self) -> int:
         """Returns when training may go on."""
-        self._saving = dcp.async_save(self._state, storage_writer=self._writer(), no_dist=True)
+        self._step += 1
+        self._saving = self._manager.save_async(self._step, self._state)
         return self._size
 
     def end_async(self) -> None:
@@ -68,35 +71,26 @@ class Ours:
 
     def settle(self) -> None:
         """Waits for the end of the upload, which would slow down whoever is next."""
-        deadline = time.monotonic() + _UPLOAD_S
-        while (info := self._pool.get_save(*self._place, manifest=False)).state != "durable":
-            if info.state == "failed" or time.monotonic() > deadline:
-                raise RuntimeError(f"{self._path} is {info.state}: {info.error}")
-            time.sleep(_POLL_S)
-
-    def _writer(self) -> tc.CacheStorageWriter:
-        return tc.CacheStorageWriter(self._path, pool=self._pool, overwrite=True)
+        self._manager.wait_durable(self._step, timeout_s=_UPLOAD_S)
 
 
 class Stock:
-    """As torch has it, without fsync: a folder a save, and the one before goes."""
+    """As torch has it, without fsync: a folder a save, and the one before goes when the next is there."""
 
     def __init__(self, root: Path, state: State, into: State) -> None:
         self._root, self._state, self._into = root, state, into
         self._number = 0
 
     def save(self) -> int:
+        self._number += 1
         writer = dcp.FileSystemWriter(self._folder(self._number), sync_files=False)
         dcp.save(self._state, storage_writer=writer, no_dist=True)
-        return size_of(self._state)
-
-    def settle(self) -> None:
         shutil.rmtree(self._folder(self._number - 1), ignore_errors=True)
-        self._number += 1
+        return size_of(self._state)
 
     def load(self) -> int:
         """What was saved last."""
-        reader = dcp.FileSystemReader(self._folder(self._number - 1))
+        reader = dcp.FileSystemReader(self._folder(self._number))
         dcp.load(self._into, storage_reader=reader, no_dist=True)
         return size_of(self._state)
 
