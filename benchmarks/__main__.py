@@ -25,6 +25,7 @@ SECTIONS: Final = {
     "connections": "idle_connections",
     "mlperf": "mlperf",
     "checkpoint": "checkpoints",
+    "s3_checkpoint": "s3_checkpoints",
     "weights": "weights",
     "cold": "cold_reads",
     "rivals": "rivals",

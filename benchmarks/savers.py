@@ -22,8 +22,10 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning) 
 class Ours:
     """A CheckpointManager that keeps one checkpoint, over a pool of its own: each save replaces the one before."""
 
-    def __init__(self, root: Path, state: State, into: State) -> None:
+    def __init__(self, root: Path, state: State, into: State, *, home: str | None = None) -> None:
+        """`home` is the URI that checkpoints are uploaded to; by default a folder in `root`."""
         self._root, self._state, self._into = root, state, into
+        self._home = home or f"file://{root / 'store'}"
         self._size = size_of(state)
         self._open = ExitStack()
         self._step = 0
@@ -33,10 +35,9 @@ class Ours:
         self._pool = self._open.enter_context(
             local_pool(self._root / "pool", capacity_bytes=4 * self._size + (1 << 29))
         ).pool
-        root = f"file://{self._root / 'store'}"
-        manager = tc.CheckpointManager(root, keep_last=1, pool=self._pool, rng=False)
+        manager = tc.CheckpointManager(self._home, keep_last=1, pool=self._pool, rng=False)
         self._manager = self._open.enter_context(manager)
-        self._pool.resolve(root)
+        self._pool.resolve(self._home)
         return self
 
     def __exit__(self, *_: object) -> None:
