@@ -28,6 +28,7 @@ SECTIONS: Final = {
     "s3_checkpoint": "s3_checkpoints",
     "weights": "weights",
     "cold": "cold_reads",
+    "half": "half_cached",
     "rivals": "rivals",
     "verification": "verification",
     "recycling": "recycling",

@@ -22,7 +22,9 @@ WRITER: Final = "s3torchconnector, save"
 READER: Final = "s3torchconnector, load"
 _REGION: Final = "us-east-1"
 
-warnings.filterwarnings("ignore", "Detected an existing checkpoint", UserWarning)  # it is meant to be replaced
+warnings.filterwarnings(
+    "ignore", "Detected an existing checkpoint", UserWarning
+)  # it is meant to be replaced
 
 
 def measure(scale: Scale) -> Findings:
