@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, cast
 
 from benchmarks.findings import Findings, Scale
-from benchmarks.places import home, memory_folder
+from benchmarks.places import home, memory_folder, one_pool_for_all
 from benchmarks.report import RESULTS, update_document
 from benchmarks.rounds import machine
 from benchmarks.tables import show
@@ -45,7 +46,9 @@ def section(name: str) -> Callable[[Scale], Findings]:
 
 def run(names: Sequence[str], scale: Scale) -> Iterator[tuple[str, dict[str, Any]]]:
     """Measures the sections one after the other, prints each as it comes, and gives it as plain values."""
-    with memory_folder() as folder, home(folder):
+    with memory_folder() as folder, home(folder), ExitStack() as closing:
+        if scale.tiny:
+            closing.enter_context(one_pool_for_all(folder / "pool"))
         for name in names:
             findings = section(name)(scale)
             show(findings, scale.rounds)

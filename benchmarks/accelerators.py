@@ -43,6 +43,7 @@ def lowest_utilisation(run: Run) -> float:
     then is its figure. Raises RuntimeError if an accelerator fails.
     """
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch.utils.data"])
     barrier, found = context.Barrier(run.accelerators), context.Queue()
     children = [
         context.Process(

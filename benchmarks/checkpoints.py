@@ -108,6 +108,7 @@ def _first_saves(state: State, rounds: int) -> Results:
             before={OURS: ours.start_anew},
             after={OURS: ours.settle, RAW_NEW: new.remove},
             rounds=rounds,
+            warm_up=min(1, rounds - 1),
         )
 
 

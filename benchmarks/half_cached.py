@@ -22,7 +22,7 @@ def measure(scale: Scale) -> Findings:
     with memory_folder() as root:
         write_files(root / "source", [OBJECT_BYTES] * count)
         capacity_bytes = int(count * OBJECT_BYTES / 2 * _SEGMENT_SLACK)
-        with local_pool(root / "pool", capacity_bytes=capacity_bytes) as warm:
+        with local_pool(root / "pool", capacity_bytes=capacity_bytes, own=True) as warm:
             dataset = tc.CachedDataset.from_files(root / "source", pool=warm.pool)
             _epoch(dataset, 0)
             before = _asked(warm.pool)

@@ -34,7 +34,7 @@ def measure(scale: Scale) -> Findings:
     _allow_descriptors(4 * clients + 500)
     with memory_folder() as root, ExitStack() as closing:
         write_files(root / "source", [RECORD_BYTES])
-        warm = closing.enter_context(local_pool(root / "pool", capacity_bytes=1 << 29))
+        warm = closing.enter_context(local_pool(root / "pool", capacity_bytes=1 << 29, own=True))
         tc.CachedDataset.from_files(root / "source", pool=warm.pool).stage(progress=False)
         extent = Extent(next(iter(warm.pool.list(f"file://{root / 'source'}"))))
         _connect(warm, extent, closing)  # the first makes the server warm

@@ -8,13 +8,14 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
 import torchcache as tc
 
 _MEMORY: Final = Path("/dev/shm")
+_SHARED_BYTES: Final = 1 << 30
 
 
 @contextmanager
@@ -51,16 +52,37 @@ class WarmPool:
     token: str
     pids: tuple[int, ...]
 
-    def by_lane(self, lane: Lane) -> tc.Pool:
-        """The same servers, by this lane alone."""
+    def by_lane(self, lane: Lane | None) -> tc.Pool:
+        """The same servers, by this lane alone; None is the best that works."""
         return tc.connect(self.address, token=self.token, lane=lane)
+
+
+_shared: WarmPool | None = None
+
+
+@contextmanager
+def one_pool_for_all(root: Path) -> Iterator[None]:
+    """Within, every `local_pool` that doesn't ask for one of its own is the same: tiny rounds are quick by it."""
+    global _shared  # noqa: PLW0603 - the sections, in between, need not know
+    with local_pool(root, capacity_bytes=_SHARED_BYTES) as pool:
+        _shared = pool
+        try:
+            yield
+        finally:
+            _shared = None
 
 
 @contextmanager
 def local_pool(
-    root: Path, *, capacity_bytes: int, servers: int = 1, lane: Lane | None = None
+    root: Path, *, capacity_bytes: int, servers: int = 1, lane: Lane | None = None, own: bool = False
 ) -> Iterator[WarmPool]:
-    """An embedded pool of its own in `root`. `lane` forces one; without it the pool takes the best that works."""
+    """An embedded pool in `root`. `lane` forces one; without it the pool takes the best that works.
+
+    `own`: what is measured depends on its being new, on its size or on what S3 it knows.
+    """
+    if _shared is not None and not own and servers == 1:
+        yield replace(_shared, pool=_shared.by_lane(lane))
+        return
     local = tc.LocalPool(root, capacity=capacity_bytes, servers=servers, lane=lane)
     with local as pool:
         described = [root / f"server-{index}" / "endpoint.json" for index in range(servers)]

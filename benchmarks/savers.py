@@ -23,9 +23,10 @@ class Ours:
     """A CheckpointManager that keeps one checkpoint, over a pool of its own: each save replaces the one before."""
 
     def __init__(self, root: Path, state: State, into: State, *, home: str | None = None) -> None:
-        """`home` is the URI that checkpoints are uploaded to; by default a folder in `root`."""
+        """`home` is the URI that checkpoints are uploaded to (default: a folder in `root`); with it the pool is new."""
         self._root, self._state, self._into = root, state, into
         self._home = home or f"file://{root / 'store'}"
+        self._own = home is not None
         self._size = size_of(state)
         self._open = ExitStack()
         self._step = 0
@@ -33,7 +34,7 @@ class Ours:
     def __enter__(self) -> Ours:
         """Starts the pool, and asks it once: no save pays for a connection."""
         self._pool = self._open.enter_context(
-            local_pool(self._root / "pool", capacity_bytes=4 * self._size + (1 << 29))
+            local_pool(self._root / "pool", capacity_bytes=4 * self._size + (1 << 29), own=self._own)
         ).pool
         manager = tc.CheckpointManager(self._home, keep_last=1, pool=self._pool, rng=False)
         self._manager = self._open.enter_context(manager)
@@ -45,6 +46,7 @@ class Ours:
 
     def start_anew(self) -> None:
         """With nothing that was saved before; may stand for entering."""
+        self._own = True
         self._open.close()
         shutil.rmtree(self._root, ignore_errors=True)
         self.__enter__()
@@ -63,8 +65,7 @@ class Ours:
     def begin_async(self) -> int:
         """Returns when training may go on."""
         self._step += 1
-        writer = tc.CacheStorageWriter(f"{self._manager.root}/step-{self._step}", pool=self._pool)
-        self._saving = dcp.async_save(self._state, storage_writer=writer, no_dist=True)
+        self._saving = self._manager.save_async(self._step, self._state)
         return self._size
 
     def end_async(self) -> None:
