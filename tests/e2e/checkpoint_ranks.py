@@ -17,8 +17,11 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import torchcache as tc
+from torchcache.checkpoint import Stager
 
 WORLD = 2
 ROWS, COLUMNS = 500, 300
@@ -244,3 +247,135 @@ def save_from_a_thread(pool: Any, uri: str) -> None:
     state["model"]["plain"].zero_()
     future.result(60)
     load_sharded(pool, uri)
+
+
+# ---- CheckpointManager ----
+
+
+class Numbers(Dataset[int]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def training(seed: int) -> dict[str, Any]:
+    """A sharded model, and a loader of this rank's own."""
+    loader = StatefulDataLoader(
+        Numbers(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(seed)
+    )
+    return {**sharded(AS_SAVED), "loader": loader}
+
+
+def manage(pool: Any, uri: str) -> None:
+    """Ranks stand at different places, with different random numbers; each goes on from its own."""
+    rank = dist.get_rank()
+    torch.manual_seed(100 + rank)
+    with tc.CheckpointManager(uri, keep_last=2, pool=pool) as manager:
+        assert manager.latest() is None
+        state = training(rank)
+        batches = iter(state["loader"])
+        for _ in range(3 + rank):
+            next(batches)
+        manager.save(1, state)
+        expected_numbers, expected_batches = torch.rand(3), [b.tolist() for b in batches]
+
+        other = emptied({k: v for k, v in training(7).items() if k != "loader"})
+        other["loader"] = training(7)["loader"]
+        torch.manual_seed(0)
+        assert manager.load(other) == 1
+        assert_loaded(other)
+        assert torch.equal(torch.rand(3), expected_numbers)
+        assert [b.tolist() for b in other["loader"]] == expected_batches
+
+        del state["loader"]
+        for step in (2, 3):
+            future = manager.save_async(step, state)
+            future.result(60)
+            manager.wait_durable(step)
+        assert [(s.step, s.state) for s in manager.list()] == [(2, "durable"), (3, "durable")]
+        manager.delete(3)
+        assert manager.latest() == 2
+        other = emptied(sharded(OTHERWISE))
+        assert manager.load(other) == 2
+        assert_loaded(other)
+
+
+def manager_errors_are_everybody_s(pool: Any, uri: str) -> None:
+    """What one rank meets, all raise; and all go on together after it."""
+    rank = dist.get_rank()
+    manager = tc.CheckpointManager(uri, pool=pool)
+
+    class Failing:
+        def state_dict(self) -> dict[str, Any]:
+            if rank == 1:
+                raise ValueError("the state of rank 1 is gone")
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            pass
+
+    class Refusing(Failing):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            if rank == 0:
+                raise ValueError("rank 0 takes no state")
+
+    for call in (manager.save, manager.save_async):
+        assert_raises(tc.CheckpointError, "the state of rank 1 is gone", call, 1, {"a": Failing()})
+    assert_raises(tc.NotCommitted, "no checkpoint under", manager.load, {"a": None})
+    manager.save(1, {"a": torch.ones(3), "empty": {}})
+    assert_raises(tc.AlreadyExists, "overwrite=True", manager.save, 1, {"a": torch.ones(3)})
+    future = manager.save_async(1, {"a": torch.ones(3)})
+    assert_raises(tc.AlreadyExists, "overwrite=True", future.result, 60)
+    assert_raises(
+        tc.CheckpointError, "rank 0 takes no state", manager.load, {"a": torch.zeros(3), "empty": Refusing()}
+    )
+    loader = StatefulDataLoader(Numbers()) if rank == 1 else 0
+    assert_raises(tc.CheckpointError, "no position for 'a' on rank 1 of 2", manager.load, {"a": loader})
+    loaded = {"a": torch.zeros(3)}
+    assert manager.load(loaded) == 1
+    assert loaded["a"].eq(1).all()
+    manager.close()
+
+
+def assert_raises(kind: type[Exception], text: str, call: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        call(*arguments)
+    except kind as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"{call} should have raised {kind.__name__}")
+
+
+def stage_for_a_process(pool: Any, uri: str) -> None:
+    """Our stager with torch's process executor: shared memory, used again, and never for two saves at once."""
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+    stager = Stager(shared=True)
+    state = {"w": torch.zeros(200_000)}
+    futures: list[Any] = []
+    addresses = set()
+    for step in range(4):
+        state["w"].fill_(step)
+        futures.append(
+            dcp.async_save(
+                state,
+                checkpoint_id=f"{uri}/step-{step}",
+                storage_writer=tc.CacheStorageWriter(uri, pool=pool),
+                async_stager=stager,
+                async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+            )
+        )
+        state["w"].fill_(-1)
+        addresses.add(stager._memory._storage.data_ptr())  # type: ignore[union-attr]
+    for future in futures:
+        future.result(120)
+    assert len(addresses) == 1
+    for step in range(4):
+        loaded = {"w": torch.empty(200_000)}
+        dcp.load(loaded, storage_reader=tc.CacheStorageReader(f"{uri}/step-{step}", pool=pool))
+        assert loaded["w"].eq(step).all(), step

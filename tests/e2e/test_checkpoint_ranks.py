@@ -103,3 +103,22 @@ def test_ranks_save_and_load_without_collectives(pool: tc.Pool, bucket: str, run
 
 def test_async_saves_from_another_process(bucket: str, run: Run) -> None:
     run(ranks.save_from_a_process, f"{bucket}/run")
+
+
+def test_the_manager_on_two_ranks(pool: tc.Pool, bucket: str, run: Run) -> None:
+    run(ranks.manage, f"{bucket}/run")
+    # Another number of ranks has no use for the positions of two, and is told; all else it loads.
+    with tc.CheckpointManager(f"{bucket}/run", pool=pool) as manager:
+        state = ranks.emptied(one_process_state())
+        assert manager.load(state) == 2
+        ranks.assert_loaded(state)
+        with pytest.raises(tc.CheckpointError, match="no position for 'loader' on rank 0 of 1"):
+            manager.load({"loader": ranks.StatefulDataLoader(ranks.Numbers())})
+
+
+def test_what_one_rank_meets_all_raise(bucket: str, run: Run) -> None:
+    run(ranks.manager_errors_are_everybody_s, f"{bucket}/run")
+
+
+def test_the_stager_and_torch_s_process(bucket: str, run: Run) -> None:
+    run(ranks.stage_for_a_process, f"{bucket}/run")

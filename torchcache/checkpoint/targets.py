@@ -63,12 +63,15 @@ def _initialise(optimizer: torch.optim.Optimizer) -> None:
 def complete(target: dict[str, Any], metadata: Metadata) -> None:
     """Adds to `target` what the checkpoint holds under its keys and it has no place for: else it would be left out.
 
+    A place that holds None is none, for a tensor.
+
     Raises CheckpointError if the checkpoint doesn't say where in the state its entries belong.
     """
     there, _ = flatten_state_dict(target)
     paths: Mapping[str, tuple[str | int, ...]] = metadata.planner_data or {}
     for name, entry in metadata.state_dict_metadata.items():
-        if name in there or name.startswith(f"{PREFIX}."):
+        missing = name not in there or (there[name] is None and isinstance(entry, TensorStorageMetadata))
+        if not missing or name.startswith(f"{PREFIX}."):
             continue
         path = paths.get(name)
         if path is None:
