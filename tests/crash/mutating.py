@@ -40,6 +40,7 @@ _LIKELY: Final = {
     ),
     "service/": ("tests/unit/test_service_data.py",),
     "store/chunk.py": ("tests/crash/test_checks.py",),
+    "store/handing_out.py": ("tests/unit/test_local_writing.py",),
     "store/folder.py": ("tests/unit/test_store_folder.py",),
     "store/identity.py": ("tests/unit/test_store_folder.py",),
     "store/ledger.py": ("tests/unit/test_store_ledger.py",),
@@ -61,7 +62,7 @@ def tests_for(mutant: Mutant, copy: Path) -> list[str]:
     likely = [name for start, names in _LIKELY.items() if file.startswith(start) for name in names]
     others = sorted(
         path.relative_to(copy).as_posix()
-        for pattern in ("store", "write_back", "service_data", "examination")
+        for pattern in ("store", "write_back", "service_data", "examination", "local_writing")
         for path in (copy / "tests" / "unit").glob(f"test_{pattern}*.py")
     )
     by_states = mutant.loses_bytes and file.startswith("store/") and _MENDING not in likely
