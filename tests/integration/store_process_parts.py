@@ -140,11 +140,14 @@ Starter = PlainStarter | ForkingStarter
 
 
 class Child:
-    """Another program of the tests, told what to do line by line, and answering each with a line of JSON."""
+    """Another program of the tests, told what to do line by line, and answering each with a line of JSON.
 
-    def __init__(self, module: str, job: object) -> None:
+    `through` is what stands before its command.
+    """
+
+    def __init__(self, module: str, job: object, *, through: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [*through, sys.executable, "-m", module],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

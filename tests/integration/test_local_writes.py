@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +16,11 @@ import pytest
 
 from examples.ports import free_port
 from tests.integration.local_writer_child import Job, namespace, object_id
+from tests.integration.own_mounts import OwnMount
 from tests.integration.pool_server import PoolServer
 from tests.integration.self_describing import content, difference
-from tests.integration.store_process_parts import Child
+from tests.integration.store_process_parts import Child, PlainStarter
+from tests.integration.test_store_full import fill_up
 from torchcache.connecting import connect
 from torchcache.errors import NotResident
 from torchcache.model import Extent, ObjectInfo
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 MIB = 1 << 20
 CAPACITY = "200MiB"
+DISK = "64m"
 SIZE = 30 * MIB + 77  # more than a segment
 SOON_S = 40.0
 
@@ -40,9 +43,9 @@ def server(tmp_path: Path) -> Iterator[PoolServer]:
         yield server
 
 
-def child(server: PoolServer, key: str, **more: Any) -> Child:
+def child(server: PoolServer, key: str, *, through: Sequence[str] = (), **more: Any) -> Child:
     job = Job(address=server.address, token=server.token, key=key, size=SIZE, **more)
-    return Child("tests.integration.local_writer_child", asdict(job))
+    return Child("tests.integration.local_writer_child", asdict(job), through=through)
 
 
 def write(pool: Pool, key: str, size: int = SIZE) -> None:
@@ -152,6 +155,25 @@ def is_small_there(server: PoolServer) -> bool:
     info = ObjectInfo(object_id("small"), MIB)
     [view] = server.pool.read([Extent(info)], namespace=namespace("s"))
     return not difference("small", 0, 0, view)
+
+
+def test_a_disk_that_is_full_in_the_midst_of_a_write(tmp_path: Path) -> None:
+    """F10: a typed error from the other lane, nothing is left, and it works once there is room."""
+    with OwnMount(tmp_path / "disk", DISK) as disk:
+        starter = PlainStarter(through=disk.through)
+        server = PoolServer(tmp_path, store=disk.folder / "store", capacity=CAPACITY, starter=starter)
+        with server:
+            other = disk.seen / "somebody's"
+            with closing(child(server, "f", through=disk.through, signal="SIGSTOP", after=5)) as writer:
+                assert writer.answer(SOON_S, "write") == {"interrupted": 6}
+                fill_up(other)
+                writer.process.send_signal(signal.SIGCONT)
+                assert writer.answer(SOON_S, "write") == {"outcome": "OutOfSpace", "local_writes": 0}
+            assert server.status.used_bytes == 0
+            other.unlink()
+            with closing(child(server, "f", through=disk.through)) as writer:
+                assert writer.answer(SOON_S, "write") == {"outcome": "written", "local_writes": 1}
+            assert_there(server.pool, "f")
 
 
 def test_a_process_that_forks_while_it_writes(server: PoolServer) -> None:

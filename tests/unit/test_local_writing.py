@@ -14,8 +14,17 @@ from typing import Any
 import pytest
 from torchcache_server.store import Policy, Store, handing_out
 
-from tests.unit.handed_out_parts import NAMESPACE, Client, sample
-from tests.unit.store_parts import CAPACITY, MIB, FailingDisk, crash_image, fill, held, segment_files
+from tests.unit.handed_out_parts import NAMESPACE, Client, opened, sample, write_records
+from tests.unit.store_parts import (
+    CAPACITY,
+    MIB,
+    FailingDisk,
+    crash_image,
+    fill,
+    flip_bit,
+    held,
+    segment_files,
+)
 from torchcache.errors import (
     ConfigurationError,
     IntegrityError,
@@ -301,6 +310,20 @@ def test_a_client_that_is_gone_is_noticed(store: Store, tmp_path: Path) -> None:
     assert_nothing_left(store, tmp_path / "s")
 
 
+def test_the_books_are_right_about_a_used_file_that_a_client_has_made_longer(
+    store: Store, client: Client, tmp_path: Path
+) -> None:
+    client.write(range(5))
+    store.drop(NAMESPACE)
+    assert store.usage().spare_bytes
+    got = prepare(store, range(7))
+    with opened(tmp_path / "s", NAMESPACE, got) as fds:
+        write_records(fds, got, [(ChunkId(sample(n, SIZE).id, 0), SIZE, bytes(SIZE)) for n in range(7)])
+    store.abandon_write(got.write_id)
+    assert_nothing_left(store, tmp_path / "s")
+    assert_books(store, tmp_path / "s")
+
+
 def test_tidying_gives_back(store: Store, tmp_path: Path) -> None:
     prepare(store, range(MUCH), timeout_s=1e-9)
     store.tidy()
@@ -398,6 +421,22 @@ def test_after_a_kill_whole_records_are_kept_and_the_file_is_left_to_its_client(
         file.write_bytes(written)
         assert all(held(again, n) for n in (0, 1, 10, 11, 12))
         assert [client.held(n) for n in range(5)] == [True, True, False, False, False]
+
+
+def test_a_segment_whose_header_was_made_again_takes_nothing_more(
+    store: Store, client: Client, tmp_path: Path
+) -> None:
+    """Nobody can tell any more whether it was handed out."""
+    store.keep(NAMESPACE, True)
+    client.write(range(5))
+    image = crash_image(tmp_path / "s", tmp_path / "image")
+    [file] = segment_files(image)
+    flip_bit(file, 20)
+    with closing(Store(image, capacity_bytes=CAPACITY)) as again:
+        client.calls.store = again
+        assert all(client.held(n) for n in range(5))
+        fill(again, NAMESPACE, range(2))
+        assert len(segment_files(image)) == 2
 
 
 def test_after_a_kill_nothing_is_left_of_what_was_never_written(store: Store, tmp_path: Path) -> None:

@@ -235,9 +235,8 @@ class HandingOut:
         core, reserved = self._core, write.reserved
         with core.lock:
             for part in reserved.parts:
-                if (
-                    part.segment.held_bytes > part.segment.floor_bytes
-                ):  # the client may have filled fresh pages
+                # Beyond what the file had before, nobody knows which pages the client has filled: no spare then.
+                if part.segment.held_bytes > part.segment.floor_bytes:
                     core.space.trimmed(part.segment)
                 core.space.give_back(part.segment, part.offset, part.size)
                 part.segment.writing.discard(part.offset)
