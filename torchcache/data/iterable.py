@@ -332,6 +332,12 @@ class CachedIterableDataset(IterableDataset[Any]):
                 return same
         return left_of(states)
 
+    def identity(self) -> dict[str, Any]:
+        """Which samples these are. Plain values, equal only for datasets whose positions mean the same samples."""
+        if self._recorder is not None:
+            return {"recording": str(self._recorder)}
+        return {"shards": self._known().describe(), "digest": self._known().digest}
+
     def _going_on(self, left: Left) -> Pass:
         """A pass of one worker over what is left."""
         split = self._split(1)
