@@ -358,11 +358,14 @@ class StoreMachine(RuleBasedStateMachine):
             self.damaged.discard(n)
 
     def only_those_yielded(self, before: dict[int, str], taker: str) -> None:
-        """To `taker`: nothing protected, nothing of a higher priority, nothing of its own unless it knows its order."""
+        """To `taker`: nothing protected, nothing of a higher priority, nothing of its own unless it knows its order.
+
+        What must be kept stands above all priorities.
+        """
         for n in before.keys() - self.contained() - self.damaged:
             owner = before[n]
             assert not self.protected(owner), "I6"
-            assert self.policy(owner).priority <= self.policy(taker).priority
+            assert taker in self.kept or self.policy(owner).priority <= self.policy(taker).priority
             assert owner != taker or taker in self.ordered
 
     # ---- what must hold ----
