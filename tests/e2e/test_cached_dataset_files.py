@@ -116,6 +116,42 @@ def test_workers_that_reuse_their_buffers(bucket: str, method: str, output: Any)
         assert mine.tolist() == expected[0]
 
 
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("output", ["bytes", "view", "numpy", "tensor"])
+def test_a_batch_is_one_request_a_server(bucket: str, output: Any, servers: int) -> None:
+    """With an index twice in it, too."""
+    with tc.LocalPool(servers=servers) as pool:
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", output=output, pool=pool)
+        dataset.stage(progress=False)
+        indices = [*range(FILES), 3, 3, 0]
+        before = pool.statistics()
+        samples = dataset.__getitems__(indices)
+        after = pool.statistics()
+        assert [bytes(sample) for sample in samples] == [payload(ORDER[i]) for i in indices]
+        assert after.read_calls - before.read_calls == servers
+        assert after.extents - before.extents == len(indices)
+
+
+def test_records_within_files(s3: SeaweedFS) -> None:
+    """Ranges of objects of several chunks, by each lane's checksums of blocks."""
+    name = s3.make_bucket()
+    size, counts = 114_660, (40, 1, 75)
+    files = [np.random.default_rng(i).bytes(size * count) for i, count in enumerate(counts)]
+    for i, file in enumerate(files):
+        s3.client.put_object(Bucket=name, Key=f"train/{i}.bin", Body=file)
+    whole = b"".join(files)
+    with tc.LocalPool(servers=2) as pool:
+        dataset = tc.CachedDataset.from_files(
+            f"s3://{name}/train", record_bytes=size, output="tensor", pool=pool
+        )
+        assert len(dataset) == sum(counts)
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(2)).tolist()
+        for _ in range(2):
+            for sample, index in zip(dataset.__getitems__(order), order, strict=True):
+                assert sample.numpy().tobytes() == whole[index * size : (index + 1) * size]
+        assert dataset.residency().fraction == 1.0
+
+
 def test_staged_files_need_no_s3(bucket: str, capfd: pytest.CaptureFixture[str]) -> None:
     total = sum(len(payload(i)) for i in range(FILES))
     with tc.LocalPool() as pool:
