@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import pickle
+import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path, PosixPath
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
@@ -177,3 +180,71 @@ def test_a_dtype_this_torch_lacks_says_so() -> None:
         dtype_of("float3")
     with pytest.raises(CheckpointError):
         dtype_of("load")
+
+
+_TWICE = b")" + b"2\x86" * 60  # a tuple of the same tuple twice, sixty deep: 2 ** 60 parts to hash
+_DEEP = b")" + b"\x85" * 300_000  # a tuple in a tuple in a tuple ...
+
+
+@pytest.mark.parametrize("key", [_TWICE, _DEEP], ids=["twice", "deep"])
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"}%bNs",  # SETITEM
+        b"}(%bNu",  # SETITEMS
+        b"\x8f(%b\x90",  # ADDITEMS to a set
+        b"(%b\x91",  # FROZENSET
+        b"(%bNd",  # DICT
+        b"cbuiltins\nset\n(](%be\x85R",  # set([...])
+        b"cbuiltins\nset\n(%b\x85tR",
+        b"ccollections\nOrderedDict\n](%bN\x86e\x85R",
+        b"}ctorch.distributed.checkpoint.metadata\nMetadataIndex\n)\x81}(X\x03\x00\x00\x00fqn%bub Ns",
+    ],
+)
+def test_what_takes_forever_to_hash_or_the_whole_stack_is_refused_at_once(pickled: bytes, key: bytes) -> None:
+    data = b"\x80\x04" + pickled.replace(b" ", b"").replace(b"%b", key) + b"."
+    with pytest.raises((CheckpointError, IntegrityError)):
+        load_metadata(data, where="x")
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        b"\x96" + (1 << 62).to_bytes(8, "little"),  # BYTEARRAY8
+        b"\x96" + (1 << 36).to_bytes(8, "little"),
+        b"\x8e" + (1 << 62).to_bytes(8, "little"),  # BINBYTES8
+        b"\x8d" + (1 << 62).to_bytes(8, "little"),  # BINUNICODE8
+        b"B" + (1 << 31).to_bytes(4, "little"),  # BINBYTES
+        b"\x8b" + (1 << 30).to_bytes(4, "little"),  # LONG4
+        b"\x95" + (1 << 62).to_bytes(8, "little"),  # FRAME
+        b"r" + (1 << 31).to_bytes(4, "little"),  # LONG_BINPUT
+        b"I" + b"9" * 100_000 + b"\n",
+        b"(" * 1_000_000,
+    ],
+)
+def test_claims_of_size_get_no_memory(claim: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(IntegrityError):
+            load_metadata(b"\x80\x04" + claim + b".", where="x")
+        assert tracemalloc.get_traced_memory()[1] < 256 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("length", range(0, 900, 7))
+def test_no_truncation_is_taken_for_the_whole(length: int) -> None:
+    data = pickle.dumps(stock())
+    with pytest.raises((CheckpointError, IntegrityError)):
+        load_metadata(data[: min(length, len(data) - 1)], where="x")
+
+
+@given(st.data())
+def test_changed_bytes_give_metadata_or_our_error(data: st.DataObject) -> None:
+    pickled = bytearray(pickle.dumps(stock()))
+    for _ in range(data.draw(st.integers(1, 4))):
+        pickled[data.draw(st.integers(0, len(pickled) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert type(load_metadata(bytes(pickled), where="x")) is Metadata
+    except (CheckpointError, IntegrityError):
+        pass

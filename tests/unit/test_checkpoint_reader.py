@@ -402,14 +402,14 @@ def test_a_store_that_lost_or_changed_a_file_is_an_error_that_names_it(pool: Che
 def test_a_corrupt_manifest_is_refused_f33(pool: CheckpointPool) -> None:
     dcp.save(state(), storage_writer=writer(pool))
     info = pool.only_save()
-    pool.saved[(*KEY, "")] = replace(info, manifest=info.manifest.replace(b'"step"', b'"stop"'))
+    pool.saved[*KEY, ""] = replace(info, manifest=info.manifest.replace(b'"step"', b'"stop"'))
     with pytest.raises(IntegrityError, match=r"s3://bucket/run/step-1.*checksum is wrong"):
         reader(pool).read_metadata()
 
 
 def test_a_manifest_of_another_save_is_refused(pool: CheckpointPool) -> None:
     dcp.save(state(), storage_writer=writer(pool))
-    pool.saved[(*KEY, "")] = replace(pool.only_save(), save_id="other")
+    pool.saved[*KEY, ""] = replace(pool.only_save(), save_id="other")
     with pytest.raises(IntegrityError, match="belongs to another save"):
         reader(pool).read_metadata()
 
@@ -419,7 +419,7 @@ def test_a_manifest_whose_sizes_do_not_fit_its_dtype_is_refused(pool: Checkpoint
     info = pool.only_save()
     manifest = Manifest.decode(info.manifest, where="x")
     lying = replace(manifest, items=(replace(manifest.items[0], dtype="float64"),))
-    pool.saved[(*KEY, "")] = replace(info, manifest=lying.encode())
+    pool.saved[*KEY, ""] = replace(info, manifest=lying.encode())
     with pytest.raises(dcp.CheckpointException, match="too few or many for its shape"):
         load(pool, {"w": torch.zeros(8)})
 
@@ -700,3 +700,41 @@ def test_a_pool_that_cannot_be_told_of_readers_serves_them_all_the_same(pool: Ch
     loaded = blank(state())
     dcp.load(loaded, storage_reader=reader(pool))
     assert_same(loaded, state())
+
+
+@pytest.mark.parametrize(
+    "planner_data",
+    [{"dict": [[[1], 2]]}, {"set": []}, {"dict": 7}, {"a": 1, "b": 2}, {"tuple": None}],
+)
+def test_planner_data_that_makes_no_sense_is_an_integrity_error(
+    pool: CheckpointPool, planner_data: object
+) -> None:
+    dcp.save(state(), storage_writer=writer(pool))
+    info = pool.only_save()
+    manifest = replace(Manifest.decode(info.manifest, where="x"), planner_data=planner_data)
+    pool.saved[*KEY, ""] = replace(info, manifest=manifest.encode())
+    with pytest.raises(IntegrityError, match="planner_data is damaged"):
+        reader(pool).read_metadata()
+
+
+def test_a_manifest_that_claims_a_terabyte_gets_no_memory_for_it(pool: CheckpointPool) -> None:
+    """Its file in the under-store is as small as ever."""
+    dcp.save({"note": "x" * 100}, storage_writer=writer(pool))
+    pool.upload(*KEY)
+    pool.evict()
+    info = pool.only_save()
+    manifest = Manifest.decode(info.manifest, where="x")
+    (item,) = manifest.items
+    size = 1 << 40
+    large = replace(
+        item,
+        kind="bytes",
+        length=size,
+        payload_start=0,
+        payload_length=size,
+        digests=(0,) * (size // (4 * MIB)),
+    )
+    lying = replace(manifest, items=(large,), files={item.file: size})
+    pool.saved[*KEY, ""] = replace(pool.only_save(), manifest=lying.encode())
+    with pytest.raises(dcp.CheckpointException, match="was changed after it was saved"):
+        dcp.load({"note": None}, storage_reader=reader(pool))

@@ -29,6 +29,9 @@ from torchcache.errors import CheckpointError, IntegrityError
 StorageInfo = stock._StorageInfo
 """torch's own record of where an item lies: what FileSystemReader wants to find in `storage_data`."""
 
+_MOST_PARTS: Final = 1000
+"""Of a key in a `.metadata`: a name, and offsets in as many dimensions as tensors have."""
+
 _MEMORY_FORMATS: Final = {
     "contiguous_format": torch.contiguous_format,
     "channels_last": torch.channels_last,
@@ -125,6 +128,67 @@ class _Unpickler(pickle._Unpickler):
         super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build
+
+    # What is hashed is looked at first: a tuple of the same tuple twice, sixty deep, takes forever to hash, and one
+    # that is a hundred thousand deep ends the process.
+
+    def load_setitem(self) -> None:
+        _require_cheap(self.stack[-2])  # type: ignore[attr-defined]
+        super().load_setitem()  # type: ignore[misc]
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:  # type: ignore[attr-defined]
+            _require_cheap(key)
+        super().load_setitems()  # type: ignore[misc]
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def load_additems(self) -> None:
+        for value in self.stack:  # type: ignore[attr-defined]
+            _require_cheap(value)
+        super().load_additems()  # type: ignore[misc]
+
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+
+    def load_frozenset(self) -> None:
+        for value in self.stack:  # type: ignore[attr-defined]
+            _require_cheap(value)
+        super().load_frozenset()  # type: ignore[misc]
+
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+
+    def load_dict(self) -> None:
+        for key in self.stack[::2]:  # type: ignore[attr-defined]
+            _require_cheap(key)
+        super().load_dict()  # type: ignore[misc]
+
+    dispatch[pickle.DICT[0]] = load_dict
+
+    def load_reduce(self) -> None:
+        for argument in self.stack[-1]:  # type: ignore[attr-defined]
+            for value in argument if isinstance(argument, list | tuple) else (argument,):
+                _require_cheap(value)
+        super().load_reduce()  # type: ignore[misc]
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
+    del dispatch[pickle.BYTEARRAY8[0]]  # it makes memory of whatever size is claimed; no checkpoint holds one
+
+
+def _require_cheap(value: object) -> None:
+    """Raises _RefusedError for a value that takes more than a moment to hash, in time or in depth."""
+    left, waiting = _MOST_PARTS, [value]
+    while waiting:
+        part = waiting.pop()
+        left -= 1
+        if isinstance(part, tuple | frozenset | list):
+            if len(part) > left:
+                raise _RefusedError("a key of too many parts")
+            waiting.extend(part)
+        elif type(part) is MetadataIndex:
+            waiting.extend(vars(part).values())
 
 
 class _RefusedError(pickle.UnpicklingError):
@@ -252,7 +316,7 @@ def metadata_of(manifest: Manifest, *, load_id: str, pickled: Callable[[], Metad
     """
     entries: dict[str, Any] = {name: _entry(tensor) for name, tensor in manifest.tensors.items()}
     entries |= {name: dcp.BytesStorageMetadata() for name in manifest.objects}
-    planner_data = pickled().planner_data if manifest.pickled_bytes else decode_plain(manifest.planner_data)
+    planner_data = pickled().planner_data if manifest.pickled_bytes else _planner_data(manifest)
     metadata = Metadata(
         state_dict_metadata=entries,
         planner_data=planner_data,
@@ -264,6 +328,17 @@ def metadata_of(manifest: Manifest, *, load_id: str, pickled: Callable[[], Metad
     if hasattr(metadata, "version"):
         metadata.version = manifest.dcp_version
     return metadata
+
+
+def _planner_data(manifest: Manifest) -> Any:
+    try:
+        return decode_plain(manifest.planner_data)
+    except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
+        raise IntegrityError(
+            f"the manifest of the checkpoint {manifest.checkpoint} can't be used: its planner_data is damaged "
+            f"({type(error).__name__}); load an older checkpoint",
+            object=manifest.checkpoint,
+        ) from error
 
 
 def _entry(tensor: Tensor) -> dcp.TensorStorageMetadata:

@@ -15,12 +15,14 @@ from torchcache.errors import (
     ObjectNotFound,
     ServerUnavailable,
     TorchCacheError,
+    TransientError,
 )
 from torchcache.model import ByteRange, Extent, ObjectInfo
 from torchcache.pool import Pool, SaveInfo
 from torchcache.save_names import save_namespace, saved_file
 
 _READ_S = 120.0
+_LARGE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,20 @@ class Source:
             raise
 
     def require(self, item: Item) -> None:
-        """Raises IntegrityError if an item reaches beyond the end of its file."""
-        size = self.stored_object(item.file).size if self._saved is None else self._saved.sizes[item.file]
+        """Raises IntegrityError if an item reaches beyond the end of its file.
+
+        Of a large one also if the file in the under-store isn't as large as the manifest says: memory is about to be
+        made for it.
+        """
+        if self._saved is None:
+            size = self.stored_object(item.file).size
+        else:
+            size = self._saved.sizes[item.file]
+            if item.length > _LARGE_BYTES and self._durable:
+                try:
+                    self.stored_object(item.file)
+                except TransientError:
+                    pass  # the pool may have it all the same
         if item.start + item.length > size:
             raise IntegrityError(
                 f"{item.name!r} should end at byte {item.start + item.length} of {self._uri}/{item.file}, which has "
