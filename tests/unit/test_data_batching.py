@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -175,6 +176,20 @@ def test_the_same_sent_twice_is_two(pool: tc.BufferPool) -> None:
     first, second = sent(batch), sent(batch)
     first.fill_(4)
     assert (second == 3).all()
+
+
+def test_without_descriptors_batches_go_torchs_way(
+    pool: tc.BufferPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", none_left)
+    batch = tc.collate(rows(pool))
+    batch.fill_(5)
+    assert type(batch) is torch.Tensor
+    assert same(sent(batch), batch)
+    assert pool.lent_bytes == batch.nbytes
 
 
 def test_what_was_received_before_a_fork_never_goes_back(pool: tc.BufferPool) -> None:

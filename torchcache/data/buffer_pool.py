@@ -149,12 +149,20 @@ class _Shelf:
                 room = room_for(size_bytes)
                 if not self._make_room(room):
                     return Memory(room).lease(size_bytes)
-                memory = SharedMemory(room) if self._shared else Memory(room)
+                memory = self._made(room)
             lease = memory.lease(size_bytes)
             ended = weakref.ref(lease, self._ended.append)
             self._lent[id(ended)] = (ended, memory)
             self._lent_bytes += memory.size_bytes
             return lease
+
+    def _made(self, size_bytes: int) -> Memory:
+        if self._shared:
+            try:
+                return SharedMemory(size_bytes)
+            except OSError:
+                pass  # no descriptor is left: what lies here is sent as torch does it
+        return Memory(size_bytes)
 
     def sizes(self) -> tuple[int, int]:
         """Bytes lent, and bytes free."""
