@@ -22,6 +22,7 @@ from tests.integration.self_describing import content, difference
 from tests.integration.store_process_parts import Child
 from torchcache.connecting import connect
 from torchcache.errors import ConfigurationError
+from torchcache.lanes.local_reclaim import Reclaim
 from torchcache.model import CHUNK_BYTES, Extent, ObjectInfo
 from torchcache.pool import Pool
 from torchcache.records import INDEX, INDEX_FILES
@@ -77,6 +78,17 @@ def mapped(server: PoolServer) -> list[str]:
     """Segments of the server that this process has mapped, as the kernel tells."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return [line for line in lines if str(server.store) in line and ".segment" in line]
+
+
+def open_segments() -> list[str]:
+    """Segments that this process has open."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(str(link.readlink()))
+        except FileNotFoundError:  # the folder itself, for one
+            continue
+    return [path for path in found if ".segment" in path]
 
 
 # ---- which lane ----
@@ -216,6 +228,25 @@ def test_a_damaged_computed_sample_is_said_to_be_gone(server: PoolServer) -> Non
     assert type(outcome).__name__ == "NotResident"
 
 
+def test_a_file_that_lost_its_end_is_mended_in_the_same_call(
+    server: PoolServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Touching what isn't there would end the process by SIGBUS. The kernel is asked before, if it took any pages."""
+    monkeypatch.setattr(Reclaim, "happened", lambda _: True)
+    data = Dataset(server, "d", [3 * MIB] * 3)  # two are lost: the third error would be the disk's last
+    data.read(server.pool)
+    (file,) = segment_files(server)
+    data.read(server.pool)
+    assert mapped(server)
+    os.truncate(file, 4 * MIB)
+    data.read(server.pool)
+    assert server.pool.statistics().suspects == 2
+    server.status  # noqa: B018 - the server lives too
+    before = server.pool.statistics().local_extents
+    data.read(server.pool)
+    assert server.pool.statistics().local_extents == before + 3
+
+
 # ---- segments that go while they are looked at ----
 
 
@@ -286,6 +317,20 @@ def test_closing_a_pool_reports_what_it_read(server: PoolServer) -> None:
     status = server.status
     assert status.local_bytes >= sum(SIZES)
     assert status.local_chunks >= len(SIZES) + 3  # chunks beyond the first of each
+
+
+def test_few_descriptors_are_enough(small: PoolServer) -> None:
+    """Each segment open would be one too many: a process may often have 1,024 of them."""
+    a = Dataset(small, "a", [MIB] * 36)
+    a.read(small.pool)
+    assert len(segment_files(small)) > 5
+    small.pool.close()
+    with closing(connect(small.address, token=small.token, lane="local")) as pool:
+        a.read(pool)
+        assert pool.statistics().local_extents == 36
+        assert len(mapped(small)) == len(segment_files(small))
+        assert not open_segments()
+    assert not mapped(small)
 
 
 # ---- the server ends ----

@@ -1,0 +1,134 @@
+"""Reports of what was read locally: never in a reader's way, and nothing is lost that could be told later."""
+
+from __future__ import annotations
+
+import threading
+from typing import cast
+
+import pytest
+
+from torchcache.errors import ServerUnavailable
+from torchcache.lanes import local_use
+from torchcache.lanes.local_store import LocalStore
+from torchcache.lanes.local_use import UseReports
+from torchcache.wire.v1 import cache_pb2
+
+
+class Store:
+    """Stands for the mapped store: which namespaces were read is what the test says."""
+
+    path = "/store"
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.names = {"a"}
+        self.asked: list[int] = []
+
+    def used_since(self, count: int) -> set[str]:
+        self.asked.append(count)
+        return self.names
+
+
+class Server:
+    """Takes reports; while `down` it can't be reached, while `hangs` it doesn't answer."""
+
+    def __init__(self) -> None:
+        self.reports: list[cache_pb2.ReportUseRequest] = []
+        self.down = False
+        self.answers = threading.Event()
+        self.answers.set()
+        self.called = threading.Semaphore(0)
+
+    def __call__(self, request: cache_pb2.ReportUseRequest, deadline: float) -> None:
+        self.called.release()
+        assert self.answers.wait(20)
+        if self.down:
+            raise ServerUnavailable("it is down")
+        self.reports.append(request)
+
+    def told(self) -> tuple[int, int]:
+        return sum(r.chunks for r in self.reports), sum(r.bytes for r in self.reports)
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def reports(store: Store, server: Server) -> UseReports:
+    return UseReports(cast(LocalStore, store), server)
+
+
+def test_closing_tells_all_that_was_read(reports: UseReports, server: Server) -> None:
+    reports.add(3, 5, 1000)
+    reports.add(1, 1, 24)
+    assert not server.reports, "no second has passed"
+    reports.close()
+    assert server.told() == (6, 1024)
+    assert (reports.extents, reports.bytes) == (4, 1024)
+    assert list(server.reports[0].namespaces) == ["a"]
+
+
+def test_nothing_read_is_nothing_told(reports: UseReports, server: Server) -> None:
+    reports.close()
+    assert not server.reports
+
+
+def test_what_could_not_be_told_is_told_later(reports: UseReports, server: Server, store: Store) -> None:
+    server.down = True
+    store.count = 7
+    reports.add(1, 1, 10)
+    reports.close()
+    assert not server.reports
+    server.down = False
+    reports.add(1, 1, 20)
+    store.count = 9
+    reports.close()
+    assert server.told() == (2, 30)
+    reports.add(1, 1, 1)
+    reports.close()
+    assert store.asked == [0, 0, 9], "names that were not told of are asked for again"
+
+
+def test_a_server_that_hangs_stops_no_reader(
+    reports: UseReports, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it gets one report at a time."""
+    monkeypatch.setattr(local_use, "EVERY_S", 0.0)
+    reports._due_s = 0.0
+    server.answers.clear()
+    for _ in range(50):
+        reports.add(1, 1, 1)
+    assert server.called.acquire(timeout=20)
+    assert not server.called.acquire(blocking=False)
+    server.answers.set()
+    reports.close()
+    assert server.told() == (50, 50)
+
+
+def test_of_very_many_namespaces_as_many_are_named_as_a_server_takes(
+    reports: UseReports, server: Server, store: Store
+) -> None:
+    store.names = {f"n{number}" for number in range(2 * local_use.MAX_NAMESPACES)}
+    reports.add(1, 1, 1)
+    reports.close()
+    assert len(server.reports[0].namespaces) == local_use.MAX_NAMESPACES
+
+
+def test_at_the_interpreters_end_no_thread_is_started(
+    reports: UseReports, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    reports._due_s = 0.0
+    reports.add(1, 1, 1)
+    reports.close()
+    assert server.told() == (1, 1)
