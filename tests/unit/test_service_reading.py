@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -317,3 +318,19 @@ def test_what_is_held_goes_out_while_the_rest_is_not_yet_looked_up(
     assert next(batches).num_rows == 3
     assert len(source.asked) == 3
     assert sum(b.num_rows for b in batches) == 9
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_slow_disk_is_asked_for_little_at_a_time(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    monkeypatch.setattr(reading, "SLOW_S", -1.0 if slow else 1000.0)
+    store = MemoryStore()
+    source = ScriptedReadThrough(store)
+    infos = [file_object(f"k{i}", BATCH_BYTES // 8) for i in range(200)]
+    for info in infos:
+        store.add(info, content(info.size))
+    looked_up = [0]
+    for _ in Read(plan([(info, 0, info.size) for info in infos]), source).batches():  # type: ignore[arg-type]
+        looked_up.append(len(source.asked))
+    most = max(after - before for before, after in itertools.pairwise(looked_up))
+    assert looked_up[-1] == len(infos)
+    assert most == 8 if slow else most >= 64

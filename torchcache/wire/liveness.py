@@ -14,7 +14,7 @@ from typing import Final
 CONNECT_S: Final = 2.0
 """What connecting may take, TLS and the peer's first word included."""
 
-PING_S: Final = 1.0
+PING_S: Final = 2.0
 """How long nothing may come before a client asks."""
 
 PING_TIMEOUT_S: Final = 3.0

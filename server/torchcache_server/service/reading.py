@@ -50,6 +50,10 @@ WINDOW_BYTES: Final = 16 * BATCH_BYTES
 NOTHING: Final = encode_pieces([])
 """A batch without rows."""
 
+SLOW_S: Final = 0.5
+"""A look-up that takes longer brings its records from a slow disk: what it found goes out, and the next is short. The
+client takes silence for death."""
+
 Answer: TypeAlias = StoredChunk | Future[StoredChunk] | TorchCacheError
 
 
@@ -97,8 +101,10 @@ class Read:
         """Pieces, in portions: what is found resident, more each time, then what the fills bring; none meanwhile."""
         window_bytes = BATCH_BYTES
         while True:
+            started = time.monotonic()
             pieces = self._look_ahead(window_bytes)
-            window_bytes = min(2 * window_bytes, WINDOW_BYTES)
+            is_slow = time.monotonic() - started > SLOW_S
+            window_bytes = BATCH_BYTES if is_slow else min(2 * window_bytes, WINDOW_BYTES)
             if not pieces and self._waiting:
                 while not self._has_come(HEARTBEAT_S):
                     yield []
@@ -115,11 +121,14 @@ class Read:
         ready: list[Piece] = []
         ready_bytes = 0
         filling_bytes = sum(part.length for part, answer in self._waiting if isinstance(answer, Future))
+        slow_from = time.monotonic() + SLOW_S
         while len(ready) + len(self._waiting) < AHEAD_CHUNKS:
+            if (ready or self._waiting) and time.monotonic() > slow_from:
+                break
             budget_bytes = AHEAD_BYTES - filling_bytes
             if not self._waiting:
                 budget_bytes = min(budget_bytes, window_bytes - ready_bytes)
-            parts = self._next_parts(budget_bytes)
+            parts = self._next_parts(min(budget_bytes, WINDOW_BYTES))
             if not parts:
                 break
             for part, answer in self._answered(parts):
