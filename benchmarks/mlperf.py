@@ -17,7 +17,7 @@ from benchmarks.accelerators import Run, lowest_utilisation
 from benchmarks.findings import Findings, Goal, Row, Scale
 from benchmarks.mlperf_readers import Kind
 from benchmarks.mlperf_shapes import RESNET50, WORKLOADS, Workload, tiny
-from benchmarks.mlperf_sources import FileSource, PoolSource, S3Source, Source
+from benchmarks.mlperf_sources import CachedSource, FileSource, S3Source, Source
 from benchmarks.places import Lane, local_pool, memory_folder, write_files
 from examples.seaweedfs import ACCESS_KEY, SECRET_KEY, SeaweedFS
 
@@ -83,12 +83,21 @@ def ground(workload: Workload) -> Iterator[Ground]:
         local = local_pool(root / "pool", capacity_bytes=2 * sum(sizes) + (1 << 28))
         warm = closing.enter_context(local)
         tc.CachedDataset.from_files(namespace, pool=warm.pool).stage(progress=False)
-        objects = list(warm.pool.list(namespace))
         for name, lane in OURS.items():
-            sources[name] = PoolSource(warm.by_lane(lane), namespace, objects), "threads"
+            dataset = _dataset(workload, namespace, warm.by_lane(lane))
+            sources[name] = CachedSource(dataset, workload.samples_a_file), "threads"
         sources[FILES] = FileSource(paths), "threads"
         sources[S3] = bucket, "processes"
         yield Ground(workload, sizes, sources)
+
+
+def _dataset(workload: Workload, uri: str, pool: tc.Pool) -> tc.CachedDataset:
+    """Samples as arrays, in buffers for as many as an accelerator has under way, and some to spare."""
+    record_bytes = workload.sample_bytes if workload.samples_a_file > 1 else None
+    under_way = workload.slots * workload.batch * (workload.sample_bytes + workload.stdev_bytes)
+    return tc.CachedDataset.from_files(
+        uri, record_bytes=record_bytes, output="numpy", buffers=tc.BufferPool(under_way), pool=pool
+    )
 
 
 def _bucket(folder: Path, paths: Sequence[Path], closing: ExitStack) -> S3Source:

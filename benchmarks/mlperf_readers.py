@@ -41,18 +41,23 @@ def _read_by_threads(
     threads: ThreadPoolExecutor, workload: Workload, source: Source, plan: Plan
 ) -> Iterator[int]:
     """A batch's memory is read into again when the next batch is asked for."""
-    slots = [_memory(plan) for _ in range(workload.slots)]
+    slots = [_memory(source, plan) for _ in range(workload.slots)]
+    samples_held: list[object] = [None] * workload.slots
 
-    def start(step: int) -> list[Future[None]]:
+    def start(step: int) -> list[Future[object]]:
+        samples_held[step % len(slots)] = None  # of the batch that was here
         samples, buffers = plan[step], _cut(slots[step % len(slots)], plan[step])
         places = range(0, len(samples), workload.group)
         groups = [slice(at, at + workload.group) for at in places]
         return [threads.submit(source.read, samples[group], buffers[group]) for group in groups]
 
-    pending = [start(step) for step in range(min(len(slots), len(plan)))]
+    steps = range(min(len(slots), len(plan)))
+    # Once for memory that is there, as it is ever after. It falls into the first step, which doesn't count.
+    [part.result() for step in steps for part in start(step)]
+    pending = [start(step) for step in steps]
     for step, batch in enumerate(plan):
-        for part in pending[step]:
-            part.result()
+        samples_held[step % len(slots)] = [part.result() for part in pending[step]]
+        pending[step] = []
         yield sum(sample.length for sample in batch)
         if step + len(slots) < len(plan):
             pending.append(start(step + len(slots)))
@@ -70,14 +75,16 @@ class _Batches:
 
     def __getitem__(self, step: int) -> int:
         if self._memory is None:
-            self._memory = _memory(self._plan)
+            self._memory = _memory(self._source, self._plan)
         batch = self._plan[step]
         self._source.read(batch, _cut(self._memory, batch))
         return sum(sample.length for sample in batch)
 
 
-def _memory(plan: Plan) -> memoryview:
-    """Room for any batch, every page of it written once."""
+def _memory(source: Source, plan: Plan) -> memoryview:
+    """Room for any batch, every page of it written once; none for a source that has its own."""
+    if source.own_memory:
+        return memoryview(b"")
     return memoryview(bytearray(b"\xff") * max(sum(sample.length for sample in batch) for batch in plan))
 
 

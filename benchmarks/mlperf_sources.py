@@ -9,31 +9,35 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torchcache as tc
 from benchmarks.mlperf_shapes import Sample
-from torchcache.model import Extent, ObjectInfo
 
 
 class Source(Protocol):
-    """One of the contenders."""
+    """One of the contenders. `own_memory`: it needs no buffers to read into."""
 
-    def read(self, samples: Sequence[Sample], into: Sequence[memoryview]) -> None:
-        """Fills one buffer a sample, each of its length. Called from several threads."""
+    own_memory: ClassVar[bool]
+
+    def read(self, samples: Sequence[Sample], into: Sequence[memoryview]) -> object:
+        """Fills one buffer a sample, each of its length, or gives samples that lie in memory of its own.
+
+        What it gives is kept until the batch has been computed on. Called from several threads.
+        """
 
 
 @dataclass
-class PoolSource:
-    """Through `Pool.read`, verified. The only way to samples that are parts of a file, at offsets that are known."""
+class CachedSource:
+    """`CachedDataset.__getitems__`, verified: a file a sample, or records of a file, in its own reused buffers."""
 
-    pool: tc.Pool
-    namespace: str
-    objects: list[ObjectInfo]
+    dataset: tc.CachedDataset
+    samples_a_file: int
+    own_memory: ClassVar[bool] = True
 
-    def read(self, samples: Sequence[Sample], into: Sequence[memoryview]) -> None:
-        extents = [Extent(self.objects[file], offset, length) for file, offset, length in samples]
-        self.pool.read(extents, namespace=self.namespace, into=into)
+    def read(self, samples: Sequence[Sample], into: Sequence[memoryview]) -> object:
+        each = self.samples_a_file
+        return self.dataset.__getitems__([file * each + offset // length for file, offset, length in samples])
 
 
 @dataclass
@@ -41,6 +45,7 @@ class FileSource:
     """preadv of files that stay open: the least that reading a file costs."""
 
     paths: list[Path]
+    own_memory: ClassVar[bool] = False
     _open: dict[int, int] = field(default_factory=dict)
 
     def read(self, samples: Sequence[Sample], into: Sequence[memoryview]) -> None:
@@ -59,6 +64,7 @@ class S3Source:
     client_settings: dict[str, str]
     bucket: str
     keys: list[str]
+    own_memory: ClassVar[bool] = False
     _client: Any = None
 
     def read(self, samples: Sequence[Sample], into: Sequence[memoryview]) -> None:

@@ -58,7 +58,7 @@ def cells(section: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
 def _goal(goal: Mapping[str, Any] | None, unit: str) -> str:
     if goal is None:
         return ""
-    bound = f"{goal['bound']:g} x" if goal["of"] == "ratio" else _figure(goal["bound"], unit)
+    bound = f"{goal['bound']:.3g} x" if goal["of"] == "ratio" else _figure(goal["bound"], unit)
     return ("≥ " if goal["sense"] == "at least" else "≤ ") + bound
 
 
