@@ -7,6 +7,7 @@ import pickle
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.flight as fl
@@ -25,9 +26,12 @@ from torchcache.errors import (
     ServerUnavailable,
     TorchCacheError,
 )
+from torchcache.lanes.base import Lane
 from torchcache.model import CHUNK_BYTES, STRIPE_BYTES, Extent, ObjectId, ObjectInfo
 from torchcache.placement import placement_key, rendezvous_order
 from torchcache.pool import Pool, reads
+from torchcache.pool.control import ControlClient
+from torchcache.pool.members import Member
 from torchcache.wire.codec import Piece
 from torchcache.wire.v1 import cache_pb2
 
@@ -505,3 +509,19 @@ def test_a_pool_pickles_by_its_address(server: StandIn, pool: Pool) -> None:
     assert again.statistics().read_calls == 0
     assert bytes(again.read([whole(sample(1))])[0]) == b"right"
     again.close()
+
+
+def test_a_lane_is_closed_while_its_server_can_still_be_told_something() -> None:
+    """Else what it tells opens a channel again that nobody closes."""
+    closed: list[str] = []
+
+    class Closing:
+        def __init__(self, what: str) -> None:
+            self.what = what
+
+        def close(self) -> None:
+            closed.append(self.what)
+
+    control, lane = cast(ControlClient, Closing("control")), cast(Lane, Closing("lane"))
+    Member("id", control, lane, "", ()).close()
+    assert closed == ["lane", "control"]

@@ -107,8 +107,8 @@ class Member:
 
     def close(self) -> None:
         """Closes this process's connections to it."""
+        self.lane.close()  # it may have something to tell by the other
         self.control.close()
-        self.lane.close()
 
 
 @dataclass(frozen=True)
