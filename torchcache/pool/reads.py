@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from torchcache.errors import ServerUnavailable, TorchCacheError
+from torchcache.errors import IntegrityError, NotResident, ServerUnavailable, TorchCacheError
 from torchcache.lanes.base import Outcome, ReadOptions
 from torchcache.model import STRIPE_BYTES, Extent
 from torchcache.placement import placement_key
@@ -174,9 +174,12 @@ class Reading:
                 if part.number not in self._shared:
                     self._outcomes[part.number] = outcome
                 continue
+            if part.suspect and isinstance(outcome, IntegrityError):
+                part.damage = outcome
             step = next_step(part, outcome)
             if step == "final" or time.monotonic() >= self._deadline:
-                self._outcomes[part.number] = outcome
+                absent = isinstance(outcome, NotResident)
+                self._outcomes[part.number] = part.damage if absent and part.damage else outcome
                 continue
             if step == "wait":
                 waiting[part.number] = outcome

@@ -32,7 +32,8 @@ Step = Literal["suspect", "next", "wait", "final"]
 class Part:
     """The part of extent number `number` that one server is asked for. `turn` counts along `order`.
 
-    Parts of different `stream` are asked for side by side.
+    Parts of different `stream` are asked for side by side. `damage` is what a server said that has it, damaged: it
+    isn't absent because the next ones don't have it.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Part:
     order: Sequence[str]
     turn: int = 0
     suspect: bool = False
+    damage: IntegrityError | None = None
     stream: int = 0
 
     @property
