@@ -94,7 +94,10 @@ class LaneServer:
     def find(self, data: bytes) -> tuple[Path, int]:
         """The segment that holds `data`, and where."""
         for path in self.segments():
-            at = path.read_bytes().find(data)
+            try:
+                at = path.read_bytes().find(data)
+            except FileNotFoundError:  # compacted meanwhile
+                continue
             if at >= 0:
                 return path, at
         raise AssertionError("no segment holds it")
