@@ -29,6 +29,7 @@ class Calls:
     def __init__(self, store: Store, before: Callable[[str], None] = lambda _: None) -> None:
         self.store = store
         self.before = before
+        self.counters = ServiceCounters()
         self.made: list[str] = []
         self.replies: dict[str, Any] = {}
 
@@ -44,7 +45,7 @@ class Calls:
             read_through=nothing,
             write_back=nothing,
             policies=nothing,
-            counters=ServiceCounters(),
+            counters=self.counters,
             set_credentials=nothing,
         )
         reply = self.replies[method] = getattr(service, method)(request, nothing)

@@ -103,6 +103,7 @@ def test_what_a_client_wrote_is_there_once_it_is_committed(
     assert all(client.held(n) for n in range(MUCH))
     assert store.usage().chunks == MUCH
     assert store.namespaces()[0].name == NAMESPACE
+    assert (client.calls.counters.write_calls, client.calls.counters.written_bytes) == (1, MUCH * SIZE)
     assert_books(store, tmp_path / "s")
 
 

@@ -59,7 +59,7 @@ class ServerCollector(Collector):
         yield _counter("filled_chunks", "Chunks fetched for readers", self._read_through.filled_chunks)
         yield _counter("filled_bytes", "Bytes fetched for readers", self._read_through.filled_bytes)
         yield _counter("read_calls", "do_get calls", served.read_calls)
-        yield _counter("write_calls", "do_put calls", served.write_calls)
+        yield _counter("write_calls", "calls that wrote, by either lane", served.write_calls)
         yield _counter("served_bytes", "Bytes served by do_get", served.served_bytes)
         yield _counter("written_bytes", "Bytes taken in by do_put", served.written_bytes)
         yield from _lane_families(served)

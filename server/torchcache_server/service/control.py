@@ -248,10 +248,10 @@ class ControlService(cache_pb2_grpc.ControlServicer):
     def CommitWrite(
         self, request: pb.CommitWriteRequest, context: grpc.ServicerContext
     ) -> pb.CommitWriteReply:
-        namespace = self._store.commit_write(request.write_id)
+        committed = self._store.commit_write(request.write_id)
         if request.durable:
-            self._store.sync(namespace)
-        self._counters.add(write_calls=1)
+            self._store.sync(committed.namespace)
+        self._counters.add(write_calls=1, written_bytes=committed.bytes)
         return pb.CommitWriteReply()
 
     def AbandonWrite(

@@ -2,7 +2,7 @@
 
 from torchcache_server.store.chunk import Payload, StoredChunk
 from torchcache_server.store.disk import OS, DiskCalls
-from torchcache_server.store.handing_out import HandedFile, HandedOut, Place
+from torchcache_server.store.handing_out import Committed, HandedFile, HandedOut, Place
 from torchcache_server.store.health import Health
 from torchcache_server.store.policy import Policy
 from torchcache_server.store.room import Promise
@@ -12,6 +12,7 @@ from torchcache_server.store.usage import NamespaceUsage, StoreUsage
 
 __all__ = [
     "OS",
+    "Committed",
     "DiskCalls",
     "HandedFile",
     "HandedOut",

@@ -70,6 +70,13 @@ class HandedOut(NamedTuple):
     places: list[Place | None]
 
 
+class Committed(NamedTuple):
+    """A write that has become real. `bytes` of the chunks' payloads."""
+
+    namespace: str
+    bytes: int
+
+
 @dataclass(slots=True)
 class _Write:
     namespace: str
@@ -127,8 +134,8 @@ class HandingOut:
                 self._preparing_bytes -= size_bytes
         return _handed_out(write_id, write, [found is None for found in there])
 
-    def commit(self, write_id: str) -> str:
-        """Makes the chunks of a write visible, all or none; returns their namespace.
+    def commit(self, write_id: str) -> Committed:
+        """Makes the chunks of a write visible, all or none.
 
         Looks at their headers and not at their payloads: who reads verifies those. Raises TransientError for a write
         that isn't known any more, IntegrityError for one whose records aren't what was promised: it is over then.
@@ -145,7 +152,7 @@ class HandingOut:
             self._give_back(write)
             raise
         release(self._core, write.reserved)
-        return write.namespace
+        return Committed(write.namespace, sum(draft.header.payload_bytes for draft in write.drafts))
 
     def abandon(self, write_id: str) -> None:
         """Gives back all that a write took. One that isn't known is fine."""
@@ -178,15 +185,18 @@ class HandingOut:
     def bytes(self) -> int:
         """Room that is handed out now."""
         with self._lock:
-            return sum(write.bytes for write in self._writes.values())
+            return self._bytes()
 
     # ---- within ----
+
+    def _bytes(self) -> int:
+        return sum(write.bytes for write in self._writes.values())
 
     def _begin(self, size_bytes: int) -> None:
         self.expire(time.monotonic())
         with self._lock:
             writes = len(self._writes) + self._preparing
-            held = sum(write.bytes for write in self._writes.values()) + self._preparing_bytes
+            held = self._bytes() + self._preparing_bytes
             segments = sum(len(write.segments) for write in self._writes.values())
             segment_bytes, capacity = self._core.space.segment_bytes, self._core.space.capacity_bytes
             # One alone may be as large as the store takes; several leave others half of it, which may be evicted.

@@ -17,7 +17,7 @@ from torchcache_server.store.chunk import Payload, StoredChunk
 from torchcache_server.store.core import Core, Gate
 from torchcache_server.store.disk import OS, DiskCalls
 from torchcache_server.store.folder import StoreFolder
-from torchcache_server.store.handing_out import HandedOut, HandingOut
+from torchcache_server.store.handing_out import Committed, HandedOut, HandingOut
 from torchcache_server.store.health import Health, WatchedDisk
 from torchcache_server.store.index import SegmentNote
 from torchcache_server.store.keeping import Flags, disk_errors, kept_names, sync
@@ -186,8 +186,8 @@ class Store:
         with self._gate:
             return self._handing_out.prepare(namespace, chunks, timeout_s=timeout_s)
 
-    def commit_write(self, write_id: str) -> str:
-        """Makes all chunks of a prepared write visible, or none; returns their namespace.
+    def commit_write(self, write_id: str) -> Committed:
+        """Makes all chunks of a prepared write visible, or none.
 
         Raises TransientError if the write isn't known (any more), IntegrityError if it isn't what was announced,
         OutOfSpace: it is over then.
