@@ -112,7 +112,18 @@ class StoreMachine(RuleBasedStateMachine):
                     self.judge(n, found)
                 self.model.update(dict.fromkeys(set(batch) - there, name))
                 self.damaged -= set(batch) - there
+                self.mended_elsewhere(batch, name)
             self.only_those_yielded(before, name)
+
+    def mended_elsewhere(self, numbers: list[int], name: str) -> None:
+        """Notes those whose damage was noticed on the way, so that they were stored anew, under `name`."""
+        core = self.store._core
+        for n in self.damaged & set(numbers):
+            place = core.index.get(chunk_key(chunk(n)))
+            segment = core.space.segments.get(place.segment) if place else None
+            if segment is not None and segment.header.namespace == name != self.model[n]:
+                self.model[n] = name
+                self.damaged.discard(n)
 
     @rule(name=NAMES, number=NUMBERS)
     def fill(self, name: str, number: int) -> None:
@@ -160,6 +171,7 @@ class StoreMachine(RuleBasedStateMachine):
             if ending != "abandon":
                 self.model.update(dict.fromkeys(missing, name))
                 self.damaged -= missing
+                self.mended_elsewhere(numbers, name)
                 assert missing <= self.intact()
         self.only_those_yielded(before, name)
 
