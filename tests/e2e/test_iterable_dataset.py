@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +145,33 @@ def test_a_stateful_loader_resumes_exactly(
         half.load_state_dict(state)
         found += numbers(DataLoader(half, batch_size=3, num_workers=workers and 1))
     assert sorted(found) == rest
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_of_an_epochs_end(pool: tc.Pool, patterns: dict[str, str], workers: int) -> None:
+    """Nothing is left of it. A loader then begins the next epoch, and it is the one that was said."""
+
+    def make() -> tuple[tc.CachedIterableDataset, StatefulDataLoader[Any]]:
+        dataset = dataset_of(patterns["tar"], pool, shuffle=True)
+        return dataset, StatefulDataLoader(dataset, batch_size=8, num_workers=workers)
+
+    first, loader = make()
+    first.set_epoch(4)
+    batches_of(loader)
+    state = loader.state_dict()
+    first.set_epoch(5)
+    following = batches_of(loader)
+
+    second, again = make()
+    again.load_state_dict(state)
+    second.set_epoch(5)
+    assert batches_of(again) == following
+
+    third, _ = make()
+    third.load_state_dict(state)
+    assert list(third) == []
+    third.set_epoch(5)
+    assert sorted(third) == list(range(COUNT))
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
@@ -357,6 +388,43 @@ def test_a_damaged_shard_is_refused_when_it_is_indexed(pool: tc.Pool, tmp_path: 
     (tmp_path / "x.tar").write_bytes(shards.tar(range(5))[:3000])
     with pytest.raises(tc.IntegrityError, match=r"x.tar.* cut short"):
         tc.CachedIterableDataset(f"{tmp_path}/x.tar", pool=pool)
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(pool: tc.Pool, patterns: dict[str, str]) -> None:
+    loader = DataLoader(dataset_of(patterns["tar"], pool), batch_size=1, num_workers=2)
+    iterator = iter(loader)
+    next(iterator)
+    os.kill(iterator._workers[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
+        list(iterator)
+    assert sorted(numbers(loader)) == list(range(COUNT))
+
+
+_INTERRUPTED = """
+import os, signal, sys
+import torchcache as tc
+from torch.utils.data import DataLoader
+dataset = tc.CachedIterableDataset(sys.argv[1], shuffle=True)
+for number, _ in enumerate(DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[2]))):
+    if number == 5:
+        os.killpg(0, signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_a_program_with_one_traceback(patterns: dict[str, str], workers: int) -> None:
+    arguments = [patterns["tar"].replace("{0..4}", "*"), str(workers)]
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        start_new_session=True,
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
 # ---- indices ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -34,10 +35,12 @@ from torchcache.pool import Pool, Residency
 if TYPE_CHECKING:
     from torchcache.local_pool import LocalPool
 
+_log = logging.getLogger("torchcache")
+
 WINDOW: Final = 1000
 
 # Places in the memory that a dataset shares with its workers; the last are counts of what each worker skipped.
-_EPOCH, _LOADS, _USED_BY, _WORKING, _SKIPPED = range(5)
+_EPOCH, _SAID, _LOADS, _USED_BY, _WORKING, _SKIPPED = range(6)
 _SHARED: Final = 128
 
 Loaded = Left | Pass | RecordingPass | None
@@ -155,6 +158,7 @@ class CachedIterableDataset(IterableDataset[Any]):
         Of a state that was loaded for this epoch iteration goes on; one of another epoch is let go.
         """
         self._shared[_EPOCH] = whole_number(epoch, "epoch", 0)
+        self._shared[_SAID] = 1
         if isinstance(self._loaded, Left) and self._loaded.epoch != epoch:
             self._loaded = None
 
@@ -299,11 +303,29 @@ class CachedIterableDataset(IterableDataset[Any]):
         in_worker = get_worker_info() is not None
         loaded = self._recording_pass(states) or self._pass_or_left(states, in_worker=in_worker)
         self._loaded, self._begun = loaded, None
-        self._shared[_EPOCH] = loaded.epoch if isinstance(loaded, Left) else loaded.number
+        if self._is_let_go(loaded, in_worker=in_worker):
+            self._loaded = None
+        else:
+            self._shared[_EPOCH] = _epoch_number(loaded)
         if not in_worker:
             self._shared[_USED_BY] = 0
             self._shared[_LOADS] += 1
             self._loads = int(self._shared[_LOADS])
+
+    def _is_let_go(self, loaded: Left | Pass | RecordingPass, *, in_worker: bool) -> bool:
+        """Whether another epoch has been said, behind a state that is loaded only now.
+
+        A StatefulDataLoader hands on the state that it was given when it is iterated, and `set_epoch` has been called
+        by then. In the main process that can't be told from a state that is loaded later than an epoch was said; there
+        only one of which nothing is left is let go.
+        """
+        epoch, said = _epoch_number(loaded), int(self._shared[_EPOCH])
+        if not int(self._shared[_SAID]) or said == epoch:
+            return False
+        if not in_worker and not (isinstance(loaded, Left) and self._going_on(loaded).epoch.total == 0):
+            return False
+        _log.info("a state of epoch %d is let go, since set_epoch(%d) was called", epoch, said)
+        return True
 
     def _recording_pass(self, states: Sequence[Mapping[str, Any]]) -> RecordingPass | None:
         """The pass of the wrapped dataset that goes on, if they are states of one."""
@@ -385,3 +407,7 @@ class CachedIterableDataset(IterableDataset[Any]):
         self.__dict__.update(state)
         if not self._shared.is_shared():  # type: ignore[no-untyped-call]  # a copy that is no worker's has workers of its own
             self._shared.share_memory_()  # type: ignore[no-untyped-call]
+
+
+def _epoch_number(loaded: Left | Pass | RecordingPass) -> int:
+    return loaded.epoch if isinstance(loaded, Left) else loaded.number

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from torchcache.data.formats import BlockFormat, RecordFormat, codec_of
-from torchcache.data.formats.base import BlockReader, damaged
+from torchcache.data.formats.base import BlockReader, damaged, place, rows_of
 from torchcache.data.formats.compression import held_whole, unpacked
 from torchcache.data.iterable_file import explained, open_shard
 from torchcache.data.iterable_index import Access
@@ -146,7 +146,8 @@ class BlockReading:
 
     def _rows(self, shard: int, block: int, rows: Ints) -> Sequence[Any]:
         try:
-            return list(self._block(shard, block).take(rows).to_pylist())
+            url = self._records.pool.uri(self._records.info(shard).id)
+            return rows_of(self._block(shard, block), rows, url)
         except IntegrityError as error:
             return [error] * len(rows)
 
@@ -250,7 +251,7 @@ def _streamed(records: ShardRecords, shard: int) -> Iterator[Any]:
     for block in range(len(reader.rows())):
         table = reader.read(block)
         for number in range(table.num_rows):
-            yield lambda table=table, number=number: table.slice(number, 1).to_pylist()[0]
+            yield lambda table=table, number=number: rows_of(table, [number], place(url, number))[0]
 
 
 def _in_order(values: Ints) -> list[int]:

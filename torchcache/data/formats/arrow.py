@@ -52,7 +52,14 @@ class ArrowReader(BlockReader):
         """For a stream `block` must be the one behind the last that was read."""
         batch = self._batch(block) if self.seekable else next(self._stream())
         table = pa.Table.from_batches([batch])
-        return table if self._columns is None else table.select(self._columns)
+        table = table if self._columns is None else table.select(self._columns)
+        try:
+            table.validate(
+                full=True
+            )  # Arrow trusts the offsets in a file, and would read wherever they point
+        except (pa.ArrowException, ValueError) as error:
+            raise damaged(self._where, f"record batch {block} is malformed: {error}") from error
+        return table
 
     def _batch(self, number: int) -> pa.RecordBatch:
         try:

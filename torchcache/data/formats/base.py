@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, ClassVar, Final, Protocol
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from torchcache.errors import IntegrityError
@@ -113,6 +114,19 @@ def read_exactly(stream: Stream, size: int, where: str) -> bytes:
 def damaged(where: str, what: str) -> IntegrityError:
     """The error of a shard or record that is not as its format says."""
     return IntegrityError(f"{where} is damaged: {what}", object=where)
+
+
+def rows_of(table: Any, rows: Any, where: str) -> list[dict[str, Any]]:
+    """The rows numbered `rows` of an Arrow table, each a dict of Python values by column. Raises IntegrityError."""
+    try:
+        found: list[dict[str, Any]] = table.take(rows).to_pylist()
+    except (
+        pa.ArrowException,
+        ValueError,
+        OverflowError,
+    ) as error:  # texts that are no UTF-8, times out of range
+        raise damaged(where, f"its values can't be read: {error}") from error
+    return found
 
 
 def place(url: str, number: int) -> str:
