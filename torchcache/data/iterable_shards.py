@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 
 from torchcache import environment
@@ -22,9 +21,10 @@ from torchcache.pool import Pool, Residency
 
 
 class ShardRecords:
-    """The records of shards, numbered through all of them. Pickles; the arrays are shared with forked workers.
+    """The records of shards, numbered through all of them. Pickles.
 
-    Arrays are kept as tensors: those torch moves through shared memory to spawned workers, once for all.
+    Where records begin takes 8 bytes each, which forked workers share, and spawned ones copy. (Not tensors: torch moves
+    those to shared memory when it pickles them, and arrays that look into the old memory would look into nothing.)
     """
 
     def __init__(
@@ -42,18 +42,19 @@ class ShardRecords:
         indices, self.made = Indexing(pool, self.format, self.namespace).run(shards, on_progress)
         self._manifest = Manifest.write(shards[0].id.store, shards, environment.home() / "manifests")
         self.access = _access(indices)
-        self._counts = torch.tensor([index.count for index in indices], dtype=torch.int64)
+        self._counts = np.array([index.count for index in indices], dtype=np.int64)
         self._firsts = _summed(self._counts)
         self._rows, self._starts = _joined([index.rows for index in indices]), None
         if self.access == "records":
             self._starts = _joined([index.starts for index in indices])
         elif self.access == "blocks":
-            sizes = torch.tensor([0 if i.rows is None else len(i.rows) for i in indices], dtype=torch.int64)
+            sizes = np.array([0 if i.rows is None else len(i.rows) for i in indices], dtype=np.int64)
             self._first_blocks = _summed(sizes)
         self._infos: dict[int, ObjectInfo] = {}
         self.count = int(self._firsts[-1])
-        by_block = self.access == "blocks" and self._rows is not None
-        self.blocks: Ints = (self._rows if by_block else self._counts).numpy()  # type: ignore[union-attr]
+        self.blocks: Ints = self._counts
+        if self.access == "blocks" and self._rows is not None:
+            self.blocks = self._rows
         text = f"{self._manifest.digest} {self.format.identity} {self._counts.tolist()}"
         self.digest = str(xxhash.xxh3_128_hexdigest(text.encode()))
 
@@ -94,7 +95,7 @@ class ShardRecords:
 
     def place(self, ids: Ints) -> tuple[Ints, Ints]:
         """The shards of the samples `ids`, and their numbers within them."""
-        firsts = self._firsts.numpy()
+        firsts = self._firsts
         shard = np.searchsorted(firsts, ids, side="right") - 1
         return shard, ids - firsts[shard]
 
@@ -102,8 +103,8 @@ class ShardRecords:
         """Where records begin, and where the next ones do. For access "records"."""
         if self._starts is None:
             raise TypeError("only records that can be read alone have bounds")
-        starts = self._starts.numpy()
-        at = self._firsts.numpy()[shard] + shard + number  # each shard has one entry more than records
+        starts = self._starts
+        at = self._firsts[shard] + shard + number  # each shard has one entry more than records
         return starts[at], starts[at + 1]
 
     def rows_before(self, shard: int) -> Ints:
@@ -111,7 +112,7 @@ class ShardRecords:
         if self._rows is None:
             raise TypeError("only shards that are read by block have rows")
         first, stop = self._first_blocks[shard : shard + 2].tolist()
-        found: Ints = _summed(self._rows[first:stop]).numpy()
+        found: Ints = _summed(self._rows[first:stop])
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,12 +125,12 @@ def _access(indices: list[ShardIndex]) -> Access:
     return found.pop() if len(found) == 1 else "stream"
 
 
-def _summed(counts: torch.Tensor) -> torch.Tensor:
-    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(counts, 0)])
+def _summed(counts: Ints) -> Ints:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
-def _joined(arrays: list[Any]) -> torch.Tensor | None:
-    """Arrays of u64 as one tensor of i64: no offset or count is that large."""
+def _joined(arrays: list[Any]) -> Ints | None:
+    """Arrays of u64 as one of i64: no offset or count is that large."""
     if any(array is None for array in arrays):
         return None
-    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+    return np.concatenate(arrays).astype(np.int64)
