@@ -23,6 +23,8 @@ RAW_SAME: Final = "pwrite, 2 threads, into the same file"
 RAW_READ: Final = "preadv, 2 threads, into the same memory"
 RAW_SYNCED: Final = "pwrite, 2 threads, a new file, fsync"
 MEMCPY: Final = "copy into the same memory"
+FEW_ROUNDS: Final = 5
+"""Of what takes seconds a round: many small tensors, a disk."""
 
 Results = Mapping[str, Result]
 
@@ -49,8 +51,8 @@ def measure(scale: Scale) -> Findings:
     few = f"{size.small_tensors:,} tensors of at most 4 KiB"
     saves, loads, stops = _in_memory(state, scale.rounds)
     first = _first_saves(state, scale.rounds)
-    small_saves, small_loads = _small(small, scale.rounds)
-    synced = _on_disk(state, min(scale.rounds, 5))
+    small_saves, small_loads = _small(small, min(scale.rounds, FEW_ROUNDS))
+    synced = _on_disk(state, min(scale.rounds, FEW_ROUNDS))
     rows = [
         _row(f"save of {what}, from the second on", saves, STOCK, 3.0),
         _row(f"save of {what}, from the second on", saves, RAW_SAME),
