@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from torchcache.errors import CheckpointError, TorchCacheError
 
 _T = TypeVar("_T")
+
+# A single process is nothing to warn of at every save. (Filters can't be changed for one thread alone.)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Ranks:
@@ -79,3 +85,18 @@ def as_ours(error: BaseException) -> TorchCacheError:
     if isinstance(error, TorchCacheError):
         return error
     return CheckpointError(f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What torch gathered of all ranks as the error of the lowest one."""
+    try:
+        yield
+    except CheckpointException as gathered:
+        rank, (cause, _) = min(gathered.failures.items(), key=lambda failure: failure[0])
+        error = as_ours(cause)
+        raise type(error)(
+            f"rank {rank}: {error.message}" if len(gathered.failures) > 1 or rank else error.message,
+            object=error.object,
+            server=error.server,
+        ) from cause

@@ -7,44 +7,34 @@ import functools
 import logging
 import os
 import threading
-import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
-import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from torchcache.checkpoint.agreement import Ranks, as_ours
+from torchcache.checkpoint.agreement import Ranks, plain_errors
 from torchcache.checkpoint.durable import wait_until_durable
 from torchcache.checkpoint.location import checkpoint_uri
 from torchcache.checkpoint.pending import PendingSave
-from torchcache.checkpoint.reader import CacheStorageReader
+from torchcache.checkpoint.restoring import restore
 from torchcache.checkpoint.resume import (
     PREFIX,
     Record,
-    go_to,
     identity_of,
     is_loader,
     position_of,
     record_name,
-    require_same_data,
     rng_state,
-    set_rng_state,
 )
 from torchcache.checkpoint.retention import Step, superfluous
 from torchcache.checkpoint.run import list_steps, require_whole, step_uri
 from torchcache.checkpoint.stager import StagedSave, Stager
-from torchcache.checkpoint.targets import as_dict, complete, give_back, prepare
+from torchcache.checkpoint.targets import as_dict
 from torchcache.checkpoint.writer import CacheStorageWriter, Durability
 from torchcache.connecting import connect
 from torchcache.errors import (
-    CheckpointError,
     ConfigurationError,
     IntegrityError,
     NotCommitted,
@@ -55,9 +45,6 @@ from torchcache.local_pool import LocalPool
 from torchcache.pool import Pool
 
 _log = logging.getLogger(__name__)
-
-# A single process is nothing to warn of at every save. (Filters can't be changed for one thread alone.)
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 RETENTION_S: Final = 30.0
 """How long a save waits for the files of an old checkpoint to go; the pool goes on without it."""
@@ -181,7 +168,7 @@ class CheckpointManager:
         return CacheStorageWriter(uri, pool=self._pool, durability=self._durability, overwrite=overwrite)
 
     def _write(self, content: dict[str, Any], writer: CacheStorageWriter) -> None:
-        with _plain_errors():
+        with plain_errors():
             save(
                 content,
                 storage_writer=writer,
@@ -229,78 +216,13 @@ class CheckpointManager:
             uri = step_uri(self.root, number)
             try:
                 self._ranks.decide(functools.partial(require_whole, self._pool, uri))
-                self._load(state, uri)
+                restore(self._pool, uri, state, self._ranks, rng=self._rng)
                 return number
             except (IntegrityError, NotCommitted, ObjectNotFound) as error:
                 if step is not None:
                     raise
                 _log.warning("step %d is passed over: %s", number, error)
         raise NotCommitted(f"there is no checkpoint under {self.root} that can be restored", object=self.root)
-
-    def _load(self, state: MutableMapping[str, Any], uri: str) -> None:
-        reader = CacheStorageReader(uri, pool=self._pool)
-        opened: list[Metadata] = []
-        self._ranks.all_or_none(lambda: opened.append(reader.read_metadata()))
-        record = self._read_record(reader, opened[0], state, uri)
-        targets: dict[str, Any] = {}
-
-        def make_targets() -> None:
-            for key, value in state.items():
-                if not is_loader(value):
-                    targets[key] = prepare(value, opened[0], key)
-            complete(targets, opened[0])
-
-        self._ranks.all_or_none(make_targets)
-        with _plain_errors():
-            load(
-                targets,
-                storage_reader=reader,
-                process_group=self._ranks.group,
-                no_dist=self._ranks.size == 1,
-            )
-
-        def hand_over() -> None:
-            for key, value in list(state.items()):
-                if key in targets:
-                    give_back(state, key, targets[key])
-                elif record is not None:
-                    go_to(value, record.positions[key])
-            if self._rng and record is not None and record.rng is not None:
-                set_rng_state(record.rng)
-
-        self._ranks.all_or_none(hand_over)
-
-    def _read_record(
-        self, reader: CacheStorageReader, metadata: Metadata, state: MutableMapping[str, Any], uri: str
-    ) -> Record | None:
-        """This rank's own part of the checkpoint, found fit for `state` on all ranks; None if it is another world's."""
-        found: list[Record] = []
-
-        def read() -> None:
-            name = record_name(self._ranks.rank)
-            entry = metadata.state_dict_metadata.get(name)
-            if isinstance(entry, TensorStorageMetadata):
-                place = {name: torch.empty(entry.size, dtype=torch.uint8, device="cpu")}
-                with _plain_errors():
-                    load(place, storage_reader=reader, no_dist=True)
-                record = Record.decode(place[name], where=uri)
-                require_same_data(record.datasets, state, uri)
-                if record.world_size == self._ranks.size:
-                    found.append(record)
-            loaders = [key for key, value in state.items() if is_loader(value)]
-            positions = found[0].positions if found else {}
-            if lacking := [key for key in loaders if key not in positions]:
-                raise CheckpointError(
-                    f"{uri} has no position for {', '.join(map(repr, lacking))} on rank {self._ranks.rank} of "
-                    f"{self._ranks.size}: it was saved without, or by another number of ranks. Load without it, and "
-                    "say where to go on yourself",
-                    object=uri,
-                )
-
-        self._ranks.all_or_none(read)
-        if not found and self._rng:
-            _log.warning("%s has no state of random generators for this rank: they stay as they are", uri)
-        return found[0] if found else None
 
     # ---- looking ----
 
@@ -383,18 +305,3 @@ def _checked(step: object) -> int:
     if type(step) is not int or step < 0:
         raise ConfigurationError(f"a step is a number from 0 on, not {step!r}")
     return step
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What torch gathered of all ranks as the error of the lowest one."""
-    try:
-        yield
-    except CheckpointException as gathered:
-        rank, (cause, _) = min(gathered.failures.items(), key=lambda failure: failure[0])
-        error = as_ours(cause)
-        raise type(error)(
-            f"rank {rank}: {error.message}" if len(gathered.failures) > 1 or rank else error.message,
-            object=error.object,
-            server=error.server,
-        ) from cause
