@@ -34,8 +34,8 @@ PATIENCE_S = 60.0
 
 @dataclass(frozen=True)
 class Job:
-    """`objects` are (key, version, size) by namespace. Views of those in `harmed` aren't kept: somebody damages them
-    on disk, and so under the views."""
+    """`objects` are (key, version, size) by namespace. Those in `harmed` are read whole and into buffers:
+    somebody damages them on disk, and so under any view."""
 
     address: str
     token: str
@@ -133,7 +133,8 @@ class Reader:
             namespace = chance.choice(list(self._objects))
             wanted = [self._wish(chance, namespace) for _ in range(chance.randrange(1, 24))]
             extents = [extent for _, extent in wanted]
-            buffers = self._buffers(extents) if chance.random() < 0.3 else None
+            harmed = namespace == self._job.harmed
+            buffers = self._buffers(extents) if harmed or chance.random() < 0.3 else None
             outcomes = self._outcomes(extents, namespace, buffers, resident_only=chance.random() < 0.3)
             for (key, extent), outcome in zip(wanted, outcomes, strict=True):
                 if isinstance(outcome, TorchCacheError):
@@ -141,7 +142,7 @@ class Reader:
                     continue
                 got = Held(key, extent.offset, outcome)
                 self._judge(got, "read")
-                if namespace != self._job.harmed and chance.random() < 0.5:
+                if not harmed and chance.random() < 0.5:
                     held.append(got)
             while len(held) > chance.randrange(HELD):
                 self._judge(held.popleft(), "held")
@@ -150,7 +151,7 @@ class Reader:
 
     def _wish(self, chance: random.Random, namespace: str) -> tuple[str, Extent]:
         key, info = chance.choice(self._objects[namespace])
-        if chance.random() < 0.4:
+        if chance.random() < 0.4 or namespace == self._job.harmed:
             return key, Extent(info)
         start = chance.randrange(info.size)
         return key, Extent(info, start, chance.randrange(min(info.size - start, 200_000) + 1))
