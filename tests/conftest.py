@@ -16,6 +16,23 @@ hypothesis.settings.register_profile("torchcache", deadline=None, derandomize=Tr
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("torchcache")
 
+_ORDER = ("e2e", "integration", "crash", "unit", "conformance")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork go first, then those of whole programs.
+
+    gRPC servers that other tests run in their own process may outlive them by a while, and a fork beside gRPC that
+    isn't ours is refused.
+    """
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    folder = item.path.parent.name
+    return -1 if "fork" in item.nodeid else _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
+
+
 _NO_ACCOUNT = {
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,

@@ -462,11 +462,13 @@ def test_an_error_of_a_save_behind_is_not_lost(pool: tc.Pool, root: str) -> None
 
 def test_async_save_of_torch_stages_in_memory_that_all_writers_share(pool: tc.Pool, root: str) -> None:
     weights = torch.zeros(500_000)
+    futures: list[Any] = []
     for step in range(4):
         weights.fill_(step)
         future: Any = dcp.async_save(
             {"w": weights}, storage_writer=tc.CacheStorageWriter(f"{root}/{step}", pool=pool), no_dist=True
         )
+        futures.append(future)
         weights.fill_(-1)
         if step == 2:  # one that fails holds nothing up, though its error is kept
             future.result(60)
@@ -477,7 +479,8 @@ def test_async_save_of_torch_stages_in_memory_that_all_writers_share(pool: tc.Po
             )
             with pytest.raises(dcp.CheckpointException):
                 failed.result(60)
-    future.result(60)
+    for future in futures:
+        future.result(60)
     for step in range(4):
         loaded = {"w": torch.empty(500_000)}
         dcp.load(loaded, storage_reader=tc.CacheStorageReader(f"{root}/{step}", pool=pool), no_dist=True)

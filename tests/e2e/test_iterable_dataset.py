@@ -425,6 +425,7 @@ _INTERRUPTED = """
 import os, signal, sys
 import torchcache as tc
 from torch.utils.data import DataLoader
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run
 dataset = tc.CachedIterableDataset(sys.argv[1], shuffle=True)
 for number, _ in enumerate(DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[2]))):
     if number == 5:
