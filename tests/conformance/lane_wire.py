@@ -103,8 +103,6 @@ class WireContract:
         assert server.proxy.hits == 1
         failed = {type(outcome) for outcome in outcomes if isinstance(outcome, TorchCacheError)}
         assert failed == {ServerUnavailable}
-        if kind == "end" and after > 2 * 1024 * 1024:  # a reset takes what arrived and wasn't read yet
-            assert not all(isinstance(outcome, TorchCacheError) for outcome in outcomes)
         self.assert_recovers(server, lane, objects)
 
     @pytest.mark.parametrize("after", [0, 1000, STREAM_BYTES // 2])
