@@ -303,7 +303,10 @@ class PoolContract:
                 child.start()
                 send.close()
                 assert receive.poll(60), f"a child by {start_method} hangs"
-                assert receive.recv() == (right, [self.lane])
+                found, lanes = receive.recv()
+                assert found == right
+                # Amid a local read of another thread the index may be open at the fork: then the child can only call.
+                assert lanes == [self.lane] or (start_method == "fork" and lanes == ["flight"])
                 child.join(20)
                 receive.close()
         finally:
