@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import pytest
 
 from tests.integration.pool_server import PoolServer
 from tests.integration.self_describing import content
 from tests.proxy import FaultyProxy
 from torchcache.lanes.access import Access
-from torchcache.lanes.base import ReadOptions
+from torchcache.lanes.base import Lane, ReadOptions
 from torchcache.model import ObjectInfo
 from torchcache.pool.control import ControlClient
 from torchcache.wire.v1 import cache_pb2
@@ -101,3 +104,24 @@ class LaneServer:
             if at >= 0:
                 return path, at
         raise AssertionError("no segment holds it")
+
+
+class ServerContract:
+    """What the contracts of a lane to a real server share. `server` lives as long as the class."""
+
+    def make_lane(self, server: LaneServer) -> Lane:
+        """A lane to the server; what of it goes over the wire passes `server.proxy`."""
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaneServer]:
+        with LaneServer(tmp_path_factory.mktemp("lane")) as server:
+            yield server
+
+    @pytest.fixture
+    def lane(self, server: LaneServer) -> Iterator[Lane]:
+        lane = self.make_lane(server)
+        yield lane
+        server.proxy.fault = None
+        lane.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.lane import RANGES, RANGES_SIZE, SIZES, good, put_sample, read, sample
-from tests.conformance.lane_server import LaneServer
+from tests.conformance.lane_server import LaneServer, ServerContract
 from tests.integration.self_describing import content, part
 from torchcache.errors import (
     IntegrityError,
@@ -64,24 +64,8 @@ def serve_reads(lane: Lane, extents: list[Extent], namespace_of: str, done: Conn
     done.send([o if isinstance(o, TorchCacheError) else bytes(o) for o in outcomes])
 
 
-class SourceContract:
-    """The contract of a lane to a real server with an under-store. `server` lives as long as the class."""
-
-    def make_lane(self, server: LaneServer) -> Lane:
-        """A lane to the server; what of it goes over the wire passes `server.proxy`."""
-        raise NotImplementedError
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaneServer]:
-        with LaneServer(tmp_path_factory.mktemp("lane")) as server:
-            yield server
-
-    @pytest.fixture
-    def lane(self, server: LaneServer) -> Iterator[Lane]:
-        lane = self.make_lane(server)
-        yield lane
-        lane.close()
+class SourceContract(ServerContract):
+    """The contract of a lane to a real server with an under-store."""
 
     @pytest.fixture
     def own(self, tmp_path: Path) -> Iterator[LaneServer]:

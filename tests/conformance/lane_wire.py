@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Final
 
 import pyarrow as pa
 import pytest
 
 from tests.conformance.lane import NAMESPACE, good, put, read, sample, soon
-from tests.conformance.lane_server import LaneServer
+from tests.conformance.lane_server import LaneServer, ServerContract
 from tests.integration.self_describing import content
 from tests.proxy import Fault
 from torchcache.errors import (
@@ -28,25 +27,8 @@ STREAM_BYTES: Final = sum(SIZES)
 SHORT_S: Final = 1.0
 
 
-class WireContract:
-    """Of a lane that reads what isn't resident, over `server.proxy`. `server` lives as long as the class."""
-
-    def make_lane(self, server: LaneServer) -> Lane:
-        """A lane to the server; what of it goes over the wire passes `server.proxy`."""
-        raise NotImplementedError
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaneServer]:
-        with LaneServer(tmp_path_factory.mktemp("lane")) as server:
-            yield server
-
-    @pytest.fixture
-    def lane(self, server: LaneServer) -> Iterator[Lane]:
-        lane = self.make_lane(server)
-        yield lane
-        server.proxy.fault = None
-        lane.close()
+class WireContract(ServerContract):
+    """Of a lane that reads what isn't resident, over `server.proxy`."""
 
     @pytest.fixture(scope="class")
     @classmethod

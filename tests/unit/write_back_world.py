@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pytest
 from torchcache_server.cache.saves import SaveKey
 from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.store import NamespaceUsage, StoredChunk
@@ -286,6 +287,18 @@ class Server:
 
     def upload(self, key: SaveKey = KEY) -> None:
         self.write_back.upload(key)
+
+    def upload_half(self) -> None:
+        """Uploads the shards, and is killed before the manifest."""
+
+        def fail(call: str, key: str) -> None:
+            if call == "write" and key == KEY.manifest_key:
+                raise Killed
+
+        self.under_store.fail = fail
+        with pytest.raises(Killed):
+            self.upload()
+        self.under_store.fail = lambda call, key: None
 
     def state(self, key: SaveKey = KEY) -> str:
         """State and save id of what a reader is given."""
