@@ -21,15 +21,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.fixture(scope="module")
-def shared(s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tc.Pool]:
-    with environment(s3_server.environment()), tc.LocalPool(tmp_path_factory.mktemp("pool"), "1GB") as pool:
-        yield pool
+def shared(
+    s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, tc.LocalPool]]:
+    root = tmp_path_factory.mktemp("pool")
+    local = tc.LocalPool(root, "1GB")
+    with environment(s3_server.environment()), local:
+        yield root, local
+
+
+def name_pool(monkeypatch: pytest.MonkeyPatch, root: Path, local: tc.LocalPool) -> None:
+    """As a user does."""
+    monkeypatch.setenv("TORCHCACHE_POOL", local.address)
+    monkeypatch.setenv("TORCHCACHE_TOKEN_FILE", str(root / "token"))
 
 
 @pytest.fixture
-def pool(shared: tc.Pool, s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> tc.Pool:
-    monkeypatch.setattr("torchcache.connecting.connect", lambda address: shared)
-    return shared
+def pool(shared: tuple[Path, tc.LocalPool], s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> tc.Pool:
+    name_pool(monkeypatch, *shared)
+    return shared[1].pool
 
 
 @pytest.fixture
@@ -172,8 +182,9 @@ def test_export_writes_no_byte_that_is_wrong(
     data = bytearray(s3.client.get_object(Bucket=bucket, Key=key)["Body"].read())
     data[len(data) // 2] ^= 1
     s3.client.put_object(Bucket=bucket, Key=key, Body=bytes(data))
-    with tc.LocalPool(tmp_path / "other", "300MB") as other:  # which has no good copy of its own
-        monkeypatch.setattr("torchcache.connecting.connect", lambda address: other)
+    other = tc.LocalPool(tmp_path / "other", "300MB")
+    with other:  # which has no good copy of its own
+        name_pool(monkeypatch, tmp_path / "other", other)
         for kind in ("dcp", "safetensors"):
             folder = tmp_path / kind
             assert run(["checkpoint", "export", uri, str(folder), "--to", kind]) == 1

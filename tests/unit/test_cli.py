@@ -37,7 +37,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> MemoryPool:
     pool = MemoryPool()
     for key, size in [("data/a", 1000), ("data/x/1", 500), ("data/x/2", 1500), ("top", 10)]:
         pool.put(f"s3://b/{key}", b"." * size)
-    monkeypatch.setattr("torchcache.connecting.connect", lambda address: pool)
+    monkeypatch.setattr("torchcache.cli.command.Session.pool", pool)
     monkeypatch.setenv("TORCHCACHE_POOL", "127.0.0.1:7440")
     return pool
 

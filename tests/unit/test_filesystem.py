@@ -25,7 +25,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> MemoryPool:
     pool = MemoryPool()
     for key in KEYS:
         pool.put(f"s3://b/{key}", key.encode() * 10)
-    monkeypatch.setattr("torchcache.connecting.connect", lambda given: given)
+    monkeypatch.setattr(TorchCacheFileSystem, "pool", property(lambda self: self._address))
     return pool
 
 
@@ -106,7 +106,7 @@ class TestWhatIsThere:
     def test_a_more_particular_under_store_keeps_the_paths_asked_for(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("torchcache.connecting.connect", lambda given: given)
+        monkeypatch.setattr(TorchCacheFileSystem, "pool", property(lambda self: self._address))
         pool = MemoryPool({"s3": "s3://", "data": "s3://b/data"})
         pool.put("s3://b/data/x/1", b"one")
         fs = TorchCacheFileSystem(pool)
