@@ -310,6 +310,50 @@ def test_one_that_is_being_read_stays_until_it_is_not(pool: tc.Pool, root: str) 
     assert list(states(manager)) == [3]
 
 
+def test_one_is_read_from_its_first_byte_to_its_last(pool: tc.Pool, root: str) -> None:
+    """torch opens it once for this rank's own part and once for the rest: it must not go in between."""
+
+    class Between:
+        def state_dict(self) -> dict[str, Any]:
+            with pytest.raises(tc.InUse):
+                manager.delete(1)
+            asked.append(1)
+            return {"a": torch.zeros(10)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            assert state["a"].eq(1).all()
+            asked.append(2)
+
+    asked: list[int] = []
+    manager = tc.CheckpointManager(root, pool=pool)
+    manager.save(1, {"it": {"a": torch.ones(10)}})
+    assert manager.load({"it": Between()}) == 1
+    assert asked == [1, 2]
+    manager.delete(1)
+
+
+def test_those_that_were_listed_have_gone_when_they_are_loaded(
+    pool: tc.Pool, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = tc.CheckpointManager(root, pool=pool)
+    manager.save(1, {"a": 1})
+    whole = type(manager)._restorable
+
+    def meanwhile(self: tc.CheckpointManager) -> list[int]:
+        found = whole(self)
+        monkeypatch.undo()
+        other = tc.CheckpointManager(root, keep_last=1, pool=pool)
+        other.save(2, {"a": 2})
+        other.wait_durable()
+        assert list(states(other)) == [2]
+        return found
+
+    monkeypatch.setattr(tc.CheckpointManager, "_restorable", meanwhile)
+    state = {"a": 0}
+    assert manager.load(state) == 2
+    assert state == {"a": 2}
+
+
 def test_the_last_durable_one_outlives_those_that_are_not(pool: tc.Pool, tmp_path: Path) -> None:
     """Two uploads are hindered, by folders in the way of their files."""
     manager = tc.CheckpointManager(tmp_path / "run", keep_last=1, pool=pool)

@@ -211,18 +211,25 @@ class CheckpointManager:
         has changed since, or a data loader's position is that of another number of ranks.
         """
         self._finish_pending()
-        candidates = [_checked(step)] if step is not None else self._ranks.decide(self._restorable)
-        for number in candidates:
-            uri = step_uri(self.root, number)
-            try:
-                self._ranks.decide(functools.partial(require_whole, self._pool, uri))
-                restore(self._pool, uri, state, self._ranks, rng=self._rng)
-                return number
-            except (IntegrityError, NotCommitted, ObjectNotFound) as error:
-                if step is not None:
-                    raise
-                _log.warning("step %d is passed over: %s", number, error)
+        if step is not None:
+            self._load(state, _checked(step))
+            return step
+        passed_over: set[int] = set()
+        # Those that were listed may be deleted meanwhile, as newer ones are saved.
+        while candidates := [n for n in self._ranks.decide(self._restorable) if n not in passed_over]:
+            for number in candidates:
+                try:
+                    self._load(state, number)
+                    return number
+                except (IntegrityError, NotCommitted, ObjectNotFound) as error:
+                    passed_over.add(number)
+                    _log.warning("step %d is passed over: %s", number, error)
         raise NotCommitted(f"there is no checkpoint under {self.root} that can be restored", object=self.root)
+
+    def _load(self, state: MutableMapping[str, Any], step: int) -> None:
+        uri = step_uri(self.root, step)
+        self._ranks.decide(functools.partial(require_whole, self._pool, uri))
+        restore(self._pool, uri, state, self._ranks, rng=self._rng)
 
     # ---- looking ----
 

@@ -154,6 +154,11 @@ class CacheStorageReader(StorageReader):
         done.set_result(None)
         return done
 
+    def give_hold(self) -> Hold | None:
+        """Hands the hold on what is open to the caller, to keep it for longer than one load; None of a stock one."""
+        hold, self._hold = self._hold, None
+        return hold
+
     # ---- within ----
 
     @property

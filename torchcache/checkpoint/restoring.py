@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -31,8 +32,28 @@ def restore(pool: Pool, uri: str, state: MutableMapping[str, Any], ranks: Ranks,
     """Puts the checkpoint at `uri` into `state`, see CheckpointManager.load. Called by all ranks, raises on all."""
     reader = CacheStorageReader(uri, pool=pool)
     opened: list[Metadata] = []
-    ranks.all_or_none(lambda: opened.append(reader.read_metadata()))
-    record = _read_record(reader, opened[0], state, uri, ranks)
+    with ExitStack() as until_loaded:
+
+        def open_it() -> None:
+            opened.append(reader.read_metadata())
+            # torch opens it again for every load, and the reader ends its own hold with each.
+            if (hold := reader.give_hold()) is not None:
+                until_loaded.enter_context(hold.kept())
+
+        ranks.all_or_none(open_it)
+        _load_all(reader, opened[0], uri, state, ranks, rng=rng)
+
+
+def _load_all(
+    reader: CacheStorageReader,
+    metadata: Metadata,
+    uri: str,
+    state: MutableMapping[str, Any],
+    ranks: Ranks,
+    *,
+    rng: bool,
+) -> None:
+    record = _read_record(reader, metadata, state, uri, ranks)
     if record is None and rng:
         _log.warning("%s has no state of random generators for this rank: they stay as they are", uri)
     targets: dict[str, Any] = {}
@@ -40,8 +61,8 @@ def restore(pool: Pool, uri: str, state: MutableMapping[str, Any], ranks: Ranks,
     def make_targets() -> None:
         for key, value in state.items():
             if not is_loader(value):
-                targets[key] = prepare(value, opened[0], key)
-        complete(targets, opened[0])
+                targets[key] = prepare(value, metadata, key)
+        complete(targets, metadata)
 
     ranks.all_or_none(make_targets)
     with plain_errors():
