@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -388,37 +387,6 @@ def test_a_damaged_shard_is_refused_when_it_is_indexed(pool: tc.Pool, tmp_path: 
     (tmp_path / "x.tar").write_bytes(shards.tar(range(5))[:3000])
     with pytest.raises(tc.IntegrityError, match=r"x.tar.* cut short"):
         tc.CachedIterableDataset(f"{tmp_path}/x.tar", pool=pool)
-
-
-_KILLED = """
-import os, signal, sys
-import torchcache as tc
-from torch.utils.data import DataLoader
-loader = DataLoader(tc.CachedIterableDataset(sys.argv[1]), batch_size=None, num_workers=2)
-iterator = iter(loader)
-next(iterator)
-try:
-    os.kill(iterator._workers[0].pid, signal.SIGKILL)
-    print(sum(1 for _ in iterator))
-except RuntimeError as error:
-    print(error)
-print(sum(1 for _ in loader))
-"""
-
-
-def test_a_killed_worker_is_an_error_and_no_hang(patterns: dict[str, str]) -> None:
-    """In a program of its own: torch raises from a signal handler, wherever the main thread is."""
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, patterns["tar"].replace("{0..4}", "*")],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr
-    error, count = done.stdout.splitlines()
-    assert re.search(r"exited unexpectedly|killed by signal", error)
-    assert int(count) == COUNT
 
 
 _INTERRUPTED = """

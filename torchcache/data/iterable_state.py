@@ -90,7 +90,8 @@ def of_loader(state: State) -> list[State]:
         return [state]
     if state.get("_steps_since_snapshot"):
         raise ConfigurationError(
-            "the loader's state is older than its position: make the StatefulDataLoader with snapshot_every_n_steps=1"
+            "the loader's state is older than its position: make the StatefulDataLoader with snapshot_every_n_steps=1 "
+            "and in_order=True"
         )
     snapshot = state.get("_snapshot")
     workers = snapshot.get("_worker_snapshots") if isinstance(snapshot, Mapping) else None
