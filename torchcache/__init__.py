@@ -18,6 +18,7 @@ _HOMES = {
     "CheckpointManager": "torchcache.checkpoint",
     "CachedIterableDataset": "torchcache.data",
     "collate": "torchcache.data",
+    "LocalitySampler": "torchcache.data",
     "CacheStorageReader": "torchcache.checkpoint",
     "CacheStorageWriter": "torchcache.checkpoint",
     "load_safetensors": "torchcache.checkpoint",
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
         open_safetensors,
     )
     from torchcache.connecting import connect
-    from torchcache.data import BufferPool, CachedDataset, CachedIterableDataset, collate
+    from torchcache.data import BufferPool, CachedDataset, CachedIterableDataset, LocalitySampler, collate
     from torchcache.errors import (
         AlreadyExists,
         CheckpointError,
@@ -85,6 +86,7 @@ __all__ = [
     "InUse",
     "IntegrityError",
     "LocalPool",
+    "LocalitySampler",
     "NotCommitted",
     "NotResident",
     "ObjectChanged",

@@ -38,3 +38,10 @@ def rendezvous_order(key: bytes, members: Sequence[str]) -> list[str]:
     weigh = xxhash.xxh3_64_intdigest
     seed = weigh(key)
     return [member for _, member in sorted([(-weigh(m.encode(), seed), m) for m in members])]
+
+
+def owner(key: bytes, members: Sequence[str]) -> str:
+    """The first of `rendezvous_order`, for less."""
+    weigh = xxhash.xxh3_64_intdigest
+    seed = weigh(key)
+    return min([(-weigh(m.encode(), seed), m) for m in members])[1]

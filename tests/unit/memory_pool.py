@@ -29,6 +29,8 @@ from torchcache.pool import (
 class MemoryPool:
     """What the CLI and fsspec use of `Pool`, over dicts. Buckets are the first segments of keys."""
 
+    address = "memory"
+
     def __init__(self, roots: dict[str, str] | None = None) -> None:
         self.roots = roots or {"s3": "s3://", "file": "file:///"}
         self.objects: dict[tuple[str, str], bytes] = {}
@@ -39,6 +41,8 @@ class MemoryPool:
         self.errors: dict[str, TorchCacheError] = {}  # by URI: what reading it raises
         self.reads: list[list[Extent]] = []
         self.namespaces: dict[str, NamespaceStatus] = {}
+        self.addresses: dict[str, str] | TorchCacheError = {"server": "127.0.0.1:7440"}  # by id
+        self.lanes = {"127.0.0.1:7440": "flight"}  # by address
         self.disk: dict[str, Any] = {}  # fields of its status that are to be others
 
     # ---- names ----
@@ -233,10 +237,13 @@ class MemoryPool:
         namespaces = tuple(self.namespaces.values())
         return [dataclasses.replace(server_status(self.roots), namespaces=namespaces, **self.disk)]
 
+    def servers(self) -> dict[str, str]:
+        if isinstance(self.addresses, TorchCacheError):
+            raise self.addresses
+        return self.addresses
+
     def statistics(self) -> PoolStatistics:
-        return PoolStatistics(
-            lanes={"127.0.0.1:7440": "flight"}, lane_reasons={"127.0.0.1:7440": "it is far away"}
-        )
+        return PoolStatistics(lanes=self.lanes, lane_reasons={"127.0.0.1:7440": "it is far away"})
 
     def unreachable(self) -> list[str]:
         return []

@@ -5,5 +5,13 @@ from torchcache.data.buffer_pool import BufferPool
 from torchcache.data.cached import CachedDataset
 from torchcache.data.iterable import CachedIterableDataset
 from torchcache.data.prefetch import Prefetch
+from torchcache.data.sampler import LocalitySampler
 
-__all__ = ["BufferPool", "CachedDataset", "CachedIterableDataset", "Prefetch", "collate"]
+__all__ = [
+    "BufferPool",
+    "CachedDataset",
+    "CachedIterableDataset",
+    "LocalitySampler",
+    "Prefetch",
+    "collate",
+]

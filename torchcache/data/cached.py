@@ -23,6 +23,7 @@ from torchcache.data.samples import Samples
 from torchcache.errors import ConfigurationError
 from torchcache.model import SAVE_PREFIX
 from torchcache.pool import Pool, Residency
+from torchcache.pool.routing import main_owner
 
 if TYPE_CHECKING:
     from torchcache.local_pool import LocalPool
@@ -75,7 +76,8 @@ class CachedDataset(Dataset[Any]):
             raise ConfigurationError(
                 f"version= must not be empty or start with {SAVE_PREFIX!r}, it is {label!r}"
             )
-        self._set_up(ComputedSamples(connect(pool), dataset, name, label, encoding), transform)
+        connected = connect(pool)
+        self._set_up(connected, ComputedSamples(connected, dataset, name, label, encoding), transform)
 
     @classmethod
     def from_files(
@@ -114,11 +116,13 @@ class CachedDataset(Dataset[Any]):
         kind: Callable[..., FileSamples] = (
             FileSamples if record_bytes is None else partial(FileRecords, record_bytes=record_bytes)
         )
-        samples = kind(connect(pool), uri, pattern, decode=decode, output=output, buffers=buffers)
-        dataset._set_up(samples, transform)
+        connected = connect(pool)
+        samples = kind(connected, uri, pattern, decode=decode, output=output, buffers=buffers)
+        dataset._set_up(connected, samples, transform)
         return dataset
 
-    def _set_up(self, samples: Samples, transform: Transform | None) -> None:
+    def _set_up(self, pool: Pool, samples: Samples, transform: Transform | None) -> None:
+        self._pool = pool
         self._samples = samples
         self._transform = transform
 
@@ -144,6 +148,15 @@ class CachedDataset(Dataset[Any]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self._samples.describe()}"
+
+    def owners(self, indices: Sequence[int], servers: Sequence[str]) -> list[str]:
+        """Of each sample the server that owns most of it, were `servers`, by id, the pool's."""
+        return [main_owner(extent, servers) for extent in self._samples.extents(indices)]
+
+    @property
+    def pool(self) -> Pool:
+        """The pool that the samples are cached in."""
+        return self._pool
 
     def keys(self) -> list[str]:
         """The samples' keys relative to the URI of `from_files`, in order: for labels that stand in paths.

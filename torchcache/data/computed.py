@@ -79,6 +79,9 @@ class ComputedSamples:
             records |= fresh
         return [self._take(i, samples, records) for i in indices]
 
+    def extents(self, indices: Sequence[int]) -> list[Extent]:
+        return [Extent(self._object(index)) for index in indices]
+
     def _ask(
         self, indices: Sequence[int], *, whole: bool
     ) -> tuple[dict[int, memoryview], dict[int, TorchCacheError]]:

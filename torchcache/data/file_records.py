@@ -39,7 +39,7 @@ class FileRecords(FileSamples):
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
-    def _extents(self, indices: Sequence[int]) -> list[Extent]:
+    def extents(self, indices: Sequence[int]) -> list[Extent]:
         records = np.asarray(indices, dtype=np.int64)
         files = np.searchsorted(self._firsts, records, side="right") - 1
         offsets = ((records - self._firsts[files]) * self._record_bytes).tolist()

@@ -71,7 +71,7 @@ class FileSamples:
     def read(self, indices: Sequence[int]) -> list[Any]:
         if not indices:
             return []
-        extents = self._extents(indices)
+        extents = self.extents(indices)
         if self._output in ("numpy", "tensor"):
             sizes = [extent.end - extent.offset for extent in extents]
             landing = Landing(sizes, self._buffers or default_buffers)
@@ -84,8 +84,7 @@ class FileSamples:
         keep_freed_memory()  # 29 MB of bytes a batch
         return [*map(_as_bytes, self._read(extents, None, as_bytes=True))]
 
-    def _extents(self, indices: Sequence[int]) -> list[Extent]:
-        """Where the samples lie."""
+    def extents(self, indices: Sequence[int]) -> list[Extent]:
         return list(map(Extent, self._manifest.take(indices)))
 
     def _read(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from torchcache.model import ObjectInfo
+from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, Residency
 
 OnProgress = Callable[[int, int], None]
@@ -25,6 +25,9 @@ class Samples(Protocol):
 
     def read(self, indices: Sequence[int]) -> list[Any]:
         """The samples of `indices`, in order, by one call to the pool. Each is the caller's own."""
+
+    def extents(self, indices: Sequence[int]) -> list[Extent]:
+        """Where the samples lie."""
 
     def stage(
         self, indices: Sequence[int], *, on_progress: OnProgress, cancelled: Callable[[], bool]

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from torchcache.errors import TorchCacheError
+from torchcache.errors import ServerUnavailable, TorchCacheError
 from torchcache.lanes.base import Buffer, ReadOptions
 from torchcache.model import Extent, ObjectId, ObjectInfo
 from torchcache.pool import policies, staging
@@ -23,6 +23,7 @@ from torchcache.pool.reports import (
     ServerStatus,
     server_status,
 )
+from torchcache.pool.retry import Retry
 from torchcache.pool.saves import Saves
 from torchcache.pool.session import Session
 from torchcache.pool.writes import Writing
@@ -296,6 +297,22 @@ class Pool:
         """How every server is. Raises ServerUnavailable if one that answered before no longer does."""
         asked = self._session().ask_each("GetStatus", cache_pb2.StatusRequest(), timeout_s=STATUS_S)
         return [server_status(one.reply, one.member.address) for one in asked]
+
+    def servers(self) -> dict[str, str]:
+        """All servers: their addresses by their ids, which placement goes by. In the order of the pool's address.
+
+        Raises ServerUnavailable if there is one that hasn't said its id.
+        """
+        session = self._session()
+        deadline = time.monotonic() + STATUS_S
+        members = session.first_members(Retry(session.budget, deadline), deadline)
+        found = {server_id: member.address for server_id, member in members.by_id.items()}
+        if strangers := sorted(set(members.missing) - set(found.values())):
+            raise ServerUnavailable(
+                f"{', '.join(strangers)} can't be reached, so it can't be told what lies there",
+                server=", ".join(strangers),
+            )
+        return found
 
     def unreachable(self) -> list[str]:
         """The addresses of servers that did not answer when last asked: others stand in for them."""

@@ -1,0 +1,181 @@
+"""LocalitySampler: DistributedSampler's global batches, handed out so that most samples are read where they lie."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+from torchcache.data.cached import CachedDataset
+from torchcache.data.locality import Ints, handed_out, local_share, rank_hosts, server_nodes
+from torchcache.errors import ConfigurationError
+
+_log = logging.getLogger("torchcache")
+
+_UNKNOWN = -2
+
+
+class LocalitySampler(StatefulDistributedSampler):  # type: ignore[misc]  # torchdata has no types
+    """Each global batch has the members that torch's DistributedSampler would give it; locality decides who gets which.
+
+    Where samples lie follows from their names and the pool's servers, so all ranks come to the same by themselves. What
+    a rank reads is local to its node where that is possible with even ranks. Use it as a DistributedSampler:
+    `set_epoch`, `DataLoader(sampler=)`, and `StatefulDataLoader`, which keeps its place.
+    """
+
+    def __init__(  # noqa: PLR0917 - torch's own
+        self,
+        dataset: Dataset[Any],
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        *,
+        batch_size: int = 1,
+        hosts: Sequence[str] | None = None,
+    ) -> None:
+        """`dataset` is a CachedDataset, or Subset or ConcatDataset of some; what stands before `*` is as torch has it.
+
+        `batch_size` is the loader's, of one rank: samples are exchanged between ranks within `num_replicas` times so
+        many. With 1 few can be.
+
+        `hosts` names for each rank the host it runs on, as the pool's address does ("node0", or "node0:7440" where
+        several servers are on one host). By default the ranks are spread evenly over the servers' hosts, in the order
+        of the pool's address, as torchrun numbers them. These and the pool's address must be the same on all ranks.
+
+        Raises ConfigurationError: another kind of dataset, hosts that don't fit. Raises ServerUnavailable if a server
+        has yet to be met: where its samples lie can't be told, and ranks might think differently.
+        """
+        super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
+        if batch_size < 1:
+            raise ConfigurationError(f"batch_size={batch_size}: it is a number of samples above 0")
+        self.batch_size = batch_size
+        pool = _first(dataset).pool
+        servers = pool.servers()
+        hosts = rank_hosts(hosts, servers, self.num_replicas)
+        nodes = server_nodes(hosts, servers)
+        self._servers = list(servers)
+        self._node_of = np.array([nodes[server] for server in self._servers])
+        self._ranks = np.array([list(dict.fromkeys(hosts)).index(host) for host in hosts])
+        self._owners = np.full(len(dataset), _UNKNOWN, np.int16)  # type: ignore[arg-type]
+        self._placement = xxhash.xxh3_64_hexdigest(
+            repr((sorted(nodes.items()), self._ranks.tolist(), batch_size)).encode()
+        )
+        here = {
+            server for server, address in servers.items() if pool.statistics().lanes.get(address) == "local"
+        }
+        if here and not any(nodes[server] == self._ranks[self.rank] for server in here):
+            _log.warning(
+                "rank %d runs on the host of %s, but LocalitySampler takes it to be on %s: give hosts=",
+                *(self.rank, servers[min(here)], hosts[self.rank]),
+            )
+
+    def __iter__(self) -> Iterator[int]:
+        """The rank's samples, from where the state loaded last says."""
+        self.yielded = self.next_yielded or 0
+        self.next_yielded: int | None = None
+        order = self._order()
+        step = self.batch_size * self.num_replicas
+        skip = self.yielded % self.batch_size
+        for start in range(self.yielded // self.batch_size * step, len(order), step):
+            batch = order[start : start + step]
+            mine = batch[handed_out(self._nodes(batch), self._ranks) == self.rank]
+            for index in mine[skip:].tolist():
+                self.yielded += 1
+                yield index
+            skip = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many samples this rank had of its epoch, and how they were handed out."""
+        return {**super().state_dict(), "batch_size": self.batch_size, "placement": self._placement}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from `state_dict`, a StatefulDistributedSampler's too, when next iterated.
+
+        With other servers, ranks' hosts or another batch size that is possible where a global batch ends, both before
+        and now. Raises ConfigurationError elsewhere: samples would be lost or repeated.
+        """
+        super().load_state_dict(state_dict)
+        before = state_dict.get("batch_size", 1)
+        had = state_dict[self._YIELDED]
+        if state_dict.get("placement") != self._placement and (had % before or had % self.batch_size):
+            self.next_yielded = None
+            raise ConfigurationError(
+                f"the state is of {had} samples into the epoch, within a global batch (of {before} a rank, now "
+                f"{self.batch_size}), and servers, hosts or batch size have changed since: which rank has had which "
+                "can't be told. Resume with those of then, or from a state between batches"
+            )
+
+    def local_share(self) -> float:
+        """The part of all ranks' samples of this epoch that lie on the node of the rank that reads them."""
+        order = self._order()
+        step = self.batch_size * self.num_replicas
+        local = 0.0
+        for start in range(0, len(order), step):
+            nodes = self._nodes(order[start : start + step])
+            local += local_share(nodes, self._ranks, handed_out(nodes, self._ranks)) * len(nodes)
+        return local / len(order) if len(order) else 1.0
+
+    def _order(self) -> Ints:
+        """The samples of all ranks in the order of DistributedSampler: rank r's are every R-th from r on."""
+        count = len(self.dataset)
+        if self.shuffle:
+            generator = torch.Generator()
+            generator.manual_seed(self.seed + self.epoch)
+            order = torch.randperm(count, generator=generator).numpy()
+        else:
+            order = np.arange(count)
+        return np.resize(order, self.total_size) if count else order
+
+    def _nodes(self, indices: Ints) -> Ints:
+        """On which node each sample lies. Asked once of each: it takes some microseconds."""
+        new = np.unique(indices[self._owners[indices] == _UNKNOWN])
+        if len(new):
+            number = {server: at for at, server in enumerate(self._servers)}
+            owners = _owners(self.dataset, new.tolist(), self._servers)
+            self._owners[new] = [number[owner] for owner in owners]
+        return self._node_of[self._owners[indices]]
+
+
+def _first(dataset: Any) -> CachedDataset:
+    """The (first) cached dataset in `dataset`. Raises ConfigurationError if it is of another kind."""
+    if isinstance(dataset, Subset):
+        return _first(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        parts = [_first(part) for part in dataset.datasets]
+        if len({part.pool.address for part in parts}) > 1:
+            raise ConfigurationError("LocalitySampler needs datasets of one pool; these are of several")
+        return parts[0]
+    if not isinstance(dataset, CachedDataset):
+        raise ConfigurationError(
+            "LocalitySampler is for a CachedDataset, or a Subset or ConcatDataset of some; not for "
+            f"{type(dataset).__name__}"
+        )
+    return dataset
+
+
+def _owners(dataset: Any, indices: Sequence[int], servers: Sequence[str]) -> Sequence[str]:
+    """Of each sample the server that owns it."""
+    if isinstance(dataset, Subset):
+        return _owners(dataset.dataset, [dataset.indices[index] for index in indices], servers)
+    if isinstance(dataset, ConcatDataset):
+        ends = np.array(dataset.cumulative_sizes)
+        parts = np.searchsorted(ends, indices, side="right")
+        starts = np.concatenate(([0], ends))
+        # `indices` come sorted: the parts follow each other.
+        return [
+            owner
+            for part in np.unique(parts)
+            for owner in _owners(
+                dataset.datasets[part], (np.asarray(indices)[parts == part] - starts[part]).tolist(), servers
+            )
+        ]
+    owners: Sequence[str] = dataset.owners(indices, servers)
+    return owners
