@@ -7,9 +7,8 @@ PYTEST := $(BIN)/python -m pytest
 
 PROOFS := $(CURDIR)/.proofs
 
-# One after the other: side by side (WORKERS=2) it takes two thirds of the time, but a few tests still depend on what ran
-# before them in their process.
-WORKERS ?= 0
+# As many side by side as there are cores; WORKERS=0 runs one after the other, in this process.
+WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses=8 --dist worksteal
 
 .PHONY: demo test test-long reliability bench lint format proto clean

@@ -167,7 +167,7 @@ def test_fifty_saves_take_no_more_memory_than_two(shared: bool) -> None:
 
 def _stage_fifty_times(shared: bool) -> None:
     stager = Stager(shared=shared)
-    tensors = {f"w{i}": torch.ones(MIB) for i in range(8)}  # 32 MiB
+    tensors = {f"w{i}": torch.ones(MIB) for i in range(4)}  # 16 MiB
     size = sum(tensor.nbytes for tensor in tensors.values())
     before = resident_bytes()
     stager.stage(tensors)
