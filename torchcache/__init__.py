@@ -19,6 +19,7 @@ _HOMES = {
     "CachedIterableDataset": "torchcache.data",
     "collate": "torchcache.data",
     "LocalitySampler": "torchcache.data",
+    "SourceNode": "torchcache.data.nodes",
     "CacheStorageReader": "torchcache.checkpoint",
     "CacheStorageWriter": "torchcache.checkpoint",
     "load_safetensors": "torchcache.checkpoint",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     )
     from torchcache.connecting import connect
     from torchcache.data import BufferPool, CachedDataset, CachedIterableDataset, LocalitySampler, collate
+    from torchcache.data.nodes import SourceNode
     from torchcache.errors import (
         AlreadyExists,
         CheckpointError,
@@ -95,6 +97,7 @@ __all__ = [
     "Overloaded",
     "Pool",
     "ServerUnavailable",
+    "SourceNode",
     "TlsConfig",
     "TorchCacheError",
     "TransientError",
