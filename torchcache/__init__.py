@@ -19,7 +19,7 @@ _HOMES = {
     "CachedIterableDataset": "torchcache.data",
     "collate": "torchcache.data",
     "LocalitySampler": "torchcache.data",
-    "SourceNode": "torchcache.data.nodes",
+    "SourceNode": "torchcache.data",
     "CacheStorageReader": "torchcache.checkpoint",
     "CacheStorageWriter": "torchcache.checkpoint",
     "load_safetensors": "torchcache.checkpoint",
@@ -51,8 +51,14 @@ if TYPE_CHECKING:
         open_safetensors,
     )
     from torchcache.connecting import connect
-    from torchcache.data import BufferPool, CachedDataset, CachedIterableDataset, LocalitySampler, collate
-    from torchcache.data.nodes import SourceNode
+    from torchcache.data import (
+        BufferPool,
+        CachedDataset,
+        CachedIterableDataset,
+        LocalitySampler,
+        SourceNode,
+        collate,
+    )
     from torchcache.errors import (
         AlreadyExists,
         CheckpointError,

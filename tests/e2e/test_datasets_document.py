@@ -1,4 +1,4 @@
-"""What docs/datasets.md shows is run, in its order, over a bucket that has what it speaks of."""
+"""What docs/datasets.md and docs/coming-from.md show is run, over a bucket that has what they speak of."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import webdataset as wds
 
 import torchcache as tc
 from examples.seaweedfs import SeaweedFS
 from tests.unit import shards
+from torchcache.filesystem import TorchCacheFileSystem
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "datasets.md"
+DOCUMENTS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture
@@ -47,15 +50,33 @@ def texts(numbers: range) -> bytes:
     return b"".join(b'{"text": "text %d"}\n' % n for n in numbers)
 
 
-def test_the_document_runs(bucket: str) -> None:
-    text = DOCUMENT.read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 8
-    code = "\n".join(blocks).replace("s3://bucket/", f"s3://{bucket}/")
-    found: dict[str, Any] = {"__name__": "document"}
+def run(name: str, bucket: str) -> dict[str, Any]:
+    """What stands in the names of a document's code when all of it has run."""
+    document = DOCUMENTS / name
+    blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+    code = re.sub("(s3://|/s3/)bucket/", rf"\1{bucket}/", "\n".join(blocks))
+    found: dict[str, Any] = {"__name__": "document", "blocks": len(blocks)}
+    exec(compile(code, str(document), "exec"), found)
+    return found
+
+
+def test_the_documents_run(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setitem(wds.gopen_schemes, "torchcache", None)  # the document sets it
+    TorchCacheFileSystem.clear_instance_cache()
     with tc.LocalPool():
-        exec(compile(code, str(DOCUMENT), "exec"), found)
-        assert sorted(found["pairs"]) == sorted((n + 2, n % 7) for n in range(40))
+        found = run("datasets.md", bucket)
+        assert found["blocks"] >= 5
         assert len(found["rest"]) == 40 - 4 * 4
-        assert sorted(row["n"] for row in found["rows"]) == list(range(40))
-        assert found["classes"] == ["cat", "dog"] and found["labels"] == [0, 0, 1, 1]
+
+        found = run("coming-from.md", bucket)
+        assert found["blocks"] >= 8
+        assert sorted(found["pairs"]) == sorted((n + 2, n % 7) for n in range(40))
+        assert sorted(found["sizes"]) == [n + 2 for n in range(40)]
+        assert found["labels_of_all"] == [n % 7 for n in range(40)]
+        assert len(found["left"]) == len(set(found["left"])) == 40 - 2 * 8
+        assert sorted(torch.cat(found["token_batches"])[:, 0].tolist()) == list(range(24))
+        assert found["folder"].__getitems__([0, 3]) == [(b"image", 0), (b"image", 1)]
+        assert found["first_row"] == {"n": 0, "text": "t0"}
+    TorchCacheFileSystem.clear_instance_cache()

@@ -4,6 +4,7 @@ from torchcache.data.batching import collate
 from torchcache.data.buffer_pool import BufferPool
 from torchcache.data.cached import CachedDataset
 from torchcache.data.iterable import CachedIterableDataset
+from torchcache.data.nodes import SourceNode
 from torchcache.data.prefetch import Prefetch
 from torchcache.data.sampler import LocalitySampler
 
@@ -13,5 +14,6 @@ __all__ = [
     "CachedIterableDataset",
     "LocalitySampler",
     "Prefetch",
+    "SourceNode",
     "collate",
 ]
