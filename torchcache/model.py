@@ -8,7 +8,6 @@ placement. Within a chunk every *block* of `BLOCK_BYTES` has a checksum of its o
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -72,6 +71,12 @@ class ObjectId:
         return f"{self.store}/{self.key}@{self.version}"
 
     @property
+    def fields(self) -> tuple[str, str, str]:
+        """The three fields. Of an id `from_encoded` for less than one by one costs, where it is done once."""
+        known = self.__dict__
+        return (self.store, self.key, self.version) if "store" in known else _decoded(known["_encoded"])
+
+    @property
     def encoded(self) -> bytes:
         """The three fields, each behind its length (u32 little-endian): equal only for equal ids."""
         # Kept in the instance by hand: functools.cached_property takes a lock, and this is asked for every chunk read.
@@ -99,12 +104,12 @@ class ObjectId:
         return self.version.startswith(SAVE_PREFIX)
 
 
-def _decoded(encoded: bytes) -> Iterator[str]:
-    at = 0
-    while at < len(encoded):
-        start = at + _U32_BYTES
-        at = start + int.from_bytes(encoded[at:start], "little")
-        yield str(encoded[start:at], "utf-8")
+def _decoded(encoded: bytes) -> tuple[str, str, str]:
+    store_end = _U32_BYTES + int.from_bytes(encoded[:_U32_BYTES], "little")
+    key = store_end + _U32_BYTES
+    key_end = key + int.from_bytes(encoded[store_end:key], "little")
+    version = key_end + _U32_BYTES
+    return encoded[_U32_BYTES:store_end].decode(), encoded[key:key_end].decode(), encoded[version:].decode()
 
 
 class ObjectInfo(NamedTuple):

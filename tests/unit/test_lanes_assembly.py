@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.conformance.standin import pieces_of
 from torchcache.errors import ConfigurationError, IntegrityError, ServerUnavailable, TorchCacheError
-from torchcache.lanes.assembly import Assembly
+from torchcache.lanes.assembly import Arrivals
 from torchcache.model import (
     BLOCK_BYTES,
     CHUNK_BYTES,
@@ -23,20 +23,23 @@ from torchcache.model import (
     ObjectInfo,
     chunk_digest,
 )
-from torchcache.wire.codec import Piece, failed_piece
+from torchcache.wire.codec import Piece, encode_pieces, failed_piece
 from torchcache.wire.status import encode_error
 
 ID = ObjectId("s3", "bucket/key", "v1")
 DATA = random.Random(1).randbytes(2 * CHUNK_BYTES + 3 * BLOCK_BYTES + 5)
+SMALL = ObjectInfo(ID, BLOCK_BYTES + 5)
+"""The first bytes of DATA, in one chunk."""
 
 
 def outcome(
     extent: Extent, pieces: list[Piece], into: memoryview | None = None
 ) -> memoryview | TorchCacheError:
-    assembly = Assembly(extent, into)
+    arrivals = Arrivals([extent], [into], "server")
     for piece in pieces:
-        assembly.add(piece, "server")
-    return assembly.outcome(None, "server")
+        arrivals.take(encode_pieces([piece]))
+    (found,) = arrivals.outcomes(None)
+    return found
 
 
 def good(start: int, end: int, data: bytes = DATA) -> list[Piece]:
@@ -102,12 +105,18 @@ LIES: dict[str, Callable[[list[Piece]], list[Piece]]] = {
     "not whole after all": lambda p: [changed(p[0], whole=False), *p[1:]],
 }
 
+NO_LIES = {("pieces swapped", SMALL.size)}
+"""There is one piece only."""
 
-@pytest.mark.parametrize("lie", LIES)
+
+@pytest.mark.parametrize(
+    ("lie", "size"),
+    [(lie, size) for lie in LIES for size in (len(DATA), SMALL.size) if (lie, size) not in NO_LIES],
+)
 @pytest.mark.parametrize("known", [True, False])
-def test_a_lie_is_found_out(lie: str, known: bool) -> None:
-    info = ObjectInfo(ID, len(DATA) if known else UNKNOWN_SIZE)
-    found = outcome(Extent(info), LIES[lie](good(0, len(DATA))))
+def test_a_lie_is_found_out(lie: str, size: int, known: bool) -> None:
+    info = ObjectInfo(ID, size if known else UNKNOWN_SIZE)
+    found = outcome(Extent(info), LIES[lie](good(0, size, DATA[:size])))
     assert isinstance(found, IntegrityError)
     assert found.object == str(ID)
     assert found.server == "server"
@@ -130,14 +139,15 @@ def test_the_servers_error_is_the_extents() -> None:
 
 
 def test_what_came_before_the_stream_broke_is_good() -> None:
-    whole, half = (Assembly(Extent(ObjectInfo(ID, len(DATA))), None) for _ in range(2))
+    arrivals = Arrivals([Extent(ObjectInfo(ID, len(DATA)))] * 2 + [Extent(SMALL)] * 2, [None] * 4, "server")
     pieces = good(0, len(DATA))
-    for piece in pieces:
-        whole.add(piece, "server")
-    half.add(pieces[0], "server")
+    (small,) = good(0, SMALL.size, DATA[: SMALL.size])
+    half = pieces[0]._replace(extent=1)
+    arrivals.take(encode_pieces([*pieces, half, small._replace(extent=2)]))
     broken = ServerUnavailable("broken off")
-    assert bytes(whole.outcome(broken, "server")) == DATA  # type: ignore[arg-type]
-    assert half.outcome(broken, "server") is broken
+    *came, left, missing = (arrivals.outcomes(broken)[place] for place in (0, 2, 1, 3))
+    assert [bytes(view) for view in came] == [DATA, DATA[: SMALL.size]]  # type: ignore[arg-type]
+    assert left is missing is broken
 
 
 def test_one_piece_is_not_copied() -> None:

@@ -2,16 +2,101 @@
 
 Every piece is verified against its checksums, must continue where the last one ended, stay inside its chunk, and speak
 of an object of the size we know. One piece becomes a view into what came; several are put together in one buffer.
+
+A small object that comes whole, as a training batch consists of, is landed in a few lines of `Arrivals`; whatever
+isn't just that goes through an `Assembly`, which also finds the words for what is wrong.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
 import pyarrow as pa
 
 from torchcache.errors import ConfigurationError, IntegrityError, TorchCacheError
 from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, UNKNOWN_SIZE, Extent
-from torchcache.wire.codec import Piece
+from torchcache.wire.codec import Piece, decode_pieces, is_intact
 from torchcache.wire.status import decode_error
+
+_LARGE_BYTES: Final = 1 << 18
+"""From here on it pays to let other threads run while bytes are copied."""
+
+
+class Arrivals:
+    """What one call brings: an outcome for each of `extents`, in the memory of `into` where that has some."""
+
+    def __init__(self, extents: Sequence[Extent], into: Sequence[memoryview | None], server: str) -> None:
+        self._extents = extents
+        self._into = into
+        self._server = server
+        self._landed: list[memoryview | TorchCacheError | None] = [None] * len(extents)
+        self._assemblies: dict[int, Assembly] = {}
+
+    def take(self, batch: pa.RecordBatch) -> None:
+        """Lands the pieces of one batch. Raises IntegrityError for a batch that can't be read."""
+        landed, assemblies = self._landed, self._assemblies
+        for piece in decode_pieces(batch):
+            number = piece[0]
+            if number >= len(landed):
+                message = f"the answer speaks of extent {number}, which was not asked for"
+                raise IntegrityError(message, server=self._server)
+            if landed[number] is not None:
+                landed[number] = self._too_many(number)
+            elif number in assemblies or not self._land_whole(piece):
+                assembly = assemblies.get(number)
+                if assembly is None:
+                    assembly = assemblies[number] = Assembly(self._extents[number], self._into[number])
+                assembly.add(piece, self._server)
+
+    def _land_whole(self, piece: Piece) -> bool:
+        """Whether the piece is all of a small object, as it was asked for, and intact; then it has landed."""
+        number, object_size, offset, whole, digests, data, error = piece
+        (_, size), start, length = self._extents[number]
+        target = self._into[number]
+        if (
+            not (whole and error is None and offset == start == 0)
+            or not data.size == object_size == size
+            or length not in (-1, size)
+            or not 0 < size <= CHUNK_BYTES
+            or (target is not None and len(target) < size)
+            or not is_intact(data, digests)
+        ):
+            return False
+        view = memoryview(data).cast("B")  # Arrow's bytes are signed, which Python will not assign to its own
+        if target is None:
+            self._landed[number] = view.toreadonly()
+        else:
+            filled = target if len(target) == size else target[:size]
+            copy(view, filled)
+            self._landed[number] = filled
+        return True
+
+    def _too_many(self, number: int) -> IntegrityError:
+        return IntegrityError(
+            "more came of an object than it has",
+            object=str(self._extents[number].object.id),
+            server=self._server,
+        )
+
+    def outcomes(self, failure: TorchCacheError | None) -> list[memoryview | TorchCacheError]:
+        """Of each extent its bytes, or its own error, or what ended the stream (`failure`) before it was complete."""
+        return [
+            self._assembly(number).outcome(failure, self._server) if found is None else found
+            for number, found in enumerate(self._landed)
+        ]
+
+    def _assembly(self, number: int) -> Assembly:
+        return self._assemblies.get(number) or Assembly(self._extents[number], self._into[number])
+
+
+def copy(source: memoryview, target: memoryview) -> None:
+    """Copies bytes into a buffer of the same length; many of them without the interpreter lock."""
+    if len(source) < _LARGE_BYTES:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def check_piece(piece: Piece, object_size: int) -> None:
@@ -60,23 +145,9 @@ class Assembly:
             return
         try:
             piece.verify()
-            if self._is_all_of_it(piece):
-                self._view, self._position = memoryview(piece.data).cast("B").toreadonly(), self._end
-            else:
-                self._place(piece)
+            self._place(piece)
         except (IntegrityError, ConfigurationError) as error:
             self.error = type(error)(error.message, object=str(self._extent.object.id), server=server)
-
-    def _is_all_of_it(self, piece: Piece) -> bool:
-        """Whether the piece is a small object, whole, and that is what was asked for: the most common case by far."""
-        return (
-            piece.data.size == piece.object_size == self._size == self._end
-            and piece.whole
-            and 0 < self._size <= CHUNK_BYTES
-            and piece.offset == self._position == 0
-            and self._view is None
-            and self._into is None
-        )
 
     def _place(self, piece: Piece) -> None:
         if self._size == UNKNOWN_SIZE:
@@ -127,7 +198,7 @@ class Assembly:
                 self._buffer = self._into[:length]
             self._view = self._buffer if self._into is not None else self._buffer.toreadonly()
         at = self._position - start
-        self._buffer[at : at + len(part)] = part
+        copy(part, self._buffer[at : at + len(part)])
 
     def outcome(self, failure: TorchCacheError | None, server: str) -> memoryview | TorchCacheError:
         """The bytes, or the extent's own error, or what ended the stream (`failure`) before it was complete."""

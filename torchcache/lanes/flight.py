@@ -13,12 +13,12 @@ from google.protobuf.message import DecodeError
 from torchcache.errors import DeadlineExceeded, IntegrityError, ServerUnavailable, TorchCacheError
 from torchcache.heap import keep_freed_memory
 from torchcache.lanes.access import Access
-from torchcache.lanes.assembly import Assembly
+from torchcache.lanes.assembly import Arrivals
 from torchcache.lanes.base import Outcome, ReadOptions, Row, contiguous
 from torchcache.lanes.connections import Connections, connections
 from torchcache.model import Extent, ObjectInfo, chunk_digest
 from torchcache.wire import liveness
-from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, WRITE_SCHEMA, decode_pieces, encode_chunks
+from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, WRITE_SCHEMA, encode_chunks
 from torchcache.wire.status import error_from_flight
 from torchcache.wire.v1 import cache_pb2
 
@@ -57,19 +57,17 @@ class FlightLane:
         deadline: float,
     ) -> list[Outcome]:
         """See `Lane.read`."""
-        assemblies = [Assembly(extent, buffer) for extent, buffer in zip(extents, into, strict=True)]
+        arrivals = Arrivals(extents, into, self._server)
         failure: TorchCacheError | None = None
         try:
-            self._stream(assemblies, read_request(extents, options, deadline), deadline)
+            self._stream(arrivals, read_request(extents, options, deadline), deadline)
         except TorchCacheError as error:
             failure = error
         except (pa.ArrowException, OSError) as error:
             failure = foreign(error, self._server)
-        return [assembly.outcome(failure, self._server) for assembly in assemblies]
+        return arrivals.outcomes(failure)
 
-    def _stream(
-        self, assemblies: Sequence[Assembly], request: cache_pb2.ReadRequest, deadline: float
-    ) -> None:
+    def _stream(self, arrivals: Arrivals, request: cache_pb2.ReadRequest, deadline: float) -> None:
         """One do_get. No reference to the client or the stream may outlive the call, not even in a traceback."""
         with self._connections.call():
             client = reader = None
@@ -78,22 +76,13 @@ class FlightLane:
                 reader = client.do_get(fl.Ticket(request.SerializeToString()), self._options(deadline))
                 for received in reader:
                     if received.data is not None:
-                        self._take(assemblies, received.data)
+                        arrivals.take(received.data)
             except BaseException:
                 if reader is not None:
                     reader.cancel()
                 raise
             finally:
                 del client, reader
-
-    def _take(self, assemblies: Sequence[Assembly], batch: pa.RecordBatch) -> None:
-        server = self._server
-        for piece in decode_pieces(batch):
-            if piece.extent >= len(assemblies):
-                raise IntegrityError(
-                    f"the answer speaks of extent {piece.extent}, which was not asked for", server=server
-                )
-            assemblies[piece.extent].add(piece, server)
 
     def write(
         self,
@@ -189,12 +178,10 @@ def object_refs(objects: Sequence[ObjectInfo]) -> tuple[list[cache_pb2.ObjectRef
     refs: list[cache_pb2.ObjectRef] = []
     index = []
     for info in objects:
-        id_ = info.id
         place = places.setdefault(id(info), len(refs))
         if place == len(refs):
-            refs.append(
-                cache_pb2.ObjectRef(store=id_.store, key=id_.key, version=id_.version, size=info.size)
-            )
+            store, key, version = info.id.fields
+            refs.append(cache_pb2.ObjectRef(store=store, key=key, version=version, size=info.size))
         index.append(place)
     return refs, index
 
