@@ -87,8 +87,8 @@ def failed_piece(extent: int, error: str) -> Piece:
     return Piece(extent, 0, 0, False, b"", EMPTY, error)
 
 
-_VIEW: Final = struct.Struct("<I4sII")  # size, first four bytes, number of the variadic buffer, offset in it
-_INLINE_VIEW: Final = struct.Struct("<I12s")
+_WORD: Final = struct.Struct("<I")
+_INLINE: Final = struct.Struct("<3I")
 
 
 def binary_view_array(buffers: Sequence[pa.Buffer]) -> pa.Array:
@@ -96,16 +96,19 @@ def binary_view_array(buffers: Sequence[pa.Buffer]) -> pa.Array:
 
     Layout: https://arrow.apache.org/docs/format/Columnar.html#variable-size-binary-view-layout
     """
-    views = bytearray()
+    words: list[
+        int
+    ] = []  # a view is four: size, first four bytes, number of the variadic buffer, offset in it
     variadic: list[pa.Buffer] = []
     for buffer in buffers:
         size = buffer.size
-        if size <= 12:
-            views += _INLINE_VIEW.pack(size, bytes(buffer))
+        if size <= 12:  # the bytes themselves stand behind the size
+            words += (size, *_INLINE.unpack(bytes(buffer).ljust(12, b"\0")))
         else:
-            views += _VIEW.pack(size, bytes(memoryview(buffer)[:4]), len(variadic), 0)
+            words += (size, _WORD.unpack_from(buffer)[0], len(variadic), 0)
             variadic.append(buffer)
-    return pa.Array.from_buffers(pa.binary_view(), len(buffers), [None, pa.py_buffer(views), *variadic])
+    views = pa.py_buffer(struct.pack(f"<{len(words)}I", *words))
+    return pa.Array.from_buffers(pa.binary_view(), len(buffers), [None, views, *variadic])
 
 
 def binary_view_buffers(array: pa.Array) -> list[pa.Buffer]:
@@ -149,26 +152,27 @@ def _bits(values: Sequence[bool]) -> pa.Buffer:
 
 
 def _strings(kind: pa.DataType, values: Sequence[bytes | None]) -> pa.Array:
-    offsets = struct.pack(
-        f"<{len(values) + 1}i", 0, *accumulate(0 if value is None else len(value) for value in values)
-    )
     present = None if None not in values else _bits([value is not None for value in values])
-    data = b"".join(value for value in values if value)
+    rows = [value or b"" for value in values]
+    offsets = struct.pack(f"<{len(rows) + 1}i", 0, *accumulate(map(len, rows)))
+    data = b"".join(rows)
     return pa.Array.from_buffers(kind, len(values), [present, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def encode_pieces(pieces: Sequence[Piece]) -> pa.RecordBatch:
     """One batch of READ_SCHEMA."""
-    errors = [p.error.encode() if p.error is not None else None for p in pieces]
+    count = len(pieces)
+    extents, sizes, offsets, wholes, digests, data, errors = zip(*pieces, strict=True) if count else [()] * 7
     all_good = not any(errors)  # and then the column is made without looking at its rows
+    texts = () if all_good else [None if error is None else error.encode() for error in errors]
     columns = [
-        _numbers(pa.uint32(), "I", [p.extent for p in pieces]),
-        _numbers(pa.int64(), "q", [p.object_size for p in pieces]),
-        _numbers(pa.int64(), "q", [p.offset for p in pieces]),
-        pa.Array.from_buffers(pa.bool_(), len(pieces), [None, _bits([p.whole for p in pieces])]),
-        _strings(pa.binary(), [p.digests for p in pieces]),
-        pa.nulls(len(pieces), pa.string()) if all_good else _strings(pa.string(), errors),
-        binary_view_array([p.data for p in pieces]),
+        _numbers(pa.uint32(), "I", extents),
+        _numbers(pa.int64(), "q", sizes),
+        _numbers(pa.int64(), "q", offsets),
+        pa.Array.from_buffers(pa.bool_(), count, [None, _bits(wholes)]),
+        _strings(pa.binary(), digests),
+        pa.nulls(count, pa.string()) if all_good else _strings(pa.string(), texts),
+        binary_view_array(data),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=READ_SCHEMA)
 
