@@ -44,9 +44,16 @@ def fake() -> Iterator[ScriptedS3]:
         yield server
 
 
-@pytest.fixture
-def s3(fake: ScriptedS3) -> Iterator[S3UnderStore]:
+@pytest.fixture(params=["by botocore", "plain"])
+def s3(fake: ScriptedS3, request: pytest.FixtureRequest) -> Iterator[S3UnderStore]:
+    """With "plain" a read has shown already how the bucket is reached, so that the next goes without botocore."""
     under_store = S3UnderStore("s3", "s3://bucket", credentials=KEYS, policy=QUICK)
+    if request.param == "plain":
+        for timeout_s in (30.0, 7.0, 1.5):  # a client for each patience
+            read(under_store, WHOLE, timeout_s=timeout_s)
+        fake.requests.clear()
+        fake.ranges.clear()
+        under_store.counters.read_requests = under_store.counters.read_bytes = 0
     yield under_store
     under_store.close()
     counters = under_store.counters

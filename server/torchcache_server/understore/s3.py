@@ -100,8 +100,10 @@ class S3UnderStore:
             return bytearray()  # HTTP has no empty ranges.
         download = Download(target, object, range, self._counters)
 
+        clients = self._calls.clients
+
         def attempt(client: S3Client) -> None:
-            download.attempt(client, deadline)
+            download.attempt(client, clients.plain(client), lambda: clients.way_asked(target.key), deadline)
 
         self._calls.run(attempt, action="read", target=target, deadline=deadline)
         return download.buffer

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.httpsession import get_cert_path
 from urllib3.exceptions import HTTPError
 
 from torchcache.errors import ConfigurationError, TorchCacheError
@@ -18,8 +20,11 @@ from torchcache_server.understore.base import Counters, RequestKind
 from torchcache_server.understore.retry import Retrier, RetryPolicy
 from torchcache_server.understore.s3_errors import Action, is_credential_error, translate, without_secrets
 from torchcache_server.understore.s3_names import S3Object
+from torchcache_server.understore.s3_plain import PlainGets, Way
+from torchcache_server.understore.s3_signing import Keys
 
 if TYPE_CHECKING:
+    from botocore.awsrequest import AWSPreparedRequest
     from mypy_boto3_s3 import S3Client
 
 T = TypeVar("T")
@@ -49,7 +54,20 @@ class S3Clients:
         self._counters = counters
         self._credentials = dict(credentials or {})
         self._clients: dict[float, S3Client] = {}
+        self._plain: dict[S3Client, PlainGets] = {}
+        self._last = threading.local()
         self._lock = threading.Lock()
+
+    def plain(self, client: S3Client) -> PlainGets:
+        """GETs without botocore, as patient as `client`, and by its credentials."""
+        with self._lock:
+            # A client that was let go of meanwhile makes its call to the end.
+            return self._plain.get(client) or PlainGets(lambda: None, None, 1.0, 1.0)
+
+    def way_asked(self, key: str) -> Way | None:
+        """The way of this thread's last GET by botocore, which was for `key`; None if only botocore can go it."""
+        url, headers = self._last.get
+        return Way.of(url, headers, key)
 
     def get(self, deadline: float) -> S3Client:
         """A client that gives up on a silent server within half the time left, so that there can be another try.
@@ -61,7 +79,8 @@ class S3Clients:
         with self._lock:
             client = self._clients.get(patience_s)
             if client is None:
-                client = self._clients[patience_s] = self._make(patience_s)
+                client, plain = self._make(patience_s)
+                self._clients[patience_s], self._plain[client] = client, plain
         return client
 
     def endpoint(self, deadline: float) -> str:
@@ -72,20 +91,25 @@ class S3Clients:
         """Calls that start from now on use `credentials`; empty: what boto3 finds."""
         with self._lock:
             self._credentials = dict(credentials)
-            self._clients = {}
+        self.forget()
 
     def forget(self) -> None:
         """The next call looks for credentials again: they may have been renewed in a file since."""
-        with self._lock:
-            self._clients = {}
+        self._let_go()
 
     def close(self) -> None:
-        with self._lock:
-            clients, self._clients = list(self._clients.values()), {}
-        for client in clients:
+        for client in self._let_go():
             client.close()
 
-    def _make(self, patience_s: float) -> S3Client:
+    def _let_go(self) -> Iterable[S3Client]:
+        with self._lock:
+            self._clients, clients = {}, self._clients
+            self._plain, plain = {}, self._plain
+        for gets in plain.values():
+            gets.close()
+        return clients.values()
+
+    def _make(self, patience_s: float) -> tuple[S3Client, PlainGets]:
         config = Config(
             connect_timeout=min(_CONNECT_S, patience_s),
             read_timeout=patience_s,
@@ -95,24 +119,40 @@ class S3Clients:
             user_agent_extra="torchcache",
         )
         try:
+            core = botocore.session.Session()
             session = boto3.session.Session(
+                botocore_session=core,
                 aws_access_key_id=self._credentials.get("AWS_ACCESS_KEY_ID"),
                 aws_secret_access_key=self._credentials.get("AWS_SECRET_ACCESS_KEY"),
                 aws_session_token=self._credentials.get("AWS_SESSION_TOKEN"),
             )
             client = session.client("s3", config=config)
+            authorities = core.get_config_variable("ca_bundle") or get_cert_path(True)
         except (BotoCoreError, ValueError) as error:
             raise ConfigurationError(
                 f"S3 can't be used as configured: {error}; check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION"
             ) from error
         client.meta.events.register("before-send.s3", self._count)
+        client.meta.events.register("before-send.s3.GetObject", self._note)
         if not (urlsplit(client.meta.endpoint_url).hostname or "").endswith(_AWS):
             client.meta.events.register("before-call.s3", _stay)
-        return client
+        plain = PlainGets(lambda: _keys(session), authorities, patience_s, min(_CONNECT_S, patience_s))
+        return client, plain
+
+    def _note(self, *, request: AWSPreparedRequest, **_: object) -> None:
+        self._last.get = request.url, request.headers
 
     def _count(self, *, event_name: str, **_: object) -> None:
         """Sees every request that leaves, those included that botocore adds by itself to find a bucket's region."""
         self._counters.add(_KINDS.get(event_name.rpartition(".")[2], "meta"))
+
+
+def _keys(session: boto3.session.Session) -> Keys | None:
+    found = session.get_credentials()
+    if found is None:
+        return None
+    frozen = found.get_frozen_credentials()
+    return Keys(frozen.access_key or "", frozen.secret_key or "", frozen.token or "")
 
 
 def _stay(*, context: dict[str, Any], **_: object) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import time
+import zlib
+from collections.abc import Callable, Mapping
+from email.message import Message
 from typing import TYPE_CHECKING, Any
 
 from torchcache.errors import IntegrityError, ServerUnavailable, TorchCacheError
@@ -11,11 +16,21 @@ from torchcache_server.understore.base import Counters, changed
 from torchcache_server.understore.s3_names import S3Object
 
 if TYPE_CHECKING:
-    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
-_PIECE_BYTES = 64 * 1024
+    from torchcache_server.understore.s3_plain import PlainGets, Reply, Way
+
+_PIECE_BYTES = 256 * 1024
+"""The most between two looks at the clock."""
+
+_SMALL_PIECE_BYTES = 64 * 1024
+
+_DIGESTS: Mapping[str, Callable[[bytearray], bytes]] = {
+    "crc32": lambda data: zlib.crc32(data).to_bytes(4, "big"),
+    "sha1": lambda data: hashlib.sha1(data, usedforsecurity=False).digest(),
+    "sha256": lambda data: hashlib.sha256(data).digest(),
+}
+"""Of the checksums that S3 keeps with whole objects, those that the standard library knows."""
 
 
 class Download:
@@ -34,42 +49,91 @@ class Download:
         self._whole = range.length == object.size
         self._filled = 0
 
-    def attempt(self, client: S3Client, deadline: float) -> None:
-        """One GET. Raises IntegrityError, ObjectChanged, ServerUnavailable and botocore's errors."""
+    def attempt(
+        self, client: S3Client, plain: PlainGets, asked: Callable[[], Way | None], deadline: float
+    ) -> None:
+        """One GET, plain if the bucket is known, else by `client`; `asked` is then the way that it took.
+
+        Raises IntegrityError, ObjectChanged, ServerUnavailable and botocore's errors.
+        """
         if self._whole:
             self._filled = 0
-        reply = client.get_object(**self._request())
+        way = plain.way(self._target.bucket)
+        if way is not None:
+            self._counters.add("read")
+            reply = plain.get(way, self._target.key, self._headers())
+            if reply is not None:
+                self._take_plain(reply, deadline)
+                return
+            plain.learn(self._target.bucket, None)
+        self._take(client.get_object(**self._request()), deadline)
+        plain.learn(self._target.bucket, asked())
+
+    def _take(self, reply: Any, deadline: float) -> None:
+        """botocore's answer."""
+        body = reply["Body"]
         try:
-            self._check(reply)
-            self._receive(reply["Body"], deadline)
+            self._check(reply.get("ETag", ""), reply.get("ContentLength"), reply.get("ContentRange", ""))
+            # botocore loses what came of a piece that breaks off, so it is asked for less at a time.
+            self._receive(lambda view: body.readinto(view[:_SMALL_PIECE_BYTES]), deadline)
+            body.read(1)  # Only at its end does botocore compare the checksum.
         except BaseException:
-            reply["Body"].close()
+            body.close()
             raise
 
+    def _take_plain(self, reply: Reply, deadline: float) -> None:
+        headers = reply.headers
+        try:
+            length = headers.get("Content-Length", "")
+            self._check(
+                headers.get("ETag", ""),
+                int(length) if length.isdecimal() else None,
+                headers.get("Content-Range", ""),
+            )
+            self._receive(reply.readinto, deadline)
+            if self._whole:
+                self._compare(headers)
+        except BaseException:
+            reply.close()
+            raise
+        reply.finish()
+
     def _request(self) -> dict[str, Any]:
+        """As botocore calls it."""
         request = {
             "Bucket": self._target.bucket,
             "Key": self._target.key,
             "IfMatch": f'"{self._object.id.version}"',
         }
-        return request if self._whole else {**request, "Range": f"bytes={self._start}-{self._range.end - 1}"}
+        return request if self._whole else {**request, "Range": self._range_header}
+
+    def _headers(self) -> dict[str, str]:
+        """The same request as HTTP has it."""
+        match = {"if-match": f'"{self._object.id.version}"'}
+        return {
+            **match,
+            **({"x-amz-checksum-mode": "ENABLED"} if self._whole else {"range": self._range_header}),
+        }
+
+    @property
+    def _range_header(self) -> str:
+        return f"bytes={self._start}-{self._range.end - 1}"
 
     @property
     def _start(self) -> int:
         return self._range.start + self._filled
 
-    def _check(self, reply: GetObjectOutputTypeDef) -> None:
+    def _check(self, etag: str, length: int | None, shown: str) -> None:
         """Before a byte is used: is this the version, and are these the bytes, that were asked for?"""
-        if reply.get("ETag", "").strip('"') != self._object.id.version:
+        if etag.strip('"') != self._object.id.version:
             raise changed(self._target.uri)
         expected_bytes = self._range.end - self._start
-        if reply.get("ContentLength") != expected_bytes:
-            raise self._damaged(f"{reply.get('ContentLength')} bytes came for {expected_bytes}")
-        shown = reply.get("ContentRange", "")
+        if length != expected_bytes:
+            raise self._damaged(f"{length} bytes came for {expected_bytes}")
         if not self._whole and not shown.startswith(f"bytes {self._start}-{self._range.end - 1}/"):
             raise self._damaged(f"{shown or 'no range'} came for bytes {self._start}-{self._range.end - 1}")
 
-    def _receive(self, body: StreamingBody, deadline: float) -> None:
+    def _receive(self, readinto: Callable[[memoryview], int], deadline: float) -> None:
         view = memoryview(self.buffer)
         while self._filled < len(view):
             if time.monotonic() >= deadline:
@@ -77,12 +141,18 @@ class Download:
                     f"{self._target.uri} came too slowly: {self._filled} of {len(view)} bytes in time",
                     object=self._target.uri,
                 )
-            count = body.readinto(view[self._filled : self._filled + _PIECE_BYTES])  # type: ignore[arg-type]
+            count = readinto(view[self._filled : self._filled + _PIECE_BYTES])
             if not count:
                 raise self._damaged(f"it ended after {self._filled} of {len(view)} bytes")
             self._filled += count
             self._counters.add("read", requests=0, bytes=count)
-        body.read(1)  # Only at its end does botocore compare the checksum.
+
+    def _compare(self, headers: Message) -> None:
+        """The checksum of a whole object, where S3 has one; of an upload in parts it may be of another kind: a-b."""
+        for name, digest in _DIGESTS.items():
+            told = headers.get(f"x-amz-checksum-{name}", "")
+            if told and "-" not in told and told != base64.b64encode(digest(self.buffer)).decode():
+                raise self._damaged(f"its {name} isn't what the server says")
 
     def _damaged(self, how: str) -> TorchCacheError:
         self._filled = 0

@@ -1,0 +1,99 @@
+"""GETs without botocore: the same signature, the same bytes, and only where botocore's own request was as simple."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+from hypothesis import given
+from hypothesis import strategies as st
+from torchcache_server.understore.s3 import S3UnderStore
+from torchcache_server.understore.s3_plain import Way
+from torchcache_server.understore.s3_signing import Keys, Scope, escaped, signed
+
+from examples.seaweedfs import SeaweedFS
+from torchcache.model import ByteRange
+
+NOW = datetime(2026, 11, 29, 18, 30, 1, tzinfo=UTC)
+URL = "https://bucket.s3.eu-central-1.amazonaws.com"
+
+
+@given(
+    key=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30),
+    token=st.sampled_from(["", "session"]),
+)
+def test_it_signs_as_botocore_does(key: str, token: str) -> None:
+    headers = {"host": "bucket.s3.eu-central-1.amazonaws.com", "range": "bytes=0-9", "if-match": '"v"'}
+    path = "/" + escaped(key)
+    sent = signed(path, headers, Keys("AK", "secret", token), Scope("eu-central-1", "s3"), NOW)
+    request = AWSRequest("GET", URL + path, headers=dict(sent))
+    del request.headers["authorization"]
+    auth = S3SigV4Auth(Credentials("AK", "secret", token or None), "s3", "eu-central-1")
+    request.context["timestamp"] = sent["x-amz-date"]
+    canonical = auth.canonical_request(request)
+    expected = auth.signature(auth.string_to_sign(request, canonical), request)
+    assert sent["authorization"].rpartition("Signature=")[2] == expected
+
+
+def model(**changes: Any) -> Way | None:
+    """The way that a request of botocore's shows, changed so."""
+    request = {
+        "url": f"{URL}/some/key%20x",
+        "key": "some/key x",
+        "Authorization": b"AWS4-HMAC-SHA256 Credential=AK/20261129/eu-central-1/s3/aws4_request, SignedHeaders=host",
+        "X-Amz-Date": b"20261129T183001Z",
+        **changes,
+    }
+    url, key = request.pop("url"), request.pop("key")
+    return Way.of(url, {name: value for name, value in request.items() if value is not None}, key)
+
+
+def test_a_simple_request_is_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    way = model()
+    assert way is not None
+    assert (way.scheme, way.before_key, way.scope) == ("https", "/", Scope("eu-central-1", "s3"))
+    path_style = model(url="http://127.0.0.1:8333/bucket/some/key%20x")
+    assert path_style is not None
+    assert (path_style.netloc, path_style.before_key) == ("127.0.0.1:8333", "/bucket/")
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    assert model() is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"Authorization": None},
+        {
+            "Authorization": b"AWS4-ECDSA-P256-SHA256 Credential=AK/20261129/s3/aws4_request, SignedHeaders=host"
+        },
+        {"x-amz-s3session-token": b"express"},
+        {"url": f"{URL}/some/key%20x?versionId=7"},
+        {"url": f"{URL}/another"},
+    ],
+)
+def test_any_other_is_none(change: dict[str, Any]) -> None:
+    assert model(**change) is None
+
+
+@pytest.fixture
+def under_store(s3: SeaweedFS) -> Iterator[S3UnderStore]:
+    under_store = S3UnderStore("s3", "s3://")
+    yield under_store
+    under_store.close()
+
+
+@pytest.mark.parametrize("key", ["plain", "with space/ünd, so+on=&~!'()*", "a//b", "%41"])
+def test_a_real_server_takes_the_signature(s3: SeaweedFS, under_store: S3UnderStore, key: str) -> None:
+    bucket, data = s3.make_bucket(), bytes(range(256)) * 999
+    s3.client.put_object(Bucket=bucket, Key=key, Body=data)
+    info = under_store.stat(f"{bucket}/{key}", deadline=time.monotonic() + 30)
+    for start, end in ((0, len(data)), (100, 70_000), (0, len(data)), (7, 9)):
+        read = under_store.read(info, ByteRange(start, end), deadline=time.monotonic() + 30)
+        assert read == data[start:end]
+    assert under_store._calls.clients.plain(under_store._calls.clients.get(time.monotonic() + 30)).way(bucket)
