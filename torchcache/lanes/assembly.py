@@ -10,18 +10,14 @@ isn't just that goes through an `Assembly`, which also finds the words for what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
-import numpy as np
 import pyarrow as pa
 
 from torchcache.errors import ConfigurationError, IntegrityError, TorchCacheError
+from torchcache.lanes.copying import STEP_BYTES, copy, hashed_copy
 from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, UNKNOWN_SIZE, Extent
 from torchcache.wire.codec import Piece, decode_pieces, is_intact
 from torchcache.wire.status import decode_error
-
-_LARGE_BYTES: Final = 1 << 18
-"""From here on it pays to let other threads run while bytes are copied."""
 
 
 class Arrivals:
@@ -60,7 +56,7 @@ class Arrivals:
             or not data.size == object_size == size
             or length not in (-1, size)
             or not 0 < size <= CHUNK_BYTES
-            or (target is not None and len(target) < size)
+            or (target is not None and not size <= len(target) <= STEP_BYTES)
             or not is_intact(data, digests)
         ):
             return False
@@ -91,12 +87,9 @@ class Arrivals:
         return self._assemblies.get(number) or Assembly(self._extents[number], self._into[number])
 
 
-def copy(source: memoryview, target: memoryview) -> None:
-    """Copies bytes into a buffer of the same length; many of them without the interpreter lock."""
-    if len(source) < _LARGE_BYTES:
-        target[:] = source
-    else:
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+def is_copied_intact(piece: Piece, source: memoryview, target: memoryview) -> bool:
+    """Copies all bytes of a whole chunk, and says whether those that then lie in `target` match its checksum."""
+    return hashed_copy(source, target).to_bytes(8, "little") == piece.digests
 
 
 def check_piece(piece: Piece, object_size: int) -> None:
@@ -144,7 +137,6 @@ class Assembly:
             self.error = decode_error(piece.error, server=server)
             return
         try:
-            piece.verify()
             self._place(piece)
         except (IntegrityError, ConfigurationError) as error:
             self.error = type(error)(error.message, object=str(self._extent.object.id), server=server)
@@ -158,6 +150,7 @@ class Assembly:
         if (
             first and self._position == self._end
         ):  # nothing was asked for: the piece only shows that the object is there
+            piece.verify()
             self._view = self._into[:0] if self._into is not None else memoryview(b"")
             return
         if not piece.offset <= self._position < end:
@@ -167,9 +160,10 @@ class Assembly:
         # Arrow's buffers count in signed bytes, which Python will not assign to its own.
         part = memoryview(piece.data).cast("B")[self._position - piece.offset : end - piece.offset]
         if first and end == self._end and self._into is None:
+            piece.verify()
             self._view = part.toreadonly()
         else:
-            self._join(part)
+            self._join(piece, part)
         self._position = end
 
     def _learn_size(self, size: int) -> None:
@@ -183,7 +177,7 @@ class Assembly:
                 f"bytes {self._extent.offset} to {self._end} were asked of an object of {size} bytes"
             )
 
-    def _join(self, part: memoryview) -> None:
+    def _join(self, piece: Piece, part: memoryview) -> None:
         start = self._extent.offset
         if self._buffer is None:
             length = self._end - start
@@ -198,7 +192,12 @@ class Assembly:
                 self._buffer = self._into[:length]
             self._view = self._buffer if self._into is not None else self._buffer.toreadonly()
         at = self._position - start
-        copy(part, self._buffer[at : at + len(part)])
+        target = self._buffer[at : at + len(part)]
+        if not piece.whole or len(part) < piece.data.size:
+            piece.verify()
+            copy(part, target)
+        elif not is_copied_intact(piece, part, target):
+            raise IntegrityError("a piece does not match its checksum")
 
     def outcome(self, failure: TorchCacheError | None, server: str) -> memoryview | TorchCacheError:
         """The bytes, or the extent's own error, or what ended the stream (`failure`) before it was complete."""

@@ -16,6 +16,7 @@ import xxhash
 
 from torchcache.errors import TorchCacheError
 from torchcache.lanes.base import Lane, Outcome, ReadOptions, Row
+from torchcache.lanes.copying import hashed_copy
 from torchcache.lanes.local_ranges import Damaged, read_range
 from torchcache.lanes.local_store import LocalStore
 from torchcache.lanes.local_use import UseReports
@@ -116,8 +117,7 @@ class LocalLane:
                     if len(target) < object_size:
                         continue
                     got = target[:object_size]
-                    got[:] = view[start:end]
-                    if _hash(got) != digest:
+                    if hashed_copy(view[start:end], got) != digest:
                         raise Damaged
             except (Damaged, OSError):
                 damaged.add(number)

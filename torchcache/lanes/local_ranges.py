@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
-
-import numpy as np
 import pyarrow as pa
-import xxhash
 
+from torchcache.lanes.copying import copy, hashed_copy
 from torchcache.lanes.local_records import Known, is_intact
 from torchcache.lanes.local_store import LocalStore
 from torchcache.model import CHUNK_BYTES, Extent
 from torchcache.records import CHUNK_INDEX
-
-_LARGE_BYTES: Final = 1 << 20
-"""From here on it pays to let other threads run while bytes are copied."""
-
-_hash = xxhash.xxh3_64_intdigest
 
 
 class Damaged(Exception):
@@ -63,8 +55,9 @@ def _part(known: Known, offset: int, stop: int, target: memoryview | None) -> me
             raise Damaged
         if target is None:
             return source
-    _copy(source, target)
-    if is_whole and _hash(target) != known.digest:
+    if not is_whole:
+        copy(source, target)
+    elif hashed_copy(source, target) != known.digest:
         raise Damaged
     return target
 
@@ -91,10 +84,3 @@ def _rest(store: LocalStore, first: Known, extent: Extent, stop: int) -> list[Kn
 def _allocated(size: int) -> memoryview:
     """Memory that is not cleared: Arrow's pool hands out pages that were used before."""
     return memoryview(pa.allocate_buffer(size)).cast("B")
-
-
-def _copy(source: memoryview, target: memoryview) -> None:
-    if len(source) < _LARGE_BYTES:
-        target[:] = source
-    else:  # without the interpreter lock
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
