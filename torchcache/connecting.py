@@ -8,7 +8,7 @@ from torchcache.errors import ConfigurationError
 from torchcache.lanes.access import Access, TlsConfig
 from torchcache.local_pool import LocalPool, default_root, wanted_lane
 from torchcache.pool.client import Pool
-from torchcache.pool.members import StaticMembers, parse_address
+from torchcache.pool.discovery import member_source
 
 
 def connect(
@@ -20,8 +20,9 @@ def connect(
 ) -> Pool:
     """The pool at an address; nothing is opened yet.
 
-    `pool` is "host:7440,host:7440", a Pool or LocalPool, or None: the address in `TORCHCACHE_POOL`, else the embedded
-    pool of this user on this machine. `token` is the servers' token itself (default: the content of
+    `pool` is "host:7440,host:7440", "etcd://host:2379/name" or "dns://name:7440", whose servers are looked for again
+    while it is used, a Pool or LocalPool, or None: the address in `TORCHCACHE_POOL`, else the embedded pool of this
+    user on this machine. `token` is the servers' token itself (default: the content of
     `TORCHCACHE_TOKEN_FILE`, or of `token` in `TORCHCACHE_HOME`). `tls` is a TlsConfig, or the path of the PEM file
     with the authority that signed the servers' certificates (default: `TORCHCACHE_TLS_CA`); without it only this
     machine's own servers are talked to. `lane` is how bytes travel: "local" reads the files of a server on this
@@ -48,4 +49,4 @@ def connect(
         token_file=environment.token_file() if token is None else None,
         tls=TlsConfig(ca=tls) if isinstance(tls, str) else tls,
     )
-    return Pool(StaticMembers(endpoints=parse_address(address), access=access), wanted)
+    return Pool(member_source(address, access), wanted)

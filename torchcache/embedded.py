@@ -51,6 +51,7 @@ class EmbeddedMembers:
     servers: int | None = None
     capacity_bytes: int | None = None
     embedded: bool = True
+    holds_s: float | None = None
 
     @property
     def description(self) -> str:

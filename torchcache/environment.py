@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
@@ -47,6 +48,24 @@ def token_file() -> Path:
 def tls_ca() -> str | None:
     """`TORCHCACHE_TLS_CA`: PEM file of the authority that signed the certificates of the pool's servers."""
     return os.environ.get("TORCHCACHE_TLS_CA") or None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdTls:
+    """PEM files for etcd: the authority that signed its certificate, and what proves who asks."""
+
+    ca: str | None
+    certificate: str | None
+    key: str | None
+
+
+def etcd_tls() -> EtcdTls:
+    """`TORCHCACHE_ETCD_CA`, which makes it TLS, and `TORCHCACHE_ETCD_CERT` and `TORCHCACHE_ETCD_KEY`."""
+    return EtcdTls(
+        ca=os.environ.get("TORCHCACHE_ETCD_CA") or None,
+        certificate=os.environ.get("TORCHCACHE_ETCD_CERT") or None,
+        key=os.environ.get("TORCHCACHE_ETCD_KEY") or None,
+    )
 
 
 def world() -> tuple[int, int]:

@@ -21,20 +21,21 @@ DEADLINE_S = 60.0
 class PoolServer:
     """One server, from `start` to the end of the `with` block; over restarts its pool is a new one.
 
-    Everything lies under `folder`: the source of its under-store `file`, its token, its log and, but for `store`, its
-    store.
+    Everything lies under `folder`: its token, its log and, unless they are given, the source of its
+    under-store `file` and its store.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
+        source: Path | None = None,
         store: Path | None = None,
         capacity: str = "1GB",
         starter: PlainStarter | None = None,
         more: Sequence[str] = (),
     ) -> None:
-        self.source = folder / "source"
+        self.source = source or folder / "source"
         self.source.mkdir(exist_ok=True)
         self.store = store or folder / "store"
         self.log = folder / "server.log"

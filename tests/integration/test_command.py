@@ -61,7 +61,7 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_wrong_address_is_code_2() -> None:
-    assert "etcd" in one_line(torchcache("ls", "--pool", "etcd://x/y", code=2).stderr)
+    assert "etcd" in one_line(torchcache("ls", "--pool", "etcd://x", code=2).stderr)
 
 
 def test_serve_is_the_server() -> None:

@@ -70,12 +70,6 @@ def test_an_address_is_parsed_or_refused(text: str) -> None:
     assert parse_address(",".join(endpoint.address for endpoint in endpoints)) == endpoints
 
 
-@pytest.mark.parametrize("text", ["etcd://host:2379/name", "dns://name:7440"])
-def test_addresses_to_come_say_so(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="not supported yet"):
-        connect(text)
-
-
 @pytest.mark.parametrize("text", ["http://host:1", "s3://bucket"])
 def test_a_uri_is_no_address(text: str) -> None:
     with pytest.raises(ConfigurationError, match="no pool address"):

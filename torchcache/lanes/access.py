@@ -15,12 +15,14 @@ class TlsConfig:
     """How to reach servers over TLS. Paths are of PEM files.
 
     `ca` verifies the servers (None: the machine's own authorities); `certificate` and `key` prove who we are, where
-    the servers ask for it.
+    the servers ask for it. `server_name` is the name that their certificates bear, where it isn't the one by which
+    they are reached.
     """
 
     ca: Path | str | None = None
     certificate: Path | str | None = None
     key: Path | str | None = None
+    server_name: str | None = None
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
@@ -69,3 +71,7 @@ class Access:
             return None
         ca, certificate, key = self.tls.contents()
         return grpc.ssl_channel_credentials(ca, key, certificate)
+
+    def server_name(self) -> str | None:
+        """The name that the servers' certificates are checked for; None: the one they are reached by."""
+        return self.tls.server_name if self.tls is not None else None

@@ -148,6 +148,7 @@ class FlightLane:
             tls_root_certs=ca,
             cert_chain=certificate,
             private_key=key,
+            override_hostname=self._access.server_name(),
             generic_options=options,
         )
 

@@ -21,11 +21,16 @@ class _Channel:
     """A gRPC channel with its stub."""
 
     def __init__(self, address: str, access: Access) -> None:
-        options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        options: list[tuple[str, int | str]] = [
+            *CHANNEL_OPTIONS,
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ]
         credentials = access.channel_credentials()
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=options)
         else:
+            if (name := access.server_name()) is not None:
+                options.append(("grpc.ssl_target_name_override", name))
             self._channel = grpc.secure_channel(address, credentials, options=options)
         stub: Any = cache_pb2_grpc.ControlStub  # generated without types
         self.stub = stub(self._channel)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from torchcache.addresses import host_port, is_loopback
+from torchcache.addresses import host_port, is_loopback, parse_host_port
 from torchcache.errors import ConfigurationError
 from torchcache.lanes.access import Access
 from torchcache.lanes.base import Lane
@@ -50,6 +50,10 @@ class MemberSource(Protocol):
     def embedded(self) -> bool:
         """Whether the pool lives only as long as somebody on this machine uses it."""
 
+    @property
+    def holds_s(self) -> float | None:
+        """For how long what `resolve` said is taken to hold; None: as long as all of them can be reached."""
+
     def resolve(self, *, deadline: float) -> Sequence[Endpoint]:
         """The servers now. Called again when one could not be reached; may start what is missing.
 
@@ -64,15 +68,11 @@ class StaticMembers:
     endpoints: tuple[Endpoint, ...]
     access: Access = field(default_factory=Access)
     embedded: bool = False
+    holds_s: float | None = None
 
     def __post_init__(self) -> None:
         for endpoint in self.endpoints:
-            if self.access.tls is None and not is_loopback(endpoint.host):
-                raise ConfigurationError(
-                    f"refusing to talk to {endpoint.address} without TLS: the token would travel in the clear. Pass "
-                    "tls=, the PEM file of the authority that signed the servers' certificates, or name it in "
-                    "TORCHCACHE_TLS_CA"
-                )
+            require_tls(endpoint, self.access)
 
     @property
     def description(self) -> str:
@@ -159,27 +159,26 @@ def parse_address(text: str) -> tuple[Endpoint, ...]:
     Raises ConfigurationError.
     """
     if "://" in text:
-        scheme = text.partition("://")[0]
-        if scheme in ("etcd", "dns"):
-            raise ConfigurationError(
-                f"{text!r}: {scheme}:// addresses are not supported yet; list the servers, like host:7440,host:7440"
-            )
-        raise ConfigurationError(f"{text!r} is no pool address: write host:7440, or host:7440,host:7440")
-    endpoints = tuple(_parse_endpoint(item.strip(), text) for item in text.split(","))
+        raise ConfigurationError(
+            f"{text!r} is no pool address: write host:7440,host:7440, or etcd://host:2379/name, or dns://name:7440"
+        )
+    endpoints = tuple(parse_endpoint(item.strip(), text) for item in text.split(","))
     if len(set(endpoints)) != len(endpoints):
         raise ConfigurationError(f"{text!r} names a server twice")
     return endpoints
 
 
-def _parse_endpoint(item: str, text: str) -> Endpoint:
-    host, colon, port = item.rpartition(":") if not item.endswith("]") else (item, "", "")
-    if not colon:
-        host, port = item, str(DEFAULT_PORT)
-    bracketed = host.startswith("[") and host.endswith("]")
-    host = host[1:-1] if bracketed else host
-    valid = host and bracketed == (":" in host) and not any(c.isspace() or c in "/@[]" for c in host)
-    if not valid or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+def parse_endpoint(item: str, text: str) -> Endpoint:
+    """The server "host:7440", of the pool address `text`. Raises ConfigurationError."""
+    host, port = parse_host_port(item, DEFAULT_PORT, within=text)
+    return Endpoint(host=host, port=port)
+
+
+def require_tls(endpoint: Endpoint, access: Access) -> None:
+    """Raises ConfigurationError if the token would travel to the server in the clear."""
+    if access.tls is None and not is_loopback(endpoint.host):
         raise ConfigurationError(
-            f"{item!r} in the pool address {text!r} is no server: write host:7440 or [::1]:7440"
+            f"refusing to talk to {endpoint.address} without TLS: the token would travel in the clear. Pass "
+            "tls=, the PEM file of the authority that signed the servers' certificates, or name it in "
+            "TORCHCACHE_TLS_CA"
         )
-    return Endpoint(host=host, port=int(port))

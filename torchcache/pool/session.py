@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
@@ -18,6 +19,8 @@ from torchcache.pool.members import Endpoint, Member, Members, MemberSource, Ord
 from torchcache.pool.reports import PoolStatistics
 from torchcache.pool.retry import Retry, RetryBudget
 from torchcache.wire.v1 import cache_pb2
+
+_log = logging.getLogger(__name__)
 
 INFO_S: Final = 5.0
 """How long one server may take to say who it is."""
@@ -49,6 +52,8 @@ class Session:
         self._lanes: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
         self._uses: list[UseReports] = []
+        self._looking = False
+        self._closed = False
 
     # ---- statistics ----
 
@@ -75,9 +80,45 @@ class Session:
     def members(self, deadline: float) -> Members:
         """The servers, found out at first use. Raises ServerUnavailable if none answers."""
         found = self._members
-        if found is None or (found.missing and time.monotonic() - found.seen_at > LOOK_AGAIN_S):
+        if found is None:
             return self.refresh(found, deadline)
+        holds_s = LOOK_AGAIN_S if found.missing else self.source.holds_s
+        if holds_s is not None and time.monotonic() - found.seen_at > holds_s:
+            self._look_behind(found)
         return found
+
+    def _look_behind(self, seen: Members) -> None:
+        """Looks who serves by now, in a thread: the call that noticed it goes on with those it knows."""
+        with self._lock:
+            if self._looking:
+                return
+            self._looking = True
+
+        def look() -> None:
+            try:
+                self._look(seen, time.monotonic() + INFO_S)
+            except TorchCacheError as error:
+                _log.warning("the pool's servers stay those that were known: %s", error)
+                self._restamp(seen)
+            finally:
+                self._looking = False
+                if self._closed:
+                    self.close()
+
+        threading.Thread(target=look, name="torchcache-members", daemon=True).start()
+
+    def _look(self, seen: Members, deadline: float) -> None:
+        """Meets the servers again if there are others than those `seen`, or some of them were missing."""
+        found = {endpoint.address for endpoint in self.source.resolve(deadline=deadline)}
+        if seen.missing or found != {member.address for member in seen.by_id.values()}:
+            self.refresh(seen, deadline)
+        else:
+            self._restamp(seen)
+
+    def _restamp(self, seen: Members) -> None:
+        with self._resolving:
+            if self._members is seen:
+                self._members = replace(seen, seen_at=time.monotonic())
 
     def first_members(self, retry: Retry, deadline: float) -> Members:
         """`members`, tried again while the pool can't be reached."""
@@ -232,6 +273,7 @@ class Session:
 
     def close(self) -> None:
         """Forgets the servers and closes the connections to them."""
+        self._closed = True
         members, self._members = self._members, None
         for member in members.by_id.values() if members else ():
             member.close()

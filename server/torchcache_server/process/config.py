@@ -12,6 +12,7 @@ from typing import Any, Final
 from torchcache import environment
 from torchcache.addresses import host_port, is_loopback
 from torchcache.errors import ConfigurationError
+from torchcache.registry import RegistryAddress
 from torchcache.sizes import parse_size
 from torchcache_server.understore import check_name
 
@@ -22,6 +23,7 @@ DEFAULT_IDLE_S: Final = 15.0
 DEFAULT_SCRUB_BYTES_S: Final = 32 * 1024 * 1024
 MAX_SCRUB_BYTES_S: Final = 100 * 1024**3
 MAX_SERVERS: Final = 64
+_EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class ServerConfig:
     scrub_bytes_s: int = DEFAULT_SCRUB_BYTES_S  # 0: no scrub
     min_free_bytes: int | None = None  # None: the store chooses
     embedded: Embedded | None = None
+    join: RegistryAddress | None = None
+    advertise: str | None = None  # the host by which others reach it; None: `host`
     servers: int = 1  # more share the machine, each with a part of the capacity; see several.py
 
     def __post_init__(self) -> None:
@@ -87,8 +91,19 @@ class ServerConfig:
                 f"refusing to listen on {self.host} without TLS: the token would travel in the clear. Give --tls-cert "
                 "and --tls-key, or listen on 127.0.0.1"
             )
+        if self.join is None and self.advertise is not None:
+            raise ConfigurationError("advertise is for a pool that is joined: give --join, too")
+        if self.join is not None and self.advertise is None and self.host in _EVERYWHERE:
+            raise ConfigurationError(
+                f"{self.host} is no host by which others reach this server: give one with --advertise HOST"
+            )
         for name, _ in self.under_stores:
             check_name(name)
+
+    @property
+    def reached_at(self) -> str:
+        """The host by which others reach it."""
+        return self.advertise if self.advertise is not None else self.host
 
     @property
     def address(self) -> str:
@@ -110,8 +125,8 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
     """The configuration that `settings` describe: names and values as in the TOML file.
 
     listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, drain_s, metrics_port, scrub_rate
-    (bytes a second), min_free, servers; an embedded server has embedded (its pool's folder), index and idle_s in place
-    of listen, store and servers. None is the same as absent.
+    (bytes a second), min_free, join, advertise, servers; an embedded server has embedded (its pool's folder), index and
+    idle_s in place of listen, store, join and servers. None is the same as absent.
     Raises ConfigurationError, also for a setting that doesn't exist.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -134,6 +149,8 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
         scrub_bytes_s=_size_or_zero(given, "scrub_rate", DEFAULT_SCRUB_BYTES_S),
         min_free_bytes=_size_or_zero(given, "min_free", 0) if "min_free" in given else None,
         embedded=embedded,
+        join=RegistryAddress.parse(_text(given, "join")) if "join" in given else None,
+        advertise=_text(given, "advertise") if "advertise" in given else None,
         servers=_whole(given, "servers", 1),
     )
 
@@ -174,6 +191,8 @@ _SETTINGS: Final = (
     "metrics_port",
     "scrub_rate",
     "min_free",
+    "join",
+    "advertise",
     "servers",
     "embedded",
     "index",
@@ -195,7 +214,7 @@ def _embedded(given: Mapping[str, Any]) -> Embedded | None:
             if name in given:
                 raise ConfigurationError(f"{name} belongs to an embedded server: give its pool's folder, too")
         return None
-    extra = sorted({"listen", "store", "tls_cert", "tls_key", "servers"} & given.keys())
+    extra = sorted({"listen", "store", "tls_cert", "tls_key", "join", "advertise", "servers"} & given.keys())
     if extra:
         raise ConfigurationError(
             f"an embedded server chooses its address and store itself: drop {', '.join(extra)}"

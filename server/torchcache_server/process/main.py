@@ -88,6 +88,12 @@ _LOG = logging.getLogger(__name__)
     help="What is to stay free on the store's file system, like 10GB; 0: nothing.",
 )
 @click.option(
+    "--join", metavar="etcd://HOST:PORT/NAME", help="Announce the server in etcd, in the pool of that NAME."
+)
+@click.option(
+    "--advertise", metavar="HOST", help="With --join: how others reach this machine. [--listen's host]"
+)
+@click.option(
     "--servers",
     metavar="N",
     type=int,

@@ -18,6 +18,7 @@ from torchcache.addresses import host_port
 from torchcache.errors import ConfigurationError
 from torchcache.kernel import kernel_id
 from torchcache.records import IDENTITY
+from torchcache.registry import Announcement, Registry
 from torchcache.wire.v1 import cache_pb2
 from torchcache_server import understore
 from torchcache_server.cache.maintenance import Maintenance
@@ -35,6 +36,7 @@ from torchcache_server.understore.s3 import S3UnderStore
 from .config import ServerConfig, Tls
 from .endpoint import EndpointFile
 from .listeners import ControlListener, TlsPair, listen_data, stop_data
+from .membership import Membership
 from .metrics import ServerCollector, serve_metrics
 from .token_file import read_or_create_token
 
@@ -58,6 +60,7 @@ class Server:
         self._admission = Admission()
         self._stack = ExitStack()
         self._stuck = False
+        self._membership: Membership | None = None
         try:
             self._open()
         except BaseException:
@@ -131,6 +134,9 @@ class Server:
             counters=counters,
         )
         self._control.start(service)
+        if config.join is not None:
+            self._membership = Membership(Registry(config.join), self._announcement())
+            closing.callback(self._membership.close)
         if self._endpoint:
             self._endpoint.write()
             closing.callback(self._endpoint.remove)
@@ -141,7 +147,9 @@ class Server:
         return host_port(self.config.host, self._control.port)
 
     def leave(self) -> None:
-        """Takes an embedded server's endpoint away, so that nobody new comes."""
+        """Takes the server out of its pool's registry, or an embedded one's endpoint away, so that nobody new comes."""
+        if self._membership:
+            self._membership.close()
         if self._endpoint:
             self._endpoint.remove()
 
@@ -173,6 +181,10 @@ class Server:
         self._stuck = not stop_data(self._data, STOP_S)
         if self._stuck:
             _LOG.warning("a stream whose peer reads nothing is left behind")
+
+    def _announcement(self) -> Announcement:
+        address = host_port(self.config.reached_at, self._control.port)
+        return Announcement(server_id=self.server_id, address=address, instance=self.instance)
 
     def _endpoint_file(self) -> EndpointFile | None:
         if self.config.embedded is None:

@@ -70,3 +70,5 @@ def arguments(config: ServerConfig) -> Iterator[str]:
         yield from ("--metrics-port", str(config.metrics_port))
     if config.min_free_bytes is not None:
         yield from ("--min-free", str(config.min_free_bytes))
+    if config.join is not None:
+        yield from ("--join", str(config.join), "--advertise", config.reached_at)

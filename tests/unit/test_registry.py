@@ -1,0 +1,74 @@
+"""The registry: its addresses, and what may lie in it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchcache.errors import ConfigurationError, ServerUnavailable
+from torchcache.registry import Announcement, Registry, RegistryAddress
+
+SERVER = Announcement(server_id="s1", address="10.0.0.1:7440", instance="i1")
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts", "name"),
+    [
+        ("etcd://a/pool", (("a", 2379),), "pool"),
+        ("etcd://a:1,b/x.y-z_1", (("a", 1), ("b", 2379)), "x.y-z_1"),
+        ("etcd://[::1]:9/p", (("::1", 9),), "p"),
+    ],
+)
+def test_addresses(text: str, hosts: tuple[tuple[str, int], ...], name: str) -> None:
+    found = RegistryAddress.parse(text)
+    assert (found.hosts, found.name) == (hosts, name)
+    assert RegistryAddress.parse(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "etcd://",
+        "etcd://a",
+        "etcd://a/",
+        "etcd:///p",
+        "etcd://a/p/q",
+        "etcd://a/../p",
+        "etcd://a:b/p",
+        "a/p",
+        "etcd://a,/p",
+    ],
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"no pool in etcd|no server"):
+        RegistryAddress.parse(text)
+
+
+def test_pools_do_not_see_each_other() -> None:
+    """One's name may begin as another's."""
+    one, other = (RegistryAddress.parse(f"etcd://a/{name}").prefix for name in ("train", "train2"))
+    assert not other.startswith(one)
+
+
+def test_an_announcement_comes_back() -> None:
+    assert Announcement.decode(SERVER.encode().encode()) == SERVER
+
+
+@given(st.binary(max_size=60) | st.from_type(dict[str, str]).map(lambda d: json.dumps(d).encode()))
+def test_what_others_write_is_no_announcement(data: bytes) -> None:
+    assert Announcement.decode(data) is None
+
+
+def test_an_entry_of_any_size_is_no_announcement() -> None:
+    assert Announcement.decode(SERVER.encode().encode() + b" " * 5000) is None
+    assert Announcement.decode(b"[" * 4000) is None
+
+
+def test_an_etcd_that_is_not_there_is_named() -> None:
+    registry = Registry(RegistryAddress.parse("etcd://127.0.0.1:1,127.0.0.1:2/pool"))
+    with pytest.raises(ServerUnavailable, match=r"127.0.0.1:1.*127.0.0.1:2"):
+        registry.servers()
+    registry.close()

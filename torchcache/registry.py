@@ -1,0 +1,164 @@
+"""The registry of a pool in etcd: which servers have announced themselves under its name.
+
+A server's entry hangs on a lease that it renews, so that one which dies is gone when the lease ends. etcd is asked
+through its HTTP gateway, by a maintained client (the extra `torchcache[etcd]`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from torchcache import environment
+from torchcache.addresses import host_port, parse_host_port
+from torchcache.errors import ConfigurationError, ServerUnavailable
+
+if TYPE_CHECKING:
+    from etcd3gw.client import Etcd3Client
+    from etcd3gw.lease import Lease
+
+DEFAULT_PORT: Final = 2379
+TIMEOUT_S: Final = 2.0
+"""How long one host of etcd may take to answer."""
+
+MAX_ENTRY_BYTES: Final = 4096
+MAX_SERVERS: Final = 10_000
+
+_SCHEME: Final = "etcd://"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistryAddress:
+    """The hosts of an etcd, and the name of a pool in it."""
+
+    hosts: tuple[tuple[str, int], ...]
+    name: str
+
+    def __str__(self) -> str:
+        return f"{_SCHEME}{','.join(host_port(*host) for host in self.hosts)}/{self.name}"
+
+    @property
+    def prefix(self) -> str:
+        """What the keys of the pool's servers begin with."""
+        return f"/torchcache/pools/{self.name}/servers/"
+
+    @staticmethod
+    def parse(text: str) -> RegistryAddress:
+        """Of "etcd://host:2379,host:2379/name". Raises ConfigurationError."""
+        hosts, slash, name = text.removeprefix(_SCHEME).partition("/")
+        if not text.startswith(_SCHEME) or not slash or not _NAME.fullmatch(name):
+            raise ConfigurationError(
+                f"{text!r} names no pool in etcd: write etcd://HOST:{DEFAULT_PORT}/NAME, with a NAME of letters, "
+                "digits, dots, dashes and underscores"
+            )
+        found = tuple(parse_host_port(host.strip(), DEFAULT_PORT, within=text) for host in hosts.split(","))
+        return RegistryAddress(hosts=found, name=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What a server says of itself: its id, `host:port` of its control door, and its life's own id."""
+
+    server_id: str
+    address: str
+    instance: str
+
+    def encode(self) -> str:
+        """As it lies in etcd."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(data: bytes) -> Announcement | None:
+        """None if it is no announcement: others write to etcd, too."""
+        try:
+            fields: Any = json.loads(data) if len(data) <= MAX_ENTRY_BYTES else None
+            return Announcement(**{name: str(fields[name]) for name in Announcement.__dataclass_fields__})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+
+
+class Registry:
+    """A connection to the registry. Raises ServerUnavailable where none of etcd's hosts answers. Not thread-safe."""
+
+    def __init__(self, address: RegistryAddress) -> None:
+        """Raises ConfigurationError if the client of etcd isn't installed."""
+        self.address = address
+        self._hosts = list(address.hosts)
+        self._clients: dict[tuple[str, int], Etcd3Client] = {}
+        try:
+            import etcd3gw  # noqa: F401 - an extra, and slow to import
+        except ImportError as error:
+            raise ConfigurationError(
+                f"{address} needs a client of etcd: pip install 'torchcache[etcd]'"
+            ) from error
+
+    def servers(self) -> list[Announcement]:
+        """All that are announced, by id."""
+        entries = self._ask(lambda client: client.get_prefix(self.address.prefix))
+        found = (Announcement.decode(value) for value, _ in entries[:MAX_SERVERS])
+        return sorted((one for one in found if one is not None), key=lambda one: one.server_id)
+
+    def announce(self, server: Announcement, ttl_s: int) -> Lease:
+        """Enters the server until the lease that is returned has not been kept for `ttl_s`."""
+
+        def enter(client: Etcd3Client) -> Lease:
+            lease = client.lease(ttl_s)
+            client.put(self.address.prefix + server.server_id, server.encode(), lease)
+            return lease
+
+        return self._ask(enter)
+
+    def keep(self, lease: Lease) -> bool:
+        """Renews the lease; False if it has ended."""
+        return self._ask(lambda client: _of(lease, client).refresh()) > 0
+
+    def withdraw(self, lease: Lease) -> None:
+        """Ends the lease, and with it the server's entry."""
+        self._ask(lambda client: _of(lease, client).revoke())
+
+    def close(self) -> None:
+        """Closes the connections."""
+        while self._clients:
+            self._clients.popitem()[1].session.close()
+
+    def _ask(self, request: Callable[[Etcd3Client], _T]) -> _T:
+        """Asks each host until one answers, beginning with the one that did last."""
+        from etcd3gw.exceptions import Etcd3Exception
+        from requests import RequestException
+
+        failures = []
+        for host in list(self._hosts):
+            try:
+                answer = request(self._client(host))
+            except (Etcd3Exception, RequestException, ValueError, KeyError) as error:
+                failures.append(f"{host_port(*host)}: {error or type(error).__name__}")
+                continue
+            self._hosts.remove(host)
+            self._hosts.insert(0, host)
+            return answer
+        raise ServerUnavailable(f"no host of {self.address} answers: {'; '.join(failures)}")
+
+    def _client(self, host: tuple[str, int]) -> Etcd3Client:
+        if host not in self._clients:
+            from etcd3gw.client import Etcd3Client
+
+            tls = environment.etcd_tls()
+            self._clients[host] = Etcd3Client(
+                *host,
+                protocol="http" if tls.ca is None else "https",
+                ca_cert=tls.ca,
+                cert_cert=tls.certificate,
+                cert_key=tls.key,
+                timeout=TIMEOUT_S,
+            )
+        return self._clients[host]
+
+
+def _of(lease: Lease, client: Etcd3Client) -> Lease:
+    """The lease as asked of another host."""
+    return type(lease)(lease.id, client)
