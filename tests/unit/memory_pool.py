@@ -120,6 +120,7 @@ class MemoryPool:
         into: Sequence[memoryview] | None = None,
         resident_only: bool = False,
         as_bytes: bool = False,
+        lend: bool = False,
         timeout_s: float = 60.0,
     ) -> list[memoryview | TorchCacheError]:
         self.reads.append(list(extents))
@@ -130,7 +131,7 @@ class MemoryPool:
             except TorchCacheError as error:
                 outcomes.append(error.with_traceback(None))  # else it would keep `into` alive
                 continue
-            if into is not None:
+            if into is not None and not lend:
                 into[i][: len(data)] = data
                 data = into[i][: len(data)]
             outcomes.append(data)

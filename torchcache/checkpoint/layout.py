@@ -112,6 +112,8 @@ class Box:
         """
         if not math.prod(self.lengths):
             return []
+        if self.lengths == self.shape:
+            return [ByteRange(0, math.prod(self.shape) * item_bytes)]
         # Trailing dimensions that are taken whole, and the one before them, make one run of bytes.
         outer = len(self.shape)
         while outer and self.lengths[outer - 1] == self.shape[outer - 1]:

@@ -9,13 +9,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from torchcache.checkpoint.frame import bytes_of, has_row_major_bytes
+from torchcache.checkpoint.garbage import garbage_waits
 from torchcache.checkpoint.layout import GRANULE_BYTES, Box, cut
 from torchcache.checkpoint.manifest import Item
 from torchcache.checkpoint.metadata import dtype_of
@@ -23,6 +24,8 @@ from torchcache.checkpoint.source import Fetch, Source
 from torchcache.errors import CheckpointError
 from torchcache.model import ByteRange
 from torchcache.threads import Threads
+
+_T = TypeVar("_T")
 
 READ_BYTES = 8 * GRANULE_BYTES
 """At most so much is asked for in one read: what several threads share evenly."""
@@ -185,7 +188,7 @@ def run_loads(loads: Iterable[Load], source: Source) -> None:
     under_way: deque[tuple[list[Load], list[Future[None]]]] = deque()
     with Threads(_READERS, name="torchcache-load") as threads:
         try:
-            for group, reads in batches(loads):
+            for group, reads in _calmly(batches(loads)):
                 under_way.append((group, [threads.submit(source.fetch, read) for read in reads]))
                 if len(under_way) >= _BATCHES_UNDER_WAY:
                     _finish(*under_way.popleft())
@@ -195,6 +198,16 @@ def run_loads(loads: Iterable[Load], source: Source) -> None:
             for _, futures in under_way:
                 for future in futures:
                     future.cancel()
+
+
+def _calmly(batches: Iterator[_T]) -> Iterator[_T]:
+    """The same, each made while the garbage collector waits."""
+    while True:
+        with garbage_waits():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _finish(loads: list[Load], futures: list[Future[None]]) -> None:

@@ -12,12 +12,13 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Final, Self
 
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from torchcache.checkpoint.agreement import Ranks, plain_errors
 from torchcache.checkpoint.durable import wait_until_durable
 from torchcache.checkpoint.location import checkpoint_uri
 from torchcache.checkpoint.pending import PendingSave
+from torchcache.checkpoint.planning import Planner
 from torchcache.checkpoint.restoring import restore
 from torchcache.checkpoint.resume import (
     PREFIX,
@@ -168,12 +169,15 @@ class CheckpointManager:
         return CacheStorageWriter(uri, pool=self._pool, durability=self._durability, overwrite=overwrite)
 
     def _write(self, content: dict[str, Any], writer: CacheStorageWriter) -> None:
+        # torch's save, without a wrapper and a record of the log around each entry: `content` has no Stateful in it.
+        writer.reset()
         with plain_errors():
-            save(
+            _save_state_dict(
                 content,
                 storage_writer=writer,
                 process_group=self._ranks.group,
                 no_dist=self._ranks.size == 1,
+                planner=Planner(),
             )
         self._retain()
 

@@ -17,17 +17,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import xxhash
 
+from torchcache.checkpoint.columns import as_tuples, counts, lists_of_counts, present, require, texts
+from torchcache.checkpoint.columns import rows as columns_of
 from torchcache.checkpoint.layout import GRANULE_BYTES, granules
 from torchcache.errors import IntegrityError
 from torchcache.model import ByteRange
-
-_T = TypeVar("_T")
 
 FORMAT = "torchcache-checkpoint"
 VERSION = 1
@@ -49,6 +50,7 @@ ITEM_COLUMNS = (
 )
 
 Kind = Literal["tensor", "opaque", "bytes"]
+_KINDS = {"tensor", "opaque", "bytes"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +164,8 @@ class Manifest:
             "tensors": {name: _tensor_row(tensor) for name, tensor in self.tensors.items()},
             "items": [_item_row(item, numbers) for item in self.items],
         }
-        digest = hashlib.sha256(_canonical(body)).hexdigest()
-        return _canonical({"format": FORMAT, "version": VERSION, "sha256": digest, "body": body})
+        encoded = _canonical(body)
+        return _head(hashlib.sha256(encoded).hexdigest()) + encoded + b"}"
 
     @classmethod
     def decode(cls, data: bytes, *, where: str) -> Manifest:
@@ -174,14 +176,23 @@ class Manifest:
                 isinstance(outer, dict) and outer.get("format") == FORMAT, "it is no manifest of torchcache"
             )
             require(outer.get("version") == VERSION, f"its version {outer.get('version')!r} is unknown")
-            body = outer["body"]
-            require(hashlib.sha256(_canonical(body)).hexdigest() == outer["sha256"], "its checksum is wrong")
+            body, digest = outer["body"], outer["sha256"]
+            head = _head(digest)
+            # As we write it the body needn't be made anew to be hashed; whoever wrote it otherwise loses nothing.
+            encoded = memoryview(data)[len(head) : -1] if data.startswith(head) else _canonical(body)
+            require(hashlib.sha256(encoded).hexdigest() == digest, "its checksum is wrong")
             return _manifest(body)
         except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError) as error:
             raise IntegrityError(
                 f"the manifest of the checkpoint {where} can't be used: {error}; load an older checkpoint",
                 object=where,
             ) from error
+
+
+def _head(digest: object) -> bytes:
+    """What stands before the body."""
+    outer = _canonical({"format": FORMAT, "version": VERSION, "sha256": digest, "body": None})
+    return outer.removesuffix(b"null}")
 
 
 def _canonical(value: object) -> bytes:
@@ -217,12 +228,6 @@ def _item_row(item: Item, numbers: dict[str, int]) -> list[Any]:
     ]
 
 
-def require(condition: bool, problem: str) -> None:
-    """Raises ValueError, with the problem, unless the condition holds."""
-    if not condition:
-        raise ValueError(problem)
-
-
 def _manifest(body: dict[str, Any]) -> Manifest:
     files: dict[str, int] = {}
     for name, size in body["files"]:
@@ -237,9 +242,9 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         torchcache=_text(body["torchcache"]),
         dcp_version=None if body["dcp_version"] is None else _text(body["dcp_version"]),
         files=files,
-        tensors={_text(name): _tensor(row) for name, row in body["tensors"].items()},
+        tensors=_tensors(body["tensors"]),
         objects=tuple(map(_text, body["objects"])),
-        items=tuple(_item(row, names, files) for row in body["items"]),
+        items=tuple(_items(body["items"], names, files)),
         planner_data=body["planner_data"],
         pickled_bytes=_count(body["pickled_bytes"]),
     )
@@ -255,52 +260,84 @@ def checked_name(name: object) -> str:
     return text
 
 
-def _tensor(row: Sequence[Any]) -> Tensor:
-    dtype, requires_grad, pin_memory, memory_format, size, blocks = row
-    return Tensor(
-        dtype=_text(dtype),
-        requires_grad=bool(requires_grad),
-        pin_memory=bool(pin_memory),
-        memory_format=_text(memory_format),
-        size=_counts(size),
-        blocks=tuple((_counts(offsets), _counts(sizes)) for offsets, sizes in blocks),
-    )
-
-
-def _item(row: Sequence[Any], names: list[str], files: dict[str, int]) -> Item:
-    values = dict(zip(ITEM_COLUMNS, row, strict=True))
-    digests = bytes.fromhex(_text(values["digests"]))
-    item = Item(
-        name=_text(values["name"]),
-        offset=_optional(_counts, values["offset"]),
-        index=_optional(_count, values["index"]),
-        kind=_kind(values["kind"]),
-        dtype=_optional(_text, values["dtype"]),
-        shape=_optional(_counts, values["shape"]),
-        file=names[_count(values["file"])],
-        start=_count(values["start"]),
-        length=_count(values["length"]),
-        payload_start=_count(values["payload_start"]),
-        payload_length=_count(values["payload_length"]),
-        frame_digest=int(_text(values["frame_digest"]), 16),
-        digests=tuple(int.from_bytes(digests[i : i + 8], "big") for i in range(0, len(digests), 8)),
-    )
-    require(item.start + item.length <= files[item.file], f"{item.name!r} reaches beyond its file")
-    require(
-        item.payload_start + item.payload_length <= item.length, f"the payload of {item.name!r} is too long"
-    )
-    require(len(digests) == 8 * granules(item.payload_length), f"{item.name!r} has too few or many checksums")
-    if item.kind == "tensor":
-        require(item.dtype is not None and item.shape is not None, f"{item.name!r} has no dtype or no shape")
-        elements = math.prod(item.shape or ())
-        require(
-            item.payload_length % max(elements, 1) == 0, f"{item.name!r} is of another size than its shape"
+def _tensors(rows: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name. Raises ValueError, as all of these."""
+    names = texts(list(rows))
+    columns = columns_of(list(rows.values()), 6)
+    dtypes, formats = texts(columns[0]), texts(columns[3])
+    sizes, blocks = lists_of_counts(columns[4]), columns[5]
+    for part in range(2):
+        lists_of_counts([block[part] for of_tensor in blocks for block in of_tensor])
+    return {
+        name: Tensor(
+            dtype=dtype,
+            requires_grad=bool(requires_grad),
+            pin_memory=bool(pin_memory),
+            memory_format=memory_format,
+            size=tuple(size),
+            blocks=tuple((tuple(offsets), tuple(lengths)) for offsets, lengths in of_tensor),
         )
-    return item
+        for name, dtype, requires_grad, pin_memory, memory_format, size, of_tensor in zip(
+            names, dtypes, columns[1], columns[2], formats, sizes, blocks, strict=True
+        )
+    }
 
 
-def _optional(check: Callable[[Any], _T], value: Any) -> _T | None:
-    return None if value is None else check(value)
+def _items(rows: Any, names: list[str], files: dict[str, int]) -> Iterator[Item]:
+    columns = dict(zip(ITEM_COLUMNS, columns_of(rows, len(ITEM_COLUMNS)), strict=True))
+    for column in ("name", "frame_digest", "digests"):
+        texts(columns[column])
+    for column in ("file", "start", "length", "payload_start", "payload_length"):
+        counts(columns[column])
+    texts(present(columns["dtype"]))
+    counts(present(columns["index"]))
+    for column in ("offset", "shape"):
+        lists_of_counts(present(columns[column]))
+        columns[column] = tuple(as_tuples(columns[column]))
+    require(set(columns["kind"]) <= _KINDS, "an item is of no known kind")
+    for row in zip(*columns.values(), strict=True):
+        name, offset, index, kind, dtype, shape, file, start, length, inner, inner_length, frame, digests = (
+            row
+        )
+        item = Item(
+            name=name,
+            offset=offset,
+            index=index,
+            kind=kind,
+            dtype=dtype,
+            shape=shape,
+            file=names[file],
+            start=start,
+            length=length,
+            payload_start=inner,
+            payload_length=inner_length,
+            frame_digest=int(frame, 16),
+            digests=tuple(_digests(digests)),
+        )
+        _check_item(item, files)
+        yield item
+
+
+def _digests(text: str) -> Sequence[int]:
+    if len(text) == 16:  # most items
+        return (int(text, 16),)
+    if len(text) % 16:
+        raise ValueError(f"{text[:100]!r} are no checksums")
+    return struct.unpack(f">{len(text) // 16}Q", bytes.fromhex(text))
+
+
+def _check_item(item: Item, files: dict[str, int]) -> None:
+    if item.start + item.length > files[item.file]:
+        raise ValueError(f"{item.name!r} reaches beyond its file")
+    if item.payload_start + item.payload_length > item.length:
+        raise ValueError(f"the payload of {item.name!r} is too long")
+    if len(item.digests) != granules(item.payload_length):
+        raise ValueError(f"{item.name!r} has too few or many checksums")
+    if item.kind == "tensor":
+        if item.dtype is None or item.shape is None:
+            raise ValueError(f"{item.name!r} has no dtype or no shape")
+        if item.payload_length % max(math.prod(item.shape), 1):
+            raise ValueError(f"{item.name!r} is of another size than its shape")
 
 
 def _text(value: object) -> str:
@@ -309,18 +346,7 @@ def _text(value: object) -> str:
 
 
 def _count(value: object) -> int:
-    require(type(value) is int and 0 <= value < 1 << 62, f"{value!r} stands where a count should")
-    return cast(int, value)
-
-
-def _counts(values: object) -> tuple[int, ...]:
-    require(isinstance(values, list), f"{values!r} stands where a list of counts should")
-    return tuple(_count(value) for value in cast(list[Any], values))
-
-
-def _kind(value: object) -> Kind:
-    require(value in {"tensor", "opaque", "bytes"}, f"{value!r} is no kind of item")
-    return cast(Kind, value)
+    return counts([value])[0]
 
 
 def by_file(items: Sequence[Item]) -> Iterator[tuple[str, list[Item]]]:

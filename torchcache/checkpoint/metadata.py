@@ -16,12 +16,12 @@ from torch.distributed.checkpoint import filesystem as stock
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from torchcache.checkpoint.columns import require
 from torchcache.checkpoint.manifest import (
     Item,
     Manifest,
     Tensor,
     checked_name,
-    require,
 )
 from torchcache.checkpoint.plain import NotPlainError, decode_plain, encode_plain
 from torchcache.errors import CheckpointError, IntegrityError

@@ -6,13 +6,14 @@ import os
 import uuid
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from torchcache.checkpoint.garbage import A_MOMENT_BYTES, Truce, garbage_waits
 from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.layout import metadata_name, part_name
 from torchcache.checkpoint.loading import plan_loads, run_loads
@@ -26,6 +27,9 @@ from torchcache.local_pool import LocalPool
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, SaveInfo
 from torchcache.save_names import save_namespace, saved_file
+
+_MANY_ITEMS: Final = 1000
+_PLANNING_S: Final = 5.0
 
 
 class CacheStorageReader(StorageReader):
@@ -64,6 +68,7 @@ class CacheStorageReader(StorageReader):
         self._save_id = ""  # of what is open, or what stands for it where it has none
         self._items: dict[MetadataIndex, Item] = {}
         self._global_error: Exception | None = None
+        self._planning: Truce | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         given = self._given_pool.pool if isinstance(self._given_pool, LocalPool) else self._given_pool
@@ -124,10 +129,19 @@ class CacheStorageReader(StorageReader):
             raise CheckpointError("the metadata has no storage_data", object=str(self.path))
         if _save_id_of(metadata, default=self._save_id) != self._save_id:
             raise self._overwritten()
+        self._end_planning()
+        if len(metadata.storage_data) >= _MANY_ITEMS:
+            self._planning = Truce(_PLANNING_S)
         self._items = {index: _item(index, info) for index, info in metadata.storage_data.items()}
+
+    def _end_planning(self) -> None:
+        if self._planning is not None:
+            self._planning.end()
+            self._planning = None
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Tells the coordinator which save this rank has open; one of the rank's own concerns nobody else."""
+        self._end_planning()
         return plan if self._part else replace(plan, storage_data=self._save_id)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -147,12 +161,20 @@ class CacheStorageReader(StorageReader):
         loads = plan_loads(
             plan.items, self._items, planner, require=source.require, allow_pickle=self.allow_pickle
         )
-        with self._hold.kept() if self._hold is not None else nullcontext():
+        small = sum(self._length(item) for item in plan.items) < A_MOMENT_BYTES
+        with (
+            self._hold.kept() if self._hold is not None else nullcontext(),
+            garbage_waits() if small else nullcontext(),
+        ):
             run_loads(loads, source)
         self._hold = None
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _length(self, request: ReadItem) -> int:
+        item = self._items.get(request.storage_index)
+        return 0 if item is None else item.length
 
     def give_hold(self) -> Hold | None:
         """Hands the hold on what is open to the caller, to keep it for longer than one load; None of a stock one."""
@@ -189,7 +211,8 @@ class CacheStorageReader(StorageReader):
             self._hold.release()
         self._hold = Hold(self.pool, info)
         self._hold.take()
-        manifest = Manifest.decode(info.manifest, where=uri)
+        with garbage_waits():
+            manifest = Manifest.decode(info.manifest, where=uri)
         if manifest.save_id != info.save_id:
             raise IntegrityError(f"the manifest of {uri} belongs to another save", object=uri)
         saved = SavedFiles(
@@ -202,9 +225,10 @@ class CacheStorageReader(StorageReader):
         self._source = Source(self.pool, uri, saved, durable=info.state == "durable")
         self._save_id = info.save_id
         pickled_bytes = manifest.pickled_bytes
-        return metadata_of(
-            manifest, load_id=uuid.uuid4().hex, pickled=lambda: self._pickled(uri, info, pickled_bytes)
-        )
+        with garbage_waits():
+            return metadata_of(
+                manifest, load_id=uuid.uuid4().hex, pickled=lambda: self._pickled(uri, info, pickled_bytes)
+            )
 
     def _open_stock(self, uri: str, part: str) -> Metadata:
         name = metadata_name(part)

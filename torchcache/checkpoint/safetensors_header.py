@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, cast
 
-from torchcache.checkpoint.manifest import checked_name, require
+from torchcache.checkpoint.columns import require
+from torchcache.checkpoint.manifest import checked_name
 from torchcache.errors import IntegrityError
 from torchcache.model import ByteRange
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torchcache.checkpoint.landing import Granule, granules_of
 from torchcache.checkpoint.layout import granule_cover
 from torchcache.checkpoint.manifest import Item
 from torchcache.errors import (
@@ -115,6 +116,9 @@ class Source:
 
     def _fetch_saved(self, saved: SavedFiles, fetches: Sequence[Fetch]) -> list[Fetch]:
         """Reads from the pool's copy; returns those it has no good copy of."""
+        fetches = self._land(saved, fetches)
+        if not fetches:
+            return []
         outcomes = self._pool.read_each(
             [f.extent(saved.object(f.item.file)) for f in fetches],
             namespace=save_namespace(saved.store, saved.path, saved.save_id),
@@ -137,6 +141,31 @@ class Source:
             self._require_durable(saved, problem)
         self._evicted |= {f.item.file for f in missing} - had
         return missing
+
+    def _land(self, saved: SavedFiles, fetches: Sequence[Fetch]) -> list[Fetch]:
+        """Fills the buffers from what lanes lend; returns those fetches that have to be read in another way."""
+        left: list[Fetch] = []
+        granules: list[tuple[Fetch, Granule]] = []
+        for fetch in fetches:
+            found = granules_of(fetch.item, fetch.part, fetch.into, saved.object(fetch.item.file))
+            if found is None:
+                left.append(fetch)
+            else:
+                granules += [(fetch, granule) for granule in found]
+        outcomes = iter(
+            self._pool.read_each(
+                [extent for _, granule in granules for extent in granule.extents],
+                namespace=save_namespace(saved.store, saved.path, saved.save_id),
+                into=[into for _, granule in granules for into in granule.targets],
+                lend=True,
+                timeout_s=_READ_S,
+            )
+        )
+        failed: dict[int, Fetch] = {}
+        for fetch, granule in granules:
+            if not granule.land([next(outcomes) for _ in granule.extents]):
+                failed[id(fetch)] = fetch
+        return [*left, *failed.values()]
 
     def _require_durable(self, saved: SavedFiles, problem: TorchCacheError) -> None:
         """The upload may have ended, and the pool's copy gone, since the checkpoint was opened."""

@@ -23,6 +23,8 @@ def as_dict(value: object) -> Any:
 
     An optimizer numbers its parameters; torch's checkpoints know only names, so numbers become texts.
     """
+    if isinstance(value, torch.Tensor):  # by far the most; to ask for a protocol takes long
+        return value
     if isinstance(value, torch.optim.Optimizer):
         state = value.state_dict()
         return {**state, _STATE: {str(number): entry for number, entry in state[_STATE].items()}}

@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future as LocalFuture
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from torch.futures import Future
 
 import torchcache
 from torchcache.checkpoint.durable import wait_until_durable
+from torchcache.checkpoint.garbage import A_MOMENT_BYTES, garbage_waits
 from torchcache.checkpoint.holder import holder_name
 from torchcache.checkpoint.layout import assign_files, file_name, metadata_name, part_name
 from torchcache.checkpoint.lease import Lease, end_lease_of_thread
@@ -208,14 +210,25 @@ class CacheStorageWriter(StorageWriter):
         The planner is asked from this thread alone.
         """
         ticket = self._ticket_of(plan)
+        sizes = [expected_bytes(item) for item in plan.items]
+        # A moment's work is Python's above all.
+        with garbage_waits() if sum(sizes) < A_MOMENT_BYTES else nullcontext():
+            results = self._write_files(ticket, plan, planner, sizes)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def _write_files(
+        self, ticket: Ticket, plan: SavePlan, planner: SavePlanner, sizes: list[int]
+    ) -> list[WriteResult]:
         results: list[WriteResult] = []
         writes: deque[LocalFuture[list[WriteResult]]] = deque()
         with Threads(_WRITERS, name="torchcache-save") as threads:
             try:
-                sizes = [expected_bytes(item) for item in plan.items]
                 for number, run in enumerate(assign_files(sizes, writers=_WRITERS)):
                     items = plan.items[run.start : run.stop]
-                    staged = StagedFile(file_name(ticket.rank, number), items, planner.resolve_data)
+                    with garbage_waits():
+                        staged = StagedFile(file_name(ticket.rank, number), items, planner.resolve_data)
                     writes.append(threads.submit(self._write_file, ticket, staged))
                     if len(writes) >= _FILES_IN_FLIGHT:
                         results += writes.popleft().result()
@@ -224,9 +237,7 @@ class CacheStorageWriter(StorageWriter):
             finally:
                 for write in writes:
                     write.cancel()
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
+        return results
 
     def _ticket_of(self, plan: SavePlan) -> Ticket:
         own, arrived = self._current().ticket, take_arrived(plan.storage_data)
@@ -239,10 +250,11 @@ class CacheStorageWriter(StorageWriter):
     def _write_file(self, ticket: Ticket, file: StagedFile) -> list[WriteResult]:
         objects = [(ticket.file(file.name), file.buffers)]
         self.pool.write(ticket.namespace, objects, durable=True, timeout_s=_time_for(file.size))
-        return [
-            WriteResult(index=item.index, size_in_bytes=entry.length, storage_data=entry)
-            for item, entry in file.describe()
-        ]
+        with garbage_waits():
+            return [
+                WriteResult(index=item.index, size_in_bytes=entry.length, storage_data=entry)
+                for item, entry in file.describe()
+            ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commits the save: from here on it can be loaded. Raises AlreadyExists if another writer took over."""
@@ -252,10 +264,12 @@ class CacheStorageWriter(StorageWriter):
             raise CheckpointError("finish was called without prepare_global_plan")
         if lease.error is not None:
             raise lease.error
-        items: list[Item] = [result.storage_data for of_rank in results for result in of_rank]
-        finished = stock_metadata(metadata, items, checkpoint_id=ticket.uri, save_id=ticket.save_id)
-        pickled = pickle.dumps(finished)
-        manifest = _manifest(ticket, metadata, items, pickled)
+        with garbage_waits():
+            items: list[Item] = [result.storage_data for of_rank in results for result in of_rank]
+            finished = stock_metadata(metadata, items, checkpoint_id=ticket.uri, save_id=ticket.save_id)
+            pickled = pickle.dumps(finished)
+            manifest = _manifest(ticket, metadata, items, pickled)
+            encoded = manifest.encode()
         if manifest.pickled_bytes:
             self._write_metadata(ticket, pickled)
         try:
@@ -266,7 +280,7 @@ class CacheStorageWriter(StorageWriter):
                 ticket.save_id,
                 files=list(manifest.files.items()),
                 metadata=pickled,
-                manifest=manifest.encode(),
+                manifest=encoded,
             )
         finally:
             # Even a commit that failed may have arrived: nothing is given back from here on.

@@ -54,13 +54,15 @@ class ReadOptions:
     """How to read. `resident_only`: nothing is fetched. `suspect`: the server first proves what it holds on disk.
 
     `as_bytes`: the reader makes `bytes` of every view. A lane may do it, more cheaply: then the view is of all of a
-    `bytes`, its `obj`.
+    `bytes`, its `obj`. `lend`: where a buffer was given, a lane may return a read-only view of its own memory instead
+    of filling it, and leaves it to the caller to verify that.
     """
 
     namespace: str = ""
     resident_only: bool = False
     suspect: bool = False
     as_bytes: bool = False
+    lend: bool = False
 
 
 class Lane(Protocol):
@@ -81,8 +83,8 @@ class Lane(Protocol):
         """One call for all `extents`; every byte of the answer verified, complete and in bounds.
 
         `into` holds, an extent, the writable buffer to fill or None. An outcome is a read-only view, or the filled
-        part of the buffer. Never raises an error of the server or the wire: extents that came before it are good,
-        the others carry it.
+        part of the buffer; with `lend` it may be a view that nobody has verified. Never raises an error of the server
+        or the wire: extents that came before it are good, the others carry it.
         """
 
     def write(

@@ -17,7 +17,7 @@ import xxhash
 from torchcache.errors import TorchCacheError
 from torchcache.lanes.base import Lane, Outcome, ReadOptions, Row
 from torchcache.lanes.copying import hashed_copy
-from torchcache.lanes.local_ranges import Damaged, read_range
+from torchcache.lanes.local_ranges import Damaged, lent, read_range
 from torchcache.lanes.local_store import LocalStore
 from torchcache.lanes.local_use import UseReports
 from torchcache.lanes.local_writing import LocalWriter, NotWritable
@@ -57,7 +57,7 @@ class LocalLane:
         if options.suspect:
             return self._flight.read(extents, into, options, deadline=deadline)
         outcomes: list[Outcome | None] = [None] * len(extents)
-        damaged, read_bytes, more_chunks = self._read_here(extents, into, outcomes, options.as_bytes)
+        damaged, read_bytes, more_chunks = self._read_here(extents, into, outcomes, options)
         left = [number for number, outcome in enumerate(outcomes) if outcome is None]
         if here := len(outcomes) - len(left):
             self._reports.add(here, here + more_chunks, read_bytes)
@@ -78,13 +78,13 @@ class LocalLane:
         extents: Sequence[Extent],
         into: Sequence[memoryview | None],
         outcomes: list[Outcome | None],
-        as_bytes: bool,
+        options: ReadOptions,
     ) -> tuple[set[int], int, int]:
         """Puts what can be read here in its place.
 
         Returns which extents were found damaged, the bytes read, and how many chunks beyond the first of each extent.
         """
-        store = self.store
+        store, as_bytes, lend = self.store, options.as_bytes, options.lend
         found = store.look_up([e[0].id.digest + _packed(e[1] // CHUNK_BYTES & 0xFFFFFFFF) for e in extents])
         warm, count = found.warm, found.count
         damaged: set[int] = set()
@@ -102,7 +102,10 @@ class LocalLane:
                 if info.size not in (object_size, UNKNOWN_SIZE):
                     continue
                 mapped.used = count
-                if offset or end - start != object_size or 0 <= length != object_size:
+                borrowed = lent(known, extent) if lend and target is not None else None
+                if borrowed is not None:
+                    got = borrowed
+                elif offset or end - start != object_size or 0 <= length != object_size:
                     got = read_range(store, known, extent, target)
                     if got is None:
                         continue

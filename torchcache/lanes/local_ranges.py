@@ -15,6 +15,15 @@ class Damaged(Exception):
     """The bytes aren't as they were stored."""
 
 
+def lent(known: Known, extent: Extent) -> memoryview | None:
+    """A view of an extent that lies in the record `known`, not verified; None if it doesn't."""
+    _, offset, length = extent
+    stop = known.object_size if length < 0 else offset + length
+    start = known.start + offset - known.chunk_index * CHUNK_BYTES
+    end = start + stop - offset
+    return known.view[start:end] if known.start <= start <= end <= known.end else None
+
+
 def read_range(
     store: LocalStore, first: Known, extent: Extent, target: memoryview | None
 ) -> memoryview | None:

@@ -96,17 +96,19 @@ class Pool:
         into: Sequence[memoryview] | None = None,
         resident_only: bool = False,
         as_bytes: bool = False,
+        lend: bool = False,
         timeout_s: float = 60.0,
     ) -> list[memoryview | TorchCacheError]:
         """As `read`, with an error in the place of each extent that failed.
 
         With `resident_only` what the pool does not hold is `NotResident` instead of fetched. A view keeps the batch
         it came in alive, about 2 MiB: copy what is to be kept for long. `as_bytes` says that every view will be made
-        `bytes`: the lane may then have done it, and `view.obj` is that.
+        `bytes`: the lane may then have done it, and `view.obj` is that. With `lend` the outcome of an extent may be a
+        read-only view instead of its filled buffer, and that nobody has verified: it is the caller's to do.
         """
         if not extents:
             return []
-        options = ReadOptions(namespace=namespace, resident_only=resident_only, as_bytes=as_bytes)
+        options = ReadOptions(namespace=namespace, resident_only=resident_only, as_bytes=as_bytes, lend=lend)
         return Reading(self._session(), extents, into, options, time.monotonic() + timeout_s).run()
 
     def write(

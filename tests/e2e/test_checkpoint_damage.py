@@ -1,0 +1,50 @@
+"""A checkpoint whose bytes in the pool went bad: a load checks them all, and takes what lies in storage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchcache as tc
+from torchcache.errors import IntegrityError
+
+
+def flip_a_byte_of_each_tensor(store: Path, tensors: dict[str, torch.Tensor]) -> int:
+    """In the files of the pool that lies in `store`; returns how many were found."""
+    found = 0
+    for path in store.rglob("*.segment"):
+        data = bytearray(path.read_bytes())
+        for tensor in tensors.values():
+            at = data.find(bytes(memoryview(tensor[-64:].numpy())))
+            if at >= 0:
+                data[at] ^= 4
+                found += 1
+        with path.open("r+b") as file:
+            file.write(data)
+    return found
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_damage_in_the_pool_is_found_and_mended_from_sound_storage(tmp_path: Path, sound: bool) -> None:
+    chance = torch.Generator().manual_seed(3)
+    saved = {f"t{n}": torch.rand(1_500_000 + n, generator=chance) for n in range(3)}
+    home = tmp_path / "home"
+    with (
+        tc.LocalPool(tmp_path / "pool", capacity="256MB") as pool,
+        tc.CheckpointManager(f"file://{home}", pool=pool, rng=False) as manager,
+    ):
+        manager.save(1, dict(saved))
+        manager.wait_durable(1, timeout_s=120)
+        if not sound:
+            for shard in home.rglob("*.distcp"):
+                shard.write_bytes(b"\0" * shard.stat().st_size)
+        assert flip_a_byte_of_each_tensor(tmp_path / "pool", saved) >= len(saved)
+        into = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+        if sound:
+            manager.load(into, 1)
+            assert all(torch.equal(into[name], saved[name]) for name in saved)
+        else:
+            with pytest.raises(IntegrityError):
+                manager.load(into, 1)

@@ -1,0 +1,86 @@
+"""Bytes of which a lane lends its own memory: hashed and copied piece by piece, while a piece is in the cache.
+
+Both the store and a manifest have checksums of them. Here the manifest's are compared, and the lane's needn't be too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from torchcache.checkpoint.layout import GRANULE_BYTES
+from torchcache.checkpoint.manifest import Item
+from torchcache.errors import TorchCacheError
+from torchcache.model import CHUNK_BYTES, ByteRange, Extent, ObjectInfo
+
+_PIECE_BYTES: Final = 256 * 1024
+"""Half of what a processor's own cache holds, and enough to let other threads run meanwhile."""
+
+
+class Granule(NamedTuple):
+    """One granule of a payload: its checksum, where it goes, and the extents it is read as, none across two chunks."""
+
+    digest: int
+    into: memoryview
+    extents: list[Extent]
+
+    @property
+    def targets(self) -> list[memoryview]:
+        """The buffer of each extent."""
+        if len(self.extents) == 1:
+            return [self.into]
+        cut = self.extents[0].length
+        return [self.into[:cut], self.into[cut:]]
+
+    def land(self, outcomes: Sequence[memoryview | TorchCacheError]) -> bool:
+        """Whether `into` has the bytes now, and they are as the checksum says."""
+        views = [outcome for outcome in outcomes if isinstance(outcome, memoryview)]
+        if len(views) < len(outcomes):
+            return False
+        if not any(view.readonly for view in views):
+            return bool(xxh3_64_intdigest(self.into) == self.digest)
+        return _land(self.digest, self.into, views)
+
+
+def granules_of(item: Item, part: ByteRange, into: memoryview, file: ObjectInfo) -> Iterator[Granule] | None:
+    """The granules of a part of an item's payload; None if it isn't of whole ones, or has no checksums."""
+    whole_end = part.end == item.payload_length or not part.end % GRANULE_BYTES
+    if not item.digests or part.start % GRANULE_BYTES or not whole_end:
+        return None
+    return _granules(item, part, into, file)
+
+
+def _granules(item: Item, part: ByteRange, into: memoryview, file: ObjectInfo) -> Iterator[Granule]:
+    payload_start = item.payload.start
+    for start in range(part.start, part.end, GRANULE_BYTES):
+        end = min(start + GRANULE_BYTES, part.end)
+        extents, at, stop = [], payload_start + start, payload_start + end
+        while at < stop:
+            after = min(stop, at - at % CHUNK_BYTES + CHUNK_BYTES)
+            extents.append(Extent(file, at, after - at))
+            at = after
+        where = into if end - start == len(into) else into[start - part.start : end - part.start]
+        yield Granule(item.digests[start // GRANULE_BYTES], where, extents)
+
+
+def _land(digest: int, into: memoryview, views: Sequence[memoryview]) -> bool:
+    """Copies what `views` hold one behind the other into `into`, and says whether it was what `digest` is of."""
+    if len(views) == 1 and len(into) <= _PIECE_BYTES:
+        (view,) = views
+        if xxh3_64_intdigest(view) != digest:
+            return False
+        into[:] = view
+        return True
+    state, target, at = xxh3_64(), np.frombuffer(into, np.uint8), 0
+    for view in views:
+        source = np.frombuffer(view, np.uint8)
+        for start in range(0, len(view), _PIECE_BYTES):
+            end = min(start + _PIECE_BYTES, len(view))
+            state.update(view[start:end])
+            if view.readonly:  # else a lane has filled it
+                np.copyto(target[at : at + end - start], source[start:end])
+            at += end - start
+    return bool(state.intdigest() == digest)

@@ -1,0 +1,40 @@
+"""torch's default plans, made while the garbage collector waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan
+
+from torchcache.checkpoint.garbage import garbage_waits
+
+
+class Planner(DefaultSavePlanner):
+    """Plans as DefaultSavePlanner does."""
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        with garbage_waits():
+            super().set_up_planner(state_dict, storage_meta, is_coordinator)
+
+    def create_local_plan(self) -> SavePlan:
+        with garbage_waits():
+            return super().create_local_plan()
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        # A plain tensor is itself whatever is asked of it; torch looks for shards first.
+        found = self.state_dict.get(index.fqn)
+        if type(found) in (torch.Tensor, torch.nn.Parameter) and not any(index.offset or ()):
+            return found
+        return super().lookup_object(index)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        with garbage_waits():
+            return super().create_global_plan(all_plans)
