@@ -102,9 +102,9 @@ class LocalLane:
                 if info.size not in (object_size, UNKNOWN_SIZE):
                     continue
                 mapped.used = count
-                borrowed = lent(known, extent) if lend and target is not None else None
-                if borrowed is not None:
-                    got = borrowed
+                got: memoryview | None = lent(known, extent) if lend and target is not None else None
+                if got is not None:
+                    pass  # the caller verifies it
                 elif offset or end - start != object_size or 0 <= length != object_size:
                     got = read_range(store, known, extent, target)
                     if got is None:
