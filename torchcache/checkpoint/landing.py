@@ -6,18 +6,15 @@ Both the store and a manifest have checksums of them. Here the manifest's are co
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from torchcache.checkpoint.layout import GRANULE_BYTES
 from torchcache.checkpoint.manifest import Item
 from torchcache.errors import TorchCacheError
+from torchcache.lanes.copying import STEP_BYTES, copy
 from torchcache.model import CHUNK_BYTES, ByteRange, Extent, ObjectInfo
-
-_PIECE_BYTES: Final = 256 * 1024
-"""Half of what a processor's own cache holds, and enough to let other threads run meanwhile."""
 
 
 class Granule(NamedTuple):
@@ -67,20 +64,17 @@ def _granules(item: Item, part: ByteRange, into: memoryview, file: ObjectInfo) -
 
 
 def _land(digest: int, into: memoryview, views: Sequence[memoryview]) -> bool:
-    """Copies what `views` hold one behind the other into `into`, and says whether it was what `digest` is of."""
-    if len(views) == 1 and len(into) <= _PIECE_BYTES:
-        (view,) = views
-        if xxh3_64_intdigest(view) != digest:
-            return False
-        into[:] = view
-        return True
-    state, target, at = xxh3_64(), np.frombuffer(into, np.uint8), 0
+    """Copies what `views` hold one behind the other into `into`, and says whether what then lies there is right."""
+    if len(views) == 1 and len(into) <= STEP_BYTES:
+        into[:] = views[0]
+        return bool(xxh3_64_intdigest(into) == digest)
+    state, at = xxh3_64(), 0
     for view in views:
-        source = np.frombuffer(view, np.uint8)
-        for start in range(0, len(view), _PIECE_BYTES):
-            end = min(start + _PIECE_BYTES, len(view))
-            state.update(view[start:end])
+        for start in range(0, len(view), STEP_BYTES):
+            step = view[start : start + STEP_BYTES]
+            target = into[at : at + len(step)]
             if view.readonly:  # else a lane has filled it
-                np.copyto(target[at : at + end - start], source[start:end])
-            at += end - start
+                copy(step, target)
+            state.update(target)
+            at += len(step)
     return bool(state.intdigest() == digest)
