@@ -15,6 +15,7 @@ from torchcache.errors import (
 )
 from torchcache.model import Extent, ObjectId
 from torchcache.pool import SaveInfo, SaveState
+from torchcache.pool.reports import Reservation
 
 
 class CheckpointPool(MemoryPool):
@@ -40,6 +41,7 @@ class CheckpointPool(MemoryPool):
         *,
         durable: bool = False,
         timeout_s: float = 60.0,
+        servers: Sequence[str] = (),
     ) -> None:
         if self.write_error is not None:
             raise self.write_error
@@ -54,8 +56,16 @@ class CheckpointPool(MemoryPool):
         return super()._content(object)
 
     def reserve_save(
-        self, store: str, path: str, part: str, save_id: str, *, overwrite: bool, writer: str
-    ) -> float:
+        self,
+        store: str,
+        path: str,
+        part: str,
+        save_id: str,
+        *,
+        overwrite: bool,
+        writer: str,
+        replicas: int | None = None,
+    ) -> Reservation:
         key = (store, path, part)
         there = self.objects.keys() & {(store, f"{path}/{part}.metadata")}
         if (key in self.saved or there) and not overwrite:
@@ -63,15 +73,19 @@ class CheckpointPool(MemoryPool):
         if key in self.reserved:
             raise AlreadyExists(f"another save of {path} is being written by {writer}")
         self.reserved[key] = save_id
-        return self.lease_s
+        return Reservation(
+            lease_s=self.lease_s, servers=("only",), wanted=1, writer=writer, overwrite=overwrite
+        )
 
-    def renew_save(self, store: str, path: str, part: str, save_id: str) -> float:
+    def renew_save(self, store: str, path: str, part: str, save_id: str, *, server: str = "") -> float:
         self.renewals += 1
         if self.renew_error is not None:
             raise self.renew_error
         return self.lease_s
 
-    def abandon_save(self, store: str, path: str, part: str, save_id: str) -> None:
+    def abandon_save(
+        self, store: str, path: str, part: str, save_id: str, *, servers: Sequence[str] = ()
+    ) -> None:
         self.abandoned.append(save_id)
         if self.reserved.get((store, path, part)) == save_id:
             del self.reserved[store, path, part]
@@ -87,6 +101,7 @@ class CheckpointPool(MemoryPool):
         metadata: bytes,
         manifest: bytes,
         timeout_s: float = 120.0,
+        reservation: Reservation | None = None,
     ) -> SaveInfo:
         key = (store, path, part)
         if self.reserved.pop(key, None) != save_id:

@@ -25,7 +25,7 @@ def test_the_newest_stay_and_multiples_too() -> None:
 
 
 def test_the_newest_durable_one_stays_until_a_newer_one_is() -> None:
-    history = steps(s1="durable", s2="durable", s3="uploading", s4="failed", s5="uploading")
+    history = steps(s1="durable", s2="durable", s3="cached", s4="failed", s5="replicated")
     assert gone(history, keep_last=1) == [1, 3, 4]
     assert gone([*history, *steps(s6="durable")], keep_last=1) == [1, 2, 3, 4, 5]
 
@@ -33,11 +33,11 @@ def test_the_newest_durable_one_stays_until_a_newer_one_is() -> None:
 def test_what_cannot_be_restored_counts_for_nothing() -> None:
     history = steps(s1="durable", s2="broken", s3="durable", s4="broken", s5="saving")
     assert gone(history, keep_last=2) == [2]  # 4 and 5 may still become something
-    assert gone(steps(s1="broken", s2="uploading"), keep_last=1) == []
+    assert gone(steps(s1="broken", s2="replicated"), keep_last=1) == []
     assert gone([], keep_last=1) == []
 
 
-_STATES = st.sampled_from(["saving", "uploading", "durable", "failed", "broken"])
+_STATES = st.sampled_from(["saving", "cached", "replicated", "durable", "failed", "broken"])
 
 
 @given(

@@ -58,7 +58,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
     ("options", "message"),
     [
         ({"durability": "disk"}, "durability must be 'pool' or 'store', not 'disk'"),
-        ({"replicas": 2}, "replicas=2: replicated saves are not available yet"),
+        ({"replicas": 0}, "replicas=0: give 1 or more, or None"),
         ({"compression": "zstd"}, "compression='zstd' is not available yet"),
     ],
 )

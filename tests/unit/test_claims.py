@@ -74,15 +74,26 @@ def test_a_servers_own_claim_is_its_to_change(state: ClaimState) -> None:
 
 
 def test_who_holds_a_path_goes_on_unless_another_took_it() -> None:
-    def hold(seen: Sighting | None) -> Take | Keep | Refuse:
-        return decide_hold(seen, key=KEY, server_id="me", save_id="s")
+    def hold(seen: Sighting | None, now_s: float = SEEN_S) -> Take | Keep | Wait | Refuse:
+        return decide_hold(seen, key=KEY, server_id="me", save_id="s", now_s=now_s)
 
     assert hold(None) == Take("")
     assert hold(sighting("me", "reserved")) == Take("v1")
     assert hold(sighting("me", "committed")) == Keep()
     assert hold(sighting("me", "committed", save_id="the one before")) == Take("v1")
     for state in ("reserved", "released", "committed"):
-        assert isinstance(hold(sighting(state=state)), Refuse)  # type: ignore[arg-type]
+        assert isinstance(hold(sighting(state=state, save_id="another"), DEAD_S * 9), Refuse)  # type: ignore[arg-type]
+
+
+def test_another_server_that_uploads_the_same_save_is_waited_for_while_it_lives() -> None:
+    def hold(state: ClaimState, now_s: float) -> Take | Keep | Wait | Refuse:
+        return decide_hold(
+            sighting(state=state, save_id="s"), key=KEY, server_id="me", save_id="s", now_s=now_s
+        )
+
+    assert hold("committed", DEAD_S - 0.1) == Wait(DEAD_S, "other")
+    assert hold("committed", DEAD_S) == Take("v1")
+    assert isinstance(hold("deleting", DEAD_S), Refuse)
 
 
 @given(st.binary(max_size=300))

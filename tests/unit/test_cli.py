@@ -476,7 +476,7 @@ def test_checkpoint_ls_merges_pool_and_storage(pool: MemoryPool, capsys: pytest.
     found = run_json(capsys, "checkpoint", "ls", "s3://b/run")["checkpoints"]
     assert [(c["uri"], c["state"]) for c in found] == [
         ("s3://b/run/step-0", "durable"),
-        ("s3://b/run/step-1", "uploading"),
+        ("s3://b/run/step-1", "cached"),
         ("s3://b/run/torch", "stock"),
     ]
     assert found[0]["bytes"] == 5

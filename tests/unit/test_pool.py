@@ -337,7 +337,8 @@ def test_status(server: StandIn, pool: Pool) -> None:
 
 
 def test_saves(server: StandIn, pool: Pool) -> None:
-    assert pool.reserve_save("s3", "b/run", "", "id", overwrite=False, writer="me") == 10.0
+    reserved = pool.reserve_save("s3", "b/run", "", "id", overwrite=False, writer="me")
+    assert (reserved.lease_s, reserved.servers, reserved.wanted) == (10.0, ("standin",), 1)
     assert pool.renew_save("s3", "b/run", "", "id") == 10.0
     info = pool.commit_save("s3", "b/run", "", "id", files=[("f", 3)], metadata=b"m", manifest=b"{}")
     assert (info.state, info.pending_bytes, info.error) == ("committed", 3, None)

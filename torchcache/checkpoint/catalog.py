@@ -13,14 +13,9 @@ from torchcache.save_names import CLAIM_NAME, MANIFEST_NAME, METADATA_NAME
 if TYPE_CHECKING:
     from torchcache.pool import Pool, SaveInfo
 
-State = Literal["saving", "uploading", "durable", "failed", "stock", "unfinished"]
+State = Literal["saving", "cached", "replicated", "durable", "failed", "stock", "unfinished"]
 
-STATE_OF_SAVE: Final[dict[str, State]] = {
-    "reserved": "saving",
-    "committed": "uploading",
-    "durable": "durable",
-    "failed": "failed",
-}
+_STATES: Final[dict[str, State]] = {"reserved": "saving", "durable": "durable", "failed": "failed"}
 
 _DATA = ".distcp"
 
@@ -29,10 +24,10 @@ _DATA = ".distcp"
 class Checkpoint:
     """One checkpoint, or with `part` what one rank committed for itself.
 
-    "saving": not committed yet. "uploading": restorable from the pool. "durable": restorable from storage. "failed":
-    restorable from the pool, and its upload met an error. "stock": in storage, saved by torch without torchcache.
-    "unfinished": in storage, being written or deleted by another pool, or left so. Sizes are bytes, 0 where they are
-    not known.
+    "saving": not committed yet. "cached": restorable from the pool, where one server has it. "replicated": `replicas`
+    servers have it. "durable": restorable from storage. "failed": restorable from the pool, and its upload met an
+    error. "stock": in storage, saved by torch without torchcache. "unfinished": in storage, being written or deleted by
+    another pool, or left so. Sizes are bytes, 0 where they are not known.
     """
 
     uri: str
@@ -41,7 +36,13 @@ class Checkpoint:
     save_id: str = ""
     bytes: int = 0
     pending_bytes: int = 0
+    replicas: int = 0
     error: str = ""
+
+
+def state_of(save: SaveInfo) -> State:
+    """How far a save has come."""
+    return _STATES.get(save.state, "replicated" if save.replicas > 1 else "cached")
 
 
 def list_checkpoints(pool: Pool, uri: str) -> list[Checkpoint]:
@@ -60,10 +61,11 @@ def list_checkpoints(pool: Pool, uri: str) -> list[Checkpoint]:
         found[where, save.part] = Checkpoint(
             uri=where,
             part=save.part,
-            state=STATE_OF_SAVE[save.state],
+            state=state_of(save),
             save_id=save.save_id,
             bytes=save.total_bytes or (stored.bytes if stored else 0),
             pending_bytes=save.pending_bytes,
+            replicas=0 if save.state in ("reserved", "durable") else save.replicas,
             error=str(save.error) if save.error else "",
         )
     return [found[key] for key in sorted(found)]

@@ -71,12 +71,16 @@ class Lease:
 
     def _renew_once(self) -> float:
         ticket = self.ticket
-        return self._pool.renew_save(ticket.store, ticket.path, ticket.part, ticket.save_id)
+        return self._pool.renew_save(
+            ticket.store, ticket.path, ticket.part, ticket.save_id, server=next(iter(ticket.servers), "")
+        )
 
     def _give_back(self) -> None:
         ticket = self.ticket
         try:
-            self._pool.abandon_save(ticket.store, ticket.path, ticket.part, ticket.save_id)
+            self._pool.abandon_save(
+                ticket.store, ticket.path, ticket.part, ticket.save_id, servers=ticket.servers
+            )
         except TorchCacheError as error:
             _log.info("the reservation of %s was left to run out: %s", ticket.uri, error)
 

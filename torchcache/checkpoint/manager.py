@@ -54,8 +54,9 @@ RETENTION_S: Final = 30.0
 class CheckpointManager:
     """Saves and loads the checkpoints of one run, `<root>/step-<n>`, and deletes those that are not needed any more.
 
-    `root`, `pool` and `durability` are as for CacheStorageWriter. `keep_last` checkpoints stay (None: all), and each
-    whose step is a multiple of `keep_every`; and always the newest that is durable, and any that somebody is reading.
+    `root`, `pool`, `durability` and `replicas` are as for CacheStorageWriter. `keep_last` checkpoints stay (None: all),
+    and each whose step is a multiple of `keep_every`; and always the newest that is durable, and any that somebody is
+    reading.
 
     The state is a dict: modules, optimizers, schedulers and whatever else has state_dict and load_state_dict, tensors,
     plain values. A StatefulDataLoader in it is each rank's own. With `rng` the global random generators of torch, numpy
@@ -74,6 +75,7 @@ class CheckpointManager:
         keep_every: int | None = None,
         pool: str | Pool | LocalPool | None = None,
         durability: Durability = "pool",
+        replicas: int | None = None,
         rng: bool = True,
     ) -> None:
         for name, count in (("keep_last", keep_last), ("keep_every", keep_every)):
@@ -84,6 +86,7 @@ class CheckpointManager:
         self.keep_every = keep_every
         self._pool = connect(pool)
         self._durability: Durability = durability
+        self._replicas = replicas
         self._rng = rng
         self._made_ranks: Ranks | None = None
         self._stager = Stager()
@@ -166,7 +169,13 @@ class CheckpointManager:
 
     def _writer(self, step: int, *, overwrite: bool) -> CacheStorageWriter:
         uri = step_uri(self.root, _checked(step))
-        return CacheStorageWriter(uri, pool=self._pool, durability=self._durability, overwrite=overwrite)
+        return CacheStorageWriter(
+            uri,
+            pool=self._pool,
+            durability=self._durability,
+            replicas=self._replicas,
+            overwrite=overwrite,
+        )
 
     def _write(self, content: dict[str, Any], writer: CacheStorageWriter) -> None:
         # torch's save, without a wrapper and a record of the log around each entry: `content` has no Stateful in it.

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-StepState = Literal["saving", "uploading", "durable", "failed", "broken"]
+StepState = Literal["saving", "cached", "replicated", "durable", "failed", "broken"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One checkpoint of a run, by its step.
 
-    "saving": being written, or begun and never committed. "uploading": restorable from the pool. "durable": restorable
-    from storage. "failed": restorable from the pool, but its upload met an error. "broken": not restorable, `problem`
-    says why. Sizes are bytes.
+    "saving": being written, or begun and never committed. "cached", "replicated": restorable from the pool, from one
+    server or from any of several. "durable": restorable from storage. "failed": restorable from the pool, but its
+    upload met an error. "broken": not restorable, `problem` says why. Sizes are bytes.
     """
 
     step: int
@@ -26,7 +26,7 @@ class Step:
 
     @property
     def restorable(self) -> bool:
-        return self.state in ("uploading", "durable", "failed")
+        return self.state in ("cached", "replicated", "durable", "failed")
 
 
 def superfluous(steps: Sequence[Step], *, keep_last: int | None, keep_every: int | None) -> list[Step]:

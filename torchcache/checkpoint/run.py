@@ -19,7 +19,8 @@ _STEP: Final = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 _STATES: Final[dict[str, StepState]] = {
     "saving": "saving",
-    "uploading": "uploading",
+    "cached": "cached",
+    "replicated": "replicated",
     "durable": "durable",
     "failed": "failed",
     "stock": "durable",

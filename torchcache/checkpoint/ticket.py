@@ -22,7 +22,7 @@ _arrived = threading.local()
 class Ticket:
     """One rank's part in one save: `part` is empty, or this rank's own where ranks save without collectives.
 
-    `rank` names the rank's files.
+    `rank` names the rank's files; `servers` are the ids of those that shall hold them.
     """
 
     uri: str
@@ -31,9 +31,11 @@ class Ticket:
     part: str
     save_id: str
     rank: int
+    servers: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_arrive, (self.uri, self.store, self.path, self.part, self.save_id, self.rank))
+        fields = (self.uri, self.store, self.path, self.part, self.save_id, self.rank, self.servers)
+        return (_arrive, fields)
 
     @property
     def namespace(self) -> str:

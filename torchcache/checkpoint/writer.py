@@ -37,6 +37,7 @@ from torchcache.connecting import connect
 from torchcache.errors import CheckpointError, ConfigurationError
 from torchcache.local_pool import LocalPool
 from torchcache.pool import Pool
+from torchcache.pool.reports import Reservation
 from torchcache.threads import Threads
 
 Durability = Literal["pool", "store"]
@@ -55,6 +56,7 @@ class _Save:
         self.part = ""
         self.ticket: Ticket | None = None
         self.lease: Lease | None = None
+        self.reservation: Reservation | None = None
         self.release: weakref.finalize[[], CacheStorageWriter] | None = None
 
     def forget_release(self) -> None:
@@ -70,8 +72,9 @@ class CacheStorageWriter(StorageWriter):
 
     `path` is a URI ("s3://bucket/run/step-100", "file:///...") or a folder's path. `pool` is what
     `torchcache.connect` takes. A save returns when it is restorable: from the pool, synced to its disk
-    (`durability="pool"`), or from the under-store (`"store"`). An existing checkpoint at `path` is `AlreadyExists`
-    unless `overwrite`. `replicas` and `compression` are not available yet.
+    (`durability="pool"`), or from the under-store (`"store"`). Until the under-store has it, `replicas` servers hold
+    it: two, or one in a pool of one, unless given; where fewer can be reached, a warning says so. An existing
+    checkpoint at `path` is `AlreadyExists` unless `overwrite`. `compression` is not available yet.
 
     One writer may serve many saves (`checkpoint_id=` gives each its path), from several threads too, and pickles. It is
     its own stager for `dcp.async_save`, see `stage`.
@@ -91,14 +94,13 @@ class CacheStorageWriter(StorageWriter):
         super().__init__()
         if durability not in ("pool", "store"):
             raise ConfigurationError(f"durability must be 'pool' or 'store', not {durability!r}")
-        if replicas not in (None, 1):
-            raise ConfigurationError(
-                f"replicas={replicas!r}: replicated saves are not available yet; pass None"
-            )
+        if replicas is not None and (isinstance(replicas, bool) or replicas < 1):
+            raise ConfigurationError(f"replicas={replicas!r}: give 1 or more, or None")
         if compression is not None:
             raise ConfigurationError(f"compression={compression!r} is not available yet; pass None")
         self.path: str | os.PathLike[str] = checkpoint_uri(path)
         self.durability: Durability = durability
+        self.replicas = replicas
         self.overwrite = overwrite
         self._given_pool = pool
         self._forget()
@@ -193,12 +195,21 @@ class CacheStorageWriter(StorageWriter):
         store, path = pool.resolve(uri)
         save_id = uuid.uuid4().hex
         first_rank = (save.rank or 0) if save.part else 0
-        tickets = [Ticket(uri, store, path, save.part, save_id, first_rank + i) for i in range(len(plans))]
-        lease_s = pool.reserve_save(
-            store, path, save.part, save_id, overwrite=self.overwrite, writer=holder_name()
+        save.reservation = reserved = pool.reserve_save(
+            store,
+            path,
+            save.part,
+            save_id,
+            overwrite=self.overwrite,
+            writer=holder_name(),
+            replicas=self.replicas,
         )
+        tickets = [
+            Ticket(uri, store, path, save.part, save_id, first_rank + i, reserved.servers)
+            for i in range(len(plans))
+        ]
         save.ticket = tickets[0]
-        save.lease = Lease(pool, save.ticket, lease_s)
+        save.lease = Lease(pool, save.ticket, reserved.lease_s)
         save.lease.start()
         save.release = weakref.finalize(self, save.lease.release)
         save.release.atexit = False
@@ -249,7 +260,13 @@ class CacheStorageWriter(StorageWriter):
 
     def _write_file(self, ticket: Ticket, file: StagedFile) -> list[WriteResult]:
         objects = [(ticket.file(file.name), file.buffers)]
-        self.pool.write(ticket.namespace, objects, durable=True, timeout_s=_time_for(file.size))
+        self.pool.write(
+            ticket.namespace,
+            objects,
+            durable=True,
+            timeout_s=_time_for(file.size),
+            servers=ticket.servers,
+        )
         with garbage_waits():
             return [
                 WriteResult(index=item.index, size_in_bytes=entry.length, storage_data=entry)
@@ -281,6 +298,7 @@ class CacheStorageWriter(StorageWriter):
                 files=list(manifest.files.items()),
                 metadata=pickled,
                 manifest=encoded,
+                reservation=save.reservation,
             )
         finally:
             # Even a commit that failed may have arrived: nothing is given back from here on.
@@ -309,7 +327,7 @@ class CacheStorageWriter(StorageWriter):
     def _write_metadata(self, ticket: Ticket, pickled: bytes) -> None:
         # Planner data without a JSON form has to be loadable before the upload too.
         target = ticket.file(metadata_name(ticket.part))
-        self.pool.write(ticket.namespace, [(target, [pickled])], durable=True)
+        self.pool.write(ticket.namespace, [(target, [pickled])], durable=True, servers=ticket.servers)
 
 
 def _manifest(ticket: Ticket, metadata: Metadata, items: Sequence[Item], pickled: bytes) -> Manifest:

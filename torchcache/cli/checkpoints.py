@@ -33,9 +33,9 @@ checkpoint.add_command(checkpoint_export)
 def checkpoint_ls(session: Session, uri: str) -> None:
     """List the checkpoints at and below URI, in the pool and in storage, and how far they are.
 
-    States: saving (not committed yet), uploading (safe in the pool), durable (safe in storage), failed (safe in the
-    pool; the upload met an error), stock (in storage, saved by torch without torchcache), unfinished (being written or
-    deleted by another pool, or left so: rm takes it away).
+    States: saving (not committed yet), cached (safe on the disk of one server of the pool), replicated (of several),
+    durable (safe in storage), failed (in the pool; the upload met an error), stock (in storage, saved by torch without
+    torchcache), unfinished (being written or deleted by another pool, or left so: rm takes it away).
     """
     from torchcache.checkpoint.catalog import list_checkpoints
 
@@ -45,7 +45,7 @@ def checkpoint_ls(session: Session, uri: str) -> None:
         session.output.text(f"no checkpoints under {uri}")
         return
     session.output.table(
-        ("checkpoint", "part", "state", ">size", ">to upload", "error"),
+        ("checkpoint", "part", "state", ">size", ">to upload", ">servers", "error"),
         [
             (
                 one.uri,
@@ -53,6 +53,7 @@ def checkpoint_ls(session: Session, uri: str) -> None:
                 one.state,
                 size_text(one.bytes) if one.bytes else "-",
                 size_text(one.pending_bytes) if one.pending_bytes else "-",
+                str(one.replicas or "-"),
                 one.error,
             )
             for one in found
@@ -69,7 +70,7 @@ def checkpoint_verify(session: Session, uri: str) -> int:
     A durable checkpoint is read as it lies in storage, through the pool's cache; one that is still uploading, from the
     pool. Exit code 1 if a byte is missing or wrong, or if there is no committed checkpoint.
     """
-    from torchcache.checkpoint.catalog import STATE_OF_SAVE, committed_parts
+    from torchcache.checkpoint.catalog import committed_parts, state_of
     from torchcache.checkpoint.hold import Hold
     from torchcache.checkpoint.manifest import Manifest
     from torchcache.checkpoint.verification import verify_save
@@ -91,7 +92,7 @@ def checkpoint_verify(session: Session, uri: str) -> int:
         {
             "uri": uri,
             "ok": not faults,
-            "parts": [{"part": s.part, "state": STATE_OF_SAVE[s.state], "save_id": s.save_id} for s in saves],
+            "parts": [{"part": s.part, "state": state_of(s), "save_id": s.save_id} for s in saves],
             "items": items,
             "bytes": total_bytes,
             "seconds": round(took_s, 3),
@@ -100,7 +101,7 @@ def checkpoint_verify(session: Session, uri: str) -> int:
     )
     for fault in faults:
         session.output.text(f"bad: {fault.file}: {fault.error}")
-    states = ", ".join(sorted({STATE_OF_SAVE[s.state] for s in saves}))
+    states = ", ".join(sorted({state_of(s) for s in saves}))
     session.output.text(
         f"{uri} ({states}) is {f'damaged: {len(faults)} faults' if faults else 'good'}; "
         f"{items:,} items, {size_text(total_bytes)} read in {duration_text(took_s)}"

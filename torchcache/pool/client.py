@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from torchcache.errors import ServerUnavailable, TorchCacheError
+from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError
 from torchcache.lanes.base import Buffer, ReadOptions
 from torchcache.model import Extent, ObjectId, ObjectInfo
 from torchcache.pool import policies, staging
@@ -18,6 +18,7 @@ from torchcache.pool.reads import Reading
 from torchcache.pool.reports import (
     NamespaceStatus,
     PoolStatistics,
+    Reservation,
     Residency,
     SaveInfo,
     ServerStatus,
@@ -118,14 +119,20 @@ class Pool:
         *,
         durable: bool = False,
         timeout_s: float = 60.0,
+        servers: Sequence[str] = (),
     ) -> None:
         """Stores computed samples or files of a save; each object is the concatenation of its buffers.
+
+        `servers` are those of the save's reservation: each gets all of it. Of the first's errors none is forgiven; the
+        others' are logged, and the commit finds out.
 
         `durable` acknowledges only after fsync. `timeout_s` bounds each call of about 64 MiB. Writing an object again
         changes nothing. Raises OutOfSpace when the store has no room left that it may free.
         """
         if objects:
-            Writing(self._session(), namespace, durable=durable, timeout_s=timeout_s).run(objects)
+            Writing(self._session(), namespace, durable=durable, timeout_s=timeout_s, servers=servers).run(
+                objects
+            )
 
     # ---- objects of the under-stores ----
 
@@ -219,17 +226,33 @@ class Pool:
     # ---- saves of checkpoints; see wire/v1/cache.proto ----
 
     def reserve_save(
-        self, store: str, path: str, part: str, save_id: str, *, overwrite: bool, writer: str
-    ) -> float:
-        """Claims `path` for a save; returns the lease in seconds, to be renewed within. Raises AlreadyExists."""
-        ref = cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
-        return Saves(self._session()).reserve(ref, overwrite=overwrite, writer=writer)
+        self,
+        store: str,
+        path: str,
+        part: str,
+        save_id: str,
+        *,
+        overwrite: bool,
+        writer: str,
+        replicas: int | None = None,
+    ) -> Reservation:
+        """Claims `path` for a save, to be renewed within the lease, and chooses the servers that hold it.
 
-    def renew_save(self, store: str, path: str, part: str, save_id: str) -> float:
-        """Renews the lease and returns it, in seconds. Raises AlreadyExists if another save took over."""
-        return Saves(self._session()).renew(
-            cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
-        )
+        `replicas` is how many, by default two, or as many as there are; one in an embedded pool. Raises AlreadyExists,
+        and ConfigurationError if the pool hasn't so many servers.
+        """
+        if replicas is not None and replicas < 1:
+            raise ConfigurationError(f"replicas={replicas}: give 1 or more")
+        ref = cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
+        return Saves(self._session()).reserve(ref, overwrite=overwrite, writer=writer, replicas=replicas)
+
+    def renew_save(self, store: str, path: str, part: str, save_id: str, *, server: str = "") -> float:
+        """Renews the lease and returns it, in seconds. Raises AlreadyExists if another save took over.
+
+        `server` is the first of the reservation's.
+        """
+        ref = cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
+        return Saves(self._session()).renew(ref, server)
 
     def commit_save(
         self,
@@ -242,22 +265,30 @@ class Pool:
         metadata: bytes,
         manifest: bytes,
         timeout_s: float = 120.0,
+        reservation: Reservation | None = None,
     ) -> SaveInfo:
-        """Commits a save whose `files` (name relative to `path`, size in bytes) were written durably."""
+        """Commits a save whose `files` (name relative to `path`, size in bytes) were written durably.
+
+        To all servers of the `reservation`: those that lack some of it hold no copy, and are warned of.
+        """
         info = Saves(self._session()).commit(
             cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id),
             files=files,
             metadata=metadata,
             manifest=manifest,
             timeout_s=timeout_s,
+            reservation=reservation,
         )
         if self._source.embedded and info.state == "committed":
             farewell.expect(self, store, path, part, save_id)
         return info
 
-    def abandon_save(self, store: str, path: str, part: str, save_id: str) -> None:
-        """Gives up a reservation and what was written under it."""
-        Saves(self._session()).abandon(cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id))
+    def abandon_save(
+        self, store: str, path: str, part: str, save_id: str, *, servers: Sequence[str] = ()
+    ) -> None:
+        """Gives up a reservation, whose `servers` these are, and what was written under it."""
+        ref = cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
+        Saves(self._session()).abandon(ref, servers)
 
     def delete_save(
         self, store: str, path: str, part: str = "", save_id: str = "", *, timeout_s: float = 600.0
@@ -276,11 +307,11 @@ class Pool:
 
         `reader` is for people.
         """
-        return Saves(self._session()).hold(_ref(save), reader_id, reader, release=False)
+        return Saves(self._session()).hold(_ref(save), reader_id, reader, release=False, server=save.server)
 
     def release_save(self, save: SaveInfo, reader_id: str) -> None:
         """Ends what `hold_save` began."""
-        Saves(self._session()).hold(_ref(save), reader_id, "", release=True)
+        Saves(self._session()).hold(_ref(save), reader_id, "", release=True, server=save.server)
 
     def get_save(self, store: str, path: str, part: str = "", *, manifest: bool = True) -> SaveInfo:
         """The committed save at `path`; without its manifest if that isn't wanted. Raises NotCommitted."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from torchcache.addresses import host_port, is_loopback, parse_host_port
-from torchcache.errors import ConfigurationError
+from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.lanes.access import Access
 from torchcache.lanes.base import Lane
 from torchcache.placement import rendezvous_order
@@ -119,6 +119,19 @@ class Members:
     missing: tuple[str, ...] = ()
     seen_at: float = field(default_factory=time.monotonic)
 
+    def known(self, server_id: str) -> Member:
+        """The server of this id. Raises ServerUnavailable if none has it."""
+        member = self.by_id.get(server_id)
+        if member is None:
+            raise ServerUnavailable(f"the server {server_id} isn't among those of the pool that answer")
+        return member
+
+    @property
+    def count(self) -> int:
+        """How many servers the pool has, those that don't answer included."""
+        known = {member.address for member in self.by_id.values()}
+        return len(known | set(self.missing))
+
 
 class Ordering:
     """Rendezvous order with the servers that are down moved to the end. Thread-safe."""
@@ -139,6 +152,10 @@ class Ordering:
         """The server answered."""
         self._down.pop(server_id, None)
 
+    def is_down(self, server_id: str) -> bool:
+        """Whether the server could not be reached a short while ago."""
+        return self._down.get(server_id, (0.0, 0.0))[0] > self._clock()
+
     @staticmethod
     def owner(key: bytes, members: Members) -> str:
         """The server that owns `key`, down or not."""
@@ -149,8 +166,7 @@ class Ordering:
         order = rendezvous_order(key, list(members.by_id))
         if not self._down or len(order) < 2:
             return order
-        now = self._clock()
-        return sorted(order, key=lambda server: self._down.get(server, (0.0, 0.0))[0] > now)  # stable
+        return sorted(order, key=self.is_down)  # stable
 
 
 def parse_address(text: str) -> tuple[Endpoint, ...]:

@@ -142,7 +142,8 @@ class PoolStatistics:
 class SaveInfo:
     """One save of a checkpoint. Times are seconds since the epoch, 0.0 where it hasn't happened.
 
-    `manifest` is empty in listings. `error` says why a failed save failed.
+    `manifest` is empty in listings. `error` says why a failed save failed. `replicas` is how many servers held it when
+    it was committed; `server` the id of the one that says this.
     """
 
     store: str
@@ -156,6 +157,24 @@ class SaveInfo:
     error: TorchCacheError | None
     committed_unix_s: float
     durable_unix_s: float
+    replicas: int = 1
+    server: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """A path that is a save's, for `lease_s` seconds unless renewed.
+
+    `servers` are the ids of those that shall hold the save, the one that commits it first; `wanted` how many there
+    should be. The others are what they are told of it.
+    """
+
+    lease_s: float
+    servers: tuple[str, ...]
+    wanted: int
+    writer: str
+    overwrite: bool
+    replaceable: tuple[str, ...] = ()
 
 
 def server_status(reply: cache_pb2.StatusReply, address: str) -> ServerStatus:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from torchcache.errors import DeadlineExceeded, NotCommitted, NotResident, TorchCacheError, TransientError
+from torchcache.errors import (
+    DeadlineExceeded,
+    NotCommitted,
+    NotResident,
+    ServerUnavailable,
+    TorchCacheError,
+    TransientError,
+)
 from torchcache.lanes.base import ReadOptions
 from torchcache.model import SAVE_PREFIX, UNKNOWN_SIZE, Extent, ObjectId, ObjectInfo
 from torchcache.placement import placement_key
-from torchcache.pool.members import Members
+from torchcache.pool.members import Member, Members
 from torchcache.pool.objects import Objects
 from torchcache.pool.reads import Reading
-from torchcache.pool.reports import SaveInfo, SaveState
+from torchcache.pool.replicas import Replicas, holders, replicas_wanted
+from torchcache.pool.reports import Reservation, SaveInfo, SaveState
 from torchcache.pool.retry import Retry
 from torchcache.pool.session import Asked, Session
 from torchcache.pool.writes import Writing
@@ -22,6 +31,8 @@ from torchcache.save_names import MANIFEST_NAME, METADATA_NAME, save_namespace, 
 from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import decode_error
 from torchcache.wire.v1 import cache_pb2
+
+_log = logging.getLogger(__name__)
 
 CALL_S: Final = 60.0
 """A reservation may wait for another's lease to run out."""
@@ -38,7 +49,7 @@ _STATES: Final[dict[int, SaveState]] = {
 }
 
 
-def save_info(reply: Any, server: str) -> SaveInfo:
+def save_info(reply: Any, server: str, server_id: str = "") -> SaveInfo:
     """The save a SaveReply tells of."""
     return SaveInfo(
         store=reply.save.store,
@@ -52,6 +63,8 @@ def save_info(reply: Any, server: str) -> SaveInfo:
         error=decode_error(reply.error, server=server) if reply.error else None,
         committed_unix_s=reply.committed_unix_s,
         durable_unix_s=reply.durable_unix_s,
+        replicas=max(1, reply.replicas),
+        server=server_id,
     )
 
 
@@ -69,23 +82,46 @@ def _file(ref: cache_pb2.SaveRef, name: str) -> ObjectId:
 
 
 class Saves:
-    """The calls on saves of one pool in one process. All go to the owner of the save's folder."""
+    """The calls on saves of one pool in one process.
+
+    A save is reserved at the owner of its folder, or the first server behind it that can be reached; the reservation
+    says which, and all further calls of its writer go there.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def _ask(self, method: str, request: Any, ref: Any, timeout_s: float = CALL_S) -> Asked:
+    def _ask(
+        self, method: str, request: Any, ref: Any, timeout_s: float = CALL_S, *, server: str = ""
+    ) -> Asked:
         key = folder_key(ref.store, ref.path)
-        return self._session.ask(method, request, key=key, timeout_s=timeout_s, only_owner=True)
+        return self._session.ask(
+            method, request, key=key, timeout_s=timeout_s, only_owner=True, server=server
+        )
 
-    def reserve(self, ref: cache_pb2.SaveRef, *, overwrite: bool, writer: str) -> float:
+    def reserve(
+        self, ref: cache_pb2.SaveRef, *, overwrite: bool, writer: str, replicas: int | None
+    ) -> Reservation:
         """See `Pool.reserve_save`."""
+        deadline = time.monotonic() + CALL_S
+        members = self._session.first_members(Retry(self._session.budget, deadline), deadline)
+        wanted = replicas_wanted(replicas, members, embedded=self._session.source.embedded)
+        key = folder_key(ref.store, ref.path)
         request = cache_pb2.ReserveSaveRequest(save=ref, overwrite=overwrite, writer=writer)
-        return float(self._ask("ReserveSave", request, ref).reply.lease_s)
+        asked = self._session.ask("ReserveSave", request, key=key, timeout_s=CALL_S)
+        return Reservation(
+            lease_s=asked.reply.lease_s,
+            servers=holders(self._session, key, asked.member.server_id, wanted),
+            wanted=wanted,
+            writer=writer,
+            overwrite=overwrite,
+            replaceable=tuple(asked.reply.replaceable),
+        )
 
-    def renew(self, ref: cache_pb2.SaveRef) -> float:
+    def renew(self, ref: cache_pb2.SaveRef, server: str) -> float:
         """See `Pool.renew_save`."""
-        return float(self._ask("RenewSave", cache_pb2.RenewSaveRequest(save=ref), ref).reply.lease_s)
+        asked = self._ask("RenewSave", cache_pb2.RenewSaveRequest(save=ref), ref, server=server)
+        return float(asked.reply.lease_s)
 
     def commit(
         self,
@@ -95,11 +131,13 @@ class Saves:
         metadata: bytes,
         manifest: bytes,
         timeout_s: float,
+        reservation: Reservation | None,
     ) -> SaveInfo:
         """See `Pool.commit_save`."""
+        servers = reservation.servers if reservation is not None else ()
         if len(metadata) + len(manifest) > MAX_INLINE_BYTES:
             described = [(f"{ref.part}{METADATA_NAME}", metadata), (f"{ref.part}{MANIFEST_NAME}", manifest)]
-            Writing(self._session, _namespace(ref), durable=True, timeout_s=timeout_s).run(
+            Writing(self._session, _namespace(ref), durable=True, timeout_s=timeout_s, servers=servers).run(
                 [(_file(ref, name), [data]) for name, data in described]
             )
             metadata = manifest = b""
@@ -109,26 +147,63 @@ class Saves:
             metadata=metadata,
             manifest=manifest,
         )
-        asked = self._ask("CommitSave", request, ref, timeout_s)
-        return save_info(asked.reply, asked.member.address)
+        if reservation is None:
+            asked = self._ask("CommitSave", request, ref, timeout_s)
+            return save_info(asked.reply, asked.member.address, asked.member.server_id)
+        return self._commit_with_copies(ref, request, reservation, timeout_s)
 
-    def abandon(self, ref: cache_pb2.SaveRef) -> None:
+    def _commit_with_copies(
+        self, ref: cache_pb2.SaveRef, request: Any, of: Reservation, timeout_s: float
+    ) -> SaveInfo:
+        """The others hold it before the first commits it: what is committed has as many copies as its state says."""
+        copies = Replicas(self._session, ref, of.servers[1:])
+        copies.prepare(request, of, timeout_s)
+        request.replicas = 1 + len(copies.servers)
+        try:
+            asked = self._ask("CommitSave", request, ref, timeout_s, server=of.servers[0])
+        except TransientError:
+            raise  # it may have arrived
+        except TorchCacheError:
+            copies.drop()
+            raise
+        self._session.forget_copies(_namespace(ref))
+        info = save_info(asked.reply, asked.member.address, asked.member.server_id)
+        copies.confirm(info.committed_unix_s)
+        if info.replicas < of.wanted:
+            _log.warning(
+                "%s is safe on %d server%s of the pool, not on %d, until it is uploaded: the others could not be "
+                "reached, or have no room",
+                *(ref.path, info.replicas, "s" if info.replicas > 1 else "", of.wanted),
+            )
+        return info
+
+    def abandon(self, ref: cache_pb2.SaveRef, servers: Sequence[str]) -> None:
         """See `Pool.abandon_save`."""
-        self._ask("AbandonSave", cache_pb2.AbandonSaveRequest(save=ref), ref)
+        first = servers[0] if servers else ""
+        try:
+            self._ask("AbandonSave", cache_pb2.AbandonSaveRequest(save=ref), ref, server=first)
+        finally:
+            self._session.forget_copies(_namespace(ref))
+            Replicas(self._session, ref, servers[1:]).drop()
 
     def delete(self, ref: cache_pb2.SaveRef, *, timeout_s: float) -> None:
         """See `Pool.delete_save`."""
         deadline = time.monotonic() + timeout_s
         begun = False
+        server, others = self._where(ref)
         while True:
             try:
-                wait_s = max(0.001, min(DELETE_WAIT_S, deadline - time.monotonic()))
+                # Once it is noted, readers are told nothing of the save any more: nor shall they be by the copies.
+                most_s = DELETE_WAIT_S if begun or not others else 0.0
+                wait_s = max(0.001, min(most_s, deadline - time.monotonic()))
                 request = cache_pb2.DeleteSaveRequest(save=ref, wait_s=wait_s)
-                done = self._ask("DeleteSave", request, ref).reply.done
+                done = self._ask("DeleteSave", request, ref, server=server).reply.done
             except NotCommitted:
                 if begun:  # by an answer that was lost, or while this one asked again
                     return
                 raise
+            if not begun:
+                Replicas(self._session, ref, others).drop()
             if done:
                 return
             begun = True
@@ -139,10 +214,24 @@ class Saves:
                     object=ref.path,
                 )
 
-    def hold(self, ref: cache_pb2.SaveRef, reader_id: str, reader: str, *, release: bool) -> float:
+    def _where(self, ref: cache_pb2.SaveRef) -> tuple[str, list[str]]:
+        """The server that has the save at the path ("": the owner, if none says so), and all others."""
+        deadline = time.monotonic() + CALL_S
+        members = self._session.first_members(Retry(self._session.budget, deadline), deadline)
+        if len(members.by_id) == 1:
+            return "", []
+        try:
+            server = self._get(ref.store, ref.path, ref.part, manifest=False).server
+        except NotCommitted:
+            server = self._session.ordering.owner(folder_key(ref.store, ref.path), members)
+        return server, [other for other in members.by_id if other != server]
+
+    def hold(
+        self, ref: cache_pb2.SaveRef, reader_id: str, reader: str, *, release: bool, server: str
+    ) -> float:
         """See `Pool.hold_save`."""
         request = cache_pb2.HoldSaveRequest(save=ref, reader_id=reader_id, reader=reader, release=release)
-        return float(self._ask("HoldSave", request, ref, HOLD_S).reply.lease_s)
+        return float(self._ask("HoldSave", request, ref, HOLD_S, server=server).reply.lease_s)
 
     def get(self, store: str, path: str, part: str, *, manifest: bool) -> SaveInfo:
         """See `Pool.get_save`."""
@@ -183,27 +272,72 @@ class Saves:
                     raise
 
     def _first(self, request: Any, members: Members, deadline: float) -> SaveInfo:
-        """What the first server says that knows of a save. Absent means that every server was asked."""
+        """What the first server says that knows of the save.
+
+        A server that was away may know of one that another has replaced since, and says so. Absent means that who may
+        have it was asked: the others know who that is, by the claim in the under-store.
+        """
         failure: TorchCacheError | None = None
-        absent: TorchCacheError | None = None
+        superseded: SaveInfo | None = None
+        answered: set[str] = set()
+        holders: set[str] = set()
+        request.check_claim = len(members.by_id) > 1 or bool(members.missing)
         for server in self._session.ordering.order(folder_key(request.store, request.path), members):
             try:
                 asked = self._session.ask_member(members.by_id[server], "GetSave", request, deadline)
-                return save_info(asked.reply, asked.member.address)
-            except NotCommitted as error:
-                absent = error
+            except NotCommitted:
+                answered.add(server)
+                continue
             except TransientError as error:
                 failure = error
-        raise failure or absent or NotCommitted(f"there is no checkpoint at {request.path}")
+                continue
+            answered.add(server)
+            if asked.reply.holder:
+                holders.add(asked.reply.holder)
+                continue
+            info = save_info(asked.reply, asked.member.address, server)
+            if not asked.reply.superseded:
+                return info
+            superseded = superseded or info
+        if superseded is not None and failure is None:
+            _log.warning("a later save of %s is committed, but no server has it any more", request.path)
+            return superseded
+        unasked = sorted(holders - answered)
+        if isinstance(failure, ServerUnavailable) and answered:
+            failure = None  # those that answered know whether it matters
+        if failure is None and unasked:
+            failure = ServerUnavailable(
+                f"a checkpoint at {request.path} may be on the server {unasked[0]} alone, which can't be reached",
+                object=request.path,
+            )
+        raise failure or NotCommitted(
+            f"there is no committed checkpoint at {request.path}", object=request.path
+        )
 
     def list(self, store: str, prefix: str) -> Iterator[SaveInfo]:
         """See `Pool.list_saves`: by path and part, what the server with the latest commit says."""
         request = cache_pb2.ListSavesRequest(store=store, prefix=prefix)
         latest: dict[tuple[str, str], SaveInfo] = {}
-        for asked in self._session.ask_each("ListSaves", request, timeout_s=CALL_S):
+        failures: list[TransientError] = []
+
+        def without(member: Member, error: TransientError) -> None:
+            _log.warning("saves that only %s holds aren't listed: %s", member.address, error)
+            failures.append(error)
+
+        answered = False
+        for asked in self._session.ask_each("ListSaves", request, timeout_s=CALL_S, without=without):
+            answered = True
             for reply in asked.reply.saves:
-                info = save_info(reply, asked.member.address)
+                info = save_info(reply, asked.member.address, asked.member.server_id)
                 known = latest.get((info.path, info.part))
-                if known is None or info.committed_unix_s > known.committed_unix_s:
-                    latest[info.path, info.part] = info
+                latest[info.path, info.part] = info if known is None else _further(known, info)
+        if failures and not answered:
+            raise failures[0]
         return iter([latest[key] for key in sorted(latest)])
+
+
+def _further(a: SaveInfo, b: SaveInfo) -> SaveInfo:
+    """Of what two servers say of a path: the later save; of the same one, how far it has come."""
+    if a.save_id == b.save_id:
+        return b if b.state == "durable" else a
+    return b if b.committed_unix_s > a.committed_unix_s else a

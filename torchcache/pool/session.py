@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -54,6 +54,8 @@ class Session:
         self._uses: list[UseReports] = []
         self._looking = False
         self._closed = False
+        self.without_copy: set[tuple[str, str]] = set()
+        """(namespace, server id): that server didn't take its copy of a save that is being written."""
 
     # ---- statistics ----
 
@@ -74,6 +76,10 @@ class Session:
                 local_writes=sum(use.writes for use in self._uses),
                 **counts,
             )
+
+    def forget_copies(self, namespace: str) -> None:
+        """The save of that namespace isn't being written any more."""
+        self.without_copy = {one for one in self.without_copy if one[0] != namespace}
 
     # ---- members ----
 
@@ -202,9 +208,18 @@ class Session:
     # ---- control calls ----
 
     def ask(
-        self, method: str, request: Any, *, key: bytes, timeout_s: float, only_owner: bool = False
+        self,
+        method: str,
+        request: Any,
+        *,
+        key: bytes,
+        timeout_s: float,
+        only_owner: bool = False,
+        server: str = "",
     ) -> Asked:
         """One control call to the owner of `key`; unless `only_owner`, to the next if it can't be reached.
+
+        `server` is the id of the only one to ask, if given.
 
         Tried again while the error is transient, the deadline far and the budget not spent.
         """
@@ -214,8 +229,8 @@ class Session:
             members: Members | None = None
             try:
                 members = self.members(deadline)
-                owner = [self.ordering.owner(key, members)]
-                order = owner if only_owner else self.ordering.order(key, members)
+                owner = [server or self.ordering.owner(key, members)]
+                order = owner if only_owner or server else self.ordering.order(key, members)
                 return self._ask_in_order(members, order, method, request, deadline)
             except TransientError as error:
                 if not self.wait(retry, error, members, deadline):
@@ -226,7 +241,7 @@ class Session:
     ) -> Asked:
         for server in order:
             try:
-                return self.ask_member(members.by_id[server], method, request, deadline)
+                return self.ask_member(members.known(server), method, request, deadline)
             except ServerUnavailable as error:
                 failure = error
         raise failure
@@ -243,8 +258,18 @@ class Session:
         self.budget.earn()
         return Asked(member, reply)
 
-    def ask_each(self, method: str, request: Any, *, timeout_s: float) -> Iterator[Asked]:
-        """One control call to every server. Raises the error of one that does not answer, after retries."""
+    def ask_each(
+        self,
+        method: str,
+        request: Any,
+        *,
+        timeout_s: float,
+        without: Callable[[Member, TransientError], None] | None = None,
+    ) -> Iterator[Asked]:
+        """One control call to every server. Raises the error of one that does not answer, after retries.
+
+        Or calls `without` with it and goes on, if that is given.
+        """
         deadline = time.monotonic() + timeout_s
         retry = Retry(self.budget, deadline)
         members = self.first_members(retry, deadline)
@@ -255,7 +280,9 @@ class Session:
                 left.pop(0)
             except TransientError as error:
                 if not self.wait(retry, error, members, deadline):
-                    raise
+                    if without is None:
+                        raise
+                    without(members.by_id[left.pop(0)], error)
                 members = self._members or members
                 left = [server for server in left if server in members.by_id]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
-from torchcache.errors import ServerUnavailable, TransientError
+from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
 from torchcache.lanes.base import Buffer
 from torchcache.model import ObjectId
 from torchcache.placement import placement_key
@@ -15,20 +16,39 @@ from torchcache.pool.retry import Retry
 from torchcache.pool.session import Session
 from torchcache.threads import Threads
 
+_log = logging.getLogger(__name__)
+
 Objects = Sequence[tuple[ObjectId, Sequence[Buffer]]]
 
 
 class Writing:
-    """One write. `timeout_s` bounds each of its calls."""
+    """One write. `timeout_s` bounds each of its calls.
 
-    def __init__(self, session: Session, namespace: str, *, durable: bool, timeout_s: float) -> None:
+    With `servers`, ids, all of it goes to each of them. The first must take it; of the others one that doesn't is
+    warned of and left out.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        namespace: str,
+        *,
+        durable: bool,
+        timeout_s: float,
+        servers: Sequence[str] = (),
+    ) -> None:
         self._session = session
+        self._servers = servers
         self._namespace = namespace
         self._durable = durable
         self._timeout_s = timeout_s
 
     def run(self, objects: Objects) -> None:
         """Stores `objects`. Raises the first error; what was stored by then stays."""
+        if self._servers:
+            for call in write_calls(objects):
+                self._write_copies(call)
+            return
         deadline = time.monotonic() + self._timeout_s
         members = self._session.first_members(Retry(self._session.budget, deadline), deadline)
         by_owner: dict[str, list[tuple[ObjectId, Sequence[Buffer]]]] = {}
@@ -43,15 +63,34 @@ class Writing:
             for done in [threads.submit(self._write_group, group) for group in by_owner.values()]:
                 done.result()
 
+    def _write_copies(self, call: WriteCall) -> None:
+        first, *others = self._servers
+        others = [one for one in others if (self._namespace, one) not in self._session.without_copy]
+        if not others:
+            self._write_call(call, first)
+            return
+        with Threads(len(others), name="torchcache-copy") as threads:
+            for server in others:
+                threads.submit(self._write_copy, call, server)
+            self._write_call(call, first)
+
+    def _write_copy(self, call: WriteCall, server: str) -> None:
+        try:
+            self._write_call(call, server, patient=False)
+        except TorchCacheError as error:
+            self._session.without_copy.add((self._namespace, server))
+            _log.warning("%s gets no copy at server %s: %s", self._namespace, server, error)
+
     def _write_group(self, objects: Objects) -> None:
         for call in write_calls(objects):
             self._write_call(call)
 
-    def _write_call(self, call: WriteCall) -> None:
-        """One do_put, tried again while its error is transient.
+    def _write_call(self, call: WriteCall, server: str = "", *, patient: bool = True) -> None:
+        """One do_put, to `server` if that is given, tried again while its error is transient.
 
         A computed sample may go to the next server when its owner can't be reached; a file of a save may not, since
-        all of a save must lie on the server that commits it.
+        all of a save must lie on the server that commits it. Unless `patient`, one that can't be reached isn't waited
+        for.
         """
         deadline = time.monotonic() + self._timeout_s
         retry = Retry(self._session.budget, deadline)
@@ -59,9 +98,12 @@ class Writing:
         while True:
             members = self._session.first_members(retry, deadline)
             try:
-                self._try_in_order(call, members, self._order(first, members), deadline)
+                order = [server] if server else self._order(first, members)
+                self._try_in_order(call, members, order, deadline)
                 return
             except TransientError as error:
+                if isinstance(error, ServerUnavailable) and not patient:
+                    raise
                 if not self._session.wait(retry, error, members, deadline):
                     raise
 
@@ -73,7 +115,7 @@ class Writing:
         for server in order:
             self._session.count(write_calls=1)
             try:
-                written = members.by_id[server].lane.write(
+                written = members.known(server).lane.write(
                     self._namespace, call.objects, call.rows, durable=self._durable, deadline=deadline
                 )
             except ServerUnavailable as error:

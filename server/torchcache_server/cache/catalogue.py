@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Final
+from dataclasses import replace
+from typing import Final, Protocol
 
 from torchcache.errors import NotCommitted, ObjectNotFound, TransientError
 from torchcache.save_names import MANIFEST_NAME
-from torchcache_server.cache.saves import Save, SaveKey, SaveStatus, manifest_digest, status_of_manifest
+from torchcache_server.cache.claim_book import ClaimBook
+from torchcache_server.cache.claims import Claim
+from torchcache_server.cache.saves import Copy, Save, SaveKey, SaveStatus, manifest_digest, status_of_manifest
 from torchcache_server.cache.slots import Slot, Slots
 from torchcache_server.cache.small_objects import read_small, stat_or_none
 from torchcache_server.understore.base import UnderStore, object_uri
@@ -29,20 +32,73 @@ def status_of(slot: Slot, save: Save) -> SaveStatus:
         error=save.error,
         committed_unix_s=save.committed_unix_s,
         durable_unix_s=save.durable_unix_s,
+        replicas=save.replicas,
     )
+
+
+def status_of_copy(copy: Copy) -> SaveStatus:
+    """The status of a save of which this server only knows that it isn't in the under-store yet."""
+    save = copy.save
+    return SaveStatus(
+        key=save.key,
+        save_id=save.save_id,
+        state="committed",
+        manifest=save.manifest,
+        pending_bytes=save.total_bytes,
+        total_bytes=save.total_bytes,
+        error=None,
+        committed_unix_s=save.committed_unix_s,
+        durable_unix_s=0.0,
+        replicas=save.replicas,
+    )
+
+
+class Copies(Protocol):
+    """What is asked of the copies that this server has of other servers' saves."""
+
+    def current(self, under_store: UnderStore, slot: Slot, *, deadline: float) -> SaveStatus | None:
+        """The status of the copy that is what the path holds now; None if none is, or the under-store has it."""
 
 
 class Catalogue:
     """Answers from the pool where the pool has the newest, from the under-store else."""
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, claims: ClaimBook, copies: Copies) -> None:
         self._slots = slots
+        self._claims = claims
+        self._copies = copies
 
-    def get(self, under_store: UnderStore, key: SaveKey, *, deadline: float) -> SaveStatus:
+    def get(
+        self, under_store: UnderStore, key: SaveKey, *, deadline: float, check_claim: bool = False
+    ) -> SaveStatus:
         """The checkpoint that a reader of `key` should load.
 
-        A save that another server overwrote counts only while nothing of the other is there yet. Raises NotCommitted.
+        A save that another server overwrote counts only while nothing of the other is there yet. `check_claim` has the
+        status say whether another server has committed a later one. Raises NotCommitted.
         """
+        slot = self._slots.find(key)
+        if slot is not None and slot.copies:
+            status = self._copies.current(under_store, slot, deadline=deadline)
+            if status is not None:
+                return status
+        status = self._own_or_published(under_store, key, deadline)
+        if check_claim and self._is_superseded(under_store, status, deadline):
+            return replace(status, superseded=True)
+        return status
+
+    def _is_superseded(self, under_store: UnderStore, status: SaveStatus, deadline: float) -> bool:
+        try:
+            claim = self.held_elsewhere(under_store, status.key, deadline=deadline)
+        except TransientError:
+            return False  # Better to resume from what is here than not at all.
+        return claim is not None and claim.state == "committed" and claim.save_id != status.save_id
+
+    def held_elsewhere(self, under_store: UnderStore, key: SaveKey, *, deadline: float) -> Claim | None:
+        """The claim by which another server has, or is being given, a save that isn't in the under-store yet."""
+        seen = self._claims.look(under_store, key, deadline=deadline)
+        return seen.claim if seen is not None and seen.claim.server_id != self._claims.server_id else None
+
+    def _own_or_published(self, under_store: UnderStore, key: SaveKey, deadline: float) -> SaveStatus:
         slot = self._slots.find(key)
         save = slot.save if slot is not None else None
         if slot is None or save is None:
@@ -58,7 +114,7 @@ class Catalogue:
             if slot.save is save:
                 _log.info("%s was changed by somebody else: save %s is forgotten", key, save.save_id)
                 self._slots.forget_save(slot)
-        return self.get(under_store, key, deadline=deadline)
+        return self._own_or_published(under_store, key, deadline)
 
     def _still_there(self, under_store: UnderStore, save: Save, deadline: float) -> bool:
         try:
@@ -86,7 +142,7 @@ class Catalogue:
         found: dict[SaveKey, SaveStatus] = {}
         for slot in self._slots.all():
             if slot.key.store == under_store.name and f"{slot.key.path}/".startswith(prefix):
-                status = self._own(slot)
+                status = self._copies.current(under_store, slot, deadline=deadline) or self._own(slot)
                 if status is not None:
                     found[slot.key] = status
         published = self._list_manifests(under_store, prefix, deadline)

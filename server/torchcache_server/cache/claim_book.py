@@ -39,6 +39,10 @@ class ClaimBook:
             return self._note(key, None)
         return self._note(key, Sighting(Claim.decode(small.data), small.version, self._clock()))
 
+    def now_s(self) -> float:
+        """The time that sightings are measured in."""
+        return self._clock()
+
     def holds(self, under_store: UnderStore, key: SaveKey, save_id: str, *, deadline: float) -> bool:
         """Whether the claim is this server's, for this save."""
         seen = self.look(under_store, key, deadline=deadline)
@@ -62,17 +66,25 @@ class ClaimBook:
         )
         self._note(key, Sighting(claim, version, self._clock()))
 
-    def refresh(self, under_store: UnderStore, key: SaveKey, save_id: str, *, deadline: float) -> None:
-        """Tells other servers that the writer of a reserved save lives, if a lease has passed since it was told."""
+    def refresh(
+        self,
+        under_store: UnderStore,
+        key: SaveKey,
+        save_id: str,
+        *,
+        deadline: float,
+        state: ClaimState = "reserved",
+    ) -> None:
+        """Tells other servers that the claim's holder lives, if a lease has passed since they were told."""
         with self._lock:
             seen = self._seen.get(key)
         if seen is None or self._clock() < seen.since_s + self._lease_s:
             return
         seen = self.look(under_store, key, deadline=deadline)
-        if seen is None or not self._is_own(seen, {save_id}) or seen.claim.state != "reserved":
+        if seen is None or not self._is_own(seen, {save_id}) or seen.claim.state != state:
             return
         try:
-            self._rewrite(under_store, key, seen, "reserved", deadline)
+            self._rewrite(under_store, key, seen, state, deadline)
         except AlreadyExists:
             pass  # Taken over just now: the commit will meet it.
 

@@ -5,7 +5,9 @@ gets it, whatever their clocks say and however long either was asleep:
 
 - *reserved*: a save is being written into some server's pool. That server rewrites the claim every `lease_s` for as
   long as the writer renews its lease. Who finds it unchanged for `DEAD_AFTER_LEASES` leases takes it over.
-- *committed*: the save is restorable from that server's pool and is being uploaded. Only overwriting takes it over.
+- *committed*: the save is restorable from that server's pool and is being uploaded. Only overwriting takes it over; or,
+  once it hasn't been rewritten for as long as a reserved one, a server that has a copy of the same save.
+- *deleting*: a checkpoint is being deleted; else as *reserved*.
 - *released*: about to be deleted. A delete can't be conditional, so whoever finds it waits as for *reserved*: by then
   the delete is done, or its server is dead.
 
@@ -25,7 +27,7 @@ from torchcache_server.cache.saves import SaveKey
 DEAD_AFTER_LEASES = 3
 _WRITER_CHARACTERS = 200
 
-ClaimState = Literal["reserved", "committed", "released"]
+ClaimState = Literal["reserved", "committed", "released", "deleting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Claim:
             return cls(
                 server_id=str(fields["server_id"]),
                 save_id=str(fields["save_id"]),
-                state=state if state in ("committed", "released") else "reserved",
+                state=state if state in ("committed", "released", "deleting") else "reserved",
                 writer=str(fields["writer"])[:_WRITER_CHARACTERS],
                 lease_s=min(max(float(fields["lease_s"]), 0.0), 3600.0),
                 nonce=str(fields["nonce"]),
@@ -67,6 +69,11 @@ class Sighting:
     claim: Claim
     version: str
     since_s: float
+
+    @property
+    def dead_at_s(self) -> float:
+        """From when on whoever wrote it is taken for dead, unless it changes before."""
+        return self.since_s + DEAD_AFTER_LEASES * self.claim.lease_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,21 +135,25 @@ def decide_reserve(
         )
     if renewed:
         return Refuse(live_writer(key, claim.writer))
-    dead_at_s = seen.since_s + DEAD_AFTER_LEASES * claim.lease_s
-    return Take(seen.version) if now_s >= dead_at_s else Wait(dead_at_s, claim.writer)
+    return Take(seen.version) if now_s >= seen.dead_at_s else Wait(seen.dead_at_s, claim.writer)
 
 
-def decide_hold(seen: Sighting | None, *, key: SaveKey, server_id: str, save_id: str) -> Take | Keep | Refuse:
+def decide_hold(
+    seen: Sighting | None, *, key: SaveKey, server_id: str, save_id: str, now_s: float
+) -> Take | Keep | Wait | Refuse:
     """What a server does that holds a path already, and goes on with save `save_id`: to commit or to upload it.
 
-    A claim that vanished may be taken again: whoever takes it now had to find it absent, and so can't have been passed
-    over. What lies at the path is looked at after this.
+    Another server that has a copy may be uploading the same save, and is waited for while it lives. A claim that
+    vanished may be taken again: whoever takes it now had to find it absent, and so can't have been passed over. What
+    lies at the path is looked at after this.
     """
     if seen is None:
         return Take("")
     claim = seen.claim
     if claim.server_id != server_id:
-        return Refuse(taken_over(key, claim.writer))
+        if claim.save_id != save_id or claim.state == "deleting":
+            return Refuse(taken_over(key, claim.writer))
+        return Take(seen.version) if now_s >= seen.dead_at_s else Wait(seen.dead_at_s, claim.server_id)
     if claim.save_id == save_id and claim.state == "committed":
         return Keep()
     return Take(seen.version)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torchcache.errors import AlreadyExists, CheckpointError, TorchCacheError
 from torchcache.model import SAVE_PREFIX, ObjectId
 from torchcache_server.cache.catalogue import status_of
 from torchcache_server.cache.claim_book import ClaimBook
-from torchcache_server.cache.claims import Refuse, Take, already_there, decide_hold
-from torchcache_server.cache.reservations import lost_lease
+from torchcache_server.cache.claims import Refuse, Take, Wait, already_there, decide_hold, taken_over
+from torchcache_server.cache.reservations import lost_lease, replaceable_by
 from torchcache_server.cache.saves import Save, SaveKey, SaveStatus, check_files, manifest_digest
 from torchcache_server.cache.shard_source import missing_from, read_whole
 from torchcache_server.cache.slots import Lease, Slot, Slots
@@ -20,6 +21,29 @@ from torchcache_server.store import Store
 from torchcache_server.understore.base import UnderStore
 
 _log = logging.getLogger(__name__)
+
+
+def put_before(store: Store, key: SaveKey, save_id: str) -> tuple[bytes, bytes]:
+    """Metadata and manifest that were too large for a message, and so were put like the shards."""
+    version = f"{SAVE_PREFIX}{save_id}"
+    metadata = read_whole(store, ObjectId(key.store, key.metadata_key, version))
+    manifest = read_whole(store, ObjectId(key.store, key.manifest_key, version))
+    if not metadata or not manifest:
+        raise CheckpointError(
+            f"{key} can't be committed: its metadata and manifest were neither sent along nor put before",
+            object=str(key),
+        )
+    return metadata, manifest
+
+
+def require_whole(store: Store, save: Save) -> None:
+    """Raises CheckpointError unless the store has every chunk of the save."""
+    for name, object in save.objects.items():
+        lack = missing_from(store, object)
+        if lack is not None:
+            raise CheckpointError(
+                f"{save.key} can't be committed: of its file {name} {lack}", object=str(save.key)
+            )
 
 
 class Commits:
@@ -40,6 +64,7 @@ class Commits:
         files: Sequence[tuple[str, int]],
         metadata: bytes,
         manifest: bytes,
+        replicas: int = 1,
         deadline: float,
     ) -> SaveStatus:
         """See WriteBack.commit."""
@@ -57,35 +82,15 @@ class Commits:
             if lease is None or lease.save_id != save_id:
                 raise lost_lease(key, slot)
             if not metadata and not manifest:
-                metadata, manifest = self._put_before(key, save_id)
+                metadata, manifest = put_before(self._store, key, save_id)
             check_files(key, files, metadata, manifest)
-            save = _save_of(slot, lease, files, metadata, manifest)
-            self._require_whole(save)
+            save = replace(_save_of(slot, lease, files, metadata, manifest), replicas=replicas)
+            require_whole(self._store, save)
             self._store.sync(save.namespace)
             self._store.keep(save.namespace, True)
             self._claim(under_store, save, deadline)
             self._slots.begin_save(slot, save)
             return status_of(slot, save)
-
-    def _put_before(self, key: SaveKey, save_id: str) -> tuple[bytes, bytes]:
-        """Metadata and manifest that were too large for a message, and so were put like the shards."""
-        version = f"{SAVE_PREFIX}{save_id}"
-        metadata = read_whole(self._store, ObjectId(key.store, key.metadata_key, version))
-        manifest = read_whole(self._store, ObjectId(key.store, key.manifest_key, version))
-        if not metadata or not manifest:
-            raise CheckpointError(
-                f"{key} can't be committed: its metadata and manifest were neither sent along nor put before",
-                object=str(key),
-            )
-        return metadata, manifest
-
-    def _require_whole(self, save: Save) -> None:
-        for name, object in save.objects.items():
-            lack = missing_from(self._store, object)
-            if lack is not None:
-                raise CheckpointError(
-                    f"{save.key} can't be committed: of its file {name} {lack}", object=str(save.key)
-                )
 
     def _claim(self, under_store: UnderStore, save: Save, deadline: float) -> None:
         """Tells other servers, or learns from them that the path was taken over: raises AlreadyExists.
@@ -105,9 +110,17 @@ class Commits:
     def _try_claim(self, under_store: UnderStore, save: Save, deadline: float) -> bool:
         """False if the claim changed between look and write: look again."""
         seen = self._claims.look(under_store, save.key, deadline=deadline)
-        decision = decide_hold(seen, key=save.key, server_id=self._claims.server_id, save_id=save.save_id)
+        decision = decide_hold(
+            seen,
+            key=save.key,
+            server_id=self._claims.server_id,
+            save_id=save.save_id,
+            now_s=self._claims.now_s(),
+        )
         if isinstance(decision, Refuse):
             raise decision.error
+        if isinstance(decision, Wait):
+            raise taken_over(save.key, f"server {decision.holder}")
         if seen is None:
             # Somebody removed our claim. If they published since, their checkpoint stays.
             there = read_small(under_store, save.key.manifest_key, deadline=deadline)
@@ -132,10 +145,6 @@ class Commits:
 def _save_of(
     slot: Slot, lease: Lease, files: Sequence[tuple[str, int]], metadata: bytes, manifest: bytes
 ) -> Save:
-    replaceable = set(lease.replaceable)
-    if lease.overwrite and slot.save is not None:
-        # Its upload may have been stopped anywhere: its own manifest may be there, or what it was to overwrite.
-        replaceable |= {manifest_digest(slot.save.manifest), *slot.save.replaceable}
     return Save(
         key=slot.key,
         save_id=lease.save_id,
@@ -143,7 +152,7 @@ def _save_of(
         metadata=metadata,
         manifest=manifest,
         overwrite=lease.overwrite,
-        replaceable=tuple(sorted(replaceable)),
+        replaceable=replaceable_by(slot, lease),
         state="committed",
         committed_unix_s=time.time(),
         writer=lease.writer,

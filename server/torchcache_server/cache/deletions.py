@@ -182,7 +182,7 @@ class Deletions:
                     under_store,
                     key,
                     save_id=save_id,
-                    state="reserved",
+                    state="deleting",
                     writer=f"the deletion of save {save_id}",
                     replaces="" if seen is None else seen.version,
                     deadline=call_deadline(),
@@ -195,7 +195,9 @@ class Deletions:
     def _hold(self, deletion: Deletion, under_store: UnderStore) -> None:
         """Before each step that no condition guards: the path is still ours, and others are told so in time."""
         self._check_running()
-        self._claims.refresh(under_store, deletion.key, deletion.save_id, deadline=call_deadline())
+        self._claims.refresh(
+            under_store, deletion.key, deletion.save_id, deadline=call_deadline(), state="deleting"
+        )
         if not self._claims.holds(under_store, deletion.key, deletion.save_id, deadline=call_deadline()):
             raise AlreadyExists(
                 f"{deletion.key} was taken over by another writer while it was being deleted",

@@ -197,6 +197,12 @@ class Reservations:
             self._release_dead(under_store, slot, deadline)
             raise
 
+    def replaceable(self, key: SaveKey) -> tuple[str, ...]:
+        """The manifest_digest of each manifest that the save reserved at `key` may overwrite."""
+        slot = self._slots.find(key)
+        with self._slots.changed:
+            return () if slot is None or slot.lease is None else replaceable_by(slot, slot.lease)
+
     def renew(self, key: SaveKey, save_id: str) -> None:
         """Raises AlreadyExists if the path was taken over, CheckpointError if the save isn't known (any more)."""
         with self._slots.changed:
@@ -235,6 +241,7 @@ class Reservations:
         lease = slot.lease
         if lease is not None and self._clock() < lease.expires_s:
             self._claims.refresh(under_store, slot.key, lease.save_id, deadline=deadline)
+        self._show_upload(under_store, slot, deadline)
         if not slot.dead_leases and not self._has_lapsed(lease):
             return
         with slot.exclusively(deadline):
@@ -242,6 +249,17 @@ class Reservations:
                 _log.warning("%s: the save of %s was never committed: dropped", slot.key, slot.lease.writer)
                 self._slots.end_lease(slot)
             self._release_dead(under_store, slot, deadline)
+
+    def _show_upload(self, under_store: UnderStore, slot: Slot, deadline: float) -> None:
+        """Servers that have copies of the save take its upload over from one that is silent."""
+        save = slot.save
+        if save is None or save.state != "committed" or save.replicas < 2:
+            return
+        with slot.exclusively(deadline):  # whoever gives the claim up must not meet a new version of it
+            if slot.save is save:
+                self._claims.refresh(
+                    under_store, slot.key, save.save_id, deadline=deadline, state="committed"
+                )
 
     def _has_lapsed(self, lease: Lease | None) -> bool:
         lapse_s = (LAPSED_AFTER_LEASES - 1) * self._lease_s
@@ -257,6 +275,15 @@ class Reservations:
             _log.info("%s: the claim of a dead save is released later: %s", slot.key, error)
             return
         self._slots.bury(slot, dead)
+
+
+def replaceable_by(slot: Slot, lease: Lease) -> tuple[str, ...]:
+    """The manifest_digest of each manifest that the lease's save may overwrite, sorted."""
+    replaceable = set(lease.replaceable)
+    if lease.overwrite and slot.save is not None:
+        # Its upload may have been stopped anywhere: its own manifest may be there, or what it was to overwrite.
+        replaceable |= {manifest_digest(slot.save.manifest), *slot.save.replaceable}
+    return tuple(sorted(replaceable))
 
 
 def lost_lease(key: SaveKey, slot: Slot | None) -> CheckpointError:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torchcache import errors
 from torchcache.errors import TorchCacheError
-from torchcache_server.cache.saves import Deletion, Save, SaveKey
+from torchcache_server.cache.saves import Copy, Deletion, Save, SaveKey
 
 _FORMAT = 1
 
@@ -20,7 +20,8 @@ SAVE = b"save/"
 LEASE = b"lease/"
 UPLOADED = b"uploaded/"
 DELETION = b"deletion/"
-"""What the keys of the four kinds of records start with; `SaveKey.digest` follows."""
+COPY = b"copy/"
+"""What the keys of the five kinds of records start with; `SaveKey.digest` follows, and of a copy the save's id."""
 
 
 def encode_save(save: Save) -> bytes:
@@ -41,6 +42,7 @@ def encode_save(save: Save) -> bytes:
         "manifest_version": save.manifest_version,
         "claimed": save.claimed,
         "error": _error_fields(save.error),
+        "replicas": save.replicas,
     }
     encoded = json.dumps(header).encode()
     return struct.pack("<I", len(encoded)) + encoded + save.metadata + save.manifest
@@ -74,9 +76,32 @@ def decode_save(record: bytes) -> Save:
             manifest_version=fields["manifest_version"],
             claimed=fields["claimed"],
             error=_error_of(fields["error"]),
+            replicas=int(fields.get("replicas", 1)),
         )
     except (struct.error, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a save's record: {error!r}") from error
+
+
+def copy_key(save: Save) -> bytes:
+    """The key of the record of a copy of `save`: a path may have several."""
+    return COPY + save.key.digest + save.save_id.encode()
+
+
+def encode_copy(copy: Copy) -> bytes:
+    """The record of a copy, for `decode_copy`: a length, JSON, and the save's own record."""
+    encoded = json.dumps({"owner": copy.owner, "confirmed": copy.confirmed}).encode()
+    return struct.pack("<I", len(encoded)) + encoded + encode_save(copy.save)
+
+
+def decode_copy(record: bytes) -> Copy:
+    """Raises ValueError if `record` isn't one that this version wrote."""
+    try:
+        (header_bytes,) = struct.unpack_from("<I", record)
+        fields = json.loads(record[4 : 4 + header_bytes])
+        (owner,) = _texts([fields["owner"]])
+        return Copy(decode_save(record[4 + header_bytes :]), owner, bool(fields["confirmed"]))
+    except (struct.error, KeyError, TypeError) as error:
+        raise ValueError(f"not a copy's record: {error!r}") from error
 
 
 def encode_lease(key: SaveKey, save_ids: Collection[str]) -> bytes:

@@ -104,6 +104,7 @@ class Save:
     manifest_version: str = ""  # in the under-store, once durable
     claimed: bool = True  # the claim in the under-store may still be there
     error: TorchCacheError | None = None
+    replicas: int = 1  # servers that held it when it was committed, the owner included
 
     @property
     def namespace(self) -> str:
@@ -133,10 +134,11 @@ class Save:
 
     @property
     def may_mend(self) -> bool:
-        """Whether a failed upload is worth another try once somebody changed a setting."""
-        return self.state == "failed" and not isinstance(
-            self.error, errors.IntegrityError | errors.CheckpointError
-        )
+        """Whether a failed upload is worth another try: somebody may change a setting, or a server with a good copy may
+        bring the save to its end."""
+        if self.state != "failed" or isinstance(self.error, errors.CheckpointError):
+            return False
+        return self.replicas > 1 or not isinstance(self.error, errors.IntegrityError)
 
     @property
     def wants_upload(self) -> bool:
@@ -163,6 +165,19 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """A save of another server, `owner` (its id), of which this one holds a copy, whole and synced, until it is
+    durable.
+
+    `confirmed`: the owner has committed it. Of one that isn't, only the claim can tell.
+    """
+
+    save: Save
+    owner: str
+    confirmed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Deletion:
     """A save that is being deleted. `manifests`: the manifest_digest of each that may be withdrawn for it, its own and
     those it was to overwrite."""
@@ -186,6 +201,8 @@ class SaveStatus:
     error: TorchCacheError | None
     committed_unix_s: float
     durable_unix_s: float
+    replicas: int = 1
+    superseded: bool = False  # a later save of the path is committed at another server
 
 
 def check_files(key: SaveKey, files: Sequence[tuple[str, int]], metadata: bytes, manifest: bytes) -> None:

@@ -10,98 +10,35 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-from torchcache.errors import DeadlineExceeded, TorchCacheError
+from torchcache.errors import TorchCacheError
 from torchcache.model import SAVE_PREFIX
 from torchcache_server.cache.save_records import (
+    COPY,
     DELETION,
     LEASE,
     SAVE,
     UPLOADED,
+    copy_key,
+    decode_copy,
     decode_deletion,
     decode_lease,
     decode_save,
     decode_uploaded,
+    encode_copy,
     encode_deletion,
     encode_lease,
     encode_save,
     encode_uploaded,
 )
-from torchcache_server.cache.saves import Deletion, Save, SaveKey
+from torchcache_server.cache.saves import Copy, Deletion, Save, SaveKey
+from torchcache_server.cache.slot import Lease, Reader, Slot
 from torchcache_server.store import Store
 
+__all__ = ["Lease", "Reader", "Slot", "Slots"]
+
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Lease:
-    """A save that is being written. Alive while its writer renews it; run out, it holds until the path is wanted."""
-
-    save_id: str
-    writer: str
-    overwrite: bool
-    replaceable: tuple[str, ...]  # manifest_digest of each manifest it may overwrite
-    expires_s: float  # monotonic
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """Somebody who reads a save, and until when (monotonic) that is believed."""
-
-    save_id: str
-    name: str
-    expires_s: float
-
-
-@dataclass(slots=True)
-class Slot:
-    """One path."""
-
-    key: SaveKey
-    lease: Lease | None = None
-    save: Save | None = None
-    committed_here: bool = False  # since this server started
-    deletion: Deletion | None = None
-    deletion_error: TorchCacheError | None = None  # what the last try, or the whole of it, ended with
-    readers: dict[str, Reader] = field(default_factory=dict)
-    uploaded: dict[str, str] = field(
-        default_factory=dict
-    )  # of `save`: shard name -> version in the under-store
-    dead_leases: set[str] = field(default_factory=set)  # save ids whose claim may still be in the under-store
-    garbage: set[str] = field(
-        default_factory=set
-    )  # namespaces of replaced saves, to drop once no upload reads them
-    _exclusive: threading.Lock = field(default_factory=threading.Lock)
-
-    @contextmanager
-    def exclusively(self, deadline: float) -> Iterator[None]:
-        """Raises DeadlineExceeded if others are still at it at `deadline` (monotonic)."""
-        if not self._exclusive.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise DeadlineExceeded(
-                f"{self.key} is busy: a save of it is being committed", object=str(self.key)
-            )
-        try:
-            yield
-        finally:
-            self._exclusive.release()
-
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes of the committed save that aren't in the under-store yet."""
-        if self.save is None or not self.save.must_be_kept:
-            return 0
-        return sum(size for name, size in self.save.files if name not in self.uploaded)
-
-    @property
-    def namespaces(self) -> set[str]:
-        """The namespaces that are in use."""
-        holders = (self.lease, self.save, self.deletion)
-        ids = [holder.save_id for holder in holders if holder is not None]
-        return {self.key.namespace(save_id) for save_id in ids}
 
 
 class Slots:
@@ -202,6 +139,28 @@ class Slots:
             slot.save, slot.uploaded = None, {}
             self.changed.notify_all()
 
+    # ---- copies of saves that other servers own ----
+
+    def put_copy(self, slot: Slot, copy: Copy) -> None:
+        """When this returns, this server has the copy, over any restart."""
+        self._store.put_record(copy_key(copy.save), encode_copy(copy))
+        with self.changed:
+            slot.copies[copy.save.save_id] = copy
+            self.changed.notify_all()
+
+    def end_copy(self, slot: Slot, save_id: str) -> None:
+        """The copy has done its duty, or nobody may want it any more; its bytes go, unless the save is here by now."""
+        copy = slot.copies.get(save_id)
+        if copy is None:
+            return
+        self._store.delete_record(copy_key(copy.save))
+        with self.changed:
+            slot.copies.pop(save_id, None)
+            self.changed.notify_all()
+        self.drop(slot, copy.save.namespace)
+
+    # ---- deletions ----
+
     def begin_deletion(self, slot: Slot, deletion: Deletion) -> None:
         """When this returns, the save is gone for whoever asks, over any restart; its bytes go behind."""
         self._store.put_record(DELETION + slot.key.digest, encode_deletion(deletion))
@@ -262,7 +221,8 @@ class Slots:
         by_digest = {slot.key.digest: slot for slot in self.all()}
         unread += self._read(UPLOADED, lambda digest, record: _load_uploaded(by_digest.get(digest), record))
         unread += self._read(DELETION, self._load_deletion)
-        known = (SAVE, LEASE, UPLOADED, DELETION)
+        unread += self._read(COPY, self._load_copy)
+        known = (SAVE, LEASE, UPLOADED, DELETION, COPY)
         unread += [key for key, _ in self._store.records(b"") if not key.startswith(known)]
         saved = {usage.name for usage in self._store.namespaces() if usage.name.startswith(SAVE_PREFIX)}
         if unread:
@@ -285,6 +245,8 @@ class Slots:
         for slot in self.all():
             if slot.save is not None:
                 self._store.keep(slot.save.namespace, slot.save.must_be_kept)
+            for copy in slot.copies.values():
+                self._store.keep(copy.save.namespace, True)
 
     def _read(self, kind: bytes, load: Callable[[bytes, bytes], None]) -> list[bytes]:
         """Hands each record of a kind to `load`, behind its key's digest; returns the keys of those it can't read."""
@@ -307,6 +269,15 @@ class Slots:
         slot.deletion = deletion
         if slot.save is not None:  # the stop came between the two records
             self.forget_save(slot)
+
+    def _load_copy(self, _: bytes, record: bytes) -> None:
+        copy = decode_copy(record)
+        slot = self.slot(copy.save.key)
+        if slot.save is not None and slot.save.save_id == copy.save.save_id:
+            # The stop came while the copy became this server's own save.
+            self._store.delete_record(copy_key(copy.save))
+        else:
+            slot.copies[copy.save.save_id] = copy
 
     def _load_lease(self, _: bytes, record: bytes) -> None:
         key, save_ids = decode_lease(record)

@@ -11,7 +11,7 @@ from typing import Final, Literal
 from torchcache.errors import AlreadyExists, Overloaded, TransientError
 from torchcache.model import ObjectInfo
 from torchcache_server.cache.claim_book import ClaimBook
-from torchcache_server.cache.claims import Keep, Refuse, Sighting, Take, decide_hold
+from torchcache_server.cache.claims import Keep, Refuse, Sighting, Take, Wait, decide_hold
 from torchcache_server.cache.saves import Save, manifest_digest
 from torchcache_server.cache.shard_source import write_out
 from torchcache_server.cache.slots import Slot, Slots
@@ -23,6 +23,7 @@ from torchcache_server.cache.upload_plan import (
     PublishManifest,
     PutMetadata,
     Seen,
+    StandBy,
     Step,
     TakeClaim,
     UploadShards,
@@ -83,6 +84,10 @@ class Attempt:
                 return self._manifest[0]
             if isinstance(step, GiveUp):
                 raise step.error
+            if isinstance(step, StandBy):
+                raise Overloaded(
+                    f"another server of the pool uploads {self.save.key}", object=str(self.save.key)
+                )
             try:
                 self._act(step)
             except AlreadyExists:
@@ -104,16 +109,22 @@ class Attempt:
             confirmed=self._confirmed,
         )
 
-    def _look_at_claim(self) -> Literal["ours", "vacant", "foreign"]:
+    def _look_at_claim(self) -> Literal["ours", "vacant", "peer", "foreign"]:
         seen = self.claims.look(self.under_store, self.save.key, deadline=call_deadline())
         decision = self._decide_hold(seen)
         if isinstance(decision, Take):
             return "vacant"
+        if isinstance(decision, Wait):
+            return "peer"
         return "foreign" if isinstance(decision, Refuse) else "ours"
 
-    def _decide_hold(self, seen: Sighting | None) -> Take | Keep | Refuse:
+    def _decide_hold(self, seen: Sighting | None) -> Take | Keep | Wait | Refuse:
         return decide_hold(
-            seen, key=self.save.key, server_id=self.claims.server_id, save_id=self.save.save_id
+            seen,
+            key=self.save.key,
+            server_id=self.claims.server_id,
+            save_id=self.save.save_id,
+            now_s=self.claims.now_s(),
         )
 
     def _look_at_manifest(self) -> None:

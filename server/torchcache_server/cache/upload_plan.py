@@ -24,12 +24,13 @@ from torchcache_server.cache.saves import Save
 class Seen:
     """What lies at the path.
 
-    `manifest`: "replaceable" is one that this save may overwrite; "other" is another's. `metadata` other than ours
-    tells nothing about whose it is. `uploaded`: the shards this save is known to have put there. `confirmed`: they were
-    all seen to lie there still, behind the last of their uploads.
+    `claim`: "peer" is of a server that has a copy of the same save, and uploads it. `manifest`: "replaceable" is one
+    that this save may overwrite; "other" is another's. `metadata` other than ours tells nothing about whose it is.
+    `uploaded`: the shards this save is known to have put there. `confirmed`: they were all seen to lie there still,
+    behind the last of their uploads.
     """
 
-    claim: Literal["ours", "vacant", "foreign"]
+    claim: Literal["ours", "vacant", "peer", "foreign"]
     manifest: Literal["absent", "ours", "replaceable", "other"]
     metadata: Literal["absent", "ours", "other"]
     uploaded: frozenset[str]
@@ -39,6 +40,11 @@ class Seen:
 @dataclass(frozen=True, slots=True)
 class TakeClaim:
     """Make the claim ours: it isn't there, or doesn't say yet that the save is committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StandBy:
+    """Another server uploads the same save: look again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,17 @@ class GiveUp:
     error: AlreadyExists
 
 
-Step = TakeClaim | Withdraw | UploadShards | ConfirmShards | PutMetadata | PublishManifest | Finish | GiveUp
+Step = (
+    TakeClaim
+    | StandBy
+    | Withdraw
+    | UploadShards
+    | ConfirmShards
+    | PutMetadata
+    | PublishManifest
+    | Finish
+    | GiveUp
+)
 
 
 def next_step(save: Save, seen: Seen) -> Step:
@@ -93,6 +109,8 @@ def next_step(save: Save, seen: Seen) -> Step:
                 object=str(save.key),
             )
         )
+    if seen.claim == "peer":
+        return StandBy()
     if seen.claim == "vacant":
         return TakeClaim()
     if seen.manifest == "other":

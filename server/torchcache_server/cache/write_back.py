@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from torchcache.errors import (
+    IntegrityError,
     ServerUnavailable,
     TorchCacheError,
     TransientError,
@@ -28,7 +29,9 @@ from torchcache.errors import (
 from torchcache.model import ObjectInfo
 from torchcache_server.cache.catalogue import Catalogue
 from torchcache_server.cache.claim_book import ClaimBook
+from torchcache_server.cache.claims import DEAD_AFTER_LEASES
 from torchcache_server.cache.commits import Commits
+from torchcache_server.cache.copies import Copies, new_copy
 from torchcache_server.cache.deletions import Deletions
 from torchcache_server.cache.orphans import Orphans
 from torchcache_server.cache.publish import Publisher
@@ -81,7 +84,8 @@ class WriteBack:
         self._claims = ClaimBook(store.server_id, lease_s=lease_s, clock=clock)
         self._reservations = Reservations(self._slots, self._claims, lease_s=lease_s, clock=clock)
         self._commits = Commits(store, self._slots, self._claims, lease_s=lease_s)
-        self._catalogue = Catalogue(self._slots)
+        self._copies = Copies(store, self._slots, self._claims, lease_s=lease_s)
+        self._catalogue = Catalogue(self._slots, self._claims, self._copies)
         self._readers = Readers(self._slots, lease_s=lease_s, clock=clock)
         self._deletions = Deletions(
             self._slots,
@@ -143,12 +147,14 @@ class WriteBack:
         metadata: bytes,
         manifest: bytes,
         *,
+        replicas: int = 1,
         deadline: float,
     ) -> SaveStatus:
         """Makes the save what the path holds, restorable from the pool; the upload follows behind. May be repeated.
 
         `files` are names relative to the path, and sizes; their bytes were put before. So were those of `metadata` and
-        `manifest`, under their names, if both are empty here. What may be overwritten was settled by `reserve`.
+        `manifest`, under their names, if both are empty here. `replicas` servers hold the save, with this one: the
+        others have prepared it. What may be overwritten was settled by `reserve`.
         Raises AlreadyExists if the path was taken over meanwhile, CheckpointError if the reservation isn't known or
         bytes are missing; then nothing is committed.
         """
@@ -160,6 +166,7 @@ class WriteBack:
             files=files,
             metadata=metadata,
             manifest=manifest,
+            replicas=replicas,
             deadline=deadline,
         )
         self._uploads.add(key)
@@ -170,12 +177,70 @@ class WriteBack:
         deadline = time.monotonic() + self._lease_s
         self._reservations.abandon(self._under_store(key.store), key, save_id, deadline=deadline)
 
+    def replaceable(self, key: SaveKey) -> tuple[str, ...]:
+        """The manifest_digest of each manifest that the save reserved at `key` may overwrite."""
+        return self._reservations.replaceable(key)
+
+    def prepare_copy(
+        self,
+        key: SaveKey,
+        save_id: str,
+        files: Sequence[tuple[str, int]],
+        metadata: bytes,
+        manifest: bytes,
+        *,
+        replaceable: Sequence[str],
+        overwrite: bool,
+        writer: str,
+        owner: str,
+        deadline: float,
+    ) -> None:
+        """Makes this server hold a copy of the save that `owner`, another server, is about to commit. May be repeated.
+
+        Arguments as of `commit`, and what `reserve` was told and `replaceable` told there. Raises CheckpointError if
+        bytes are missing.
+        """
+        key.validate()
+        self._under_store(key.store)
+        save = new_copy(
+            key,
+            save_id,
+            files=files,
+            metadata=metadata,
+            manifest=manifest,
+            replaceable=replaceable,
+            overwrite=overwrite,
+            writer=writer,
+        )
+        self._copies.prepare(save, owner, deadline=deadline)
+
+    def confirm_copy(
+        self, key: SaveKey, save_id: str, *, committed_unix_s: float, replicas: int, deadline: float
+    ) -> None:
+        """Says that the owner has committed the save. Raises CheckpointError if there is no copy of it."""
+        self._copies.confirm(
+            key, save_id, committed_unix_s=committed_unix_s, replicas=replicas, deadline=deadline
+        )
+
+    def drop_copy(self, key: SaveKey, save_id: str, *, deadline: float) -> None:
+        """Drops the copy of a save that is given up or deleted; without an id, whichever is committed."""
+        self._copies.drop(key, save_id, deadline=deadline)
+
     # ---- the calls of a reader ----
 
-    def get(self, key: SaveKey, *, deadline: float) -> SaveStatus:
-        """The checkpoint at `key`: the pool's, or what lies in the under-store. Raises NotCommitted."""
+    def get(self, key: SaveKey, *, deadline: float, check_claim: bool = False) -> SaveStatus:
+        """The checkpoint at `key`: the pool's, or what lies in the under-store. Raises NotCommitted.
+
+        `check_claim` has the status say whether another server has committed a later save.
+        """
         key.validate()
-        return self._catalogue.get(self._under_store(key.store), key, deadline=deadline)
+        under_store = self._under_store(key.store)
+        return self._catalogue.get(under_store, key, deadline=deadline, check_claim=check_claim)
+
+    def holder(self, key: SaveKey, *, deadline: float) -> str:
+        """The id of another server that may have a save of `key` which isn't in the under-store yet; "" if none has."""
+        claim = self._catalogue.held_elsewhere(self._under_store(key.store), key, deadline=deadline)
+        return claim.server_id if claim is not None else ""
 
     def list(self, store: str, prefix: str, *, deadline: float) -> builtins.list[SaveStatus]:
         """Checkpoints whose path starts with `prefix`, saves that are being written included, ordered by path."""
@@ -235,6 +300,17 @@ class WriteBack:
         """Bytes that are acknowledged or being published, and not in the under-store yet."""
         return sum(slot.pending_bytes for slot in self._slots.all()) + self._publisher.pending_bytes
 
+    def counts(self) -> dict[str, int]:
+        """How many saves this server holds in each state. "copy": of those that another server owns."""
+        counts = dict.fromkeys(("saving", "cached", "replicated", "durable", "failed", "copy"), 0)
+        for slot in self._slots.all():
+            counts["copy"] += len(slot.copies)
+            counts["saving"] += slot.lease is not None
+            if slot.save is not None:
+                in_pool = "replicated" if slot.save.replicas > 1 else "cached"
+                counts[in_pool if slot.save.state == "committed" else slot.save.state] += 1
+        return counts
+
     def retry_failed(self) -> None:
         """Tries what failed or waits at once: a setting was changed."""
         self._uploads.hurry()
@@ -246,10 +322,15 @@ class WriteBack:
         self._publisher.wait_until_idle(timeout_s)
         with self._slots.changed:
             self._slots.changed.wait_for(
-                lambda: not any(slot.save and slot.save.is_under_way for slot in self._slots.all()),
+                lambda: (
+                    not any(
+                        slot.copies or (slot.save and slot.save.is_under_way) for slot in self._slots.all()
+                    )
+                ),
                 max(0.0, deadline - time.monotonic()),
             )
         left = [slot.key for slot in self._slots.all() if slot.save and slot.save.must_be_kept]
+        left += [key for key in self._copies.held() if key not in left]
         return [self._uri(key) for key in left] + self._publisher.pending_uris()
 
     def close(self) -> None:
@@ -279,7 +360,10 @@ class WriteBack:
                 continue
             try:
                 deadline = time.monotonic() + self._lease_s
-                self._reservations.tidy(self._under_store(slot.key.store), slot, deadline=deadline)
+                under_store = self._under_store(slot.key.store)
+                self._reservations.tidy(under_store, slot, deadline=deadline)
+                if self._copies.tend(under_store, slot, deadline=deadline):
+                    self._uploads.add(slot.key)
             except TransientError:
                 unreachable.add(slot.key.store)
             except TorchCacheError as error:
@@ -317,6 +401,10 @@ class WriteBack:
         try:
             self.upload(key)
         except TorchCacheError as error:
+            if isinstance(
+                error, IntegrityError
+            ):  # until a server that has a good copy has taken the upload over
+                return DEAD_AFTER_LEASES * self._lease_s
             if not isinstance(error, TransientError):
                 return _MEND_S
             _log.warning("the upload of %s is tried again: %s", key, error)

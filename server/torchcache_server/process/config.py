@@ -19,6 +19,7 @@ from torchcache_server.understore import check_name
 DEFAULT_LISTEN: Final = "127.0.0.1:7440"
 DEFAULT_DRAIN_S: Final = 60.0
 EMBEDDED_DRAIN_S: Final = 40.0
+DEFAULT_LEASE_S: Final = 10.0
 DEFAULT_IDLE_S: Final = 15.0
 DEFAULT_SCRUB_BYTES_S: Final = 32 * 1024 * 1024
 MAX_SCRUB_BYTES_S: Final = 100 * 1024**3
@@ -62,6 +63,7 @@ class ServerConfig:
     metrics_port: int | None = None
     scrub_bytes_s: int = DEFAULT_SCRUB_BYTES_S  # 0: no scrub
     min_free_bytes: int | None = None  # None: the store chooses
+    lease_s: float = DEFAULT_LEASE_S  # the same for all servers of a pool
     embedded: Embedded | None = None
     join: RegistryAddress | None = None
     advertise: str | None = None  # the host by which others reach it; None: `host`
@@ -78,6 +80,8 @@ class ServerConfig:
             raise ConfigurationError(f"metrics port {self.metrics_port} does not exist")
         if not 0 <= self.drain_s <= 86_400:
             raise ConfigurationError(f"a drain of {self.drain_s} s: give 0 to 86400")
+        if not 0.1 <= self.lease_s <= 3600:
+            raise ConfigurationError(f"a lease of {self.lease_s} s: give 0.1 to 3600")
         if not 0 <= self.scrub_bytes_s <= MAX_SCRUB_BYTES_S:
             raise ConfigurationError(
                 f"a scrub rate of {self.scrub_bytes_s} bytes a second: give 0, for none, to 100GiB"
@@ -125,8 +129,8 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
     """The configuration that `settings` describe: names and values as in the TOML file.
 
     listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, drain_s, metrics_port, scrub_rate
-    (bytes a second), min_free, join, advertise, servers; an embedded server has embedded (its pool's folder), index and
-    idle_s in place of listen, store, join and servers. None is the same as absent.
+    (bytes a second), min_free, lease_s, join, advertise, servers; an embedded server has embedded (its pool's folder),
+    index and idle_s in place of listen, store, join and servers. None is the same as absent.
     Raises ConfigurationError, also for a setting that doesn't exist.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -148,6 +152,7 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
         metrics_port=int(_number(given, "metrics_port", 0)) if "metrics_port" in given else None,
         scrub_bytes_s=_size_or_zero(given, "scrub_rate", DEFAULT_SCRUB_BYTES_S),
         min_free_bytes=_size_or_zero(given, "min_free", 0) if "min_free" in given else None,
+        lease_s=_number(given, "lease_s", DEFAULT_LEASE_S),
         embedded=embedded,
         join=RegistryAddress.parse(_text(given, "join")) if "join" in given else None,
         advertise=_text(given, "advertise") if "advertise" in given else None,
@@ -191,6 +196,7 @@ _SETTINGS: Final = (
     "metrics_port",
     "scrub_rate",
     "min_free",
+    "lease_s",
     "join",
     "advertise",
     "servers",

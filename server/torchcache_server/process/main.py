@@ -76,6 +76,13 @@ _LOG = logging.getLogger(__name__)
 @click.option(
     "--drain-s", metavar="SECONDS", type=float, help="How long to go on uploading after SIGTERM. [60]"
 )
+@click.option(
+    "--lease-s",
+    metavar="SECONDS",
+    type=float,
+    help="Who saves a checkpoint, or uploads it, and is silent for three times as long may be taken for dead. The same "
+    "for all servers of a pool. [10]",
+)
 @click.option("--metrics-port", metavar="PORT", type=int, help="Prometheus metrics on 127.0.0.1.")
 @click.option(
     "--scrub-rate",

@@ -67,7 +67,16 @@ class ServerCollector(Collector):
         yield _gauge(
             "upload_pending_bytes", "Bytes not yet in the under-store", self._write_back.pending_bytes
         )
+        yield self._saves()
         yield from self._under_store_families()
+
+    def _saves(self) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "torchcache_saves", "Checkpoints that this server holds, by how far they are", labels=["state"]
+        )
+        for state, count in self._write_back.counts().items():
+            family.add_metric([state], count)
+        return family
 
     def _under_store_families(self) -> Iterator[Family]:
         for field, text in (

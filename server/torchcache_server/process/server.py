@@ -81,7 +81,7 @@ class Server:
         closing.callback(store.close)
         read_through = ReadThrough(store, self._under_stores)
         closing.callback(read_through.close)
-        self._write_back = WriteBack(store, self._under_stores)
+        self._write_back = WriteBack(store, self._under_stores, lease_s=config.lease_s)
         closing.callback(self._write_back.close)
         maintenance = Maintenance(
             store, scrub_bytes_s=config.scrub_bytes_s, busy=lambda: self._admission.streams > 0

@@ -63,6 +63,7 @@ def arguments(config: ServerConfig) -> Iterator[str]:
     for name, uri in config.under_stores:
         yield from ("--under-store", f"{name}={uri}")
     yield from ("--token-file", str(config.token_file), "--drain-s", str(config.drain_s))
+    yield from ("--lease-s", str(config.lease_s))
     yield from ("--scrub-rate", str(config.scrub_bytes_s))
     if config.tls is not None:
         yield from ("--tls-cert", str(config.tls.certificate), "--tls-key", str(config.tls.key))

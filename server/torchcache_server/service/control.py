@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import grpc
 
 from torchcache.environment import CREDENTIAL_VARIABLES
-from torchcache.errors import ConfigurationError
+from torchcache.errors import ConfigurationError, NotCommitted
 from torchcache.model import ChunkId, ObjectInfo
 from torchcache.save_names import KEPT_PREFIXES
 from torchcache.wire.limits import MAX_INLINE_BYTES
@@ -46,6 +46,7 @@ MAX_PAGE: Final = 1000
 """Objects in a page of a listing: as many as S3 gives at once, and within the bound of a control message."""
 
 MAX_READER_CHARACTERS: Final = 200
+MAX_REPLICAS: Final = 64
 
 _STATES: Final = {
     "reserved": pb.SAVE_STATE_RESERVED,
@@ -270,7 +271,8 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             overwrite=request.overwrite,
             deadline=_deadline(context),
         )
-        return pb.LeaseReply(lease_s=lease_s)
+        replaceable = self._write_back.replaceable(self._save_key(request.save))
+        return pb.LeaseReply(lease_s=lease_s, replaceable=replaceable)
 
     def RenewSave(self, request: pb.RenewSaveRequest, context: grpc.ServicerContext) -> pb.LeaseReply:
         return pb.LeaseReply(
@@ -284,9 +286,47 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             [(object_key(file.name), file.size) for file in request.files],
             request.metadata,
             request.manifest,
+            replicas=min(max(1, request.replicas), MAX_REPLICAS),
             deadline=_deadline(context),
         )
         return save_reply(status)
+
+    def PrepareCopy(
+        self, request: pb.PrepareCopyRequest, context: grpc.ServicerContext
+    ) -> pb.PrepareCopyReply:
+        self._write_back.prepare_copy(
+            self._save_key(request.save),
+            save_id(request.save.save_id),
+            [(object_key(file.name), file.size) for file in request.files],
+            request.metadata,
+            request.manifest,
+            replaceable=list(request.replaceable),
+            overwrite=request.overwrite,
+            writer=request.writer,
+            owner=request.owner,
+            deadline=_deadline(context),
+        )
+        return pb.PrepareCopyReply()
+
+    def ConfirmCopy(
+        self, request: pb.ConfirmCopyRequest, context: grpc.ServicerContext
+    ) -> pb.ConfirmCopyReply:
+        self._write_back.confirm_copy(
+            self._save_key(request.save),
+            save_id(request.save.save_id),
+            committed_unix_s=request.committed_unix_s,
+            replicas=min(max(1, request.replicas), MAX_REPLICAS),
+            deadline=_deadline(context),
+        )
+        return pb.ConfirmCopyReply()
+
+    def DropCopy(self, request: pb.DropCopyRequest, context: grpc.ServicerContext) -> pb.DropCopyReply:
+        self._write_back.drop_copy(
+            self._save_key(request.save),
+            save_id(request.save.save_id) if request.save.save_id else "",
+            deadline=_deadline(context),
+        )
+        return pb.DropCopyReply()
 
     def AbandonSave(
         self, request: pb.AbandonSaveRequest, context: grpc.ServicerContext
@@ -315,7 +355,14 @@ class ControlService(cache_pb2_grpc.ControlServicer):
 
     def GetSave(self, request: pb.GetSaveRequest, context: grpc.ServicerContext) -> pb.SaveReply:
         key = self._save_key(pb.SaveRef(store=request.store, path=request.path, part=request.part))
-        status = self._write_back.get(key, deadline=_deadline(context))
+        deadline = _deadline(context)
+        try:
+            status = self._write_back.get(key, deadline=deadline, check_claim=request.check_claim)
+        except NotCommitted:
+            holder = self._write_back.holder(key, deadline=deadline) if request.check_claim else ""
+            if not holder:
+                raise
+            return pb.SaveReply(holder=holder)
         return save_reply(status, manifest=not request.without_manifest)
 
     def ListSaves(self, request: pb.ListSavesRequest, context: grpc.ServicerContext) -> pb.ListSavesReply:
@@ -345,6 +392,8 @@ def save_reply(status: SaveStatus, *, manifest: bool = True) -> pb.SaveReply:
         error=encode_error(status.error) if status.error else "",
         committed_unix_s=status.committed_unix_s,
         durable_unix_s=status.durable_unix_s,
+        replicas=status.replicas,
+        superseded=status.superseded,
     )
 
 

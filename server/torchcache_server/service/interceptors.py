@@ -27,7 +27,7 @@ ALWAYS: Final = frozenset(
         CONTROL + name
         for name in (
             *("GetInfo", "GetStatus", "GetSave", "ListSaves", "RenewSave", "AbandonSave"),
-            *("CommitWrite", "AbandonWrite"),
+            *("CommitWrite", "AbandonWrite", "ConfirmCopy", "DropCopy"),
         )
     }
 )

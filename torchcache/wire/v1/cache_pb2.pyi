@@ -443,10 +443,12 @@ class RenewSaveRequest(_message.Message):
     def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ...) -> None: ...
 
 class LeaseReply(_message.Message):
-    __slots__ = ("lease_s",)
+    __slots__ = ("lease_s", "replaceable")
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    REPLACEABLE_FIELD_NUMBER: _ClassVar[int]
     lease_s: float
-    def __init__(self, lease_s: _Optional[float] = ...) -> None: ...
+    replaceable: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, lease_s: _Optional[float] = ..., replaceable: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SavedFile(_message.Message):
     __slots__ = ("name", "size")
@@ -457,16 +459,66 @@ class SavedFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class CommitSaveRequest(_message.Message):
-    __slots__ = ("save", "files", "metadata", "manifest")
+    __slots__ = ("save", "files", "metadata", "manifest", "replicas")
     SAVE_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     save: SaveRef
     files: _containers.RepeatedCompositeFieldContainer[SavedFile]
     metadata: bytes
     manifest: bytes
-    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ..., metadata: _Optional[bytes] = ..., manifest: _Optional[bytes] = ...) -> None: ...
+    replicas: int
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ..., metadata: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., replicas: _Optional[int] = ...) -> None: ...
+
+class PrepareCopyRequest(_message.Message):
+    __slots__ = ("save", "files", "metadata", "manifest", "overwrite", "replaceable", "writer", "owner")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    OVERWRITE_FIELD_NUMBER: _ClassVar[int]
+    REPLACEABLE_FIELD_NUMBER: _ClassVar[int]
+    WRITER_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    files: _containers.RepeatedCompositeFieldContainer[SavedFile]
+    metadata: bytes
+    manifest: bytes
+    overwrite: bool
+    replaceable: _containers.RepeatedScalarFieldContainer[str]
+    writer: str
+    owner: str
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ..., metadata: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., overwrite: bool = ..., replaceable: _Optional[_Iterable[str]] = ..., writer: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
+
+class PrepareCopyReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ConfirmCopyRequest(_message.Message):
+    __slots__ = ("save", "committed_unix_s", "replicas")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    committed_unix_s: float
+    replicas: int
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., committed_unix_s: _Optional[float] = ..., replicas: _Optional[int] = ...) -> None: ...
+
+class ConfirmCopyReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DropCopyRequest(_message.Message):
+    __slots__ = ("save",)
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ...) -> None: ...
+
+class DropCopyReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class AbandonSaveRequest(_message.Message):
     __slots__ = ("save",)
@@ -505,19 +557,21 @@ class HoldSaveRequest(_message.Message):
     def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., reader_id: _Optional[str] = ..., reader: _Optional[str] = ..., release: bool = ...) -> None: ...
 
 class GetSaveRequest(_message.Message):
-    __slots__ = ("store", "path", "part", "without_manifest")
+    __slots__ = ("store", "path", "part", "without_manifest", "check_claim")
     STORE_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    CHECK_CLAIM_FIELD_NUMBER: _ClassVar[int]
     store: str
     path: str
     part: str
     without_manifest: bool
-    def __init__(self, store: _Optional[str] = ..., path: _Optional[str] = ..., part: _Optional[str] = ..., without_manifest: bool = ...) -> None: ...
+    check_claim: bool
+    def __init__(self, store: _Optional[str] = ..., path: _Optional[str] = ..., part: _Optional[str] = ..., without_manifest: bool = ..., check_claim: bool = ...) -> None: ...
 
 class SaveReply(_message.Message):
-    __slots__ = ("save", "state", "manifest", "pending_bytes", "error", "committed_unix_s", "durable_unix_s", "total_bytes")
+    __slots__ = ("save", "state", "manifest", "pending_bytes", "error", "committed_unix_s", "durable_unix_s", "total_bytes", "replicas", "superseded", "holder")
     SAVE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -526,6 +580,9 @@ class SaveReply(_message.Message):
     COMMITTED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     DURABLE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    SUPERSEDED_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     save: SaveRef
     state: SaveState
     manifest: bytes
@@ -534,7 +591,10 @@ class SaveReply(_message.Message):
     committed_unix_s: float
     durable_unix_s: float
     total_bytes: int
-    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., state: _Optional[_Union[SaveState, str]] = ..., manifest: _Optional[bytes] = ..., pending_bytes: _Optional[int] = ..., error: _Optional[str] = ..., committed_unix_s: _Optional[float] = ..., durable_unix_s: _Optional[float] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    replicas: int
+    superseded: bool
+    holder: str
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., state: _Optional[_Union[SaveState, str]] = ..., manifest: _Optional[bytes] = ..., pending_bytes: _Optional[int] = ..., error: _Optional[str] = ..., committed_unix_s: _Optional[float] = ..., durable_unix_s: _Optional[float] = ..., total_bytes: _Optional[int] = ..., replicas: _Optional[int] = ..., superseded: bool = ..., holder: _Optional[str] = ...) -> None: ...
 
 class ListSavesRequest(_message.Message):
     __slots__ = ("store", "prefix")

@@ -119,6 +119,21 @@ class ControlStub(object):
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.CommitSaveRequest.SerializeToString,
                 response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.SaveReply.FromString,
                 _registered_method=True)
+        self.PrepareCopy = channel.unary_unary(
+                '/torchcache.v1.Control/PrepareCopy',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareCopyRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareCopyReply.FromString,
+                _registered_method=True)
+        self.ConfirmCopy = channel.unary_unary(
+                '/torchcache.v1.Control/ConfirmCopy',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ConfirmCopyRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ConfirmCopyReply.FromString,
+                _registered_method=True)
+        self.DropCopy = channel.unary_unary(
+                '/torchcache.v1.Control/DropCopy',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DropCopyRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DropCopyReply.FromString,
+                _registered_method=True)
         self.AbandonSave = channel.unary_unary(
                 '/torchcache.v1.Control/AbandonSave',
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.AbandonSaveRequest.SerializeToString,
@@ -256,6 +271,24 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrepareCopy(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmCopy(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropCopy(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AbandonSave(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -379,6 +412,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.CommitSave,
                     request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.CommitSaveRequest.FromString,
                     response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.SaveReply.SerializeToString,
+            ),
+            'PrepareCopy': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrepareCopy,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareCopyRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareCopyReply.SerializeToString,
+            ),
+            'ConfirmCopy': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmCopy,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ConfirmCopyRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ConfirmCopyReply.SerializeToString,
+            ),
+            'DropCopy': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropCopy,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DropCopyRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DropCopyReply.SerializeToString,
             ),
             'AbandonSave': grpc.unary_unary_rpc_method_handler(
                     servicer.AbandonSave,
@@ -870,6 +918,87 @@ class Control(object):
             '/torchcache.v1.Control/CommitSave',
             torchcache_dot_wire_dot_v1_dot_cache__pb2.CommitSaveRequest.SerializeToString,
             torchcache_dot_wire_dot_v1_dot_cache__pb2.SaveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrepareCopy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/PrepareCopy',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareCopyRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.PrepareCopyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmCopy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/ConfirmCopy',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.ConfirmCopyRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.ConfirmCopyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropCopy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/DropCopy',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.DropCopyRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.DropCopyReply.FromString,
             options,
             channel_credentials,
             insecure,

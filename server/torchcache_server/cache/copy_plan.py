@@ -1,0 +1,54 @@
+"""What becomes of a copy of another server's save. Pure.
+
+A server that holds a copy isn't told how the save goes on; it looks at the path's claim and manifest, in this order, so
+that a save which ends in between is seen as durable, never as gone. The claim alone decides which of several saves of a
+path is the one, and through it at most one server at a time uploads.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torchcache_server.cache.claims import Sighting, Take
+from torchcache_server.cache.saves import Copy
+
+Verdict = Literal["durable", "current", "open", "gone"]
+"""durable: the under-store has the save. current: it is what the path holds, though the under-store hasn't it yet.
+open: its writer is still at it. gone: nobody may want it any more."""
+
+
+def judge(copy: Copy, seen: Sighting | None, *, manifest_is_ours: bool | None) -> Verdict:
+    """What the copy is good for, by the claim and then the manifest at its path (None: there is none)."""
+    if manifest_is_ours:
+        return "durable"
+    if seen is None:
+        # Published over; or given up. But whoever replaces a save may die before it commits, and its claim is released:
+        # better to bring back what was deleted while this server was down than to lose what was acknowledged.
+        return "current" if copy.confirmed and manifest_is_ours is None else "gone"
+    claim = seen.claim
+    if claim.save_id != copy.save.save_id:
+        # One that is only being written takes nothing's place yet.
+        return "current" if copy.confirmed and claim.state == "reserved" else "gone"
+    if claim.state == "committed":
+        return "current"
+    if claim.state == "reserved":
+        # The owner may have committed while it could not reach the under-store; then its writer has told.
+        return "current" if copy.confirmed else "open"
+    return "gone"
+
+
+def decide_takeover(
+    copy: Copy, verdict: Verdict, seen: Sighting | None, *, server_id: str, now_s: float
+) -> Take | None:
+    """Whether to upload the save from here: when the server that should has been silent for too long."""
+    if verdict != "current":
+        return None
+    if seen is None:
+        return Take("")
+    ours = seen.claim.server_id == server_id and seen.claim.save_id == copy.save.save_id
+    return Take(seen.version) if ours or now_s >= seen.dead_at_s else None
+
+
+def is_left_open(seen: Sighting | None, *, now_s: float, patience_s: float) -> bool:
+    """Whether the writer of an open save, and its server, have been silent for so long that nobody will commit it."""
+    return seen is not None and now_s >= seen.dead_at_s + patience_s

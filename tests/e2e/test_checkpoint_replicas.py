@@ -1,0 +1,202 @@
+"""Servers of a pool are lost while only they hold a checkpoint: what was acknowledged loads, and becomes durable.
+
+Real servers, a real S3 behind a gate that holds uploads up, real SIGKILL (F1, F2, F19, F21, F34, F37; I1, I2, I3).
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.seaweedfs import SeaweedFS
+from tests.integration.described_saves import load, save
+from tests.integration.replica_servers import ReplicaServers, UploadGate, wait_for_save, wait_until
+from torchcache.checkpoint.catalog import list_checkpoints
+from torchcache.errors import ConfigurationError, NotCommitted, ServerUnavailable
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+SIZE = 5 * 1024 * 1024
+TAKEN_OVER = "it is uploaded from the copy here"
+
+
+@pytest.fixture(scope="module")
+def gate(s3_server: SeaweedFS) -> Iterator[UploadGate]:
+    with UploadGate(s3_server.endpoint_url) as gate:
+        yield gate
+
+
+@pytest.fixture(scope="module")
+def all_servers(
+    s3_server: SeaweedFS, gate: UploadGate, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ReplicaServers]:
+    way = {**s3_server.environment(), "AWS_ENDPOINT_URL": f"http://127.0.0.1:{gate.port}"}
+    with ReplicaServers(tmp_path_factory.mktemp("pool"), "s3=s3://", more=way) as servers:
+        yield servers
+
+
+@pytest.fixture
+def servers(all_servers: ReplicaServers, gate: UploadGate) -> Iterator[ReplicaServers]:
+    """All of them up before each test, with a pool that has learnt nothing; nothing left to upload after it."""
+    all_servers.pool = all_servers.connect()
+    yield all_servers
+    gate.closed = False
+    for number in range(3):
+        if number not in all_servers.running:
+            all_servers.start(number)
+    wait_until(lambda: kept(all_servers) == [])
+
+
+@pytest.fixture
+def uri(s3: SeaweedFS) -> str:
+    return f"s3://{s3.make_bucket()}/run/step-1"
+
+
+def acknowledged(servers: ReplicaServers, gate: UploadGate, uri: str, number: int = 1) -> tuple[int, int]:
+    """Saves while uploads are held up; the owner and the server with the copy."""
+    gate.closed = True
+    save(servers.pool, uri, number, SIZE, overwrite=number > 1)
+    info = servers.pool.get_save(*servers.pool.resolve(uri))
+    assert (info.state, info.replicas) == ("committed", 2)
+    owner, replica, _ = servers.order(uri)
+    assert info.server == servers.ids[servers.addresses[owner]]
+    return owner, replica
+
+
+def assert_loads(servers: ReplicaServers, uri: str, number: int = 1) -> None:
+    """By a client that knows nothing of what has happened."""
+    assert load(servers.connect(), uri, SIZE) == (number, [])
+
+
+def assert_durable(servers: ReplicaServers, gate: UploadGate, uri: str, number: int = 1) -> None:
+    gate.closed = False
+    wait_for_save(servers.pool, uri, lambda info: info.state == "durable")
+    assert_loads(servers, uri, number)
+
+
+def kept(servers: ReplicaServers) -> list[str]:
+    """What any server says it must not evict: what isn't durable yet, in its eyes."""
+    return [n.name for status in servers.pool.status() for n in status.namespaces if n.dirty]
+
+
+def assert_gone(servers: ReplicaServers, uri: str) -> None:
+    with pytest.raises(NotCommitted):
+        servers.connect().get_save(*servers.pool.resolve(uri))
+
+
+def test_the_owner_is_lost_before_the_upload(servers: ReplicaServers, gate: UploadGate, uri: str) -> None:
+    owner, replica = acknowledged(servers, gate, uri)
+    servers.end(owner)
+    assert_loads(servers, uri)
+    assert [c.state for c in list_checkpoints(servers.connect(), uri)] == ["replicated"]
+    assert_durable(servers, gate, uri)
+    # Started again it has a save that another server has uploaded: no second upload, nothing stale.
+    servers.start(owner)
+    assert_durable(servers, gate, uri)
+    servers.pool.delete_save(*servers.pool.resolve(uri))
+    assert_gone(servers, uri)
+    assert TAKEN_OVER in servers.log(replica).read_text()
+
+
+def test_the_copy_is_lost(servers: ReplicaServers, gate: UploadGate, uri: str) -> None:
+    _, replica = acknowledged(servers, gate, uri)
+    servers.end(replica)
+    assert_loads(servers, uri)
+    assert_durable(servers, gate, uri)
+    servers.start(replica)
+    wait_until(lambda: kept(servers) == [])
+    assert_loads(servers, uri)
+
+
+def test_both_are_lost_and_one_comes_back(servers: ReplicaServers, gate: UploadGate, uri: str) -> None:
+    owner, replica = acknowledged(servers, gate, uri)
+    servers.end(owner)
+    servers.end(replica)
+    with pytest.raises(ServerUnavailable):  # not "there is none": nobody who could know was asked
+        servers.pool.get_save(*servers.pool.resolve(uri))
+    servers.start(replica)
+    assert_loads(servers, uri)
+    assert_durable(servers, gate, uri)
+
+
+def test_a_server_is_down_while_it_is_saved(
+    servers: ReplicaServers, gate: UploadGate, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner, replica, third = servers.order(uri)
+    servers.end(owner)
+    gate.closed = True
+    save(servers.pool, uri, 1, SIZE)  # its next in order owns it then, and the third has the copy
+    info = servers.pool.get_save(*servers.pool.resolve(uri))
+    assert (info.replicas, info.server) == (2, servers.ids[servers.addresses[replica]])
+    servers.end(third)
+    save(servers.pool, uri + "0", 1, SIZE)
+    assert servers.pool.get_save(*servers.pool.resolve(uri + "0")).replicas == 1
+    assert "is safe on 1 server of the pool, not on 2" in caplog.text
+    servers.end(replica)
+    servers.start(owner)  # knows nothing of it, and may not say that there is none
+    with pytest.raises(ServerUnavailable):
+        servers.pool.get_save(*servers.pool.resolve(uri))
+    servers.start(third)
+    assert_loads(servers, uri)
+    assert_durable(servers, gate, uri)
+    with pytest.raises(ConfigurationError, match="replicas=4, but the pool has 3 servers"):
+        servers.pool.reserve_save("s3", "b/c", "", "id", overwrite=False, writer="me", replicas=4)
+
+
+def test_an_owner_that_was_asleep_finds_its_save_uploaded(
+    servers: ReplicaServers, gate: UploadGate, uri: str
+) -> None:
+    owner, replica = acknowledged(servers, gate, uri)
+    servers.send(owner, signal.SIGSTOP)
+    before = servers.log(replica).read_text().count(TAKEN_OVER)
+    wait_until(lambda: servers.log(replica).read_text().count(TAKEN_OVER) > before)
+    servers.send(owner, signal.SIGCONT)
+    assert_durable(servers, gate, uri)
+    wait_until(lambda: kept(servers) == [])
+    assert servers.pool.get_save(*servers.pool.resolve(uri)).error is None
+
+
+def test_a_later_save_at_another_server_is_not_passed_over(
+    servers: ReplicaServers, gate: UploadGate, uri: str
+) -> None:
+    owner, _ = acknowledged(servers, gate, uri)
+    servers.end(owner)
+    save(servers.pool, uri, 2, SIZE, overwrite=True)
+    servers.start(owner)  # with the first save, not uploaded
+    assert_loads(servers, uri, 2)
+    assert_durable(servers, gate, uri, 2)
+    wait_until(lambda: kept(servers) == [])
+    assert_loads(servers, uri, 2)
+
+
+def test_a_copy_goes_with_its_checkpoint(servers: ReplicaServers, gate: UploadGate, uri: str) -> None:
+    acknowledged(servers, gate, uri)
+    servers.pool.delete_save(*servers.pool.resolve(uri))
+    assert_gone(servers, uri)
+    wait_until(lambda: kept(servers) == [])
+    save(servers.pool, uri, 2, SIZE)
+    assert_durable(servers, gate, uri, 2)
+
+
+def damage(store: Path) -> None:
+    """Flips a bit in the middle of the segment that was written last."""
+    largest = max(store.glob("segments/*/*"), key=lambda file: file.stat().st_mtime)
+    with largest.open("r+b") as file:
+        file.seek(2 * 1024 * 1024)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 16]))
+
+
+def test_a_bit_of_one_copy_flips(servers: ReplicaServers, gate: UploadGate, uri: str) -> None:
+    """It is read from the other, and uploaded from there."""
+    owner, _ = acknowledged(servers, gate, uri)
+    servers.end(owner)
+    damage(servers.store(owner))
+    servers.start(owner)
+    assert_loads(servers, uri)
+    assert_durable(servers, gate, uri)
+    wait_until(lambda: kept(servers) == [])

@@ -1,0 +1,154 @@
+"""Servers of one pool that are killed and started again on their stores and ports; and a gate that stops uploads."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from types import MappingProxyType
+from urllib.parse import urlsplit
+
+from examples.ports import free_port
+from examples.seaweedfs import environment
+from tests.integration.store_process_parts import Life, PlainStarter, Starter
+from tests.proxy import Broken, Passing, Proxy, Side
+from torchcache.connecting import connect
+from torchcache.errors import TorchCacheError
+from torchcache.placement import rendezvous_order
+from torchcache.pool import Pool, SaveInfo
+from torchcache.pool.saves import folder_key
+
+LEASE_S = 1.0
+WAIT_S = 120.0
+
+
+class UploadGate(Proxy):
+    """Stands before an S3 server: while `closed`, every PUT of a checkpoint's shard is reset, and all else passes."""
+
+    def __init__(self, endpoint_url: str) -> None:
+        parts = urlsplit(endpoint_url)
+        super().__init__((parts.hostname or "", parts.port or 80))
+        self.closed = False
+
+    def passing(self, side: Side) -> Passing:
+        return self._checked if side == "client" else super().passing(side)
+
+    def _checked(self, data: bytes) -> Iterator[bytes]:
+        if (
+            self.closed
+            and data.startswith((b"PUT /", b"POST /"))
+            and b".distcp" in data.partition(b"\r\n")[0]
+        ):
+            raise Broken
+        yield data
+
+
+class ReplicaServers:
+    """`count` servers over one under-store, `name=uri`, and a pool that knows them all. Context manager.
+
+    `more` is what the servers find in their environment.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        under_store: str,
+        *,
+        count: int = 3,
+        starter: Starter | None = None,
+        drain_s: float = 0.2,
+        lease_s: float = LEASE_S,
+        more: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._folder = folder
+        self._environment = more
+        self._starter = starter or PlainStarter()
+        self._ports = [free_port(beside=1) for _ in range(count)]
+        self._lives: dict[int, Life] = {}
+        self._arguments = [
+            *("--capacity", "1GB", "--token-file", str(folder / "token"), "--under-store", under_store),
+            *("--drain-s", str(drain_s), "--lease-s", str(lease_s), "--scrub-rate", "0"),
+        ]
+        self._closing = ExitStack()
+
+    def __enter__(self) -> ReplicaServers:
+        for number in range(len(self._ports)):
+            self.start(number)
+        self.token = (self._folder / "token").read_text().strip()
+        self.pool = self.connect()
+        self.ids = {status.address: status.server_id for status in self.pool.status()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+        for life in self._lives.values():
+            life.end()
+
+    @property
+    def addresses(self) -> list[str]:
+        return [f"127.0.0.1:{port}" for port in self._ports]
+
+    def connect(self) -> Pool:
+        """Another client's pool, with nothing learnt yet."""
+        pool = connect(",".join(self.addresses), token=self.token)
+        self._closing.callback(pool.close)
+        return pool
+
+    def start(self, number: int) -> None:
+        store = self.store(number)
+        arguments = ["--listen", self.addresses[number], "--store", str(store), *self._arguments]
+        with environment(self._environment):
+            life = self._starter.start(arguments, self.log(number))
+        self._lives[number] = life
+        life.wait_ready()
+        if hasattr(self, "token"):
+            # gRPC tries an address that was dead a moment ago again after a pause: for all channels of the process.
+            wait_until(lambda: self.addresses[number] not in self._unreachable())
+
+    def _unreachable(self) -> list[str]:
+        with closing(connect(",".join(self.addresses), token=self.token)) as pool:
+            try:
+                pool.status()
+            except TorchCacheError:
+                return self.addresses
+            return pool.unreachable()
+
+    def store(self, number: int) -> Path:
+        return self._folder / f"store-{number}"
+
+    def log(self, number: int) -> Path:
+        return self._folder / f"server-{number}.log"
+
+    def end(self, number: int, how: signal.Signals = signal.SIGKILL) -> int | None:
+        return self._lives.pop(number).end(how)
+
+    def send(self, number: int, what: signal.Signals) -> None:
+        self._lives[number].send(what)
+
+    @property
+    def running(self) -> list[int]:
+        return sorted(self._lives)
+
+    def order(self, uri: str) -> list[int]:
+        """Numbers of the servers in the order that the checkpoint at `uri` is placed: its owner first."""
+        order = rendezvous_order(folder_key(*self.pool.resolve(uri)), list(self.ids.values()))
+        addresses = {id_: address for address, id_ in self.ids.items()}
+        return [self.addresses.index(addresses[id_]) for id_ in order]
+
+
+def wait_for_save(pool: Pool, uri: str, what: Callable[[SaveInfo], bool]) -> SaveInfo:
+    """What the pool says of the checkpoint once it is `what` it should be."""
+    deadline = time.monotonic() + WAIT_S
+    while not what(info := pool.get_save(*pool.resolve(uri))):
+        assert time.monotonic() < deadline, info
+        time.sleep(0.05)
+    return info
+
+
+def wait_until(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not what():
+        assert time.monotonic() < deadline, "it doesn't come about"
+        time.sleep(0.05)

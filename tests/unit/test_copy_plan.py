@@ -1,0 +1,113 @@
+"""Copies: what the claim and the manifest at a path make of them."""
+
+from __future__ import annotations
+
+import pytest
+from torchcache_server.cache.claims import DEAD_AFTER_LEASES, Claim, ClaimState, Sighting, Take
+from torchcache_server.cache.copies import new_copy
+from torchcache_server.cache.copy_plan import decide_takeover, is_left_open, judge
+from torchcache_server.cache.save_records import copy_key, decode_copy, decode_save, encode_copy, encode_save
+from torchcache_server.cache.saves import Copy, SaveKey
+
+KEY = SaveKey("s3", "run/step-1")
+LEASE_S = 10.0
+SEEN_S = 100.0
+DEAD_S = SEEN_S + DEAD_AFTER_LEASES * LEASE_S
+
+
+def copy(save_id: str = "ours", *, confirmed: bool = False) -> Copy:
+    save = new_copy(
+        KEY,
+        save_id,
+        files=[("__0_0.distcp", 5)],
+        metadata=b"metadata",
+        manifest=b"manifest",
+        replaceable=["digest"],
+        overwrite=True,
+        writer="somebody",
+    )
+    return Copy(save, "owner", confirmed)
+
+
+def sighting(state: ClaimState = "committed", save_id: str = "ours", server_id: str = "owner") -> Sighting:
+    return Sighting(Claim(server_id, save_id, state, "somebody", LEASE_S), "v1", SEEN_S)
+
+
+def test_a_save_that_the_under_store_has_needs_no_copy() -> None:
+    for seen in (None, sighting(), sighting(save_id="another")):
+        assert judge(copy(), seen, manifest_is_ours=True) == "durable"
+
+
+@pytest.mark.parametrize(
+    ("state", "confirmed", "verdict"),
+    [
+        ("committed", False, "current"),
+        ("committed", True, "current"),
+        ("reserved", False, "open"),
+        ("reserved", True, "current"),  # the owner could not tell the under-store
+        ("released", False, "gone"),
+        ("deleting", True, "gone"),
+    ],
+)
+def test_a_claim_for_the_save(state: ClaimState, confirmed: bool, verdict: str) -> None:
+    for there in (None, False):
+        assert judge(copy(confirmed=confirmed), sighting(state), manifest_is_ours=there) == verdict
+
+
+@pytest.mark.parametrize(
+    ("state", "confirmed", "verdict"),
+    [
+        ("committed", True, "gone"),
+        ("reserved", True, "current"),  # nothing is committed in its place yet
+        ("reserved", False, "gone"),  # its writer was taken for dead
+        ("deleting", True, "gone"),
+    ],
+)
+def test_a_claim_for_another_save(state: ClaimState, confirmed: bool, verdict: str) -> None:
+    seen = sighting(state, save_id="another")
+    assert judge(copy(confirmed=confirmed), seen, manifest_is_ours=None) == verdict
+
+
+def test_without_a_claim_only_what_was_acknowledged_counts() -> None:
+    assert judge(copy(confirmed=True), None, manifest_is_ours=None) == "current"
+    assert judge(copy(), None, manifest_is_ours=None) == "gone"
+    assert judge(copy(confirmed=True), None, manifest_is_ours=False) == "gone"
+
+
+def test_an_upload_is_taken_over_from_who_is_silent() -> None:
+    def decide(verdict: str, now_s: float, seen: Sighting | None) -> Take | None:
+        return decide_takeover(copy(), verdict, seen, server_id="me", now_s=now_s)  # type: ignore[arg-type]
+
+    assert decide("current", DEAD_S - 0.1, sighting()) is None
+    assert decide("current", DEAD_S, sighting()) == Take("v1")
+    assert decide("current", SEEN_S, None) == Take("")
+    assert decide("current", SEEN_S, sighting(server_id="me")) == Take(
+        "v1"
+    )  # a stop came in the middle of it
+    for verdict in ("open", "gone", "durable"):
+        assert decide(verdict, DEAD_S * 9, sighting()) is None
+
+
+def test_an_open_copy_waits_long_for_its_writer() -> None:
+    assert not is_left_open(sighting(), now_s=DEAD_S + 59, patience_s=60)
+    assert is_left_open(sighting(), now_s=DEAD_S + 60, patience_s=60)
+    assert not is_left_open(None, now_s=DEAD_S * 9, patience_s=60)
+
+
+def test_a_copys_record_tells_all_of_it() -> None:
+    for confirmed in (False, True):
+        original = copy(confirmed=confirmed)
+        assert decode_copy(encode_copy(original)) == original
+    assert copy_key(copy().save) != copy_key(copy("another").save)
+    record = encode_copy(copy())
+    for end in range(len(record)):
+        with pytest.raises(ValueError):
+            decode_copy(record[:end])
+
+
+def test_a_saves_record_of_a_version_without_copies_is_read() -> None:
+    record = encode_save(copy().save)
+    older = record.replace(b', "replicas": 2', b"")
+    length = len(record) - len(older)
+    head = int.from_bytes(record[:4], "little") - length
+    assert decode_save(head.to_bytes(4, "little") + older[4:]).replicas == 1
