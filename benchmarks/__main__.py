@@ -29,6 +29,7 @@ SECTIONS: Final = {
     "s3_checkpoint": "s3_checkpoints",
     "weights": "weights",
     "cold": "cold_reads",
+    "manifest": "manifests",
     "half": "half_cached",
     "rivals": "rivals",
     "verification": "verification",

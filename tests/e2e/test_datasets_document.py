@@ -67,7 +67,7 @@ def test_the_documents_run(bucket: str, tmp_path: Path, monkeypatch: pytest.Monk
     TorchCacheFileSystem.clear_instance_cache()
     with tc.LocalPool():
         found = run("datasets.md", bucket)
-        assert found["blocks"] >= 5
+        assert found["blocks"] >= 6
         assert len(found["rest"]) == 40 - 4 * 4
 
         found = run("coming-from.md", bucket)

@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.unit.sample_pool import SamplePool, pool
-from torchcache.data import CachedDataset
+from torchcache.data import CachedDataset, progress
+from torchcache.data.listing import Changes
 from torchcache.errors import (
     ConfigurationError,
     IntegrityError,
@@ -184,7 +185,7 @@ def test_a_listing_that_names_an_object_twice_is_refused(
 ) -> None:
     listed = [ObjectInfo(ObjectId("s3", "bucket/data/a", version), 1) for version in ("v", "w")]
     monkeypatch.setattr(filled, "list", lambda uri: iter(listed))
-    with pytest.raises(IntegrityError, match="'bucket/data/a' behind 'bucket/data/a'"):
+    with pytest.raises(IntegrityError, match="a listing has 'bucket/data/a' twice"):
         from_files(filled)
 
 
@@ -199,6 +200,72 @@ def test_an_object_that_went_or_changed_says_so(filled: SamplePool) -> None:
     assert gone.value.object == "s3://bucket/data/a.png"
     with pytest.raises(ObjectChanged, match=r"s3://bucket/data/c\.txt has changed since.*create it again"):
         dataset[5]
+
+
+def test_refresh_finds_what_was_added_removed_and_changed(filled: SamplePool) -> None:
+    dataset = from_files(filled)
+    state, before = dataset.state_dict(), dataset.keys()
+    assert not dataset.refresh()
+    dataset.load_state_dict(state)
+    filled.delete("s3://bucket/data/a.png")
+    filled.put("s3://bucket/data/c.txt", b"other")
+    filled.put("s3://bucket/data/0.png", b"first")
+    filled.put("s3://bucket/data/zz/z.png", b"last")
+    found = dataset.refresh()
+    assert found == Changes(added=("0.png", "zz/z.png"), removed=("a.png",), changed=("c.txt",))
+    assert dataset.keys() == sorted({*before, "0.png", "zz/z.png"} - {"a.png"})
+    assert dataset[0] == b"first" and dataset[len(dataset) - 2] == b"last"  # and then ü
+    with pytest.raises(ConfigurationError, match="saved over other samples"):
+        dataset.load_state_dict(state)
+    for key in dataset.keys():  # noqa: SIM118 - no mapping
+        filled.delete(f"s3://bucket/data/{key}")
+    with pytest.raises(ObjectNotFound, match="no objects under"):
+        dataset.refresh()
+    assert len(dataset) == 8  # nothing has changed then
+
+
+def test_computed_samples_are_not_listed(pool: SamplePool) -> None:
+    with pytest.raises(ConfigurationError, match="only the files of from_files"):
+        CachedDataset([1, 2], name="x", pool=pool).refresh()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("output", ["bytes", "numpy"])
+def test_what_changed_is_read_as_it_is_now_if_asked_for(filled: SamplePool, output: str) -> None:
+    dataset = from_files(filled, on_change="refresh", output=output)
+    here = [bytes(sample) for sample in dataset.__getitems__(range(7))]
+    changed = {1: b"shorter", 5: b"another that is longer than what was there " * 9}
+    for index, data in changed.items():
+        filled.put(f"s3://bucket/data/{dataset.keys()[index]}", data)
+    expected = [changed.get(index, sample) for index, sample in enumerate(here)]
+    assert [bytes(sample) for sample in dataset.__getitems__(range(7))] == expected
+    again = pickle.loads(pickle.dumps(dataset._samples._renewed))  # type: ignore[attr-defined]
+    assert sorted(again) == [1, 5]
+    filled.delete(f"s3://bucket/data/{dataset.keys()[1]}")
+    with pytest.raises(ObjectNotFound, match="is gone since"):
+        dataset.__getitems__([1])
+
+
+def test_changed_records_are_an_error_all_the_same(filled: SamplePool) -> None:
+    filled.put("s3://records/a", b"abcd")
+    dataset = from_files(filled, "s3://records", record_bytes=2, on_change="refresh")
+    filled.put("s3://records/a", b"efgh")
+    with pytest.raises(ObjectChanged, match="has changed since"):
+        dataset[0]
+    assert dataset.refresh() == Changes(changed=("a",))
+    assert dataset[1] == b"gh"
+    with pytest.raises(ConfigurationError, match="on_change='ignore'"):
+        from_files(filled, on_change="ignore")
+
+
+def test_a_long_listing_says_how_far_it_is(
+    filled: SamplePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "SHOWN_AFTER_S", 0.0)
+    listed = [ObjectInfo(ObjectId("s3", f"bucket/data/{n:05d}", "v"), 1) for n in range(2500)]
+    monkeypatch.setattr(filled, "list", lambda uri: iter(listed))
+    caplog.set_level("INFO", "torchcache")
+    from_files(filled)
+    assert "listing s3://bucket/data: 1000 objects so far" in caplog.text
 
 
 def test_other_errors_come_as_they_are(filled: SamplePool) -> None:

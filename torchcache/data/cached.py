@@ -14,8 +14,9 @@ from torchcache.connecting import connect
 from torchcache.data.buffer_pool import BufferPool
 from torchcache.data.computed import ComputedSamples, Encoding
 from torchcache.data.file_records import FileRecords
-from torchcache.data.files import FileSamples
+from torchcache.data.files import FileSamples, OnChange
 from torchcache.data.fingerprint import fingerprint
+from torchcache.data.listing import Changes
 from torchcache.data.outputs import Output
 from torchcache.data.prefetch import Prefetch, epoch_order
 from torchcache.data.progress import progress_bar
@@ -90,6 +91,7 @@ class CachedDataset(Dataset[Any]):
         output: Output = "bytes",
         buffers: BufferPool | None = None,
         record_bytes: int | None = None,
+        on_change: OnChange = "raise",
         pool: str | Pool | LocalPool | None = None,
     ) -> CachedDataset:
         """The objects under the folder `uri`, one a sample, ordered by key, bytewise; listed once, here.
@@ -109,6 +111,9 @@ class CachedDataset(Dataset[Any]):
         Then `transform` runs on the sample. With `record_bytes` a sample is not a whole object but a record of that
         size in one; objects are whole numbers of records, end to end.
 
+        An object that is another now than when it was listed is ObjectChanged, naming it. `on_change="refresh"` reads
+        it as it is now instead, under the same index; not with `record_bytes`. For new objects there is `refresh`.
+
         Raises ConfigurationError for a bad URI, wrong arguments or missing credentials, ObjectNotFound if the bucket
         doesn't exist or nothing matches.
         """
@@ -117,7 +122,9 @@ class CachedDataset(Dataset[Any]):
             FileSamples if record_bytes is None else partial(FileRecords, record_bytes=record_bytes)
         )
         connected = connect(pool)
-        samples = kind(connected, uri, pattern, decode=decode, output=output, buffers=buffers)
+        samples = kind(
+            connected, uri, pattern, decode=decode, output=output, buffers=buffers, on_change=on_change
+        )
         dataset._set_up(connected, samples, transform)
         return dataset
 
@@ -164,6 +171,17 @@ class CachedDataset(Dataset[Any]):
         Raises ConfigurationError for computed samples.
         """
         return self._samples.keys()
+
+    def refresh(self) -> Changes:
+        """Lists the files of `from_files` anew, between two epochs, and says which were added, removed or changed.
+
+        Samples may stand at other indices then, so samplers must be made anew, and states of before are refused.
+        Workers that are started later see it. What hasn't changed stays in the pool. Raises ConfigurationError for
+        computed samples, else what `from_files` raises; then nothing is changed.
+        """
+        if not isinstance(self._samples, FileSamples):
+            raise ConfigurationError("only the files of from_files are listed, and so listed anew")
+        return self._samples.refresh()
 
     def identity(self) -> dict[str, str | int]:
         """Which samples these are: equal for equal ones, also in another process or a later job."""

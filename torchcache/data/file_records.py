@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchcache.data.files import FileSamples
+from torchcache.data.manifest import Manifest
 from torchcache.data.samples import OnProgress, residency_of, windows
 from torchcache.errors import ConfigurationError
 from torchcache.model import Extent
@@ -23,11 +24,13 @@ class FileRecords(FileSamples):
             raise ConfigurationError(
                 f"record_bytes={record_bytes!r} is no size: it is a number of bytes above 0"
             )
-        super().__init__(*arguments, **options)
         self._record_bytes = record_bytes
-        sizes = self._manifest.sizes()
+        super().__init__(*arguments, **options)
+
+    def _adopt(self, manifest: Manifest) -> None:
+        record_bytes, sizes = self._record_bytes, manifest.sizes()
         if len(torn := np.flatnonzero(sizes % record_bytes)):
-            object = self._manifest[int(torn[0])]
+            object = manifest[int(torn[0])]
             raise ConfigurationError(
                 f"{self._pool.uri(object.id)} has {object.size} bytes, which is no whole number of records of "
                 f"{record_bytes}: give the right record_bytes=, or a pattern= that leaves it out",
@@ -35,6 +38,11 @@ class FileRecords(FileSamples):
             )
         # Of each object the number of its first record: 8 bytes an object, for each process.
         self._firsts = np.concatenate(([0], np.cumsum(sizes // record_bytes)))
+        super()._adopt(manifest)
+
+    def _renew(self, indices: Sequence[int], uri: str | None) -> bool:
+        """Never: it may have other records."""
+        return False
 
     def __len__(self) -> int:
         return int(self._firsts[-1])

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import fnmatch
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from torchcache import environment
 from torchcache.data.buffer_pool import BufferPool, default_buffers
+from torchcache.data.listing import Changes, changes, listed
 from torchcache.data.manifest import Manifest
 from torchcache.data.outputs import Landing, checked_output
 from torchcache.data.samples import OnProgress, residency_of, windows
 from torchcache.errors import (
     ConfigurationError,
-    IntegrityError,
     ObjectChanged,
     ObjectNotFound,
     TorchCacheError,
@@ -24,6 +24,10 @@ from torchcache.errors import (
 from torchcache.heap import keep_freed_memory
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, Residency
+
+_log = logging.getLogger("torchcache")
+
+OnChange = Literal["raise", "refresh"]
 
 _COLLAPSED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/[^/]")
 
@@ -40,6 +44,7 @@ class FileSamples:
         decode: Callable[[memoryview], Any] | None = None,
         output: str = "bytes",
         buffers: BufferPool | None = None,
+        on_change: OnChange = "raise",
     ) -> None:
         """Lists the objects. Raises ConfigurationError for wrong arguments, ObjectNotFound if there are no objects."""
         self.uri = checked_uri(uri)
@@ -47,19 +52,31 @@ class FileSamples:
         self._decode = decode
         self._output = checked_output(output, decode=decode, buffers=buffers)
         self._buffers = buffers
+        if on_change not in ("raise", "refresh"):
+            raise ConfigurationError(f"on_change={on_change!r}: it is 'raise' or 'refresh'")
+        self._on_change = on_change
         self._pool = pool
-        store, key = pool.resolve(self.uri)
+        _, key = pool.resolve(self.uri)
         self._prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
-        try:
-            listing = _Listing(pool.list(self.uri), self._prefix, pattern)
-            self._manifest = Manifest.write(store, listing, environment.home() / "manifests")
-        except _OutOfOrderError:
-            # Not every S3 lists bytewise by key: SeaweedFS goes folder by folder.
-            by_key = sorted(pool.list(self.uri), key=lambda object: object.id.key)
-            listing = _Listing(iter(by_key), self._prefix, pattern)
-            self._manifest = Manifest.write(store, listing, environment.home() / "manifests")
-        if not len(self._manifest):
-            raise ObjectNotFound(_nothing_found(self.uri, pattern, listing.others), object=self.uri)
+        self._adopt(self._listed())
+
+    def _listed(self) -> Manifest:
+        manifest, others = listed(self._pool, self.uri, self._pattern, environment.home() / "manifests")
+        if not len(manifest):
+            raise ObjectNotFound(_nothing_found(self.uri, self._pattern, others), object=self.uri)
+        return manifest
+
+    def _adopt(self, manifest: Manifest) -> None:
+        """From here on these are the objects."""
+        self._manifest = manifest
+        self._renewed: dict[int, ObjectInfo] = {}
+
+    def refresh(self) -> Changes:
+        """Lists anew. Raises as the constructor does, and then nothing has changed."""
+        manifest = self._listed()
+        found = changes(self._manifest, manifest, self._prefix)
+        self._adopt(manifest)
+        return found
 
     def __len__(self) -> int:
         return len(self._manifest)
@@ -71,6 +88,33 @@ class FileSamples:
     def read(self, indices: Sequence[int]) -> list[Any]:
         if not indices:
             return []
+        while True:
+            try:
+                return self._read_samples(indices)
+            except ObjectChanged as error:
+                if self._on_change == "raise" or not self._renew(indices, error.object):
+                    raise
+
+    def _renew(self, indices: Sequence[int], uri: str | None) -> bool:
+        """Takes the object at `uri`, one of `indices`, as it is now. False if it isn't another than was asked for."""
+        for index, known in zip(indices, self._objects(indices), strict=True):
+            if self._pool.uri(known.id) == uri:
+                now = self._pool.stat(uri)
+                if now != known:
+                    _log.info("%s has changed since it was listed: it is read as it is now", uri)
+                    self._renewed[index] = now
+                    return True
+        return False
+
+    def _objects(self, indices: Sequence[int]) -> list[ObjectInfo]:
+        """What to read, as it was listed, or as it was found to be since."""
+        objects = self._manifest.take(indices)
+        if self._renewed:
+            for place, index in enumerate(indices):
+                objects[place] = self._renewed.get(index, objects[place])
+        return objects
+
+    def _read_samples(self, indices: Sequence[int]) -> list[Any]:
         extents = self.extents(indices)
         if self._output in ("numpy", "tensor"):
             sizes = [extent.end - extent.offset for extent in extents]
@@ -85,7 +129,7 @@ class FileSamples:
         return [*map(_as_bytes, self._read(extents, None, as_bytes=True))]
 
     def extents(self, indices: Sequence[int]) -> list[Extent]:
-        return list(map(Extent, self._manifest.take(indices)))
+        return list(map(Extent, self._objects(indices)))
 
     def _read(
         self, extents: Sequence[Extent], into: Sequence[memoryview] | None, *, as_bytes: bool = False
@@ -110,7 +154,7 @@ class FileSamples:
         uri = self._pool.uri(object.id)
         happened = "is gone" if isinstance(error, ObjectNotFound) else "has changed"
         explained = type(error)(
-            f"{uri} {happened} since this dataset was created: create it again, from_files lists anew",
+            f"{uri} {happened} since this dataset was created: create it again or refresh() it, which lists anew",
             object=uri,
             server=error.server,
         )
@@ -123,7 +167,7 @@ class FileSamples:
         for window in windows(indices):
             if cancelled():
                 return
-            objects = self._manifest.take(window)
+            objects = self._objects(window)
             self._pool.stage(objects, namespace=self.uri, on_progress=on_progress, cancelled=cancelled)
 
     def residency(self) -> Residency:
@@ -151,35 +195,6 @@ class FileSamples:
 def _as_bytes(view: memoryview) -> bytes:
     known = view.obj
     return known if type(known) is bytes and len(known) == len(view) else bytes(view)
-
-
-class _OutOfOrderError(IntegrityError):
-    """A listing that isn't ordered bytewise by key, or that names an object twice."""
-
-
-class _Listing:
-    """The objects of a listing that are samples: `others` counts the rest, once it has been gone through."""
-
-    def __init__(self, objects: Iterator[ObjectInfo], prefix: str, pattern: str) -> None:
-        self._objects = objects
-        self._prefix = prefix
-        self._matches = re.compile(fnmatch.translate(pattern)).match
-        self.others = 0
-
-    def __iter__(self) -> Iterator[ObjectInfo]:
-        last = ""
-        for object in self._objects:
-            key = object.id.key
-            # Python orders strings by code point, which is the order of their UTF-8 bytes.
-            if key <= last:
-                raise _OutOfOrderError(f"a listing has {key!r} behind {last!r}", object=key)
-            last = key
-            if key.endswith("/"):
-                continue  # a marker that consoles make for an empty folder
-            if self._matches(key.removeprefix(self._prefix)):
-                yield object
-            else:
-                self.others += 1
 
 
 def checked_uri(uri: str | os.PathLike[str]) -> str:

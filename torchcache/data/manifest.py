@@ -24,7 +24,7 @@ from torchcache.errors import ConfigurationError, IntegrityError, ObjectNotFound
 from torchcache.model import ObjectId, ObjectInfo
 
 _SCHEMA = pa.schema([("id", pa.large_binary()), ("size", pa.int64())])  # `ObjectId.encoded`
-_BATCH_ROWS = 65_536
+BATCH_ROWS = 65_536
 _UNUSED_S = 30 * 24 * 3600.0
 
 
@@ -62,6 +62,11 @@ class Manifest:
         Files in `folder` that no dataset has opened for a month are removed. Raises ConfigurationError if `folder`
         can't be written.
         """
+        return cls.of_batches(store, _batches(objects), folder)
+
+    @classmethod
+    def of_batches(cls, store: str, batches: Iterable[pa.RecordBatch], folder: Path) -> Manifest:
+        """`write`, of rows as `table` has them, in batches of `BATCH_ROWS`."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _sweep(folder)
@@ -74,7 +79,7 @@ class Manifest:
         temporary = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                digest = _write_batches(file, store, objects)
+                digest = _write_batches(file, store, batches)
             checksum = _checksum(pa.memory_map(name))
             path = temporary.replace(folder / f"{checksum}.arrow")
         except BaseException:
@@ -95,7 +100,7 @@ class Manifest:
     def take(self, indices: Iterable[int]) -> list[ObjectInfo]:
         """The objects of `indices`, in order."""
         # From the mapped bytes: Arrow's own scalars take three times as long.
-        batches, rows, from_encoded = self._load().batches, _BATCH_ROWS, ObjectId.from_encoded
+        batches, rows, from_encoded = self._load().batches, BATCH_ROWS, ObjectId.from_encoded
         taken = []
         for index in indices:
             offsets, ids, sizes = batches[index // rows]
@@ -105,11 +110,27 @@ class Manifest:
 
     def keys(self) -> list[str]:
         """All keys, in order."""
-        return [
-            ObjectId.from_encoded(bytes(rows.ids[start:end])).key
-            for rows in self._load().batches
-            for start, end in pairwise(rows.offsets)
-        ]
+        return [key for part in self.key_parts() for key in part]
+
+    def key_parts(self) -> Iterator[list[str]]:
+        """The keys, in order, a batch at a time."""
+        for rows in self._load().batches:
+            yield [
+                ObjectId.from_encoded(bytes(rows.ids[start:end])).key for start, end in pairwise(rows.offsets)
+            ]
+
+    def entries(self) -> Iterator[tuple[str, str, int]]:
+        """(key, version, size) of each object, in order."""
+        for rows in self._load().batches:
+            for (start, end), size in zip(pairwise(rows.offsets), rows.sizes, strict=True):
+                id_ = ObjectId.from_encoded(bytes(rows.ids[start:end]))
+                yield id_.key, id_.version, size
+
+    def table(self) -> pa.Table:
+        """The rows as Arrow has them."""
+        self._load()
+        with pa.memory_map(str(self.path)) as file:
+            return pa.ipc.open_file(file).read_all()
 
     def sizes(self) -> npt.NDArray[np.int64]:
         """All sizes, in order."""
@@ -134,20 +155,20 @@ class _OpenList(NamedTuple):
     length: int
 
 
-def _write_batches(file: object, store: str, objects: Iterable[ObjectInfo]) -> str:
+def _write_batches(file: object, store: str, batches: Iterable[pa.RecordBatch]) -> str:
     """Writes the rows and returns their digest."""
     digest = _RowsDigest(store)
     with pa.ipc.new_file(file, _SCHEMA) as writer:
-        for batch in _batches(objects):
+        for batch in batches:
             digest.update(batch)
             writer.write_batch(batch)
     return digest.hexdigest()
 
 
 def _batches(objects: Iterable[ObjectInfo]) -> Iterator[pa.RecordBatch]:
-    """Batches of `_BATCH_ROWS` rows; only the last may be shorter."""
+    """Batches of `BATCH_ROWS` rows; only the last may be shorter."""
     rest = iter(objects)
-    while rows := list(islice(rest, _BATCH_ROWS)):
+    while rows := list(islice(rest, BATCH_ROWS)):
         columns = [[o.id.encoded for o in rows], [o.size for o in rows]]
         yield pa.RecordBatch.from_pydict(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
 

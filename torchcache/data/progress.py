@@ -1,11 +1,20 @@
-"""The progress bar of staging."""
+"""The progress of what takes long: staging, and listing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from torchcache.data.samples import OnProgress
+
+_log = logging.getLogger("torchcache")
+
+SHOWN_AFTER_S: Final = 2.0
+LOGGED_EVERY_S: Final = 10.0
 
 
 @contextmanager
@@ -28,3 +37,31 @@ def progress_bar(what: str, samples: int, total_bytes: int | None) -> Iterator[O
             bar.update(task, completed=count if total_bytes is None else size, done=done)
 
         yield advance
+
+
+@contextmanager
+def listing_progress(uri: str) -> Iterator[Callable[[int], None]]:
+    """Takes how many objects have been listed so far. Shows them once it takes long: on a terminal, else in the log."""
+    shown_at = time.monotonic() + SHOWN_AFTER_S
+    on_terminal = sys.stderr.isatty()
+    shown = False
+
+    def advance(count: int) -> None:
+        nonlocal shown_at, shown
+        now = time.monotonic()
+        if now < shown_at:
+            return
+        shown = True
+        if on_terminal:
+            sys.stderr.write(f"\rlisting {uri}: {count:,} objects")
+            sys.stderr.flush()
+            shown_at = now + 0.5
+        else:
+            _log.info("listing %s: %d objects so far", uri, count)
+            shown_at = now + LOGGED_EVERY_S
+
+    try:
+        yield advance
+    finally:
+        if shown and on_terminal:
+            sys.stderr.write("\n")

@@ -1,0 +1,114 @@
+"""From a listing of an under-store to a manifest, and from one manifest to the next: what has changed."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from torchcache.data.manifest import BATCH_ROWS, Manifest
+from torchcache.data.progress import listing_progress
+from torchcache.errors import IntegrityError
+from torchcache.model import ObjectInfo
+from torchcache.pool import Pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """The keys, relative to the dataset's URI, that a refresh found new, gone, or of another version."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed)
+
+
+class Listing:
+    """The objects of a listing that are samples. `others` counts the rest, once it has been gone through."""
+
+    def __init__(
+        self, objects: Iterator[ObjectInfo], prefix: str, pattern: str, on_progress: Callable[[int], None]
+    ) -> None:
+        self._objects = objects
+        self._prefix = prefix
+        self._matches = re.compile(fnmatch.translate(pattern)).match
+        self._on_progress = on_progress
+        self.others = 0
+        self.in_order = True
+        """Whether keys came in order, bytewise, each once."""
+
+    def __iter__(self) -> Iterator[ObjectInfo]:
+        last = ""
+        for count, object in enumerate(self._objects, 1):
+            key = object.id.key
+            # Python orders strings by code point, which is the order of their UTF-8 bytes.
+            if key <= last:
+                self.in_order = False
+            last = key
+            if not count % 1000:
+                self._on_progress(count)
+            if key.endswith("/"):
+                continue  # a marker that consoles make for an empty folder
+            if self._matches(key.removeprefix(self._prefix)):
+                yield object
+            else:
+                self.others += 1
+
+
+def listed(pool: Pool, uri: str, pattern: str, folder: Path) -> tuple[Manifest, int]:
+    """The objects under `uri` that match, by key, bytewise; and how many didn't match.
+
+    `folder` keeps the list. Raises IntegrityError for a listing that names an object twice, and what `Pool.list` does.
+    """
+    store, key = pool.resolve(uri)
+    prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
+    with listing_progress(uri) as advance:
+        listing = Listing(pool.list(uri), prefix, pattern, advance)
+        manifest = Manifest.write(store, listing, folder)
+    if not listing.in_order:
+        # Not every S3 lists bytewise by key: SeaweedFS goes folder by folder.
+        unsorted, manifest = manifest, Manifest.of_batches(store, _by_key(manifest), folder)
+        unsorted.path.unlink(missing_ok=True)
+    return manifest, listing.others
+
+
+def _by_key(manifest: Manifest) -> Iterator[pa.RecordBatch]:
+    """The rows by key. Some 100 bytes of memory a row, for as long as it takes."""
+    keys = pa.chunked_array(
+        [pa.array(part, pa.large_binary()) for part in manifest.key_parts()], pa.large_binary()
+    ).combine_chunks()
+    order = pc.sort_indices(keys)
+    keys = keys.take(order)
+    if (twice := pc.equal(keys[1:], keys[:-1]).index(True).as_py()) >= 0:
+        raise IntegrityError(f"a listing has {keys[twice].as_py().decode()!r} twice")
+    rows = manifest.table().combine_chunks()
+    for start in range(0, len(order), BATCH_ROWS):
+        yield from rows.take(order.slice(start, BATCH_ROWS)).combine_chunks().to_batches()
+
+
+def changes(old: Manifest, new: Manifest, prefix: str) -> Changes:
+    """What is new, gone, or another in `new`. Both are by key."""
+    if old.digest == new.digest:
+        return Changes()
+    added, removed, changed = [], [], []
+    before, after = old.entries(), new.entries()
+    was, now = next(before, None), next(after, None)
+    while was or now:
+        if was and (not now or was[0] < now[0]):
+            removed.append(was[0].removeprefix(prefix))
+            was = next(before, None)
+        elif now and (not was or now[0] < was[0]):
+            added.append(now[0].removeprefix(prefix))
+            now = next(after, None)
+        elif was and now:
+            if was != now:
+                changed.append(now[0].removeprefix(prefix))
+            was, now = next(before, None), next(after, None)
+    return Changes(added=tuple(added), removed=tuple(removed), changed=tuple(changed))
