@@ -9,7 +9,6 @@ whenever you like, with Ctrl-C or `--stop-after`, and start it again: it goes on
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from pydoc_data.topics import topics
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import torchcache as tc
+from examples.weights import digest
 
 SHARDS = 8
 LENGTH = 64
@@ -98,15 +98,10 @@ class Run:
                 if self.place["step"] % 10 == 0:
                     self.manager.save(self.place["step"], self.state())
                 if self.place["step"] == stop_after:
-                    print(f"stopped behind step {stop_after}: weights {self.weights_digest()}")
+                    print(f"stopped behind step {stop_after}: weights {digest(self.model)}")
                     return
             print(f"epoch {epoch}: step {self.place['step']}, loss {loss:.3f}")
-        print(f"done: weights {self.weights_digest()}")
-
-    def weights_digest(self) -> str:
-        """Equal only for models that are equal bit for bit."""
-        data = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
-        return hashlib.sha256(data).hexdigest()[:16]
+        print(f"done: weights {digest(self.model)}")
 
     def step(self, batch: torch.Tensor) -> float:
         logits = self.model(batch[:, :-1])
