@@ -13,11 +13,13 @@ _HOMES = {
     "CacheStorageReader": "torchcache.checkpoint.reader",
     "CacheStorageWriter": "torchcache.checkpoint.writer",
     "Stager": "torchcache.checkpoint.stager",
+    "Zstd": "torchcache.checkpoint.compression",
     "load_safetensors": "torchcache.checkpoint.safetensors",
     "open_safetensors": "torchcache.checkpoint.safetensors",
 }
 
 if TYPE_CHECKING:
+    from torchcache.checkpoint.compression import Zstd
     from torchcache.checkpoint.manager import CheckpointManager
     from torchcache.checkpoint.reader import CacheStorageReader
     from torchcache.checkpoint.safetensors import load_safetensors, open_safetensors
@@ -29,6 +31,7 @@ __all__ = [
     "CacheStorageWriter",
     "CheckpointManager",
     "Stager",
+    "Zstd",
     "load_safetensors",
     "open_safetensors",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
 import uuid
 from collections.abc import Callable
@@ -11,9 +13,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from torchcache.checkpoint.compression import decompress
 from torchcache.checkpoint.manifest import Item, by_file, frame_digest
 from torchcache.checkpoint.opened import OpenCheckpoint
-from torchcache.checkpoint.safetensors_writing import FilePlan, index_of, plan_files
+from torchcache.checkpoint.safetensors_writing import Block, FilePlan, index_of, plan_files
 from torchcache.errors import ConfigurationError, IntegrityError
 from torchcache.model import ByteRange
 from torchcache.pool import Pool
@@ -75,11 +78,13 @@ class SafetensorsExport:
         for place in plan.places:
             target = memory[place.start : place.start + place.size]
             for block in place.blocks:
-                if block.is_whole:
+                if block.is_whole and block.item.kind == "tensor":
                     self._checkpoint.fetch(block.item, target.data)
                     continue
                 data = np.empty(block.item.payload_length, np.uint8)
                 self._checkpoint.fetch(block.item, data.data)
+                if block.item.kind == "zstd":
+                    data = _unpacked(block, data, math.prod(block.lengths) * place.item_bytes)
                 whole = target.reshape(*place.shape, place.item_bytes)
                 box = tuple(slice(o, o + n) for o, n in zip(block.offsets, block.lengths, strict=True))
                 whole[box] = data.reshape(*block.lengths, place.item_bytes)
@@ -114,6 +119,19 @@ class DcpExport:
         _publish(self._folder / METADATA_NAME, metadata)
         done.files.append(METADATA_NAME)
         return done
+
+
+def _unpacked(block: Block, data: Memory, size: int) -> Memory:
+    """The elements of a compressed block, `size` bytes. Imports torch. Raises IntegrityError."""
+    import torch
+
+    from torchcache.checkpoint.frame import bytes_of
+
+    blob = decompress(data.tobytes(), tensor_bytes=size, name=block.item.name)
+    tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    if not isinstance(tensor, torch.Tensor) or tensor.nbytes != size:
+        raise IntegrityError(f"{block.item.name!r} isn't the tensor that the manifest speaks of")
+    return np.frombuffer(bytes_of(tensor.contiguous()), np.uint8)
 
 
 def _check(item: Item, file: memoryview) -> None:

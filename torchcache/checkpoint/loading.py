@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
+from torchcache.checkpoint.compression import decompress
 from torchcache.checkpoint.frame import bytes_of, has_row_major_bytes
 from torchcache.checkpoint.garbage import garbage_waits
 from torchcache.checkpoint.layout import GRANULE_BYTES, Box, cut
@@ -113,7 +114,7 @@ class BlobLoad(Load):
         self.fetches = _whole(item, self._blob)
 
     def finish(self) -> None:
-        tensor = _load_safely(self._blob, self._item, map_location="cpu")
+        tensor = _load_safely(_unpacked(self._blob, self._item), self._item, map_location="cpu")
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(
                 f"{self._item.name!r} is a {type(tensor).__name__} in the checkpoint, no tensor"
@@ -144,9 +145,10 @@ class BytesLoad(Load):
         self.fetches = _whole(item, self._blob)
 
     def finish(self) -> None:
-        content = io.BytesIO(self._blob)
+        blob = _unpacked(self._blob, self._item)
+        content = io.BytesIO(blob)
         if not self._allow_pickle:
-            value = _load_safely(self._blob, self._item, map_location=None)
+            value = _load_safely(blob, self._item, map_location=None)
             content = io.BytesIO()
             torch.save(value, content)
             content.seek(0)
@@ -174,7 +176,7 @@ def plan_loads(
     for item, request in found:
         require(item)
         if request.type == LoadItemType.BYTE_IO:
-            if item.kind == "tensor":
+            if item.kind == "tensor" or (item.kind == "zstd" and item.shape is not None):
                 raise CheckpointError(f"{item.name!r} is a tensor in the checkpoint; load it into a tensor")
             yield BytesLoad(item, request, planner, allow_pickle=allow_pickle)
         elif item.kind == "tensor":
@@ -259,6 +261,16 @@ def _whole(item: Item, blob: bytearray) -> list[Fetch]:
     return [Fetch(item, ByteRange(0, len(blob)), memoryview(blob))] if blob else []
 
 
+def _unpacked(blob: bytearray, item: Item) -> bytes | bytearray:
+    """The torch.save blob of an item. Raises IntegrityError."""
+    if item.kind != "zstd":
+        return blob
+    size = None
+    if item.dtype is not None and item.shape is not None:
+        size = math.prod(item.shape) * dtype_of(item.dtype).itemsize
+    return decompress(blob, tensor_bytes=size, name=item.name)
+
+
 def _check_size(target: torch.Tensor, request: ReadItem) -> None:
     if target.size() != torch.Size(request.lengths):
         raise CheckpointError(
@@ -267,7 +279,7 @@ def _check_size(target: torch.Tensor, request: ReadItem) -> None:
         )
 
 
-def _load_safely(blob: bytearray, item: Item, *, map_location: str | None) -> Any:
+def _load_safely(blob: bytes | bytearray, item: Item, *, map_location: str | None) -> Any:
     try:
         return torch.load(io.BytesIO(blob), map_location=map_location, weights_only=True)
     except Exception as error:
@@ -284,7 +296,7 @@ def _load_safely(blob: bytearray, item: Item, *, map_location: str | None) -> An
         ) from error
 
 
-def _unsafe_globals(blob: bytearray) -> list[str]:
+def _unsafe_globals(blob: bytes | bytearray) -> list[str]:
     try:
         return list(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob)))
     except Exception:  # noqa: BLE001 - it only adds names to an error

@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from torchcache.checkpoint.agreement import Ranks, plain_errors
+from torchcache.checkpoint.compression import Zstd
 from torchcache.checkpoint.durable import wait_until_durable
 from torchcache.checkpoint.location import checkpoint_uri
 from torchcache.checkpoint.pending import PendingSave
@@ -54,9 +55,9 @@ RETENTION_S: Final = 30.0
 class CheckpointManager:
     """Saves and loads the checkpoints of one run, `<root>/step-<n>`, and deletes those that are not needed any more.
 
-    `root`, `pool`, `durability` and `replicas` are as for CacheStorageWriter. `keep_last` checkpoints stay (None: all),
-    and each whose step is a multiple of `keep_every`; and always the newest that is durable, and any that somebody is
-    reading.
+    `root`, `pool`, `durability`, `replicas` and `compression` are as for CacheStorageWriter. `keep_last` checkpoints
+    stay (None: all), and each whose step is a multiple of `keep_every`; and always the newest that is durable, and any
+    that somebody is reading.
 
     The state is a dict: modules, optimizers, schedulers and whatever else has state_dict and load_state_dict, tensors,
     plain values. A StatefulDataLoader in it is each rank's own. With `rng` the global random generators of torch, numpy
@@ -76,6 +77,7 @@ class CheckpointManager:
         pool: str | Pool | LocalPool | None = None,
         durability: Durability = "pool",
         replicas: int | None = None,
+        compression: str | Zstd | None = None,
         rng: bool = True,
     ) -> None:
         for name, count in (("keep_last", keep_last), ("keep_every", keep_every)):
@@ -87,6 +89,7 @@ class CheckpointManager:
         self._pool = connect(pool)
         self._durability: Durability = durability
         self._replicas = replicas
+        self._compression = Zstd.of(compression)
         self._rng = rng
         self._made_ranks: Ranks | None = None
         self._stager = Stager()
@@ -174,6 +177,7 @@ class CheckpointManager:
             pool=self._pool,
             durability=self._durability,
             replicas=self._replicas,
+            compression=self._compression,
             overwrite=overwrite,
         )
 

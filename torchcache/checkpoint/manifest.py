@@ -37,7 +37,7 @@ ITEM_COLUMNS = (
     "name",  # fully qualified name in the state dict
     "offset",  # of a tensor's block within the whole tensor; null of other objects
     "index",  # number of the block in the tensor's list, or null
-    "kind",  # "tensor", "opaque" or "bytes": see Item
+    "kind",  # "tensor", "opaque", "bytes" or "zstd": see Item
     "dtype",  # of a tensor, without "torch."; else null
     "shape",  # of a tensor's block as stored; else null
     "file",  # number in "files"
@@ -49,8 +49,8 @@ ITEM_COLUMNS = (
     "digests",  # xxh3-64 of each GRANULE_BYTES of the payload, one after the other
 )
 
-Kind = Literal["tensor", "opaque", "bytes"]
-_KINDS = {"tensor", "opaque", "bytes"}
+Kind = Literal["tensor", "opaque", "bytes", "zstd"]
+_KINDS = {"tensor", "opaque", "bytes", "zstd"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +58,9 @@ class Item:
     """One stored item. All offsets and lengths are bytes.
 
     "tensor": a torch.save blob whose payload is the tensor's elements, row-major. "opaque": a torch.save blob of a
-    tensor that has no such form (sparse, quantised, a subclass). "bytes": what the planner made of another object. The
-    payload of the last two is the whole item.
+    tensor that has no such form (sparse, quantised, a subclass). "bytes": what the planner made of another object.
+    "zstd": a zstd frame around a "tensor", which has dtype and shape then, or around "bytes". The payload of the last
+    three is the whole item.
     """
 
     name: str

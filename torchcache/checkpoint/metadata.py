@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from torchcache.checkpoint.columns import require
+from torchcache.checkpoint.compression import DESCRIPTOR
 from torchcache.checkpoint.manifest import (
     Item,
     Manifest,
@@ -244,12 +245,23 @@ def stock_metadata(
 ) -> Metadata:
     """A copy of `metadata` as FileSystemWriter would write it: pickled, it is `.metadata`."""
     changes: dict[str, Any] = {
-        "storage_data": {index_of(item): StorageInfo(item.file, item.start, item.length) for item in items},
+        "storage_data": {index_of(item): _storage_info(item) for item in items},
         "storage_meta": dcp.StorageMeta(checkpoint_id=checkpoint_id, save_id=save_id),
     }
     if hasattr(metadata, "version"):
         changes["version"] = dcp_version()
     return replace(metadata, **changes)
+
+
+def _storage_info(item: Item) -> StorageInfo:
+    if item.kind == "zstd":
+        return StorageInfo(item.file, item.start, item.length, [DESCRIPTOR])
+    return StorageInfo(item.file, item.start, item.length)
+
+
+def knows_extensions() -> bool:
+    """Whether this torch's `.metadata` can say that an item is compressed: from 2.7 on."""
+    return "transform_descriptors" in StorageInfo.__dataclass_fields__
 
 
 def dcp_version() -> str | None:

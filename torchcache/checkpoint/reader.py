@@ -8,18 +8,19 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Final
 
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from torchcache.checkpoint.compression import DESCRIPTOR
 from torchcache.checkpoint.garbage import A_MOMENT_BYTES, Truce, garbage_waits
 from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.layout import metadata_name, part_name
 from torchcache.checkpoint.loading import plan_loads, run_loads
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
-from torchcache.checkpoint.metadata import StorageInfo, load_metadata, metadata_of
+from torchcache.checkpoint.metadata import StorageInfo, dtype_name, load_metadata, metadata_of
 from torchcache.checkpoint.source import SavedFiles, Source
 from torchcache.connecting import connect
 from torchcache.errors import CheckpointError, IntegrityError, NotCommitted, NotResident, ObjectNotFound
@@ -132,7 +133,7 @@ class CacheStorageReader(StorageReader):
         self._end_planning()
         if len(metadata.storage_data) >= _MANY_ITEMS:
             self._planning = Truce(_PLANNING_S)
-        self._items = {index: _item(index, info) for index, info in metadata.storage_data.items()}
+        self._items = {index: _item(index, info, metadata) for index, info in metadata.storage_data.items()}
 
     def _end_planning(self) -> None:
         if self._planning is not None:
@@ -270,24 +271,26 @@ def _save_id_of(metadata: Metadata, *, default: str) -> str:
     return getattr(getattr(metadata, "storage_meta", None), "save_id", None) or default
 
 
-def _item(index: MetadataIndex, info: object) -> Item:
+def _item(index: MetadataIndex, info: object, metadata: Metadata) -> Item:
     """Items as they are; torch's own record of one as an Item whose payload is the whole blob, without checksums."""
     if isinstance(info, Item):
         return info
     if not isinstance(info, StorageInfo):
         raise CheckpointError(f"{index.fqn!r} was stored by another kind of writer: {type(info).__name__}")
-    if getattr(info, "transform_descriptors", None):
+    transforms = list(getattr(info, "transform_descriptors", None) or ())
+    if transforms not in ([], [DESCRIPTOR]):
         raise CheckpointError(
-            f"{index.fqn!r} was saved through stream extensions ({', '.join(info.transform_descriptors or ())}), "
-            "which only torch's own FileSystemReader undoes"
+            f"{index.fqn!r} was saved through stream extensions ({', '.join(map(str, transforms))}), which only "
+            "torch's own FileSystemReader undoes"
         )
+    dtype, shape = _block(index, metadata) if transforms else (None, None)
     return Item(
         name=index.fqn,
         offset=None if index.offset is None else tuple(index.offset),
         index=index.index,
-        kind="opaque",
-        dtype=None,
-        shape=None,
+        kind="zstd" if transforms else "opaque",
+        dtype=dtype,
+        shape=shape,
         file=info.relative_path,
         start=info.offset,
         length=info.length,
@@ -296,3 +299,15 @@ def _item(index: MetadataIndex, info: object) -> Item:
         frame_digest=0,
         digests=(),
     )
+
+
+def _block(index: MetadataIndex, metadata: Metadata) -> tuple[str | None, tuple[int, ...] | None]:
+    """Dtype and shape of the block of a tensor that an index means; None of another object."""
+    entry = metadata.state_dict_metadata.get(index.fqn)
+    if not isinstance(entry, TensorStorageMetadata):
+        return None, None
+    offset = None if index.offset is None else tuple(index.offset)
+    for chunk in entry.chunks:
+        if offset in (None, tuple(chunk.offsets)):
+            return dtype_name(entry.properties.dtype), tuple(chunk.sizes)
+    return None, None

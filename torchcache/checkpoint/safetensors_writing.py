@@ -101,7 +101,7 @@ def plan_files(manifest: Manifest, *, prefix: str, max_file_bytes: int) -> list[
 
 def _place(stored: str, name: str, tensor: Tensor, items: Sequence[Item]) -> Place:
     code = CODES.get(tensor.dtype)
-    if code is None or any(item.kind != "tensor" for item in items):
+    if code is None or any(item.kind not in ("tensor", "zstd") for item in items):
         what = (
             f"of dtype {tensor.dtype}" if code is None else "no plain tensor (sparse, quantised, a subclass)"
         )
@@ -118,11 +118,12 @@ def _place(stored: str, name: str, tensor: Tensor, items: Sequence[Item]) -> Pla
         fits = len(offsets) == len(lengths) == len(whole) and all(
             offset + length <= limit for offset, length, limit in zip(offsets, lengths, whole, strict=True)
         )
-        if not fits or math.prod(lengths) * item_bytes != item.payload_length:
+        of_size = item.kind == "zstd" or math.prod(lengths) * item_bytes == item.payload_length
+        if not fits or not of_size:
             raise IntegrityError(f"a stored block of {stored!r} lies outside of it")
         found.append(Block(item, offsets, lengths, lengths == whole))
     # Blocks of a checkpoint don't overlap: as many bytes as the tensor has are all of it.
-    if sum(block.item.payload_length for block in found) != size:
+    if sum(math.prod(block.lengths) * item_bytes for block in found) != size:
         raise IntegrityError(f"the stored blocks of {stored!r} don't make it up")
     return Place(name, code, whole, item_bytes, 0, size, tuple(found))
 

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from torchcache.checkpoint import manifest
+from torchcache.checkpoint.compression import LEAST_BYTES, Zstd
 from torchcache.checkpoint.frame import blob_of, bytes_of, frame, has_row_major_bytes, row_major
 from torchcache.checkpoint.layout import align
 from torchcache.checkpoint.manifest import Item, frame_digest, payload_digests
@@ -68,22 +69,41 @@ def _blob(item: WriteItem, data: torch.Tensor | io.BytesIO) -> _Blob:
     )
 
 
+def _compressed(blob: _Blob, how: Zstd) -> _Blob:
+    """The blob within a frame, or itself: a blob that torch made anew tells nobody how large it was."""
+    if blob.kind == "opaque" or len(blob.payload) < LEAST_BYTES:
+        return blob
+    frame = how.compress([blob.head, blob.payload, blob.tail])
+    if frame is None:
+        return blob
+    return _Blob(blob.item, "zstd", blob.dtype, blob.shape, b"", memoryview(frame), b"")
+
+
 class StagedFile:
-    """One file of a save, ready to be written: `buffers` are its bytes in order, `size` their sum."""
+    """One file of a save. After `lay_out` it is ready: `buffers` are its bytes in order, `size` their sum."""
 
     def __init__(
         self,
         name: str,
         items: Sequence[WriteItem],
         resolve: Callable[[WriteItem], torch.Tensor | io.BytesIO],
+        *,
+        compression: Zstd | None = None,
     ) -> None:
         """Resolves `items`, which copies only what isn't contiguous in CPU memory."""
         self.name = name
         self.buffers: list[bytes | memoryview] = []
         self.size = 0
+        self._compression = compression
+        self._resolved = [_blob(item, resolve(item)) for item in items]
         self._blobs: list[tuple[int, _Blob]] = []
-        for item in items:
-            self._append(_blob(item, resolve(item)))
+
+    def lay_out(self) -> None:
+        """Compresses what is to be compressed, and gives each item its place. In any thread."""
+        waiting, self._resolved = self._resolved[::-1], []
+        while waiting:
+            blob = waiting.pop()
+            self._append(blob if self._compression is None else _compressed(blob, self._compression))
 
     def _append(self, blob: _Blob) -> None:
         start = align(self.size)

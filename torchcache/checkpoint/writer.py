@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 import torchcache
+from torchcache.checkpoint.compression import Zstd
 from torchcache.checkpoint.durable import wait_until_durable
 from torchcache.checkpoint.garbage import A_MOMENT_BYTES, garbage_waits
 from torchcache.checkpoint.holder import holder_name
@@ -29,7 +30,7 @@ from torchcache.checkpoint.layout import assign_files, file_name, metadata_name,
 from torchcache.checkpoint.lease import Lease, end_lease_of_thread
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
-from torchcache.checkpoint.metadata import dcp_version, describe, stock_metadata
+from torchcache.checkpoint.metadata import dcp_version, describe, knows_extensions, stock_metadata
 from torchcache.checkpoint.stager import StagedSave, default_stager
 from torchcache.checkpoint.staging import StagedFile, expected_bytes
 from torchcache.checkpoint.ticket import Ticket, forget_arrived, take_arrived
@@ -74,7 +75,9 @@ class CacheStorageWriter(StorageWriter):
     `torchcache.connect` takes. A save returns when it is restorable: from the pool, synced to its disk
     (`durability="pool"`), or from the under-store (`"store"`). Until the under-store has it, `replicas` servers hold
     it: two, or one in a pool of one, unless given; where fewer can be reached, a warning says so. An existing
-    checkpoint at `path` is `AlreadyExists` unless `overwrite`. `compression` is not available yet.
+    checkpoint at `path` is `AlreadyExists` unless `overwrite`. `compression` is "zstd", or a
+    `torchcache.checkpoint.Zstd` with level and threads: each item that gets smaller by it is one zstd frame, as DCP's
+    ZStandard extension writes it.
 
     One writer may serve many saves (`checkpoint_id=` gives each its path), from several threads too, and pickles. It is
     its own stager for `dcp.async_save`, see `stage`.
@@ -88,7 +91,7 @@ class CacheStorageWriter(StorageWriter):
         pool: str | Pool | LocalPool | None = None,
         durability: Durability = "pool",
         replicas: int | None = None,
-        compression: str | None = None,
+        compression: str | Zstd | None = None,
         overwrite: bool = False,
     ) -> None:
         super().__init__()
@@ -96,8 +99,9 @@ class CacheStorageWriter(StorageWriter):
             raise ConfigurationError(f"durability must be 'pool' or 'store', not {durability!r}")
         if replicas is not None and (isinstance(replicas, bool) or replicas < 1):
             raise ConfigurationError(f"replicas={replicas!r}: give 1 or more, or None")
-        if compression is not None:
-            raise ConfigurationError(f"compression={compression!r} is not available yet; pass None")
+        self.compression = Zstd.of(compression)
+        if self.compression is not None and not knows_extensions():
+            raise ConfigurationError("compressed items need torch 2.7 or newer: its .metadata tells of them")
         self.path: str | os.PathLike[str] = checkpoint_uri(path)
         self.durability: Durability = durability
         self.replicas = replicas
@@ -239,7 +243,12 @@ class CacheStorageWriter(StorageWriter):
                 for number, run in enumerate(assign_files(sizes, writers=_WRITERS)):
                     items = plan.items[run.start : run.stop]
                     with garbage_waits():
-                        staged = StagedFile(file_name(ticket.rank, number), items, planner.resolve_data)
+                        staged = StagedFile(
+                            file_name(ticket.rank, number),
+                            items,
+                            planner.resolve_data,
+                            compression=self.compression,
+                        )
                     writes.append(threads.submit(self._write_file, ticket, staged))
                     if len(writes) >= _FILES_IN_FLIGHT:
                         results += writes.popleft().result()
@@ -259,6 +268,7 @@ class CacheStorageWriter(StorageWriter):
         return ticket
 
     def _write_file(self, ticket: Ticket, file: StagedFile) -> list[WriteResult]:
+        file.lay_out()
         objects = [(ticket.file(file.name), file.buffers)]
         self.pool.write(
             ticket.namespace,
