@@ -24,8 +24,9 @@ def connect(
     while it is used, a Pool or LocalPool, or None: the address in `TORCHCACHE_POOL`, else the embedded pool of this
     user on this machine. `token` is the servers' token itself (default: the content of
     `TORCHCACHE_TOKEN_FILE`, or of `token` in `TORCHCACHE_HOME`). `tls` is a TlsConfig, or the path of the PEM file
-    with the authority that signed the servers' certificates (default: `TORCHCACHE_TLS_CA`); without it only this
-    machine's own servers are talked to. `lane` is how bytes travel: "local" reads the files of a server on this
+    with the authority that signed the servers' certificates (default: `TORCHCACHE_TLS_CA`), to whom
+    `TORCHCACHE_TLS_CERT` and `TORCHCACHE_TLS_KEY` prove who asks; without it only this machine's own servers are talked
+    to. `lane` is how bytes travel: "local" reads the files of a server on this
     machine, "flight" the network, "auto" what is best for each server (default: `TORCHCACHE_LANE`, else "auto"). Raises
     ConfigurationError.
     """
@@ -44,9 +45,12 @@ def connect(
     if not isinstance(address, str):
         raise ConfigurationError(f"pool={address!r}: give an address like host:7440, a Pool or a LocalPool")
     tls = environment.tls_ca() if tls is None else tls
+    if isinstance(tls, str):
+        certificate, key = environment.tls_client()
+        tls = TlsConfig(ca=tls, certificate=certificate, key=key)
     access = Access(
         token=token,
         token_file=environment.token_file() if token is None else None,
-        tls=TlsConfig(ca=tls) if isinstance(tls, str) else tls,
+        tls=tls,
     )
     return Pool(member_source(address, access), wanted)

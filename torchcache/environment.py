@@ -68,6 +68,11 @@ def etcd_tls() -> EtcdTls:
     )
 
 
+def tls_client() -> tuple[str | None, str | None]:
+    """`TORCHCACHE_TLS_CERT` and `TORCHCACHE_TLS_KEY`: PEM files that prove to the pool's servers who asks."""
+    return os.environ.get("TORCHCACHE_TLS_CERT") or None, os.environ.get("TORCHCACHE_TLS_KEY") or None
+
+
 def world() -> tuple[int, int]:
     """`WORLD_SIZE` and `RANK`, as torchrun sets them: the number of ranks and this one's. (1, 0) if there are none."""
     try:

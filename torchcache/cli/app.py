@@ -14,6 +14,7 @@ from torchcache.cli.checkpoints import checkpoint
 from torchcache.cli.command import EXIT_CODES, EXIT_FAILED, EXIT_INTERRUPTED
 from torchcache.cli.doctor import doctor
 from torchcache.cli.index import index
+from torchcache.cli.keygen import keygen
 from torchcache.cli.listing import ls
 from torchcache.cli.policies import evict, limit, pin, unpin
 from torchcache.cli.serve import serve
@@ -35,7 +36,7 @@ def cli(*, traceback: bool) -> None:
     """
 
 
-for _command in (serve, status, stage, index, ls, pin, unpin, evict, limit, checkpoint, doctor):
+for _command in (serve, status, stage, index, ls, pin, unpin, evict, limit, checkpoint, doctor, keygen):
     cli.add_command(_command)
 
 

@@ -29,10 +29,11 @@ _EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - refused
 
 @dataclass(frozen=True, kw_only=True)
 class Tls:
-    """PEM files of the server's certificate and its private key."""
+    """PEM files of the server's certificate and its private key, and of the authority that signs its clients'."""
 
     certificate: Path
     key: Path
+    client_ca: Path | None = None  # None: clients need no certificate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +129,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
     """The configuration that `settings` describe: names and values as in the TOML file.
 
-    listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, drain_s, metrics_port, scrub_rate
-    (bytes a second), min_free, lease_s, join, advertise, servers; an embedded server has embedded (its pool's folder),
-    index and idle_s in place of listen, store, join and servers. None is the same as absent.
+    listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, tls_client_ca, drain_s,
+    metrics_port, scrub_rate (bytes a second), min_free, lease_s, join, advertise, servers; an embedded server has
+    embedded (its pool's folder), index and idle_s in place of listen, store, join and servers. None is the same as
+    absent.
     Raises ConfigurationError, also for a setting that doesn't exist.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -192,6 +194,7 @@ _SETTINGS: Final = (
     "token_file",
     "tls_cert",
     "tls_key",
+    "tls_client_ca",
     "drain_s",
     "metrics_port",
     "scrub_rate",
@@ -203,6 +206,11 @@ _SETTINGS: Final = (
     "embedded",
     "index",
     "idle_s",
+)
+
+
+_NOT_EMBEDDED: Final = frozenset(
+    ("listen", "store", "tls_cert", "tls_key", "tls_client_ca", "join", "advertise", "servers")
 )
 
 
@@ -220,7 +228,10 @@ def _embedded(given: Mapping[str, Any]) -> Embedded | None:
             if name in given:
                 raise ConfigurationError(f"{name} belongs to an embedded server: give its pool's folder, too")
         return None
-    extra = sorted({"listen", "store", "tls_cert", "tls_key", "join", "advertise", "servers"} & given.keys())
+    extra = sorted(
+        {"listen", "store", "tls_cert", "tls_key", "tls_client_ca", "join", "advertise", "servers"}
+        & given.keys()
+    )
     if extra:
         raise ConfigurationError(
             f"an embedded server chooses its address and store itself: drop {', '.join(extra)}"
@@ -241,11 +252,12 @@ def _under_stores(table: object) -> tuple[tuple[str, str], ...]:
 
 
 def _tls(given: Mapping[str, Any]) -> Tls | None:
-    if "tls_cert" not in given and "tls_key" not in given:
+    if not {"tls_cert", "tls_key", "tls_client_ca"} & given.keys():
         return None
     if "tls_cert" not in given or "tls_key" not in given:
         raise ConfigurationError("TLS needs both a certificate and its key: give --tls-cert and --tls-key")
-    return Tls(certificate=_path(given, "tls_cert"), key=_path(given, "tls_key"))
+    client_ca = _path(given, "tls_client_ca") if "tls_client_ca" in given else None
+    return Tls(certificate=_path(given, "tls_cert"), key=_path(given, "tls_key"), client_ca=client_ca)
 
 
 def _text(given: Mapping[str, Any], name: str, default: str | None = None) -> str:

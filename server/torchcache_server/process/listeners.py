@@ -21,6 +21,7 @@ from torchcache_server.service.data import DataServer
 from torchcache_server.service.interceptors import HEALTH_CHECK, ControlInterceptor, Token
 
 from .config import ServerConfig
+from .tls import TlsContents
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 MAX_METADATA_BYTES: Final = 8 * 1024
@@ -36,13 +37,13 @@ _OPTIONS: Final = (
     *liveness.CONTROL_OPTIONS,
 )
 
-TlsPair = tuple[bytes, bytes]  # certificate, key: PEM
-
 
 class ControlListener:
     """The control service and the health service on one port. Serves after `start`."""
 
-    def __init__(self, config: ServerConfig, token: Token, admission: Admission, tls: TlsPair | None) -> None:
+    def __init__(
+        self, config: ServerConfig, token: Token, admission: Admission, tls: TlsContents | None
+    ) -> None:
         """Binds the port. Raises ConfigurationError if that can't be."""
         methods = frozenset(f"/{_SERVICE.full_name}/{method.name}" for method in _SERVICE.methods)
         self._server = grpc.server(
@@ -56,7 +57,9 @@ class ControlListener:
             if tls is None:
                 self.port: int = self._server.add_insecure_port(config.address)
             else:
-                credentials = grpc.ssl_server_credentials([(tls[1], tls[0])])
+                credentials = grpc.ssl_server_credentials(
+                    [(tls.key, tls.certificate)], tls.client_ca, tls.client_ca is not None
+                )
                 self.port = self._server.add_secure_port(config.address, credentials)
         except RuntimeError:
             raise cannot_listen(config.host, config.port) from None
@@ -78,14 +81,17 @@ class ControlListener:
         self._server.stop(grace_s).wait()
 
 
-def listen_data(config: ServerConfig, tls: TlsPair | None, **service: Any) -> DataServer:
+def listen_data(config: ServerConfig, tls: TlsContents | None, **service: Any) -> DataServer:
     """The data server on the port behind the control port. Raises ConfigurationError if it can't be bound."""
     port = config.port + 1 if config.port else 0
     scheme = "grpc+tls" if tls else "grpc"
+    options: dict[str, Any] = {}
+    if tls is not None:
+        options["tls_certificates"] = [(tls.certificate, tls.key)]
+        if tls.client_ca is not None:
+            options |= {"verify_client": True, "root_certificates": tls.client_ca}
     try:
-        return DataServer(
-            f"{scheme}://{host_port(config.host, port)}", tls_certificates=[tls] if tls else None, **service
-        )
+        return DataServer(f"{scheme}://{host_port(config.host, port)}", tls=options, **service)
     except (pa.ArrowException, OSError):
         raise cannot_listen(config.host, port) from None
 

@@ -74,6 +74,12 @@ _LOG = logging.getLogger(__name__)
 )
 @click.option("--tls-key", metavar="FILE", type=click.Path(path_type=Path), help="Its private key, PEM.")
 @click.option(
+    "--tls-client-ca",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Serve only clients with a certificate by this authority, PEM.",
+)
+@click.option(
     "--drain-s", metavar="SECONDS", type=float, help="How long to go on uploading after SIGTERM. [60]"
 )
 @click.option(

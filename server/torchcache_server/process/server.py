@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import ssl
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -33,11 +32,12 @@ from torchcache_server.store import OS, DiskCalls, Store
 from torchcache_server.understore.base import UnderStore
 from torchcache_server.understore.s3 import S3UnderStore
 
-from .config import ServerConfig, Tls
+from .config import ServerConfig
 from .endpoint import EndpointFile
-from .listeners import ControlListener, TlsPair, listen_data, stop_data
+from .listeners import ControlListener, listen_data, stop_data
 from .membership import Membership
 from .metrics import ServerCollector, serve_metrics
+from .tls import read_tls
 from .token_file import read_or_create_token
 
 STOP_S: Final = 2.0
@@ -70,7 +70,7 @@ class Server:
     def _open(self) -> None:
         config, closing = self.config, self._stack
         token = Token(read_or_create_token(config.token_file))
-        tls = _read_tls(config.tls) if config.tls else None
+        tls = read_tls(config.tls) if config.tls else None
         self._under_stores = _open_under_stores(config, closing)
         store = Store(
             config.store,
@@ -225,19 +225,3 @@ def _open_under_stores(config: ServerConfig, closing: ExitStack) -> dict[str, Un
         opened[name] = understore.create(name, uri)
         closing.callback(opened[name].close)
     return opened
-
-
-def _read_tls(tls: Tls) -> TlsPair:
-    try:
-        # gRPC would only say that the port can't be bound.
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tls.certificate, tls.key, password=lambda: b"")
-        return tls.certificate.read_bytes(), tls.key.read_bytes()
-    except ssl.SSLError as error:
-        raise ConfigurationError(
-            f"{tls.certificate} and {tls.key} are no TLS certificate and its unencrypted key, PEM: {error}"
-        ) from None
-    except OSError as error:
-        raise ConfigurationError(
-            f"the TLS files {tls.certificate} and {tls.key} can't be read: {error.strerror}"
-        ) from None

@@ -67,6 +67,8 @@ def arguments(config: ServerConfig) -> Iterator[str]:
     yield from ("--scrub-rate", str(config.scrub_bytes_s))
     if config.tls is not None:
         yield from ("--tls-cert", str(config.tls.certificate), "--tls-key", str(config.tls.key))
+        if config.tls.client_ca is not None:
+            yield from ("--tls-client-ca", str(config.tls.client_ca))
     if config.metrics_port is not None:
         yield from ("--metrics-port", str(config.metrics_port))
     if config.min_free_bytes is not None:

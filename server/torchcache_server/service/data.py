@@ -6,7 +6,7 @@ Only translation: tickets become plans, plans become batches, errors become Flig
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -47,15 +47,14 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
         counters: ServiceCounters,
         store: Store,
         read_through: ReadThrough,
-        tls_certificates: list[tuple[bytes, bytes]] | None = None,
+        tls: Mapping[str, Any] | None = None,
     ) -> None:
+        """`tls` is how Flight has it: tls_certificates, verify_client, root_certificates."""
         self._admission = admission
         self._counters = counters
         self._store = store
         self._read_through = read_through
-        super().__init__(
-            location, middleware={"token": DataAuthentication(token)}, tls_certificates=tls_certificates
-        )
+        super().__init__(location, middleware={"token": DataAuthentication(token)}, **(tls or {}))
 
     def do_get(self, context: Any, ticket: Any) -> Any:
         """Streams the pieces of a ReadRequest as batches of `codec.READ_SCHEMA`."""
