@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
     [
         ({"durability": "disk"}, "durability must be 'pool' or 'store', not 'disk'"),
         ({"replicas": 0}, "replicas=0: give 1 or more, or None"),
-        ({"compression": "zstd"}, "compression='zstd' is not available yet"),
+        ({"compression": "gzip"}, "compression must be None, 'zstd' or a Zstd"),
     ],
 )
 def test_what_is_not_available_is_refused(options: dict[str, Any], message: str) -> None:
