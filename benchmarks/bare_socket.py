@@ -11,7 +11,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,20 @@ class SocketClient:
     size: int
     pid: int
 
-    def read(self, numbers: Sequence[int], into: Sequence[memoryview]) -> int:
-        """Asks for all records at once and fills one buffer each; returns the bytes."""
+    def read(
+        self,
+        numbers: Sequence[int],
+        into: Sequence[memoryview],
+        each: Callable[[memoryview], object] | None = None,
+    ) -> int:
+        """Asks for all records at once and fills one buffer each; returns the bytes. `each` gets every record then."""
         self.connection.sendall(struct.pack(f"<{len(numbers) + 1}I", len(numbers), *numbers))
         done = 0
         for _, buffer in zip(numbers, into, strict=False):
-            done += _receive_whole(self.connection, buffer[: self.size])
+            record = buffer[: self.size]
+            done += _receive_whole(self.connection, record)
+            if each is not None:
+                each(record)
         return done
 
 

@@ -1,10 +1,16 @@
-"""What travels over TCP: CachedDataset beside a bare socket, a grpcio stream and Arrow Flight alone, on loopback."""
+"""What travels over TCP: CachedDataset beside a bare socket, a grpcio stream and Arrow Flight alone, on loopback.
+
+The bare socket comes once more with a checksum of each record behind its last byte: what verification costs where
+bytes are received into their place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+
+from xxhash import xxh3_64_intdigest
 
 from benchmarks.bare_files import buffers
 from benchmarks.bare_flight import flight_client
@@ -16,6 +22,7 @@ from benchmarks.rounds import Result, alternate
 
 OURS = "torchcache, flight lane"
 SOCKET = "sendfile, recv_into"
+HASHED = "sendfile, recv_into, xxh3"
 GRPC = "grpcio, raw bytes"
 FLIGHT_ONE = "bare Flight, a batch a record"
 FLIGHT_VIEWS = "bare Flight, batches of views"
@@ -71,6 +78,7 @@ def _beside_all(shape: Shape, rounds: int) -> dict[str, Result]:
             {
                 OURS: all_of(shape, ours),
                 SOCKET: lambda: sum(socket.read(batch, into) for batch in batches),
+                HASHED: lambda: sum(socket.read(batch, into, xxh3_64_intdigest) for batch in batches),
                 GRPC: lambda: sum(grpc.read(batch, into) for batch in batches),
                 FLIGHT_ONE: lambda: sum(one.read(batch) for batch in batches),
                 FLIGHT_VIEWS: lambda: sum(views.read(batch) for batch in batches),
@@ -79,6 +87,7 @@ def _beside_all(shape: Shape, rounds: int) -> dict[str, Result]:
             servers={
                 OURS: found.warm.pids,
                 SOCKET: [socket.pid],
+                HASHED: [socket.pid],
                 GRPC: [grpc.pid],
                 FLIGHT_ONE: [one.pid],
                 FLIGHT_VIEWS: [views.pid],
