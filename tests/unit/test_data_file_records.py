@@ -6,6 +6,7 @@ import pickle
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -53,6 +54,39 @@ def test_a_batch_is_one_request(pool: SamplePool, output: str) -> None:
     dataset = pickle.loads(pickle.dumps(from_files(pool, output=output)._samples))
     got = dataset.read([6, 0, 2, 3, 3])
     assert [bytes(sample) for sample in got] == [records[i] for i in (6, 0, 2, 3, 3)]
+
+
+@pytest.mark.parametrize("output", ["numpy", "tensor"])
+def test_records_that_follow_one_another_are_read_as_one(
+    pool: SamplePool, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = fill(pool, [3, 0, 4, 2])
+    dataset = from_files(pool, output=output)
+    asked: list[list[tuple[str, int, int]]] = []
+    read_each = pool.read_each
+
+    def noted(extents: Any, **options: Any) -> Any:
+        asked.append([(object.id.key[-7:], offset, length) for object, offset, length in extents])
+        return read_each(extents, **options)
+
+    monkeypatch.setattr(pool, "read_each", noted)
+    order = [1, 2, 3, 4, 5, 4, 8, 7, 8]
+    assert [bytes(memoryview(sample)) for sample in map(_array, dataset.__getitems__(order))] == [
+        records[i] for i in order
+    ]
+    assert asked == [
+        [
+            ("000.bin", SIZE, 2 * SIZE),
+            ("002.bin", 0, 3 * SIZE),
+            ("002.bin", SIZE, SIZE),
+            ("003.bin", SIZE, SIZE),
+            ("003.bin", 0, 2 * SIZE),
+        ]
+    ]
+
+
+def _array(sample: Any) -> Any:
+    return sample if isinstance(sample, np.ndarray) else sample.numpy()
 
 
 def test_a_torn_file_is_refused_by_name(pool: SamplePool) -> None:

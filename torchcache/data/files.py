@@ -115,18 +115,23 @@ class FileSamples:
         return objects
 
     def _read_samples(self, indices: Sequence[int]) -> list[Any]:
-        extents = self.extents(indices)
         if self._output in ("numpy", "tensor"):
-            sizes = [extent.end - extent.offset for extent in extents]
-            landing = Landing(sizes, self._buffers or default_buffers)
-            self._read(extents, landing.targets())
-            return landing.samples(self._output)
+            return self._read_into_buffers(indices).samples(self._output)
+        extents = self.extents(indices)
         if self._decode is not None:
             return [*map(self._decode, self._read(extents, None))]
         if self._output == "view":
             return [*self._read(extents, None)]
         keep_freed_memory()  # 29 MB of bytes a batch
         return [*map(_as_bytes, self._read(extents, None, as_bytes=True))]
+
+    def _read_into_buffers(self, indices: Sequence[int]) -> Landing:
+        """The memory that the samples now lie in."""
+        extents = self.extents(indices)
+        sizes = [extent.end - extent.offset for extent in extents]
+        landing = Landing(sizes, self._buffers or default_buffers)
+        self._read(extents, landing.targets())
+        return landing
 
     def extents(self, indices: Sequence[int]) -> list[Extent]:
         return list(map(Extent, self._objects(indices)))

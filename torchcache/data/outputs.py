@@ -54,6 +54,13 @@ class Landing:
         views = ((buffer.numpy().data, spans) for buffer, spans in self._parts)
         return [view[span] for view, spans in views for span in spans]
 
+    def joined_targets(self, counts: Sequence[int]) -> list[memoryview]:
+        """What the read fills with runs of so many samples each, which are all of one size."""
+        ((buffer, spans),) = self._parts
+        view, ends = buffer.numpy().data, [*accumulate(counts)]
+        starts = [spans[end - count].start for count, end in zip(counts, ends, strict=True)]
+        return [view[start : spans[end - 1].stop] for start, end in zip(starts, ends, strict=True)]
+
     def samples(self, output: Output) -> list[Any]:
         """The samples, in order: writable, of one dimension of uint8."""
         if output == "numpy":
