@@ -17,6 +17,7 @@ from torchcache.sizes import parse_size
 from torchcache_server.understore import check_name
 
 DEFAULT_LISTEN: Final = "127.0.0.1:7440"
+DEFAULT_METRICS_HOST: Final = "127.0.0.1"
 DEFAULT_DRAIN_S: Final = 60.0
 EMBEDDED_DRAIN_S: Final = 40.0
 DEFAULT_LEASE_S: Final = 10.0
@@ -62,6 +63,7 @@ class ServerConfig:
     tls: Tls | None = None
     drain_s: float = DEFAULT_DRAIN_S
     metrics_port: int | None = None
+    metrics_host: str = DEFAULT_METRICS_HOST
     scrub_bytes_s: int = DEFAULT_SCRUB_BYTES_S  # 0: no scrub
     min_free_bytes: int | None = None  # None: the store chooses
     lease_s: float = DEFAULT_LEASE_S  # the same for all servers of a pool
@@ -130,9 +132,10 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
     """The configuration that `settings` describe: names and values as in the TOML file.
 
     listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, tls_client_ca, drain_s,
-    metrics_port, scrub_rate (bytes a second), min_free, lease_s, join, advertise, servers; an embedded server has
-    embedded (its pool's folder), index and idle_s in place of listen, store, join and servers. None is the same as
-    absent.
+    metrics_port, metrics_host, scrub_rate (bytes a second), min_free, lease_s, join, advertise, servers; an embedded
+    server has embedded (its pool's folder), index and idle_s in place of listen, store, join and servers. None is the
+    same as absent.
+
     Raises ConfigurationError, also for a setting that doesn't exist.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -152,6 +155,7 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
         tls=_tls(given),
         drain_s=_number(given, "drain_s", EMBEDDED_DRAIN_S if embedded else DEFAULT_DRAIN_S),
         metrics_port=int(_number(given, "metrics_port", 0)) if "metrics_port" in given else None,
+        metrics_host=_text(given, "metrics_host", DEFAULT_METRICS_HOST),
         scrub_bytes_s=_size_or_zero(given, "scrub_rate", DEFAULT_SCRUB_BYTES_S),
         min_free_bytes=_size_or_zero(given, "min_free", 0) if "min_free" in given else None,
         lease_s=_number(given, "lease_s", DEFAULT_LEASE_S),
@@ -197,6 +201,7 @@ _SETTINGS: Final = (
     "tls_client_ca",
     "drain_s",
     "metrics_port",
+    "metrics_host",
     "scrub_rate",
     "min_free",
     "lease_s",

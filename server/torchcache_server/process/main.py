@@ -89,7 +89,12 @@ _LOG = logging.getLogger(__name__)
     help="Who saves a checkpoint, or uploads it, and is silent for three times as long may be taken for dead. The same "
     "for all servers of a pool. [10]",
 )
-@click.option("--metrics-port", metavar="PORT", type=int, help="Prometheus metrics on 127.0.0.1.")
+@click.option("--metrics-port", metavar="PORT", type=int, help="Prometheus metrics.")
+@click.option(
+    "--metrics-host",
+    metavar="HOST",
+    help="Where they are served, to everybody who reaches it. [127.0.0.1]",
+)
 @click.option(
     "--scrub-rate",
     metavar="SIZE",

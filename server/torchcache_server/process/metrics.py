@@ -118,14 +118,14 @@ def _disk_families(usage: StoreUsage) -> Iterator[Family]:
 
 
 @contextmanager
-def serve_metrics(port: int, collector: ServerCollector) -> Iterator[None]:
-    """Serves on 127.0.0.1 within the block. Raises ConfigurationError if the port is taken."""
+def serve_metrics(host: str, port: int, collector: ServerCollector) -> Iterator[None]:
+    """Serves within the block. Raises ConfigurationError if the port is taken."""
     registry = CollectorRegistry()
     registry.register(collector)
     try:
-        server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+        server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        raise ConfigurationError(f"metrics can't listen on port {port}: {error.strerror}") from None
+        raise ConfigurationError(f"metrics can't listen on {host}, port {port}: {error.strerror}") from None
     try:
         yield
     finally:

@@ -110,7 +110,7 @@ class Server:
                 read_through=read_through,
                 counters=counters,
             )
-            closing.enter_context(serve_metrics(config.metrics_port, collector))
+            closing.enter_context(serve_metrics(config.metrics_host, config.metrics_port, collector))
         self.server_id: str = store.server_id
         self.data_port: int = self._data.port
         self._endpoint = self._endpoint_file()

@@ -1,0 +1,171 @@
+"""What lies in deploy/: valid by its own schema, and true of the server that it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from torchcache_server.process.config import from_settings, parse_under_stores, read_toml
+from torchcache_server.process.main import main
+
+from examples.ports import free_port
+from examples.seaweedfs import SeaweedFS
+from tests.integration.server_process import ServerProcess
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DOCUMENT = DEPLOY.parent / "docs/operations.md"
+METRIC = re.compile(r"torchcache_[a-z_]+")
+
+STUB_SRUN = """#!/usr/bin/env bash
+# Runs what it is given once for each node, at its loopback address, or once in all if it isn't told of tasks.
+tasks=1
+while [[ $1 == --* ]]; do case $1 in --ntasks=*) tasks=${1#*=};; esac; shift; done
+pids=()
+trap 'kill -TERM "${pids[@]}"' TERM
+for i in $(seq "$tasks"); do
+  SLURMD_NODENAME=127.0.0.$i TORCHCACHE_STORE=$TORCHCACHE_STORE/node-$i "$@" & pids+=($!)
+done
+code=0
+for pid in "${pids[@]}"; do
+  wait "$pid" || code=$?
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || code=$?; done
+done
+exit "$code"
+"""
+
+
+def manifests() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes/torchcache.yaml").read_text()))
+
+
+def options_of(arguments: list[str]) -> dict[str, Any]:
+    """What the server's own command line makes of arguments, with files that needn't exist."""
+    context = main.make_context("torchcache serve", list(arguments))
+    return {name: value for name, value in context.params.items() if value not in (None, (), False)}
+
+
+def test_kubernetes_takes_the_manifests() -> None:
+    for manifest in manifests():
+        kubernetes_validate.validate(manifest, "1.30", strict=True)
+    names = {manifest["kind"] for manifest in manifests()}
+    assert names == {"Service", "StatefulSet", "PodDisruptionBudget", "NetworkPolicy"}
+
+
+def test_a_manifest_with_a_mistake_is_refused() -> None:
+    wrong = manifests()[1]
+    wrong["spec"]["template"]["spec"]["containers"][0]["arguments"] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, "1.30", strict=True)
+
+
+def test_the_pods_server_starts_with_these_arguments() -> None:
+    [pod] = [m["spec"]["template"]["spec"] for m in manifests() if m["kind"] == "StatefulSet"]
+    [container] = pod["containers"]
+    serve, *arguments = container["args"]
+    assert serve == "serve"
+    options = options_of(arguments)
+    config = from_settings(options | {"under_stores": parse_under_stores(options.pop("under_store"))})
+    assert config.tls is not None
+    assert config.tls.client_ca is not None
+    assert config.drain_s < pod["terminationGracePeriodSeconds"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"control": config.port, "data": config.port + 1, "metrics": config.metrics_port}
+
+
+def test_systemd_takes_the_unit() -> None:
+    unit = DEPLOY / "systemd/torchcache.service"
+    [start] = re.findall(r"^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
+    command, serve, *arguments = shlex.split(start)
+    assert (Path(command).name, serve) == ("torchcache", "serve")
+    assert options_of(arguments) == {"config": Path("/etc/torchcache/server.toml")}
+    config = from_settings(read_toml(DEPLOY / "systemd/server.toml"))
+    [stop] = re.findall(r"^TimeoutStopSec=(\d+)$", unit.read_text(), re.MULTILINE)
+    assert config.drain_s < int(stop)
+    if shutil.which("systemd-analyze"):
+        done = subprocess.run(
+            ["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False, timeout=60
+        )
+        ours = [line for line in done.stderr.splitlines() if "torchcache.service" in line]
+        assert not [line for line in ours if "is not executable" not in line], (
+            "the program isn't installed here"
+        )
+
+
+def test_alerts_and_dashboard_ask_for_metrics_that_exist_and_the_document_has_each_alert(
+    tmp_path: Path, home: Path
+) -> None:
+    port = free_port(beside=1)
+    with (
+        ServerProcess(
+            *("--listen", "127.0.0.1:0", "--store", tmp_path / "store", "--capacity", "1GB"),
+            *("--under-store", f"file=file://{tmp_path}", "--metrics-port", port),
+            token_file=home / "token",
+        ),
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer,
+    ):
+        served = set(METRIC.findall(answer.read().decode()))
+    groups = yaml.safe_load((DEPLOY / "monitoring/alerts.yml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    dashboard = json.loads((DEPLOY / "monitoring/dashboard.json").read_text())
+    asked = [rule["expr"] for rule in rules]
+    asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(asked) > 20
+    assert {name for expr in asked for name in METRIC.findall(expr)} <= served
+    assert [rule["alert"] for rule in rules if f"### {rule['alert']}\n" not in DOCUMENT.read_text()] == []
+    if promtool := shutil.which("promtool"):
+        subprocess.run([promtool, "check", "rules", DEPLOY / "monitoring/alerts.yml"], check=True)
+
+
+def test_slurm_runs_a_job_between_a_server_on_each_node(tmp_path: Path, s3: SeaweedFS) -> None:
+    """With a stub of srun whose two nodes are loopback addresses; everything else is real, TLS and S3 included."""
+    bucket = s3.make_bucket()
+    s3.client.put_object(Bucket=bucket, Key="a", Body=b"content")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (
+        ("srun", STUB_SRUN),
+        ("scontrol", "#!/bin/sh\nprintf '127.0.0.1\\n127.0.0.2\\n'\n"),
+        ("torchcache", f'#!/bin/sh\nexec {sys.executable} -m torchcache.cli "$@"\n'),
+    ):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    program = (
+        "import torchcache as tc; from torchcache.model import Extent; pool = tc.connect(); "
+        f"data = pool.read([Extent(info) for info in pool.list('s3://{bucket}')]); "
+        "print(len(pool.status()), bytes(data[0]).decode()); pool.close()"
+    )
+    settings = {
+        **os.environ,
+        **s3.environment(),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NODELIST": "node-[1-2]",
+        "TORCHCACHE_STORE": str(tmp_path / "store"),
+        "TORCHCACHE_CAPACITY": "1GB",
+        "TORCHCACHE_KEYS": str(tmp_path / "keys"),
+        "TORCHCACHE_PORT": str(free_port(beside=1)),
+        "TORCHCACHE_HOME": str(tmp_path / "home"),
+    }
+    done = subprocess.run(
+        [DEPLOY / "slurm/torchcache.sbatch", sys.executable, "-c", program],
+        env=settings,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 content" in done.stdout.splitlines(), done.stdout + done.stderr
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {"node-1", "node-2"}
+    assert not (tmp_path / "keys").exists()
