@@ -45,6 +45,7 @@ class Calls:
             read_through=nothing,
             write_back=nothing,
             policies=nothing,
+            ahead=nothing,
             counters=self.counters,
             set_credentials=nothing,
         )

@@ -24,6 +24,7 @@ from torchcache.pool import (
     ServerStatus,
     UnderStoreStatus,
 )
+from torchcache.pool.orders import AheadChunk, OrderKey, StagedAhead, State, ToldOrder
 
 
 class MemoryPool:
@@ -43,6 +44,10 @@ class MemoryPool:
         self.namespaces: dict[str, NamespaceStatus] = {}
         self.addresses: dict[str, str] | TorchCacheError = {"server": "127.0.0.1:7440"}  # by id
         self.lanes = {"127.0.0.1:7440": "flight"}  # by address
+        self.told: dict[int, ToldOrder] = {}
+        self.ahead: list[ObjectId] = []  # in the order in which they came
+        self.ahead_states: dict[str, State] = {}
+        self.order_error: TorchCacheError | None = None
         self.disk: dict[str, Any] = {}  # fields of its status that are to be others
 
     # ---- names ----
@@ -237,6 +242,33 @@ class MemoryPool:
     def status(self) -> list[ServerStatus]:
         namespaces = tuple(self.namespaces.values())
         return [dataclasses.replace(server_status(self.roots), namespaces=namespaces, **self.disk)]
+
+    def tell_order(self, server: str, told: ToldOrder) -> None:
+        if self.order_error is not None:
+            raise self.order_error
+        self.told[told.epoch] = told
+
+    def stage_ahead(
+        self,
+        server: str,
+        key: OrderKey,
+        epoch: int,
+        chunks: Sequence[AheadChunk],
+        *,
+        running: int | None = None,
+    ) -> StagedAhead | None:
+        """All is there once it is asked for, but for what `ahead_states` says of a key."""
+        if epoch not in self.told:
+            return None
+        states = [self.ahead_states.get(chunk.object.id.key, "here") for chunk in chunks]
+        new = [c.object.id for c, s in zip(chunks, states, strict=True) if s == "here"]
+        self.ahead += [id_ for id_ in new if id_ not in self.resident]
+        self.resident.update(new)
+        errors = {at: ObjectNotFound("it is gone") for at, state in enumerate(states) if state == "failed"}
+        return StagedAhead(states=states, errors=errors, epoch=epoch, position=-1, ahead_bytes=0)
+
+    def forget_order(self, server: str, key: OrderKey) -> None:
+        self.told.clear()
 
     def servers(self) -> dict[str, str]:
         if isinstance(self.addresses, TorchCacheError):

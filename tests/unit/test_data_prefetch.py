@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Sa
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from tests.unit.sample_pool import SamplePool, pool
-from torchcache.data import CachedDataset, Prefetch
-from torchcache.data.prefetch import epoch_order
-from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError
+from torchcache.data import CachedDataset
+from torchcache.data.prefetch import ComputedPrefetch, epoch_order
+from torchcache.errors import ConfigurationError, ObjectNotFound, ServerUnavailable, TorchCacheError
+from torchcache.marks import marks
+from torchcache.model import CHUNK_BYTES, ChunkId
+from torchcache.records import chunk_key
 
 __all__ = ["pool"]
 
@@ -123,7 +127,7 @@ class Stage:
 
 def test_it_runs_in_the_background_and_counts() -> None:
     stage = Stage()
-    handle = Prefetch(stage, [4, 2, 7])
+    handle = ComputedPrefetch(stage, [4, 2, 7])
     assert not handle.done()
     assert handle.wait(0.01) is False
     assert repr(handle) == "Prefetch(0 of 3 samples, 0 bytes, running)"
@@ -137,7 +141,7 @@ def test_it_runs_in_the_background_and_counts() -> None:
 
 def test_it_can_be_cancelled() -> None:
     stage = Stage()
-    handle = Prefetch(stage, range(100))
+    handle = ComputedPrefetch(stage, range(100))
     handle.cancel()
     assert repr(handle).endswith("cancelled)")
     stage.steps.release(100)
@@ -155,27 +159,107 @@ def test_wait_raises_what_it_met(
     stage = Stage(error)
     stage.steps.release()
     with pytest.raises(expected, match=str(error.args[0])):
-        Prefetch(stage, [1]).wait()
+        ComputedPrefetch(stage, [1]).wait()
     assert "prefetch stopped" in caplog.text
 
 
-def test_a_dataset_prefetches_in_the_samplers_order(pool: SamplePool) -> None:
-    for i in range(50):
+def files(pool: SamplePool, count: int = 50) -> CachedDataset:
+    for i in range(count):
         pool.put(f"s3://b/d/{i:02d}", bytes(i))
-    order: list[int] = []
-    stage = pool.stage
-    pool.stage = lambda objects, **options: (
-        order.extend(o.size for o in objects),
-        stage(objects, **options),
-    )[1]  # type: ignore[method-assign]
-    dataset = CachedDataset.from_files("s3://b/d", pool=pool)  # type: ignore[arg-type]
+    return CachedDataset.from_files("s3://b/d", pool=pool)  # type: ignore[arg-type]
+
+
+def read_in(sampler: Any, epoch: int) -> list[int]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def ahead(pool: SamplePool) -> list[int]:
+    """Which samples were staged, in their order."""
+    return [int(id_.key.rpartition("/")[2]) for id_ in pool.ahead]
+
+
+def test_a_dataset_prefetches_in_the_samplers_order(pool: SamplePool) -> None:
+    dataset = files(pool)
     sampler = DistributedSampler(dataset, num_replicas=2, rank=1, seed=5)
     handle = dataset.prefetch(sampler, 3)
-    assert handle.wait()
-    sampler.set_epoch(3)
-    assert order == list(sampler)
-    assert (handle.staged, handle.staged_bytes) == (25, sum(order))
+    assert handle.wait(60)
+    order = read_in(sampler, 3)
+    assert ahead(pool) == order
+    assert (handle.total, handle.staged, handle.staged_bytes) == (25, 25, sum(order))
     assert dataset.residency().resident_objects == 25
+    told = pool.told[3]
+    assert (told.length, told.positions.tolist(), told.running) == (25, list(range(25)), False)
+    keys = [chunk_key(ChunkId(pool.stat(f"s3://b/d/{i:02d}").id, 0)) for i in order]
+    assert told.marks.tolist() == marks(keys).tolist()
+    handle.cancel()
+
+
+def test_the_epoch_that_runs_is_told_before_the_one_that_is_staged(pool: SamplePool) -> None:
+    dataset = files(pool)
+    sampler = DistributedSampler(dataset, num_replicas=2, rank=0, seed=5)
+    sampler.set_epoch(2)
+    handle = dataset.prefetch(sampler, 3)
+    assert handle.wait(60)
+    assert [(epoch, told.running) for epoch, told in sorted(pool.told.items())] == [(2, True), (3, False)]
+    assert ahead(pool) == read_in(sampler, 3)
+    handle.cancel()
+
+
+def test_several_epochs_follow_each_other(pool: SamplePool) -> None:
+    dataset = files(pool, 20)
+    sampler = DistributedSampler(dataset, num_replicas=1, rank=0)
+    handle = dataset.prefetch(sampler, 0, epochs=2)
+    assert handle.wait(60)
+    assert sorted(pool.told) == [0, 1]
+    assert handle.progress().epoch == 1
+    handle.cancel()
+
+
+def test_what_is_missing_is_said_with_its_reason(pool: SamplePool) -> None:
+    dataset = files(pool, 20)
+    pool.ahead_states = {"b/d/03": "failed", "b/d/04": "later"}
+    handle = dataset.prefetch(SequentialSampler(dataset), 0)
+    assert handle.wait(60) is False  # as far ahead as there is room
+    reasons = {(one.server, one.why): one.chunks for one in handle.progress().missing}
+    assert reasons == {
+        ("127.0.0.1:7440", "it is gone"): 1,
+        ("127.0.0.1:7440", "no room yet: what is there is needed sooner"): 1,
+    }
+    pool.ahead_states["b/d/04"] = "here"
+    with pytest.raises(ObjectNotFound, match="it is gone"):
+        while not handle.wait(60):
+            time.sleep(0.01)
+    assert handle.progress().staged == 19
+    handle.cancel()
+
+
+def test_an_order_that_is_refused_ends_the_prefetch(pool: SamplePool) -> None:
+    dataset = files(pool, 5)
+    pool.order_error = ConfigurationError("no such namespace")
+    with pytest.raises(ConfigurationError, match="no such namespace"):
+        dataset.prefetch(SequentialSampler(dataset), 0).wait(60)
+
+
+def test_an_unforeseeable_sampler_has_one_epoch(pool: SamplePool) -> None:
+    dataset = files(pool, 5)
+    with pytest.raises(ConfigurationError, match="follows from set_epoch"):
+        dataset.prefetch(RandomSampler(dataset), 0, epochs=None)
+    with pytest.raises(ConfigurationError, match="above 0"):
+        dataset.prefetch(RandomSampler(dataset), 0, epochs=0)
+
+
+def test_records_are_prefetched_by_the_chunks_they_lie_in(pool: SamplePool) -> None:
+    pool.put("s3://b/r/0", bytes(2 * CHUNK_BYTES))
+    size = CHUNK_BYTES * 2 // 8
+    dataset = CachedDataset.from_files("s3://b/r", record_bytes=size, pool=pool)  # type: ignore[arg-type]
+    handle = dataset.prefetch([7, 0, 6, 1], 0)
+    assert handle.wait(60)
+    id_ = pool.stat("s3://b/r/0").id
+    one, two = marks([chunk_key(ChunkId(id_, index)) for index in (0, 1)]).tolist()
+    assert pool.told[0].marks.tolist() == [two, one, two, one]
+    assert handle.progress().missing == ()
+    handle.cancel()
 
 
 def test_computed_samples_are_prefetched_too(pool: SamplePool) -> None:

@@ -18,6 +18,8 @@ from torchcache_server.service.requests import (
     reported_use,
     save_id,
     timeout,
+    told_piece,
+    wanted_ahead,
     write_plan,
 )
 
@@ -222,3 +224,73 @@ def test_a_report_of_use_is_taken_as_it_is() -> None:
 def test_nonsense_in_a_report_of_use_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         reported_use(pb.ReportUseRequest(**fields))
+
+
+def order_request(**fields: Any) -> pb.TellOrderRequest:
+    told = {
+        "namespace": "n",
+        "order": "rank0",
+        "epoch": 1,
+        "length": 10,
+        "total": 2,
+        "first": 0,
+        "marks": bytes(16),
+        "positions": (3).to_bytes(4, "little") + (9).to_bytes(4, "little"),
+    }
+    return pb.TellOrderRequest(**{**told, **fields})
+
+
+def test_a_piece_of_an_order_is_taken_as_it_is() -> None:
+    piece = told_piece(order_request())
+    assert (piece.marks.tolist(), piece.positions.tolist()) == ([0, 0], [3, 9])
+    assert piece[:6] == ("n", "rank0", 1, 10, 2, 0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"namespace": ""},
+        {"namespace": "save:s3/a@1"},
+        {"order": "no/such id"},
+        {"epoch": -1},
+        {"epoch": requests.MAX_EPOCH + 1},
+        {"length": 0},
+        {"length": requests.MAX_ORDER_SAMPLES + 1},
+        {"length": 9},
+        {"total": 0},
+        {"total": 1},
+        {"total": requests.MAX_CHUNKS + 1},
+        {"first": -1},
+        {"first": 1},
+        {"first": 2},
+        {"marks": b""},
+        {"marks": bytes(8)},
+        {"marks": bytes(15)},
+        {"positions": bytes(7)},
+        {"positions": bytes(12)},
+    ],
+)
+def test_nonsense_in_an_order_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        told_piece(order_request(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"object": [0]},
+        {"object": [1], "chunk": [0], "position": [0]},
+        {"object": [0], "chunk": [1], "position": [0]},
+        {"object": [0] * 4097, "chunk": [0] * 4097, "position": [0] * 4097},
+    ],
+)
+def test_nonsense_in_what_is_to_be_fetched_ahead_is_refused(fields: dict[str, Any]) -> None:
+    ref = pb.ObjectRef(store="s3", key="k", version="v", size=10)
+    with pytest.raises(ConfigurationError):
+        wanted_ahead(pb.StageAheadRequest(objects=[ref], **fields))
+
+
+def test_marks_in_a_report_are_whole() -> None:
+    assert reported_use(pb.ReportUseRequest(marks=bytes(8))).marks.tolist() == [0]
+    with pytest.raises(ConfigurationError, match="no whole numbers"):
+        reported_use(pb.ReportUseRequest(marks=bytes(9)))

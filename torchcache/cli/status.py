@@ -47,6 +47,7 @@ def status(session: Session) -> None:
         _show_disks(session.output, servers)
         _show_under_stores(session.output, servers)
         _show_namespaces(session.output, servers)
+        _show_orders(session.output, servers)
 
 
 def _running_embedded_pool() -> Pool:
@@ -193,6 +194,37 @@ def _show_namespaces(output: Output, servers: list[ServerStatus]) -> None:
     ]
     if held:
         output.table(("dataset or checkpoint", "server", ">bytes", ">chunks", "notes"), sorted(held))
+
+
+def _show_orders(output: Output, servers: list[ServerStatus]) -> None:
+    told = [
+        (
+            o.namespace,
+            s.address,
+            f"{o.epoch:,}",
+            f"{o.position:,} of {o.length:,}" if o.position >= 0 else "not begun",
+            size_text(o.ahead_bytes),
+            f"{o.coming_chunks:,}",
+            size_text(o.fetched_bytes),
+            o.order[:8],
+        )
+        for s in servers
+        for o in s.orders
+    ]
+    if told:
+        output.table(
+            (
+                "read by order",
+                "server",
+                ">epoch",
+                ">samples read",
+                ">ahead",
+                ">coming",
+                ">fetched ahead",
+                "reader",
+            ),
+            sorted(told),
+        )
 
 
 def _notes(namespace: NamespaceStatus) -> str:

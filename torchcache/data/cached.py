@@ -16,9 +16,10 @@ from torchcache.data.computed import ComputedSamples, Encoding
 from torchcache.data.file_records import FileRecords
 from torchcache.data.files import FileSamples, OnChange
 from torchcache.data.fingerprint import fingerprint
+from torchcache.data.foretelling import Foreteller, OrderedPrefetch, foreteller_of
 from torchcache.data.listing import Changes
 from torchcache.data.outputs import Output
-from torchcache.data.prefetch import Prefetch, epoch_order
+from torchcache.data.prefetch import ComputedPrefetch, Orders, Prefetch
 from torchcache.data.progress import progress_bar
 from torchcache.data.samples import Samples
 from torchcache.errors import ConfigurationError
@@ -131,6 +132,7 @@ class CachedDataset(Dataset[Any]):
     def _set_up(self, pool: Pool, samples: Samples, transform: Transform | None) -> None:
         self._pool = pool
         self._samples = samples
+        self._foreteller: Foreteller | None = None
         self._transform = transform
 
     def __len__(self) -> int:
@@ -143,15 +145,9 @@ class CachedDataset(Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """The samples of `indices`, in order. What a DataLoader calls for a batch."""
         count = len(self)
-        positions = [i if 0 <= i < count else self._position(i) for i in map(operator.index, indices)]
+        positions = _positions(indices, count)
         samples = self._samples.read(positions)
         return samples if self._transform is None else [self._transform(s) for s in samples]
-
-    def _position(self, index: int) -> int:
-        position, count = operator.index(index), len(self)
-        if not -count <= position < count:
-            raise IndexError(f"index {position} is out of range: the dataset has {count} samples")
-        return position % count
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self._samples.describe()}"
@@ -181,6 +177,9 @@ class CachedDataset(Dataset[Any]):
         """
         if not isinstance(self._samples, FileSamples):
             raise ConfigurationError("only the files of from_files are listed, and so listed anew")
+        if self._foreteller is not None:
+            self._foreteller.stop()  # what it told is of other indices
+            self._foreteller = None
         return self._samples.refresh()
 
     def identity(self) -> dict[str, str | int]:
@@ -213,21 +212,66 @@ class CachedDataset(Dataset[Any]):
         with progress_bar(f"stage {len(self):,} samples", len(self), self._samples.total_bytes) as advance:
             self._samples.stage(everything, on_progress=advance, cancelled=lambda: False)
 
-    def prefetch(self, sampler: Iterable[Any], epoch: int) -> Prefetch:
+    def prefetch(self, sampler: Iterable[Any], epoch: int, *, epochs: int | None = 1) -> Prefetch:
         """Stages in the background what `sampler` will give in `epoch`, in its order; returns at once.
 
         `sampler` is a sampler or batch sampler over this dataset, a distributed one too; a copy of it is asked, after
         `set_epoch(epoch)` if it has that. Only an order that is a function of the epoch or of a generator of the
         sampler's own can be foreseen; with another everything is staged, in some order.
+
+        The pool is told the order, and while it knows it evicts what this reader needs farthest in the future. Readers
+        that wait come first. What doesn't fit is fetched as training makes room. With `epochs` the next ones follow as
+        training gets there, None of them being the last: say `prefetch(sampler, first_epoch, epochs=None)` once.
+        Computed samples are computed here instead, those of `epoch` alone.
+
+        Raises ConfigurationError: the sampler can't be copied, or has no `set_epoch` for several epochs.
         """
-        order = epoch_order(sampler, epoch, shared=(self, self._samples))
-        positions = [self._position(i) for i in order]
-        stage = self._samples.stage
-        return Prefetch(lambda i, advance, stop: stage(i, on_progress=advance, cancelled=stop), positions)
+        if epochs is not None and epochs < 1:
+            raise ConfigurationError(f"epochs={epochs}: it is a number above 0, or None for all that follow")
+        orders = Orders(sampler, (self, self._samples))
+        if epochs != 1 and not orders.by_epoch:
+            raise ConfigurationError(
+                f"epochs= needs a sampler whose order follows from set_epoch; {type(sampler).__name__} has none"
+            )
+        namespace = self._samples.stored_under
+        count = len(self)
+        if namespace is None:
+            positions = _positions(dict.fromkeys(orders.once(epoch)), count)
+            stage = self._samples.stage
+            return ComputedPrefetch(
+                lambda i, advance, stop: stage(i, on_progress=advance, cancelled=stop), positions, epoch
+            )
+        first = _positions(orders.once(epoch), count)
+        runs_before = orders.epoch == epoch - 1
+        prefetch = OrderedPrefetch(
+            lambda number: first if number == epoch else _positions(orders.of(number), count),
+            told_from=epoch - 1 if runs_before else epoch,
+            first=epoch,
+            last=None if epochs is None else epoch + epochs - 1,
+            running=orders.epoch if orders.epoch in (epoch - 1, epoch) else None,
+        )
+        if self._foreteller is None or self._foreteller.pid != os.getpid():
+            self._foreteller = foreteller_of(self, self._pool, namespace, self._samples)
+        self._foreteller.add(prefetch)
+        return prefetch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_foreteller": None}
 
     def residency(self) -> Residency:
         """How much of the dataset the pool holds now."""
         return self._samples.residency()
+
+
+def _positions(indices: Iterable[int], count: int) -> list[int]:
+    """Indices, negative ones counted from the end of `count`. Raises IndexError beyond either."""
+    return [i if 0 <= i < count else _position(i, count) for i in map(operator.index, indices)]
+
+
+def _position(index: int, count: int) -> int:
+    if not -count <= index < count:
+        raise IndexError(f"index {index} is out of range: the dataset has {count} samples")
+    return index % count
 
 
 def _checked_length(dataset: Any) -> int:

@@ -67,6 +67,10 @@ class ComputedSamples:
     def total_bytes(self) -> None:
         return None
 
+    @property
+    def stored_under(self) -> None:
+        return None
+
     def read(self, indices: Sequence[int]) -> list[Any]:
         wanted = list(dict.fromkeys(indices))
         records, failed = self._ask(wanted, whole=True)

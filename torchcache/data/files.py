@@ -85,6 +85,10 @@ class FileSamples:
     def total_bytes(self) -> int:
         return self._manifest.total_bytes
 
+    @property
+    def stored_under(self) -> str:
+        return self.uri
+
     def read(self, indices: Sequence[int]) -> list[Any]:
         if not indices:
             return []

@@ -7,8 +7,11 @@ import copy
 import logging
 import random
 import threading
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,16 +25,87 @@ _log = logging.getLogger("torchcache")
 Stage = Callable[[Sequence[int], OnProgress, Callable[[], bool]], None]
 
 
-class Prefetch:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """Chunks that aren't in the pool, the server that should hold them, and why it doesn't."""
+
+    server: str
+    chunks: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchProgress:
+    """How far a prefetch is, with one epoch.
+
+    `staged` of its `samples` are there, or were read already; `ahead_bytes` were fetched and not yet read. `position`
+    counts the samples that were read, as far as servers know; -1 before the epoch begins, or where nobody knows.
+    `eta_s` is until all is staged, at the pace so far; None if that can't be told yet.
+    """
+
+    epoch: int
+    samples: int
+    staged: int
+    staged_bytes: int
+    ahead_bytes: int
+    position: int
+    eta_s: float | None = None
+    missing: tuple[Missing, ...] = ()
+
+
+class Prefetch(ABC):
     """Staging under way. Made by `CachedDataset.prefetch`; letting go of it doesn't stop it, `cancel` does."""
 
-    def __init__(self, stage: Stage, indices: Sequence[int]) -> None:
-        self.total = len(indices)
+    def __repr__(self) -> str:
+        state = "done" if self.done() else "running"
+        return f"Prefetch({self.staged} of {self.total} samples, {self.staged_bytes} bytes, {state})"
+
+    @property
+    @abstractmethod
+    def total(self) -> int:
         """Samples to be staged."""
-        self.staged = 0
-        """Samples done so far: fetched, or found there."""
-        self.staged_bytes = 0
+
+    @property
+    @abstractmethod
+    def staged(self) -> int:
+        """Samples done so far: fetched, found there, or read already."""
+
+    @property
+    @abstractmethod
+    def staged_bytes(self) -> int:
         """Bytes of them, as far as known."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether nothing is under way any more: all staged, cancelled, or failed."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Stops after what is under way."""
+
+    @abstractmethod
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until `done`, at most `timeout_s`; returns whether it is. Raises the error that staging met.
+
+        Returns too, False, when the pool is as far ahead as it has room for: it goes on as training reads.
+        """
+
+    @abstractmethod
+    def progress(self) -> PrefetchProgress:
+        """How far it is, what is missing, and why."""
+
+
+class ComputedPrefetch(Prefetch):
+    """Of computed samples: they are computed here, in a thread."""
+
+    total = 0
+    staged = 0
+    staged_bytes = 0
+
+    def __init__(self, stage: Stage, indices: Sequence[int], epoch: int = 0) -> None:
+        self.total = len(indices)
+        self._epoch = epoch
+        self._began_s = time.monotonic()
         self._error: TorchCacheError | None = None
         self._cancelled = threading.Event()
         self._thread = threading.Thread(
@@ -46,15 +120,27 @@ class Prefetch:
         return f"Prefetch({self.staged} of {self.total} samples, {self.staged_bytes} bytes, {state})"
 
     def done(self) -> bool:
-        """Whether nothing is under way any more: all staged, cancelled, or failed."""
         return not self._thread.is_alive()
 
     def cancel(self) -> None:
-        """Stops after the calls under way. `wait` tells when."""
         self._cancelled.set()
 
+    def progress(self) -> PrefetchProgress:
+        left = self.total - self.staged
+        took_s = time.monotonic() - self._began_s
+        why = str(self._error) if self._error else "on its way"
+        return PrefetchProgress(
+            epoch=self._epoch,
+            samples=self.total,
+            staged=self.staged,
+            staged_bytes=self.staged_bytes,
+            ahead_bytes=0,
+            position=-1,
+            eta_s=left * took_s / self.staged if self.staged else None,
+            missing=(Missing(server="this process", chunks=left, why=why),) if left else (),
+        )
+
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Waits until `done`, at most `timeout_s`; returns whether it is. Raises the error that staging met."""
         self._thread.join(timeout_s)
         if self.done() and self._error is not None:
             raise self._error
@@ -82,23 +168,48 @@ class Prefetch:
         self._thread.join(5.0)
 
 
-def epoch_order(sampler: Iterable[Any], epoch: int, shared: Sequence[object]) -> list[int]:
-    """The indices `sampler` gives in `epoch`, each once, in order of first use.
+class Orders:
+    """The orders that a sampler will give, asked of a copy, so that what it gives to training doesn't change."""
 
-    The sampler is copied, but for the objects `shared` and the datasets it holds, and the global random generators
-    are put back, so that what the sampler gives to training doesn't change. Raises ConfigurationError if it can't be
-    copied.
-    """
-    memo = {id(value): value for value in (*shared, *_datasets(sampler))}
-    try:
-        copied = copy.deepcopy(sampler, memo)
-    except Exception as error:
-        raise ConfigurationError(f"prefetch can't copy the sampler {sampler!r}: {error}") from error
-    for part in _nested(copied):
-        if callable(getattr(part, "set_epoch", None)):
+    def __init__(self, sampler: Iterable[Any], shared: Sequence[object]) -> None:
+        """The objects `shared`, and the datasets the sampler holds, aren't copied.
+
+        Raises ConfigurationError if the sampler can't be.
+        """
+        memo = {id(value): value for value in (*shared, *_datasets(sampler))}
+        try:
+            self._sampler = copy.deepcopy(sampler, memo)
+        except Exception as error:
+            raise ConfigurationError(f"prefetch can't copy the sampler {sampler!r}: {error}") from error
+        self._settable = [
+            part for part in _nested(self._sampler) if callable(getattr(part, "set_epoch", None))
+        ]
+        epochs = [part.epoch for part in self._settable if isinstance(getattr(part, "epoch", None), int)]
+        self.epoch: int | None = epochs[0] if epochs else None
+        """That the sampler was set to."""
+
+    @property
+    def by_epoch(self) -> bool:
+        """Whether an order is a function of the epoch."""
+        return bool(self._settable)
+
+    def of(self, epoch: int) -> list[int]:
+        """The indices read in `epoch`, in order."""
+        for part in self._settable:
             part.set_epoch(epoch)
-    with _generators_put_back():
-        return list(dict.fromkeys(_flat(copied)))
+            if epoch != self.epoch and getattr(part, "next_yielded", None) is not None:
+                part.next_yielded = None  # a state that was loaded is of the sampler's own epoch
+        return list(_flat(self._sampler))
+
+    def once(self, epoch: int) -> list[int]:
+        """The same, the global random generators being put back: for the thread that uses them."""
+        with _generators_put_back():
+            return self.of(epoch)
+
+
+def epoch_order(sampler: Iterable[Any], epoch: int, shared: Sequence[object]) -> list[int]:
+    """The indices `sampler` gives in `epoch`, each once, in order of first use. Raises ConfigurationError."""
+    return list(dict.fromkeys(Orders(sampler, shared).once(epoch)))
 
 
 def _nested(sampler: Any) -> Iterator[Any]:

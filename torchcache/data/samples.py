@@ -26,6 +26,10 @@ class Samples(Protocol):
     def read(self, indices: Sequence[int]) -> list[Any]:
         """The samples of `indices`, in order, by one call to the pool. Each is the caller's own."""
 
+    @property
+    def stored_under(self) -> str | None:
+        """The namespace that servers fetch the samples into; None where none can, since they are computed."""
+
     def extents(self, indices: Sequence[int]) -> list[Extent]:
         """Where the samples lie."""
 

@@ -60,7 +60,10 @@ class LocalLane:
         damaged, read_bytes, more_chunks = self._read_here(extents, into, outcomes, options)
         left = [number for number, outcome in enumerate(outcomes) if outcome is None]
         if here := len(outcomes) - len(left):
-            self._reports.add(here, here + more_chunks, read_bytes)
+            read = (
+                extents if not left else [e for e, o in zip(extents, outcomes, strict=True) if o is not None]
+            )
+            self._reports.add(here, here + more_chunks, read_bytes, read)
         if damaged:
             self._reports.add_suspects(len(damaged))
         if left:

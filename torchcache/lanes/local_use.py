@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from torchcache.errors import TorchCacheError
 from torchcache.lanes.local_store import LocalStore
+from torchcache.marks import Marks, marks
+from torchcache.model import CHUNK_BYTES, Extent
+from torchcache.records import CHUNK_INDEX
 from torchcache.wire.v1 import cache_pb2
 
 EVERY_S: Final = 1.0
@@ -17,6 +20,15 @@ EVERY_S: Final = 1.0
 
 CALL_S: Final = 2.0
 """How long a report may take, and closing a lane with it."""
+
+EVERY_WANTED_S: Final = 0.1
+"""The same, where the server wants to know which chunks: it stages and evicts by where reading is."""
+
+MAX_EXTENTS: Final = 65_536
+"""Remembered between two reports; of more, the server isn't told which chunks."""
+
+MAX_MARKS: Final = 131_072
+"""In a report: 1 MiB."""
 
 MAX_NAMESPACES: Final = 4096
 """In a report: more the server refuses."""
@@ -45,6 +57,9 @@ class UseReports:
         self.writes = 0
         self._chunks = 0
         self._bytes = 0
+        # Kept from the beginning: an order may have been told before the first read.
+        self._wants_marks: bool | None = None
+        self._extents: list[Extent] = []
         self._told_count = store.count
         self._due_s = time.monotonic() + EVERY_S
 
@@ -53,16 +68,18 @@ class UseReports:
         with self._lock:
             self.suspects += extents
 
-    def add(self, extents: int, chunks: int, read_bytes: int) -> None:
-        """Counts what was read, and reports if it is time."""
+    def add(self, extents: int, chunks: int, read_bytes: int, read: Iterable[Extent] = ()) -> None:
+        """Counts what was read, `read` being the extents themselves, and reports if it is time."""
         with self._lock:
+            if self._wants_marks is not False and len(self._extents) < MAX_EXTENTS:
+                self._extents.extend(read)
             self.extents += extents
             self.bytes += read_bytes
             self._chunks += chunks
             self._bytes += read_bytes
             if time.monotonic() < self._due_s or not self._sending.acquire(blocking=False):
                 return
-            self._due_s = time.monotonic() + EVERY_S
+            self._due_s = time.monotonic() + (EVERY_WANTED_S if self._wants_marks else EVERY_S)
         try:
             threading.Thread(target=self._send, name="torchcache use report", daemon=True).start()
         except RuntimeError:  # the interpreter ends
@@ -85,8 +102,9 @@ class UseReports:
             if request is None:
                 return
             try:
-                self._send_call(request, time.monotonic() + CALL_S)
+                reply = self._send_call(request, time.monotonic() + CALL_S)
                 self._told_count = count
+                self._learn(wants_marks=bool(getattr(reply, "wants_marks", False)))
             except TorchCacheError as error:
                 _log.debug("what was read from %s could not be reported: %s", self._store.path, error)
                 self._give_back(request)
@@ -98,12 +116,36 @@ class UseReports:
         with self._lock:
             chunks, self._chunks = self._chunks, 0
             read_bytes, self._bytes = self._bytes, 0
+            read: list[Extent] = []
+            if self._wants_marks:
+                read, self._extents = self._extents, []
         if not chunks:
             return None, count
         names = sorted(self._store.used_since(self._told_count))[:MAX_NAMESPACES]
-        return cache_pb2.ReportUseRequest(namespaces=names, chunks=chunks, bytes=read_bytes), count
+        told = _marks(read)[:MAX_MARKS].astype("<u8").tobytes() if read else b""
+        return cache_pb2.ReportUseRequest(
+            namespaces=names, chunks=chunks, bytes=read_bytes, marks=told
+        ), count
+
+    def _learn(self, *, wants_marks: bool) -> None:
+        with self._lock:
+            if wants_marks and not self._wants_marks:
+                self._due_s = 0.0
+            self._wants_marks = wants_marks
+            if not wants_marks:
+                self._extents = []
 
     def _give_back(self, request: cache_pb2.ReportUseRequest) -> None:
         with self._lock:
             self._chunks += request.chunks
             self._bytes += request.bytes
+
+
+def _marks(read: Sequence[Extent]) -> Marks:
+    """The marks of the chunks that the extents touch."""
+    keys: list[bytes] = []
+    for info, offset, length in read:
+        end = info.size if length < 0 else offset + length
+        first, last = offset // CHUNK_BYTES, max(offset, end - 1) // CHUNK_BYTES
+        keys += [info.id.digest + CHUNK_INDEX.pack(index) for index in range(first, last + 1)]
+    return marks(keys)

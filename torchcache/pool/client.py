@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError
 from torchcache.lanes.base import Buffer, ReadOptions
 from torchcache.model import Extent, ObjectId, ObjectInfo
-from torchcache.pool import policies, staging
+from torchcache.pool import orders, policies, staging
 from torchcache.pool.farewell import farewell
 from torchcache.pool.lane_choice import LaneName
 from torchcache.pool.members import MemberSource
 from torchcache.pool.objects import Objects
+from torchcache.pool.orders import AheadChunk, OrderKey, StagedAhead, ToldOrder
 from torchcache.pool.reads import Reading
 from torchcache.pool.reports import (
     NamespaceStatus,
@@ -174,6 +175,35 @@ class Pool:
         """
         if objects:
             staging.Staging(self._session(), namespace).run(objects, on_progress, cancelled)
+
+    # ---- the order in which a dataset will be read ----
+
+    def tell_order(self, server: str, told: ToldOrder) -> None:
+        """Says in which order a reader will read chunks that the server with this id owns.
+
+        It then evicts what is needed farthest in the future. Forgotten a minute after the last `stage_ahead`.
+        """
+        orders.tell(self._session(), server, told)
+
+    def stage_ahead(
+        self,
+        server: str,
+        key: OrderKey,
+        epoch: int,
+        chunks: Sequence[AheadChunk],
+        *,
+        running: int | None = None,
+    ) -> StagedAhead | None:
+        """Has chunks of a told order fetched before they are read; how it is with each. Returns at once.
+
+        With no chunks it only says that the reader is still there. `running` is the epoch that runs, if that is known.
+        None if the server doesn't know the order (any more).
+        """
+        return orders.stage(self._session(), server, key, epoch, chunks, running=running)
+
+    def forget_order(self, server: str, key: OrderKey) -> None:
+        """The reader goes."""
+        orders.forget(self._session(), server, key)
 
     def residency(self, objects: Sequence[ObjectInfo]) -> Residency:
         """How much of `objects` the pool holds now."""

@@ -43,6 +43,27 @@ class NamespaceStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OrderStatus:
+    """The order in which one reader reads a dataset, as it told the server.
+
+    `position` counts the samples of `epoch` that were read, of `length`; -1 before it begins. `chunks` are the server's
+    own, of all epochs told; `ahead_bytes` were fetched for it and not yet read, of `fetched_bytes` in all. Forgotten in
+    `left_s` unless the reader calls.
+    """
+
+    namespace: str
+    order: str
+    epoch: int
+    position: int
+    length: int
+    chunks: int
+    ahead_bytes: int
+    coming_chunks: int
+    fetched_bytes: int
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStatus:
     """One server, as it sees itself. Counters run since it started.
 
@@ -90,6 +111,7 @@ class ServerStatus:
     out_of_service: str
     under_stores: tuple[UnderStoreStatus, ...]
     namespaces: tuple[NamespaceStatus, ...]
+    orders: tuple[OrderStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,8 +224,13 @@ def server_status(reply: cache_pb2.StatusReply, address: str) -> ServerStatus:
         version=reply.info.version,
         under_stores=stores,
         namespaces=namespaces,
+        orders=tuple(map(_order_status, reply.orders)),
         **same,
     )
+
+
+def _order_status(reply: cache_pb2.OrderStatus) -> OrderStatus:
+    return OrderStatus(**{one.name: getattr(reply, one.name) for one in fields(OrderStatus)})
 
 
 def namespace_status(reply: cache_pb2.NamespaceStatus) -> NamespaceStatus:
@@ -224,5 +251,5 @@ _SAME = tuple(
     one.name
     for one in fields(ServerStatus)
     if one.name in cache_pb2.StatusReply.DESCRIPTOR.fields_by_name
-    and one.name not in ("under_stores", "namespaces")
+    and one.name not in ("under_stores", "namespaces", "orders")
 )

@@ -1,5 +1,8 @@
 """Fills waiting for a thread and for room: first come, first served, with a bound on the bytes in memory.
 
+Who reads comes before who fetches ahead of use. The latter get half of the threads at most, and only when no reader
+waits for one; what isn't even of the epoch that runs is fetched while no reader waits for storage at all.
+
 A fill's bytes count from the moment it starts until its data lies in the store, or, if the store had no room, until
 the last reader has let go of it. Waiting fills cost nothing, so `submit` never blocks.
 """
@@ -9,10 +12,11 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias
 
 import pyarrow as pa
 
@@ -20,6 +24,12 @@ from torchcache.errors import ConfigurationError, Overloaded, ServerUnavailable
 from torchcache_server.store import StoredChunk
 
 _CLOSE_S = 5.0
+
+QUIET_S: Final = 0.1
+"""How long no reader must have waited for storage before what will be read in a later epoch is fetched."""
+
+Need: TypeAlias = Literal["now", "soon", "later"]
+"""A reader waits; it will be read in the epoch that runs; in another one."""
 
 
 class Loan:
@@ -47,6 +57,7 @@ class Fill:
     work: Callable[[Loan, float], StoredChunk]
     deadline: float
     future: Future[StoredChunk] = field(default_factory=Future)
+    need: Need = "now"
 
 
 class FillQueue:
@@ -57,7 +68,10 @@ class FillQueue:
             raise ConfigurationError(f"fills need threads and bytes, not {threads} and {limit_bytes}")
         self._limit_bytes = limit_bytes
         self._lent_bytes = 0
-        self._waiting: deque[Fill] = deque()
+        self._waiting: dict[Need, deque[Fill]] = {"now": deque(), "soon": deque(), "later": deque()}
+        self._running: Counter[str] = Counter()  # by need
+        self._quiet_from = float("-inf")
+        self._ahead_threads = max(1, threads // 2)
         # A loan may be returned by the garbage collector, even on a thread that holds the lock: hence a lock that lets
         # it in, and returns that are only noted down, to be counted by whoever lends.
         self._returned: deque[int] = deque()
@@ -82,22 +96,33 @@ class FillQueue:
         with self._changed:
             if self._closed:
                 raise ServerUnavailable("the server is stopping")
-            self._waiting.append(fill)
+            self._waiting[fill.need].append(fill)
             if not self._threads:
                 self._start()
             self._changed.notify()
 
     def extend(self, fill: Fill, deadline: float) -> None:
-        """Lets a fill that hasn't started wait until `deadline`, if that is later than its own."""
+        """A reader waits for a fill now. One that hasn't started waits until `deadline`, if its own is sooner."""
         with self._changed:
             fill.deadline = max(fill.deadline, deadline)
+            before, fill.need = fill.need, "now"
+            if before == "now":
+                return
+            if fill in self._waiting[before]:
+                self._waiting[before].remove(fill)
+                self._waiting["now"].append(fill)
+                self._changed.notify()
+            else:
+                self._running[before] -= 1
+                self._running["now"] += 1
 
     def close(self) -> None:
         """Fails the fills that wait, and gives the running ones a moment to end. May be called twice."""
         with self._changed:
             self._closed = True
-            dropped = list(self._waiting)
-            self._waiting.clear()
+            dropped = [fill for queue in self._waiting.values() for fill in queue]
+            for queue in self._waiting.values():
+                queue.clear()
             self._changed.notify_all()
         for fill in dropped:
             fill.future.set_exception(ServerUnavailable("the server is stopping", object=fill.name))
@@ -120,6 +145,7 @@ class FillQueue:
                 fill.future.set_exception(self._overloaded(fill))
             else:
                 _run(fill, loan)
+                self._ended(fill)
             # Not to hold the result, and with it the loan, until the next fill comes.
             del taken, fill, loan
 
@@ -128,17 +154,41 @@ class FillQueue:
         with self._changed:
             while not self._closed:
                 self._settle()
-                if self._waiting and self._waiting[0].deadline <= time.monotonic():
-                    return self._waiting.popleft(), None
-                elif self._waiting and self._has_room(self._waiting[0]):
-                    fill = self._waiting.popleft()
+                queue = next(filter(None, self._waiting.values()), self._waiting["now"])
+                now = time.monotonic()
+                if queue and queue[0].deadline <= now:
+                    return queue.popleft(), None
+                pause_s = self._pause_s(queue[0], now) if queue else None
+                if pause_s == 0:
+                    fill = queue.popleft()
                     self._lent_bytes += fill.bytes
+                    self._running[fill.need] += 1
                     self._changed.notify()  # There may be room for the next one too.
                     return fill, Loan(self, fill.bytes)
-                else:
-                    first_s = self._waiting[0].deadline - time.monotonic() if self._waiting else None
-                    self._changed.wait(first_s)
+                self._changed.wait(pause_s)
             return None
+
+    def _pause_s(self, fill: Fill, now: float) -> float:
+        """0 if the fill may start, else how long to wait at most before looking again."""
+        until_late_s = max(0.001, fill.deadline - now)
+        if not self._has_room(fill):
+            return until_late_s
+        if fill.need == "now":
+            return 0
+        if self._running["soon"] + self._running["later"] >= self._ahead_threads:
+            return until_late_s
+        if fill.need == "soon":
+            return 0
+        if self._running["now"]:
+            return until_late_s
+        return max(0.0, min(until_late_s, self._quiet_from + QUIET_S - now))
+
+    def _ended(self, fill: Fill) -> None:
+        with self._changed:
+            self._running[fill.need] -= 1
+            if fill.need == "now":
+                self._quiet_from = time.monotonic()
+            self._changed.notify_all()
 
     def _has_room(self, fill: Fill) -> bool:
         """A fill that is larger than the bound runs alone."""

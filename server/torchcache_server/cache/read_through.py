@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 from torchcache.errors import ConfigurationError, IntegrityError, NotResident, OutOfSpace, TorchCacheError
 from torchcache.model import ByteRange, ChunkId, ObjectInfo
-from torchcache_server.cache.fill_queue import Fill, FillQueue, Loan
+from torchcache_server.cache.fill_queue import Fill, FillQueue, Loan, Need
 from torchcache_server.store import Promise, Store, StoredChunk
 from torchcache_server.understore import UnderStore, choose
 
@@ -103,6 +103,29 @@ class ReadThrough:
                 answers.append(error)
         return answers
 
+    def ahead(
+        self, namespace: str, object: ObjectInfo, index: int, *, need: Need, deadline: float
+    ) -> Future[StoredChunk] | None:
+        """Fetches chunk `index` before it is read; None if it is here. Counts as no use of it.
+
+        The future ends with OutOfSpace, and nothing is fetched, if all that is here is needed sooner, or must stay.
+        Raises NotResident for what has no under-store, ConfigurationError, ServerUnavailable.
+        """
+        chunk = ChunkId(object.id, index)
+        if self.store.contains(chunk):
+            return None
+        if object.id.is_sample or object.id.is_save:
+            raise _not_resident(object)
+        with self._lock:
+            flight = self._flights.get(chunk)
+            if flight is not None:
+                return flight.future
+            if self.store.contains(chunk):
+                return None
+            flight = self._start(namespace, object, chunk, need=need, deadline=deadline)
+        flight.future.add_done_callback(lambda _: self._land(chunk, flight))
+        return flight.future
+
     def close(self) -> None:
         """Fails the fills that wait. May be called twice."""
         self._queue.close()
@@ -131,31 +154,42 @@ class ReadThrough:
         self, namespace: str, object: ObjectInfo, chunk: ChunkId, deadline: float
     ) -> StoredChunk | Future[StoredChunk]:
         """Joins the chunk's flight, or starts one."""
-        under_store = self._under_store(object)
-        length = chunk.length(object.size)
         with self._lock:
             flight = self._flights.get(chunk)
             if flight is not None:
+                if flight.need != "now":
+                    self.store.note_use(namespace, chunk)  # once: who joins later is served by the same fetch
                 self._queue.extend(flight, deadline)
                 return flight.future
             # A flight may have landed since the look-up.
             if self.store.contains(chunk) and (found := self.store.lookup(chunk)) is not None:
                 return found
-
-            def work(loan: Loan, until: float) -> StoredChunk:
-                return self._fill(
-                    namespace, object, chunk, under_store=under_store, loan=loan, deadline=until
-                )
-
-            flight = Fill(f"chunk {chunk.index} of {object.id}", length, work, deadline)
-            self._queue.submit(flight)
-            self._flights[chunk] = flight
-        flight.future.add_done_callback(lambda _: self._land(chunk))
+            flight = self._start(namespace, object, chunk, need="now", deadline=deadline)
+        flight.future.add_done_callback(lambda _: self._land(chunk, flight))
         return flight.future
 
-    def _land(self, chunk: ChunkId) -> None:
+    def _start(
+        self, namespace: str, object: ObjectInfo, chunk: ChunkId, *, need: Need, deadline: float
+    ) -> Fill:
+        """Starts the chunk's flight. Under the lock."""
+        under_store = self._under_store(object)
+
+        def work(loan: Loan, until: float) -> StoredChunk:
+            room = self._room(flight, namespace, chunk, ahead_of_use=need != "now")
+            return self._fill(
+                namespace, object, chunk, under_store=under_store, room=room, loan=loan, deadline=until
+            )
+
+        name, length = f"chunk {chunk.index} of {object.id}", chunk.length(object.size)
+        flight = Fill(name, length, work, deadline, need=need)
+        self._queue.submit(flight)
+        self._flights[chunk] = flight
+        return flight
+
+    def _land(self, chunk: ChunkId, flight: Fill) -> None:
         with self._lock:
-            self._flights.pop(chunk, None)
+            if self._flights.get(chunk) is flight:
+                del self._flights[chunk]
 
     def _fill(
         self,
@@ -164,13 +198,12 @@ class ReadThrough:
         chunk: ChunkId,
         *,
         under_store: UnderStore,
+        room: Promise | None,
         loan: Loan,
         deadline: float,
     ) -> StoredChunk:
         """Fetches a chunk and stores it; where there is no room for it, hands it on as it is."""
         length = chunk.length(object.size)
-        # Asked for before the fetch: many fills at once could never all be kept.
-        room = self._room(namespace, chunk, length)
         try:
             data = under_store.read(
                 object,
@@ -191,10 +224,18 @@ class ReadThrough:
         loan.release()
         return stored
 
-    def _room(self, namespace: str, chunk: ChunkId, length: int) -> Promise | None:
+    def _room(self, flight: Fill, namespace: str, chunk: ChunkId, *, ahead_of_use: bool) -> Promise | None:
+        """Asked for before the fetch: many fills at once could never all be kept.
+
+        Without any, what a reader waits for is fetched all the same; for what nobody does, OutOfSpace is raised.
+        """
         try:
-            return self.store.reserve(namespace, chunk, length)
+            return self.store.reserve(namespace, chunk, flight.bytes, ahead_of_use=ahead_of_use)
         except OutOfSpace as error:
+            with self._lock:
+                if flight.need != "now":
+                    self._flights.pop(chunk, None)  # or a reader could still join
+                    raise
             _LOG.debug("chunk %d of %s will not be kept: %s", chunk.index, chunk.object, error)
             return None
 

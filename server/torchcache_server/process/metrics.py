@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from torchcache.errors import ConfigurationError
+from torchcache_server.cache.ahead import Ahead, StageAhead
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.service.admission import Admission
@@ -32,6 +33,7 @@ class ServerCollector(Collector):
         write_back: WriteBack,
         counters: ServiceCounters,
         admission: Admission,
+        ahead: StageAhead,
     ) -> None:
         self._store = store
         self._under_stores = under_stores
@@ -39,6 +41,7 @@ class ServerCollector(Collector):
         self._write_back = write_back
         self._counters = counters
         self._admission = admission
+        self._ahead = ahead
 
     def collect(self) -> Iterator[Family]:
         """The families of one scrape."""
@@ -68,6 +71,7 @@ class ServerCollector(Collector):
             "upload_pending_bytes", "Bytes not yet in the under-store", self._write_back.pending_bytes
         )
         yield self._saves()
+        yield from _order_families(self._ahead.standings())
         yield from self._under_store_families()
 
     def _saves(self) -> GaugeMetricFamily:
@@ -100,6 +104,13 @@ def _lane_families(served: ServiceCounters) -> Iterator[Family]:
     family.add_metric(["local"], served.local_bytes)
     yield family
     yield _counter("local_chunks", "Chunks read by clients from the store's files", served.local_chunks)
+
+
+def _order_families(orders: Sequence[Ahead]) -> Iterator[Family]:
+    yield _gauge("orders", "Orders of reading that are known", len(orders))
+    yield _gauge("order_chunks", "Chunks of these orders", sum(o.standing.chunks for o in orders))
+    yield _gauge("ahead_bytes", "Bytes fetched and not yet read", sum(o.ahead_bytes for o in orders))
+    yield _gauge("ahead_coming_chunks", "Chunks being fetched ahead", sum(o.coming_chunks for o in orders))
 
 
 def _disk_families(usage: StoreUsage) -> Iterator[Family]:

@@ -20,6 +20,7 @@ from torchcache.records import IDENTITY
 from torchcache.registry import Announcement, Registry
 from torchcache.wire.v1 import cache_pb2
 from torchcache_server import understore
+from torchcache_server.cache.ahead import StageAhead
 from torchcache_server.cache.maintenance import Maintenance
 from torchcache_server.cache.policies import Policies
 from torchcache_server.cache.read_through import ReadThrough
@@ -88,6 +89,7 @@ class Server:
         )
         closing.callback(maintenance.close)
         counters = ServiceCounters()
+        ahead = StageAhead(store, read_through)
 
         self._control = ControlListener(config, token, self._admission, tls)
         closing.callback(self._control.stop, 0)
@@ -109,6 +111,7 @@ class Server:
                 store=store,
                 read_through=read_through,
                 counters=counters,
+                ahead=ahead,
             )
             closing.enter_context(serve_metrics(config.metrics_host, config.metrics_port, collector))
         self.server_id: str = store.server_id
@@ -128,6 +131,7 @@ class Server:
             under_stores=self._under_stores,
             write_back=self._write_back,
             policies=Policies(store),
+            ahead=ahead,
             set_credentials=self._set_credentials,
             store=store,
             read_through=read_through,

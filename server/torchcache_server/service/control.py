@@ -20,6 +20,7 @@ from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import encode_error
 from torchcache.wire.v1 import cache_pb2 as pb
 from torchcache.wire.v1 import cache_pb2_grpc
+from torchcache_server.cache.ahead import Ahead, StageAhead
 from torchcache_server.cache.policies import Policies
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.stage import resident_bytes, stage
@@ -31,6 +32,7 @@ from .counters import ServiceCounters
 from .requests import (
     DEFAULT_CALL_S,
     MAX_CALL_S,
+    dataset_name,
     namespace_name,
     object_infos,
     object_key,
@@ -39,7 +41,9 @@ from .requests import (
     reported_use,
     save_id,
     timeout,
+    told_piece,
     under_store_name,
+    wanted_ahead,
 )
 
 MAX_PAGE: Final = 1000
@@ -87,6 +91,7 @@ class ControlService(cache_pb2_grpc.ControlServicer):
         read_through: ReadThrough,
         write_back: WriteBack,
         policies: Policies,
+        ahead: StageAhead,
         counters: ServiceCounters,
         set_credentials: CredentialsSink,
     ) -> None:
@@ -96,6 +101,7 @@ class ControlService(cache_pb2_grpc.ControlServicer):
         self._read_through = read_through
         self._write_back = write_back
         self._policies = policies
+        self._ahead = ahead
         self._counters = counters
         self._set_credentials = set_credentials
 
@@ -150,6 +156,7 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             damaged_kept=usage.damaged_kept,
             disk_errors=usage.disk_errors,
             out_of_service=usage.out_of_service,
+            orders=map(_order_status, self._ahead.standings()),
         )
 
     def SetCredentials(
@@ -163,9 +170,42 @@ class ControlService(cache_pb2_grpc.ControlServicer):
 
     def ReportUse(self, request: pb.ReportUseRequest, context: grpc.ServicerContext) -> pb.ReportUseReply:
         use = reported_use(request)
-        self._store.used(use.namespaces, chunks=use.chunks)
+        self._store.used(use.namespaces, chunks=use.chunks, marks=use.marks)
         self._counters.add(local_chunks=use.chunks, local_bytes=use.bytes)
-        return pb.ReportUseReply()
+        return pb.ReportUseReply(wants_marks=bool(self._store.foresights()))
+
+    # ---- orders of reading ----
+
+    def TellOrder(self, request: pb.TellOrderRequest, context: grpc.ServicerContext) -> pb.TellOrderReply:
+        self._ahead.tell(told_piece(request))
+        return pb.TellOrderReply()
+
+    def StageAhead(self, request: pb.StageAheadRequest, context: grpc.ServicerContext) -> pb.StageAheadReply:
+        running = request.running if request.HasField("running") else None
+        staged = self._ahead.stage(
+            dataset_name(request.namespace),
+            save_id(request.order),
+            request.epoch,
+            wanted_ahead(request),
+            running=running,
+        )
+        if staged is None:
+            return pb.StageAheadReply(known=False)
+        standing, ahead_bytes, states = staged
+        return pb.StageAheadReply(
+            known=True,
+            epoch=standing.epoch,
+            position=standing.position,
+            ahead_bytes=ahead_bytes,
+            state=[int(state) for state, _ in states],  # type: ignore[misc]  # an enum of the same numbers
+            errors=[encode_error(error) for _, error in states if error is not None],
+        )
+
+    def ForgetOrder(
+        self, request: pb.ForgetOrderRequest, context: grpc.ServicerContext
+    ) -> pb.ForgetOrderReply:
+        self._ahead.forget(dataset_name(request.namespace), save_id(request.order))
+        return pb.ForgetOrderReply()
 
     # ---- policies ----
 
@@ -425,6 +465,22 @@ def _namespace_status(usage: NamespaceUsage) -> pb.NamespaceStatus:
         priority=usage.policy.priority,
         quota_bytes=usage.policy.quota_bytes or 0,
         ttl_s=usage.policy.ttl_s or 0.0,
+    )
+
+
+def _order_status(ahead: Ahead) -> pb.OrderStatus:
+    standing = ahead.standing
+    return pb.OrderStatus(
+        namespace=ahead.namespace,
+        order=standing.order,
+        epoch=standing.epoch,
+        position=standing.position,
+        length=standing.length,
+        chunks=standing.chunks,
+        ahead_bytes=ahead.ahead_bytes,
+        coming_chunks=ahead.coming_chunks,
+        fetched_bytes=ahead.fetched_bytes,
+        left_s=standing.left_s,
     )
 
 

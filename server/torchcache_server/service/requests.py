@@ -11,15 +11,18 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
 
 from torchcache.errors import ConfigurationError
+from torchcache.marks import Marks
 from torchcache.model import SAVE_PREFIX, UNKNOWN_SIZE, ChunkId, ObjectId, ObjectInfo
 from torchcache.save_names import KEPT_PREFIXES, put_namespace, save_namespace
 from torchcache.wire.v1 import cache_pb2
+from torchcache_server.cache.ahead import MAX_CHUNKS, Piece, Wanted
 from torchcache_server.cache.policies import PolicyChange
 
 MAX_EXTENTS: Final = 65_536
@@ -37,6 +40,14 @@ MAX_NAMESPACES: Final = 4096
 MAX_REPORTED: Final = 1 << 50
 """Bytes, or chunks, that one report may tell of."""
 
+MAX_EPOCH: Final = 1 << 31
+
+MAX_ORDER_SAMPLES: Final = 1 << 32
+"""Of an epoch: positions are 32 bits."""
+
+MAX_AHEAD: Final = 4096
+"""Chunks named at a time to be fetched ahead of use."""
+
 MAX_NAMESPACE_BYTES: Final = MAX_KEY_BYTES + 2 * MAX_NAME_BYTES
 
 MAX_CALL_S: Final = 120.0
@@ -46,6 +57,9 @@ DEFAULT_CALL_S: Final = 60.0
 _SAVE_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
+Number = TypeVar("Number", np.uint64, np.uint32)
+
+
 @dataclass(frozen=True, slots=True)
 class ReportedUse:
     """What a client read from the store's files by itself."""
@@ -53,6 +67,7 @@ class ReportedUse:
     namespaces: Sequence[str]
     chunks: int
     bytes: int
+    marks: Marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +218,70 @@ def reported_use(request: cache_pb2.ReportUseRequest) -> ReportedUse:
     if not 0 <= request.chunks <= MAX_REPORTED or not 0 <= request.bytes <= MAX_REPORTED:
         raise ConfigurationError(f"nobody read {request.chunks} chunks of {request.bytes} bytes in all")
     names = tuple(map(namespace_name, request.namespaces))
-    return ReportedUse(names, request.chunks, request.bytes)
+    return ReportedUse(names, request.chunks, request.bytes, _column("marks", request.marks, np.uint64))
+
+
+def told_piece(request: cache_pb2.TellOrderRequest) -> Piece:
+    """A piece of an order. Raises ConfigurationError for one that can't be of any."""
+    marks = _column("marks", request.marks, np.uint64)
+    positions = _column("positions", request.positions, np.uint32)
+    if not 0 <= request.epoch <= MAX_EPOCH or not 0 < request.length <= MAX_ORDER_SAMPLES:
+        raise ConfigurationError(f"there is no epoch {request.epoch} of {request.length} samples")
+    if not 0 < request.total <= MAX_CHUNKS or not 0 <= request.first < request.total:
+        raise ConfigurationError(
+            f"chunk {request.first} of an order of {request.total}: {MAX_CHUNKS} are allowed"
+        )
+    if not 0 < len(marks) == len(positions) or request.first + len(marks) > request.total:
+        raise ConfigurationError("a piece of an order whose columns don't fit it or each other")
+    if int(positions.max()) >= request.length:
+        raise ConfigurationError("a piece of an order with positions beyond its end")
+    return Piece(
+        namespace=dataset_name(request.namespace),
+        order=save_id(request.order),
+        epoch=request.epoch,
+        length=request.length,
+        total=request.total,
+        first=request.first,
+        marks=marks,
+        positions=positions,
+        running=request.running,
+    )
+
+
+def wanted_ahead(request: cache_pb2.StageAheadRequest) -> list[Wanted]:
+    """The chunks that are to be fetched ahead of use. Raises ConfigurationError."""
+    objects = object_infos(request.objects)
+    if not len(request.object) == len(request.chunk) == len(request.position):
+        raise ConfigurationError("chunks whose columns object, chunk and position differ in length")
+    if len(request.object) > MAX_AHEAD:
+        raise ConfigurationError(
+            f"{len(request.object)} chunks at a time: {MAX_AHEAD} are allowed, ask again"
+        )
+    wanted = []
+    for number, index, position in zip(request.object, request.chunk, request.position, strict=True):
+        if number >= len(objects):
+            raise ConfigurationError("a chunk of an object that the request doesn't list")
+        info = objects[number]
+        if index >= info.chunk_count:
+            raise ConfigurationError(
+                f"there is no chunk {index} in an object of {info.size}", object=str(info.id)
+            )
+        wanted.append(Wanted(info, index, position))
+    return wanted
+
+
+def dataset_name(name: str) -> str:
+    """The namespace of a dataset. Raises ConfigurationError for one of what must be kept."""
+    if name.startswith(KEPT_PREFIXES):
+        raise ConfigurationError(f"nothing is fetched ahead into {name[:100]!r}")
+    return namespace_name(name)
+
+
+def _column(name: str, data: bytes, kind: type[Number]) -> NDArray[Number]:
+    """Numbers packed little-endian. Raises ConfigurationError."""
+    if len(data) % np.dtype(kind).itemsize:
+        raise ConfigurationError(f"{name} of {len(data)} bytes are no whole numbers")
+    return np.frombuffer(data, np.dtype(kind).newbyteorder("<")).astype(kind)
 
 
 def namespace_name(name: str) -> str:

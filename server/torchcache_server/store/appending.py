@@ -100,7 +100,7 @@ def _next_use(core: Core, namespace: str, drafts: Sequence[Draft]) -> int:
     with core.lock:
         owner = core.space.namespaces.get(namespace)
         order = owner.order if owner is not None else None
-    return NEVER if order is None else min(order.next_use(one.key) for one in drafts)
+    return NEVER if order is None else min(order.next_uses([one.key for one in drafts]))
 
 
 def _write(core: Core, namespace: str, part: Part) -> None:

@@ -23,6 +23,9 @@ NEVER: Final = 1 << 62
 SLACK_SEGMENTS: Final = 10
 """How much counts as the farthest, in segments. More is less moving, and less like Belady."""
 
+SLACK: Final = 0.125
+"""The same, as the most of what a dataset holds: of a few segments ten would be all."""
+
 _WORTH: Final = 0.7
 """A chunk is kept if its next use is at most this part of the way to the farthest."""
 

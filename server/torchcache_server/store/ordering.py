@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from torchcache_server.store.eviction import NEVER
+
+
+class Order(Protocol):
+    """What eviction asks of an order. Thread-safe. Positions count reads; `now` is where reading is."""
+
+    @property
+    def now(self) -> int: ...
+
+    def __bool__(self) -> bool:
+        """Whether anything is still to be read."""
+
+    def used(self, key: bytes) -> None:
+        """The chunk was read."""
+
+    def next_use(self, key: bytes) -> int:
+        """Position of its next use; NEVER if there is none."""
+
+    def next_uses(self, keys: Sequence[bytes]) -> Sequence[int]:
+        """`next_use` of many."""
 
 
 class ReadingOrder:
@@ -41,3 +61,7 @@ class ReadingOrder:
         with self._lock:
             ahead = self._ahead.get(key)
             return ahead[0] if ahead else NEVER
+
+    def next_uses(self, keys: Sequence[bytes]) -> list[int]:
+        """`next_use` of many."""
+        return [self.next_use(key) for key in keys]

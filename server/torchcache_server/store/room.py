@@ -13,11 +13,13 @@ from torchcache_server.store.compaction import compact
 from torchcache_server.store.core import Core
 from torchcache_server.store.eviction import (
     NEVER,
+    SLACK,
     SLACK_SEGMENTS,
     Held,
     choose_victims,
     choose_yielding,
 )
+from torchcache_server.store.ordering import Order
 from torchcache_server.store.segments import Segment
 from torchcache_server.store.space import Namespace
 from torchcache_server.store.writing import Short
@@ -67,12 +69,17 @@ class Promise:
             self._core.space.forget_if_empty(self._owner.name)
 
 
-def promise(core: Core, namespace: str, size_bytes: int, key: bytes) -> Promise:
-    """Room for a chunk of `size_bytes`, before it is fetched. Raises OutOfSpace: it will have to pass through."""
+def promise(
+    core: Core, namespace: str, size_bytes: int, key: bytes, *, note: Callable[[Core, str, bytes], int]
+) -> Promise:
+    """Room for a chunk of `size_bytes`, before it is fetched. Raises OutOfSpace: it will have to pass through.
+
+    `note` says when it is needed next: `note_use` where it is needed now too, `look_up_use` where it isn't yet.
+    """
     refuse_if_out_of_service(core)
     bytes = page_aligned(size_bytes + PAGE_BYTES)
     space = core.space
-    next_use = note_use(core, namespace, key)
+    next_use = note(core, namespace, key)
     while True:
         with core.lock:
             check_quota(core, namespace, bytes)
@@ -89,13 +96,23 @@ def promise(core: Core, namespace: str, size_bytes: int, key: bytes) -> Promise:
 
 def note_use(core: Core, namespace: str, key: bytes) -> int:
     """Says that the chunk was asked for and is not here; returns when it is needed next."""
-    with core.lock:
-        owner = core.space.namespaces.get(namespace)
-        order = owner.order if owner is not None else None
+    order = _order(core, namespace)
     if order is None:
         return NEVER
     order.used(key)
     return order.next_use(key)
+
+
+def look_up_use(core: Core, namespace: str, key: bytes) -> int:
+    """When the chunk is needed next."""
+    order = _order(core, namespace)
+    return NEVER if order is None else order.next_use(key)
+
+
+def _order(core: Core, namespace: str) -> Order | None:
+    with core.lock:
+        owner = core.space.namespaces.get(namespace)
+        return owner.order if owner is not None else None
 
 
 def make_room(core: Core, namespace: str, short: Short, *, next_use: int = NEVER) -> None:
@@ -178,14 +195,14 @@ def _yield_own(core: Core, namespace: str, next_use: int) -> bool:
         able = [s for s in owner.segments.values() if not s.writing and s is not owner.open]
         total = sum(s.live_bytes for s in owner.segments.values())
     looked_at = random.sample(able, min(len(able), _LOOK_AT))
-    held = {s.number: _held(core, s, order.next_use) for s in looked_at}
+    held = {s.number: _held(core, s, order) for s in looked_at}
     share = sum(one.bytes for records in held.values() for one in records) / max(1, total)
     chosen = choose_yielding(
         held,
         tails={s.number: s.tail for s in looked_at},
         now=order.now,
         next_use=next_use,
-        slack_bytes=int(SLACK_SEGMENTS * core.space.segment_bytes * share),
+        slack_bytes=int(min(SLACK_SEGMENTS * core.space.segment_bytes, SLACK * total) * share),
     )
     if chosen is None:
         return False
@@ -193,7 +210,8 @@ def _yield_own(core: Core, namespace: str, next_use: int) -> bool:
     return compact(core, segment, chosen.stay.__contains__) > 0
 
 
-def _held(core: Core, segment: Segment, next_use: Callable[[bytes], int]) -> list[Held]:
+def _held(core: Core, segment: Segment, order: Order) -> list[Held]:
     """The segment's records. One takes as much as another here."""
     size = segment.live_bytes // max(1, segment.chunks)
-    return [Held(key, size, next_use(key)) for key, _ in core.index.members(segment.number)]
+    keys = [key for key, _ in core.index.members(segment.number)]
+    return [Held(key, size, use) for key, use in zip(keys, order.next_uses(keys), strict=True)]

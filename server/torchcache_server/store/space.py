@@ -18,7 +18,7 @@ from torchcache.errors import ConfigurationError
 from torchcache.model import CHUNK_BYTES
 from torchcache.records import MAX_RECORD_BYTES, PAGE_BYTES, page_aligned
 from torchcache_server.store.eviction import Candidate
-from torchcache_server.store.ordering import ReadingOrder
+from torchcache_server.store.ordering import Order
 from torchcache_server.store.policy import Policy
 from torchcache_server.store.segments import Segment
 
@@ -134,7 +134,7 @@ class Namespace:
     last_used: int = 0  # orders namespaces
     promised_bytes: int = 0  # to fills that are on their way
     used_s: float = field(default_factory=time.monotonic)  # for the policy's time to live
-    order: ReadingOrder | None = None  # in which it will be read, where that is known
+    order: Order | None = None  # in which it will be read, where that is known
     names_unsynced: bool = False  # files were created since the folder's last fsync
     sync_lock: threading.Lock = field(
         default_factory=threading.Lock

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchcache.errors import ConfigurationError, IntegrityError, OutOfSpace
+from torchcache.marks import Marks
 from torchcache.model import ChunkId
 from torchcache.records import chunk_key, page_aligned
 from torchcache_server.store.appending import append
@@ -17,6 +18,7 @@ from torchcache_server.store.chunk import Payload, StoredChunk
 from torchcache_server.store.core import Core, Gate
 from torchcache_server.store.disk import OS, DiskCalls
 from torchcache_server.store.folder import StoreFolder
+from torchcache_server.store.foresight import Foresight
 from torchcache_server.store.handing_out import Committed, HandedOut, HandingOut
 from torchcache_server.store.health import Health, WatchedDisk
 from torchcache_server.store.index import SegmentNote
@@ -27,7 +29,7 @@ from torchcache_server.store.opening import open_core
 from torchcache_server.store.ordering import ReadingOrder
 from torchcache_server.store.policy import Policy
 from torchcache_server.store.reading import find_in_memory, find_many, quarantine
-from torchcache_server.store.room import Promise, evict_others, promise
+from torchcache_server.store.room import Promise, evict_others, look_up_use, note_use, promise
 from torchcache_server.store.scrubbing import Scrub, ScrubStep
 from torchcache_server.store.space import Space, segment_size
 from torchcache_server.store.tidying import tidy
@@ -109,10 +111,10 @@ class Store:
         with self._gate:
             return find_in_memory(self._core, chunk)
 
-    def used(self, namespaces: Iterable[str], *, chunks: int) -> None:
+    def used(self, namespaces: Iterable[str], *, chunks: int, marks: Marks | None = None) -> None:
         """Counts `chunks` that clients found in the files by themselves, and the namespaces as used. Unknown is fine.
 
-        Not told are the chunks: where the order of reading is known, it doesn't move on by these.
+        `marks` are those of the chunks, as far as they are told: orders of reading go on by them.
         """
         with self._gate:
             core = self._core
@@ -120,6 +122,8 @@ class Store:
                 for name in namespaces:
                     if (namespace := core.space.namespaces.get(name)) is not None:
                         core.used(namespace)
+                        if marks is not None and len(marks) and isinstance(namespace.order, Foresight):
+                            namespace.order.used_marks(marks)
             core.counts.looked_up(hits=chunks, misses=0)
 
     def contains(self, chunk: ChunkId) -> bool:
@@ -128,14 +132,23 @@ class Store:
             location = self._core.index.get(chunk_key(chunk))
             return location is not None and location.segment in self._core.space.segments
 
-    def reserve(self, namespace: str, chunk: ChunkId, size_bytes: int) -> Promise:
+    def reserve(
+        self, namespace: str, chunk: ChunkId, size_bytes: int, *, ahead_of_use: bool = False
+    ) -> Promise:
         """Room for a chunk of `size_bytes` that is about to be fetched, for `put`; to be released in the end.
 
+        It counts as a use of the chunk, unless it is `ahead_of_use`.
         Raises OutOfSpace if it could not be kept: the store is full, the quota used up, the disk out of service, or all
         that is here is needed sooner.
         """
         with self._gate:
-            return promise(self._core, namespace, size_bytes, chunk_key(chunk))
+            note = look_up_use if ahead_of_use else note_use
+            return promise(self._core, namespace, size_bytes, chunk_key(chunk), note=note)
+
+    def note_use(self, namespace: str, chunk: ChunkId) -> None:
+        """The chunk, which isn't here, was asked for. Counts as no miss."""
+        with self._gate:
+            note_use(self._core, namespace, chunk_key(chunk))
 
     def put(
         self,
@@ -254,6 +267,20 @@ class Store:
         with self._gate, self._core.lock:
             self._core.space.namespace(namespace).order = order
             self._core.space.forget_if_empty(namespace)
+
+    def foresight(self, namespace: str) -> Foresight:
+        """What readers told of the order in which they will read the namespace; they may tell more."""
+        with self._gate, self._core.lock:
+            owner = self._core.space.namespace(namespace)
+            if not isinstance(owner.order, Foresight):
+                owner.order = Foresight()
+            return owner.order
+
+    def foresights(self) -> dict[str, Foresight]:
+        """All that was told, by namespace."""
+        with self._gate, self._core.lock:
+            found = self._core.space.namespaces.items()
+            return {name: n.order for name, n in found if isinstance(n.order, Foresight)}
 
     def evict(self, namespace: str) -> int:
         """Drops what the namespace holds, but not its policy; returns the bytes freed. One that isn't there has none.

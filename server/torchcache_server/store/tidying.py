@@ -7,6 +7,7 @@ import time
 
 from torchcache_server.store.compaction import compact
 from torchcache_server.store.core import Core
+from torchcache_server.store.foresight import Foresight
 from torchcache_server.store.room import evict_others
 from torchcache_server.store.segments import Segment
 
@@ -20,6 +21,18 @@ def tidy(core: Core) -> None:
         expire(core, time.monotonic())
         compact_dead(core)
         leave_free(core)
+    forget_orders(core)
+
+
+def forget_orders(core: Core) -> None:
+    """Lets go the orders of readers that are gone."""
+    with core.lock:
+        for namespace in list(core.space.namespaces.values()):
+            if isinstance(namespace.order, Foresight):
+                namespace.order.expire()
+                if not namespace.order:
+                    namespace.order = None
+                    core.space.forget_if_empty(namespace.name)
 
 
 def expire(core: Core, now_s: float) -> None:

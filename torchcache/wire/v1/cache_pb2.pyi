@@ -7,6 +7,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class AheadState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    AHEAD_STATE_HERE: _ClassVar[AheadState]
+    AHEAD_STATE_COMING: _ClassVar[AheadState]
+    AHEAD_STATE_LATER: _ClassVar[AheadState]
+    AHEAD_STATE_READ: _ClassVar[AheadState]
+    AHEAD_STATE_FAILED: _ClassVar[AheadState]
+
 class SaveState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SAVE_STATE_UNSPECIFIED: _ClassVar[SaveState]
@@ -14,6 +22,11 @@ class SaveState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SAVE_STATE_COMMITTED: _ClassVar[SaveState]
     SAVE_STATE_DURABLE: _ClassVar[SaveState]
     SAVE_STATE_FAILED: _ClassVar[SaveState]
+AHEAD_STATE_HERE: AheadState
+AHEAD_STATE_COMING: AheadState
+AHEAD_STATE_LATER: AheadState
+AHEAD_STATE_READ: AheadState
+AHEAD_STATE_FAILED: AheadState
 SAVE_STATE_UNSPECIFIED: SaveState
 SAVE_STATE_RESERVED: SaveState
 SAVE_STATE_COMMITTED: SaveState
@@ -153,7 +166,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "filled_chunks", "filled_bytes", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces", "spare_bytes", "dead_bytes", "overhead_bytes", "free_bytes", "recycled_segments", "compacted_bytes", "expired_chunks", "scrubbed_bytes", "scrub_rounds", "damaged_kept", "disk_errors", "out_of_service", "local_chunks", "local_bytes")
+    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "filled_chunks", "filled_bytes", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces", "spare_bytes", "dead_bytes", "overhead_bytes", "free_bytes", "recycled_segments", "compacted_bytes", "expired_chunks", "scrubbed_bytes", "scrub_rounds", "damaged_kept", "disk_errors", "out_of_service", "local_chunks", "local_bytes", "orders")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STORE_PATH_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +201,7 @@ class StatusReply(_message.Message):
     OUT_OF_SERVICE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
     info: InfoReply
     store_path: str
     uptime_s: float
@@ -222,19 +236,122 @@ class StatusReply(_message.Message):
     out_of_service: str
     local_chunks: int
     local_bytes: int
-    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., filled_chunks: _Optional[int] = ..., filled_bytes: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., spare_bytes: _Optional[int] = ..., dead_bytes: _Optional[int] = ..., overhead_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., recycled_segments: _Optional[int] = ..., compacted_bytes: _Optional[int] = ..., expired_chunks: _Optional[int] = ..., scrubbed_bytes: _Optional[int] = ..., scrub_rounds: _Optional[int] = ..., damaged_kept: _Optional[int] = ..., disk_errors: _Optional[int] = ..., out_of_service: _Optional[str] = ..., local_chunks: _Optional[int] = ..., local_bytes: _Optional[int] = ...) -> None: ...
+    orders: _containers.RepeatedCompositeFieldContainer[OrderStatus]
+    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., filled_chunks: _Optional[int] = ..., filled_bytes: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., spare_bytes: _Optional[int] = ..., dead_bytes: _Optional[int] = ..., overhead_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., recycled_segments: _Optional[int] = ..., compacted_bytes: _Optional[int] = ..., expired_chunks: _Optional[int] = ..., scrubbed_bytes: _Optional[int] = ..., scrub_rounds: _Optional[int] = ..., damaged_kept: _Optional[int] = ..., disk_errors: _Optional[int] = ..., out_of_service: _Optional[str] = ..., local_chunks: _Optional[int] = ..., local_bytes: _Optional[int] = ..., orders: _Optional[_Iterable[_Union[OrderStatus, _Mapping]]] = ...) -> None: ...
+
+class OrderStatus(_message.Message):
+    __slots__ = ("namespace", "order", "epoch", "position", "length", "chunks", "ahead_bytes", "coming_chunks", "fetched_bytes", "left_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMING_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    order: str
+    epoch: int
+    position: int
+    length: int
+    chunks: int
+    ahead_bytes: int
+    coming_chunks: int
+    fetched_bytes: int
+    left_s: float
+    def __init__(self, namespace: _Optional[str] = ..., order: _Optional[str] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., length: _Optional[int] = ..., chunks: _Optional[int] = ..., ahead_bytes: _Optional[int] = ..., coming_chunks: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., left_s: _Optional[float] = ...) -> None: ...
 
 class ReportUseRequest(_message.Message):
-    __slots__ = ("namespaces", "chunks", "bytes")
+    __slots__ = ("namespaces", "chunks", "bytes", "marks")
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    MARKS_FIELD_NUMBER: _ClassVar[int]
     namespaces: _containers.RepeatedScalarFieldContainer[str]
     chunks: int
     bytes: int
-    def __init__(self, namespaces: _Optional[_Iterable[str]] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    marks: bytes
+    def __init__(self, namespaces: _Optional[_Iterable[str]] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., marks: _Optional[bytes] = ...) -> None: ...
 
 class ReportUseReply(_message.Message):
+    __slots__ = ("wants_marks",)
+    WANTS_MARKS_FIELD_NUMBER: _ClassVar[int]
+    wants_marks: bool
+    def __init__(self, wants_marks: bool = ...) -> None: ...
+
+class TellOrderRequest(_message.Message):
+    __slots__ = ("namespace", "order", "epoch", "length", "total", "first", "marks", "positions", "running")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    MARKS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    order: str
+    epoch: int
+    length: int
+    total: int
+    first: int
+    marks: bytes
+    positions: bytes
+    running: bool
+    def __init__(self, namespace: _Optional[str] = ..., order: _Optional[str] = ..., epoch: _Optional[int] = ..., length: _Optional[int] = ..., total: _Optional[int] = ..., first: _Optional[int] = ..., marks: _Optional[bytes] = ..., positions: _Optional[bytes] = ..., running: bool = ...) -> None: ...
+
+class TellOrderReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StageAheadRequest(_message.Message):
+    __slots__ = ("namespace", "order", "epoch", "objects", "object", "chunk", "position", "running")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    order: str
+    epoch: int
+    objects: _containers.RepeatedCompositeFieldContainer[ObjectRef]
+    object: _containers.RepeatedScalarFieldContainer[int]
+    chunk: _containers.RepeatedScalarFieldContainer[int]
+    position: _containers.RepeatedScalarFieldContainer[int]
+    running: int
+    def __init__(self, namespace: _Optional[str] = ..., order: _Optional[str] = ..., epoch: _Optional[int] = ..., objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., object: _Optional[_Iterable[int]] = ..., chunk: _Optional[_Iterable[int]] = ..., position: _Optional[_Iterable[int]] = ..., running: _Optional[int] = ...) -> None: ...
+
+class StageAheadReply(_message.Message):
+    __slots__ = ("known", "epoch", "position", "ahead_bytes", "state", "errors")
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    known: bool
+    epoch: int
+    position: int
+    ahead_bytes: int
+    state: _containers.RepeatedScalarFieldContainer[AheadState]
+    errors: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, known: bool = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., ahead_bytes: _Optional[int] = ..., state: _Optional[_Iterable[_Union[AheadState, str]]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ForgetOrderRequest(_message.Message):
+    __slots__ = ("namespace", "order")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    order: str
+    def __init__(self, namespace: _Optional[str] = ..., order: _Optional[str] = ...) -> None: ...
+
+class ForgetOrderReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

@@ -49,6 +49,21 @@ class ControlStub(object):
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseRequest.SerializeToString,
                 response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseReply.FromString,
                 _registered_method=True)
+        self.TellOrder = channel.unary_unary(
+                '/torchcache.v1.Control/TellOrder',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.TellOrderRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.TellOrderReply.FromString,
+                _registered_method=True)
+        self.StageAhead = channel.unary_unary(
+                '/torchcache.v1.Control/StageAhead',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.StageAheadRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.StageAheadReply.FromString,
+                _registered_method=True)
+        self.ForgetOrder = channel.unary_unary(
+                '/torchcache.v1.Control/ForgetOrder',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ForgetOrderRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ForgetOrderReply.FromString,
+                _registered_method=True)
         self.ListObjects = channel.unary_unary(
                 '/torchcache.v1.Control/ListObjects',
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ListRequest.SerializeToString,
@@ -182,6 +197,24 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportUse(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TellOrder(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StageAhead(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetOrder(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -342,6 +375,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.ReportUse,
                     request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseRequest.FromString,
                     response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseReply.SerializeToString,
+            ),
+            'TellOrder': grpc.unary_unary_rpc_method_handler(
+                    servicer.TellOrder,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.TellOrderRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.TellOrderReply.SerializeToString,
+            ),
+            'StageAhead': grpc.unary_unary_rpc_method_handler(
+                    servicer.StageAhead,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.StageAheadRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.StageAheadReply.SerializeToString,
+            ),
+            'ForgetOrder': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetOrder,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ForgetOrderRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ForgetOrderReply.SerializeToString,
             ),
             'ListObjects': grpc.unary_unary_rpc_method_handler(
                     servicer.ListObjects,
@@ -540,6 +588,87 @@ class Control(object):
             '/torchcache.v1.Control/ReportUse',
             torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseRequest.SerializeToString,
             torchcache_dot_wire_dot_v1_dot_cache__pb2.ReportUseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TellOrder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/TellOrder',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.TellOrderRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.TellOrderReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StageAhead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/StageAhead',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.StageAheadRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.StageAheadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetOrder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/ForgetOrder',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.ForgetOrderRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.ForgetOrderReply.FromString,
             options,
             channel_credentials,
             insecure,
