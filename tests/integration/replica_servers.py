@@ -62,7 +62,7 @@ class ReplicaServers:
         lease_s: float = LEASE_S,
         more: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._folder = folder
+        self.folder = folder
         self._environment = more
         self._starter = starter or PlainStarter()
         self._ports = [free_port(beside=1) for _ in range(count)]
@@ -76,7 +76,7 @@ class ReplicaServers:
     def __enter__(self) -> ReplicaServers:
         for number in range(len(self._ports)):
             self.start(number)
-        self.token = (self._folder / "token").read_text().strip()
+        self.token = (self.folder / "token").read_text().strip()
         self.pool = self.connect()
         self.ids = {status.address: status.server_id for status in self.pool.status()}
         return self
@@ -116,10 +116,10 @@ class ReplicaServers:
             return pool.unreachable()
 
     def store(self, number: int) -> Path:
-        return self._folder / f"store-{number}"
+        return self.folder / f"store-{number}"
 
     def log(self, number: int) -> Path:
-        return self._folder / f"server-{number}.log"
+        return self.folder / f"server-{number}.log"
 
     def end(self, number: int, how: signal.Signals = signal.SIGKILL) -> int | None:
         return self._lives.pop(number).end(how)

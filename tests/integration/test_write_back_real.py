@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from torchcache_server.understore import UnderStore, create
 from write_back_parts import KEY, Server, assert_published, lies_there, shard, soon
 
 from examples.seaweedfs import SeaweedFS
-from torchcache.errors import AlreadyExists, NotCommitted
+from torchcache.errors import AlreadyExists, NotCommitted, Overloaded
 from torchcache.model import CHUNK_BYTES, ByteRange, ChunkId, ObjectId
 
 CHILD = Path(__file__).with_name("write_back_child.py")
@@ -150,6 +152,29 @@ class TestS3(SavesConformance):
         under_store = create("under", f"s3://{s3.make_bucket()}/prefix")
         yield under_store
         under_store.close()
+
+
+def test_saves_wait_while_too_much_waits_for_its_upload(tmp_path: Path) -> None:
+    """F35"""
+    (tmp_path / "files").mkdir()
+    in_the_way = tmp_path / "files" / KEY.path / "__0_0.distcp" / "in the way"
+    in_the_way.mkdir(parents=True)
+    under_store, other = create("under", f"file://{tmp_path}/files"), SaveKey("under", "run/step-2")
+    with closing(Server(tmp_path / "a", under_store, lease_s=30.0, max_pending_bytes=1024)) as server:
+        server.save("first")
+        reserve = partial(server.write_back.reserve, other, "second", writer="w", overwrite=False)
+        with pytest.raises(Overloaded, match="wait for their upload, 1024 may"):
+            reserve(deadline=time.monotonic() + 0.05)
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(reserve, deadline=soon())
+            in_the_way.rmdir()
+            in_the_way.parent.rmdir()
+            server.write_back.retry_failed()
+            assert waiting.result(60) == 30.0
+        reserve(deadline=soon())  # one that is begun goes on, whatever waits meanwhile
+        server.put("second", other)
+        server.commit("second", other)
+        assert server.write_back.drain(60) == []
 
 
 def test_a_server_killed_again_and_again_loses_nothing_it_acknowledged(tmp_path: Path) -> None:

@@ -29,11 +29,23 @@ def shard(save_id: str, size: int) -> bytes:
 class Server:
     """The server's write-back on a store of its own, and the little of a client that the saves need."""
 
-    def __init__(self, folder: Path, under_store: UnderStore, *, lease_s: float = 0.5) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        under_store: UnderStore,
+        *,
+        lease_s: float = 0.5,
+        max_pending_bytes: int | None = None,
+    ) -> None:
         self.store = Store(folder, capacity_bytes=256 * 1024 * 1024)
         self.under_store = under_store
         self.write_back = WriteBack(
-            self.store, {"under": under_store}, upload_threads=2, lease_s=lease_s, retry_s=0.05
+            self.store,
+            {"under": under_store},
+            upload_threads=2,
+            lease_s=lease_s,
+            retry_s=0.05,
+            max_pending_bytes=max_pending_bytes,
         )
 
     def close(self) -> None:

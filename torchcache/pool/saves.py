@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 CALL_S: Final = 60.0
 """A reservation may wait for another's lease to run out."""
 
+RESERVE_S: Final = 300.0
+"""A save waits for so long until uploads of earlier ones have made room."""
+
 HOLD_S: Final = 10.0
 DELETE_WAIT_S: Final = 20.0
 """How long one call waits for a deletion before it is asked again."""
@@ -108,7 +111,7 @@ class Saves:
         wanted = replicas_wanted(replicas, members, embedded=self._session.source.embedded)
         key = folder_key(ref.store, ref.path)
         request = cache_pb2.ReserveSaveRequest(save=ref, overwrite=overwrite, writer=writer)
-        asked = self._session.ask("ReserveSave", request, key=key, timeout_s=CALL_S)
+        asked = self._session.ask("ReserveSave", request, key=key, timeout_s=RESERVE_S)
         return Reservation(
             lease_s=asked.reply.lease_s,
             servers=holders(self._session, key, asked.member.server_id, wanted),

@@ -22,6 +22,7 @@ from typing import Final
 
 from torchcache.errors import (
     IntegrityError,
+    Overloaded,
     ServerUnavailable,
     TorchCacheError,
     TransientError,
@@ -53,14 +54,18 @@ _LONGEST_RETRY_S: Final = 10.0
 _MEND_S: Final = 60.0
 """An upload that failed for a reason that a changed setting may mend is tried so often."""
 _CLOSE_S: Final = 10.0
+_UPLOADS_S: Final = 5.0
+"""How long one call waits for uploads: the client calls again, and other calls want the thread."""
+_LOOK_S: Final = 0.2
 
 
 class WriteBack:
     """Saves and published objects of one server. Thread-safe; runs its own threads until `close`.
 
     `lease_s`: a writer that hasn't renewed for so long may be taken for dead. `retry_s`: the pause after the first of
-    several failures in a row. `upload_threads` 0 runs no threads at all: a test calls `upload` and `tidy`. `clock` is
-    time.monotonic, or that and an offset.
+    several failures in a row. `max_pending_bytes`: with so many not uploaded yet, no further save is begun.
+    `upload_threads` 0 runs no threads at all: a test calls `upload` and `tidy`. `clock` is time.monotonic, or that and
+    an offset.
     """
 
     def __init__(
@@ -71,12 +76,14 @@ class WriteBack:
         upload_threads: int = 4,
         lease_s: float = 10.0,
         retry_s: float = 1.0,
+        max_pending_bytes: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._under_stores = dict(under_stores)
         self._lease_s = lease_s
         self._retry_s = retry_s
+        self._max_pending_bytes = max_pending_bytes
         self._clock = clock
         self._stopping = threading.Event()
         self._failures: dict[SaveKey, int] = {}
@@ -126,10 +133,35 @@ class WriteBack:
         again goes on with the wait.
         """
         key.validate()
+        self._wait_for_uploads(key, save_id, deadline)
         self._reservations.reserve(
             self._under_store(key.store), key, save_id, writer=writer, overwrite=overwrite, deadline=deadline
         )
         return self._lease_s
+
+    def _wait_for_uploads(self, key: SaveKey, save_id: str, deadline: float) -> None:
+        """Backpressure: raises Overloaded while too much waits for its upload. A save that is begun isn't held up."""
+        until = min(deadline, time.monotonic() + _UPLOADS_S)
+        slot = self._slots.find(key)
+        if slot is not None and slot.lease is not None and slot.lease.save_id == save_id:
+            return
+        while self._max_pending_bytes is not None and (held := self._held_bytes()) >= self._max_pending_bytes:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                raise Overloaded(
+                    f"{held} bytes of checkpoints wait for their upload, {self._max_pending_bytes} may: the storage is "
+                    "slower than the saves, or can't be reached; `torchcache checkpoint ls` says more",
+                    object=str(key),
+                )
+            with self._slots.changed:
+                self._slots.changed.wait(min(left_s, _LOOK_S))
+
+    def _held_bytes(self) -> int:
+        """Bytes that may not be evicted before they are uploaded, from here or by their owner."""
+        return sum(
+            slot.pending_bytes + sum(copy.save.total_bytes for copy in tuple(slot.copies.values()))
+            for slot in self._slots.all()
+        )
 
     def renew(self, key: SaveKey, save_id: str) -> float:
         """Keeps the reservation alive for another `lease_s`, which it returns.

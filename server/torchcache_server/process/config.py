@@ -67,6 +67,9 @@ class ServerConfig:
     scrub_bytes_s: int = DEFAULT_SCRUB_BYTES_S  # 0: no scrub
     min_free_bytes: int | None = None  # None: the store chooses
     lease_s: float = DEFAULT_LEASE_S  # the same for all servers of a pool
+    max_pending_bytes: int | None = (
+        None  # of checkpoints not uploaded yet; None: three quarters of the capacity
+    )
     embedded: Embedded | None = None
     join: RegistryAddress | None = None
     advertise: str | None = None  # the host by which others reach it; None: `host`
@@ -83,8 +86,7 @@ class ServerConfig:
             raise ConfigurationError(f"metrics port {self.metrics_port} does not exist")
         if not 0 <= self.drain_s <= 86_400:
             raise ConfigurationError(f"a drain of {self.drain_s} s: give 0 to 86400")
-        if not 0.1 <= self.lease_s <= 3600:
-            raise ConfigurationError(f"a lease of {self.lease_s} s: give 0.1 to 3600")
+        self._check_saves()
         if not 0 <= self.scrub_bytes_s <= MAX_SCRUB_BYTES_S:
             raise ConfigurationError(
                 f"a scrub rate of {self.scrub_bytes_s} bytes a second: give 0, for none, to 100GiB"
@@ -112,6 +114,14 @@ class ServerConfig:
         """The host by which others reach it."""
         return self.advertise if self.advertise is not None else self.host
 
+    def _check_saves(self) -> None:
+        if self.max_pending_bytes is not None and not 0 < self.max_pending_bytes <= self.capacity_bytes:
+            raise ConfigurationError(
+                f"{self.max_pending_bytes} bytes of checkpoints may wait for their upload: give 1 up to the capacity"
+            )
+        if not 0.1 <= self.lease_s <= 3600:
+            raise ConfigurationError(f"a lease of {self.lease_s} s: give 0.1 to 3600")
+
     @property
     def address(self) -> str:
         """Host and control port as asked for."""
@@ -132,9 +142,9 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
     """The configuration that `settings` describe: names and values as in the TOML file.
 
     listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, tls_client_ca, drain_s,
-    metrics_port, metrics_host, scrub_rate (bytes a second), min_free, lease_s, join, advertise, servers; an embedded
-    server has embedded (its pool's folder), index and idle_s in place of listen, store, join and servers. None is the
-    same as absent.
+    metrics_port, metrics_host, scrub_rate (bytes a second), min_free, lease_s, max_pending, join, advertise, servers;
+    an embedded server has embedded (its pool's folder), index and idle_s in place of listen, store, join and servers.
+    None is the same as absent.
 
     Raises ConfigurationError, also for a setting that doesn't exist.
     """
@@ -159,6 +169,7 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
         scrub_bytes_s=_size_or_zero(given, "scrub_rate", DEFAULT_SCRUB_BYTES_S),
         min_free_bytes=_size_or_zero(given, "min_free", 0) if "min_free" in given else None,
         lease_s=_number(given, "lease_s", DEFAULT_LEASE_S),
+        max_pending_bytes=parse_size(given["max_pending"]) if "max_pending" in given else None,
         embedded=embedded,
         join=RegistryAddress.parse(_text(given, "join")) if "join" in given else None,
         advertise=_text(given, "advertise") if "advertise" in given else None,
@@ -205,6 +216,7 @@ _SETTINGS: Final = (
     "scrub_rate",
     "min_free",
     "lease_s",
+    "max_pending",
     "join",
     "advertise",
     "servers",

@@ -89,6 +89,11 @@ _LOG = logging.getLogger(__name__)
     help="Who saves a checkpoint, or uploads it, and is silent for three times as long may be taken for dead. The same "
     "for all servers of a pool. [10]",
 )
+@click.option(
+    "--max-pending",
+    metavar="SIZE",
+    help="With so much of checkpoints not uploaded yet, no further save is begun. [three quarters of the capacity]",
+)
 @click.option("--metrics-port", metavar="PORT", type=int, help="Prometheus metrics.")
 @click.option(
     "--metrics-host",

@@ -82,7 +82,12 @@ class Server:
         closing.callback(store.close)
         read_through = ReadThrough(store, self._under_stores)
         closing.callback(read_through.close)
-        self._write_back = WriteBack(store, self._under_stores, lease_s=config.lease_s)
+        self._write_back = WriteBack(
+            store,
+            self._under_stores,
+            lease_s=config.lease_s,
+            max_pending_bytes=config.max_pending_bytes or config.capacity_bytes * 3 // 4,
+        )
         closing.callback(self._write_back.close)
         maintenance = Maintenance(
             store, scrub_bytes_s=config.scrub_bytes_s, busy=lambda: self._admission.streams > 0

@@ -36,6 +36,7 @@ def split(config: ServerConfig) -> list[ServerConfig]:
             port=config.port + PORTS_EACH * i,
             store=config.store / folder(i),
             capacity_bytes=config.capacity_bytes // count,
+            max_pending_bytes=config.max_pending_bytes and max(1, config.max_pending_bytes // count),
             scrub_bytes_s=-(-config.scrub_bytes_s // count),
             # 0 takes a free port, for each server another.
             metrics_port=config.metrics_port + i if config.metrics_port else config.metrics_port,
@@ -64,6 +65,8 @@ def arguments(config: ServerConfig) -> Iterator[str]:
         yield from ("--under-store", f"{name}={uri}")
     yield from ("--token-file", str(config.token_file), "--drain-s", str(config.drain_s))
     yield from ("--lease-s", str(config.lease_s))
+    if config.max_pending_bytes is not None:
+        yield from ("--max-pending", str(config.max_pending_bytes))
     yield from ("--scrub-rate", str(config.scrub_bytes_s))
     if config.tls is not None:
         yield from ("--tls-cert", str(config.tls.certificate), "--tls-key", str(config.tls.key))
