@@ -13,10 +13,9 @@ from typing import Final, Protocol
 import grpc
 
 from torchcache.environment import CREDENTIAL_VARIABLES
-from torchcache.errors import ConfigurationError, NotCommitted
+from torchcache.errors import ConfigurationError
 from torchcache.model import ChunkId, ObjectInfo
 from torchcache.save_names import KEPT_PREFIXES
-from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import encode_error
 from torchcache.wire.v1 import cache_pb2 as pb
 from torchcache.wire.v1 import cache_pb2_grpc
@@ -24,14 +23,13 @@ from torchcache_server.cache.ahead import Ahead, StageAhead
 from torchcache_server.cache.policies import Policies
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.stage import resident_bytes, stage
-from torchcache_server.cache.write_back import SaveKey, SaveStatus, WriteBack
+from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.store import NamespaceUsage, Store
-from torchcache_server.understore import UnderStore, choose
+from torchcache_server.understore import UnderStore
 
+from .calls import deadline_of, remaining_s
 from .counters import ServiceCounters
 from .requests import (
-    DEFAULT_CALL_S,
-    MAX_CALL_S,
     dataset_name,
     namespace_name,
     object_infos,
@@ -42,22 +40,12 @@ from .requests import (
     save_id,
     timeout,
     told_piece,
-    under_store_name,
     wanted_ahead,
 )
+from .saves import SaveCalls
 
 MAX_PAGE: Final = 1000
 """Objects in a page of a listing: as many as S3 gives at once, and within the bound of a control message."""
-
-MAX_READER_CHARACTERS: Final = 200
-MAX_REPLICAS: Final = 64
-
-_STATES: Final = {
-    "reserved": pb.SAVE_STATE_RESERVED,
-    "committed": pb.SAVE_STATE_COMMITTED,
-    "durable": pb.SAVE_STATE_DURABLE,
-    "failed": pb.SAVE_STATE_FAILED,
-}
 
 
 class CredentialsSink(Protocol):
@@ -79,7 +67,7 @@ class ServerFacts:
     started_s: float  # time.monotonic()
 
 
-class ControlService(cache_pb2_grpc.ControlServicer):
+class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
     """Translates; the interceptor has checked the token, and turns what is raised here into status."""
 
     def __init__(
@@ -224,23 +212,23 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             request.prefix,
             start_after=request.start_after,
             limit=min(request.limit, MAX_PAGE) if request.limit > 0 else MAX_PAGE,
-            deadline=_deadline(context),
+            deadline=deadline_of(context),
         )
         return pb.ListReply(objects=[_ref(o) for o in page.objects], truncated=page.truncated)
 
     def StatObject(self, request: pb.StatRequest, context: grpc.ServicerContext) -> pb.ObjectRef:
         under_store = self._under_store(request.store)
-        return _ref(under_store.stat(object_key(request.key), deadline=_deadline(context)))
+        return _ref(under_store.stat(object_key(request.key), deadline=deadline_of(context)))
 
     def DeleteObject(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteReply:
-        self._under_store(request.store).delete(object_key(request.key), deadline=_deadline(context))
+        self._under_store(request.store).delete(object_key(request.key), deadline=deadline_of(context))
         return pb.DeleteReply()
 
     def Stage(self, request: pb.StageRequest, context: grpc.ServicerContext) -> pb.StageReply:
         if not request.namespace or request.namespace.startswith(KEPT_PREFIXES):
             raise ConfigurationError(f"objects can't be staged into the namespace {request.namespace!r}")
         objects = object_infos(request.objects)
-        errors = stage(self._read_through, request.namespace, objects, deadline=_deadline(context))
+        errors = stage(self._read_through, request.namespace, objects, deadline=deadline_of(context))
         return pb.StageReply(errors=[encode_error(error) if error else "" for error in errors])
 
     def GetResidency(self, request: pb.ResidencyRequest, context: grpc.ServicerContext) -> pb.ResidencyReply:
@@ -261,7 +249,7 @@ class ControlService(cache_pb2_grpc.ControlServicer):
             save_id(request.write_id),
             request.size,
             create_only=request.create_only,
-            wait_s=min(timeout(request.wait_s), _remaining_s(context)),
+            wait_s=min(timeout(request.wait_s), remaining_s(context)),
         )
         return pb.PublishReply(done=False) if info is None else pb.PublishReply(done=True, object=_ref(info))
 
@@ -300,141 +288,6 @@ class ControlService(cache_pb2_grpc.ControlServicer):
     ) -> pb.AbandonWriteReply:
         self._store.abandon_write(request.write_id)
         return pb.AbandonWriteReply()
-
-    # ---- saves ----
-
-    def ReserveSave(self, request: pb.ReserveSaveRequest, context: grpc.ServicerContext) -> pb.LeaseReply:
-        lease_s = self._write_back.reserve(
-            self._save_key(request.save),
-            save_id(request.save.save_id),
-            writer=request.writer,
-            overwrite=request.overwrite,
-            deadline=_deadline(context),
-        )
-        replaceable = self._write_back.replaceable(self._save_key(request.save))
-        return pb.LeaseReply(lease_s=lease_s, replaceable=replaceable)
-
-    def RenewSave(self, request: pb.RenewSaveRequest, context: grpc.ServicerContext) -> pb.LeaseReply:
-        return pb.LeaseReply(
-            lease_s=self._write_back.renew(self._save_key(request.save), save_id(request.save.save_id))
-        )
-
-    def CommitSave(self, request: pb.CommitSaveRequest, context: grpc.ServicerContext) -> pb.SaveReply:
-        status = self._write_back.commit(
-            self._save_key(request.save),
-            save_id(request.save.save_id),
-            [(object_key(file.name), file.size) for file in request.files],
-            request.metadata,
-            request.manifest,
-            replicas=min(max(1, request.replicas), MAX_REPLICAS),
-            deadline=_deadline(context),
-        )
-        return save_reply(status)
-
-    def PrepareCopy(
-        self, request: pb.PrepareCopyRequest, context: grpc.ServicerContext
-    ) -> pb.PrepareCopyReply:
-        self._write_back.prepare_copy(
-            self._save_key(request.save),
-            save_id(request.save.save_id),
-            [(object_key(file.name), file.size) for file in request.files],
-            request.metadata,
-            request.manifest,
-            replaceable=list(request.replaceable),
-            overwrite=request.overwrite,
-            writer=request.writer,
-            owner=request.owner,
-            deadline=_deadline(context),
-        )
-        return pb.PrepareCopyReply()
-
-    def ConfirmCopy(
-        self, request: pb.ConfirmCopyRequest, context: grpc.ServicerContext
-    ) -> pb.ConfirmCopyReply:
-        self._write_back.confirm_copy(
-            self._save_key(request.save),
-            save_id(request.save.save_id),
-            committed_unix_s=request.committed_unix_s,
-            replicas=min(max(1, request.replicas), MAX_REPLICAS),
-            deadline=_deadline(context),
-        )
-        return pb.ConfirmCopyReply()
-
-    def DropCopy(self, request: pb.DropCopyRequest, context: grpc.ServicerContext) -> pb.DropCopyReply:
-        self._write_back.drop_copy(
-            self._save_key(request.save),
-            save_id(request.save.save_id) if request.save.save_id else "",
-            deadline=_deadline(context),
-        )
-        return pb.DropCopyReply()
-
-    def AbandonSave(
-        self, request: pb.AbandonSaveRequest, context: grpc.ServicerContext
-    ) -> pb.AbandonSaveReply:
-        self._write_back.abandon(self._save_key(request.save), save_id(request.save.save_id))
-        return pb.AbandonSaveReply()
-
-    def DeleteSave(self, request: pb.DeleteSaveRequest, context: grpc.ServicerContext) -> pb.DeleteSaveReply:
-        done = self._write_back.delete(
-            self._save_key(request.save),
-            save_id(request.save.save_id) if request.save.save_id else "",
-            deadline=_deadline(context),
-            wait_s=min(timeout(request.wait_s), _remaining_s(context)),
-        )
-        return pb.DeleteSaveReply(done=done)
-
-    def HoldSave(self, request: pb.HoldSaveRequest, context: grpc.ServicerContext) -> pb.LeaseReply:
-        key, reader_id = self._save_key(request.save), save_id(request.reader_id)
-        if request.release:
-            self._write_back.release(key, reader_id)
-            return pb.LeaseReply()
-        lease_s = self._write_back.hold(
-            key, save_id(request.save.save_id), reader_id, request.reader[:MAX_READER_CHARACTERS]
-        )
-        return pb.LeaseReply(lease_s=lease_s)
-
-    def GetSave(self, request: pb.GetSaveRequest, context: grpc.ServicerContext) -> pb.SaveReply:
-        key = self._save_key(pb.SaveRef(store=request.store, path=request.path, part=request.part))
-        deadline = _deadline(context)
-        try:
-            status = self._write_back.get(key, deadline=deadline, check_claim=request.check_claim)
-        except NotCommitted:
-            holder = self._write_back.holder(key, deadline=deadline) if request.check_claim else ""
-            if not holder:
-                raise
-            return pb.SaveReply(holder=holder)
-        return save_reply(status, manifest=not request.without_manifest)
-
-    def ListSaves(self, request: pb.ListSavesRequest, context: grpc.ServicerContext) -> pb.ListSavesReply:
-        self._under_store(request.store)
-        found = self._write_back.list(request.store, request.prefix, deadline=_deadline(context))
-        return pb.ListSavesReply(saves=[save_reply(status, manifest=False) for status in found])
-
-    # ---- the parts of it ----
-
-    def _under_store(self, name: str) -> UnderStore:
-        return choose(self._under_stores, under_store_name(name))
-
-    def _save_key(self, ref: pb.SaveRef) -> SaveKey:
-        self._under_store(ref.store)
-        return SaveKey(ref.store, object_key(ref.path), ref.part)
-
-
-def save_reply(status: SaveStatus, *, manifest: bool = True) -> pb.SaveReply:
-    """A save's status on the wire."""
-    key = status.key
-    return pb.SaveReply(
-        save=pb.SaveRef(store=key.store, path=key.path, part=key.part, save_id=status.save_id),
-        state=_STATES[status.state],
-        manifest=status.manifest if manifest and len(status.manifest) <= MAX_INLINE_BYTES else b"",
-        pending_bytes=status.pending_bytes,
-        total_bytes=status.total_bytes,
-        error=encode_error(status.error) if status.error else "",
-        committed_unix_s=status.committed_unix_s,
-        durable_unix_s=status.durable_unix_s,
-        replicas=status.replicas,
-        superseded=status.superseded,
-    )
 
 
 def sized(store: Store, info: ObjectInfo) -> ObjectInfo:
@@ -495,12 +348,3 @@ def _counters(under_store: UnderStore) -> pb.UnderStoreCounters:
         meta_requests=counted.meta_requests,
         retries=counted.retries,
     )
-
-
-def _remaining_s(context: grpc.ServicerContext) -> float:
-    remaining_s: float | None = context.time_remaining()
-    return DEFAULT_CALL_S if remaining_s is None else min(remaining_s, MAX_CALL_S)
-
-
-def _deadline(context: grpc.ServicerContext) -> float:
-    return time.monotonic() + _remaining_s(context)
