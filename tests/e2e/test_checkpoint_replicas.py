@@ -191,12 +191,15 @@ def damage(store: Path) -> None:
         file.write(bytes([byte ^ 16]))
 
 
-def test_a_bit_of_one_copy_flips(servers: ReplicaServers, gate: UploadGate, uri: str) -> None:
+def test_a_bit_of_one_copy_flips(
+    servers: ReplicaServers, gate: UploadGate, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is read from the other, and uploaded from there."""
     owner, _ = acknowledged(servers, gate, uri)
     servers.end(owner)
     damage(servers.store(owner))
     servers.start(owner)
     assert_loads(servers, uri)
+    assert f"is damaged at {servers.addresses[owner]}: another copy is read" in caplog.text
     assert_durable(servers, gate, uri)
     wait_until(lambda: kept(servers) == [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -17,6 +18,8 @@ from torchcache.pool.buffers import allocate, targets
 from torchcache.pool.retry import Retry
 from torchcache.pool.routing import Part, advance, check_extents, next_step, placed, streams
 from torchcache.pool.session import Session
+
+_log = logging.getLogger(__name__)
 
 CALL_EXTENTS: Final = 16_384
 """Extents in one call. Well below what a server takes."""
@@ -177,6 +180,9 @@ class Reading:
             if part.suspect and isinstance(outcome, IntegrityError):
                 part.damage = outcome
             step = next_step(part, outcome)
+            if step == "next" and isinstance(outcome, IntegrityError):
+                address = self._members.by_id[part.server].address
+                _log.warning("%s is damaged at %s: another copy is read", part.extent.object.id, address)
             if step == "final" or time.monotonic() >= self._deadline:
                 absent = isinstance(outcome, NotResident)
                 self._outcomes[part.number] = part.damage if absent and part.damage else outcome

@@ -22,7 +22,6 @@ from typing import Final
 
 from torchcache.errors import (
     IntegrityError,
-    Overloaded,
     ServerUnavailable,
     TorchCacheError,
     TransientError,
@@ -35,6 +34,7 @@ from torchcache_server.cache.commits import Commits
 from torchcache_server.cache.copies import Copies, new_copy
 from torchcache_server.cache.deletions import Deletions
 from torchcache_server.cache.orphans import Orphans
+from torchcache_server.cache.pending import Pending
 from torchcache_server.cache.publish import Publisher
 from torchcache_server.cache.readers import Readers
 from torchcache_server.cache.reservations import Reservations
@@ -54,9 +54,6 @@ _LONGEST_RETRY_S: Final = 10.0
 _MEND_S: Final = 60.0
 """An upload that failed for a reason that a changed setting may mend is tried so often."""
 _CLOSE_S: Final = 10.0
-_UPLOADS_S: Final = 5.0
-"""How long one call waits for uploads: the client calls again, and other calls want the thread."""
-_LOOK_S: Final = 0.2
 
 
 class WriteBack:
@@ -83,11 +80,11 @@ class WriteBack:
         self._under_stores = dict(under_stores)
         self._lease_s = lease_s
         self._retry_s = retry_s
-        self._max_pending_bytes = max_pending_bytes
         self._clock = clock
         self._stopping = threading.Event()
         self._failures: dict[SaveKey, int] = {}
         self._slots = Slots(store)
+        self._pending = Pending(self._slots, most_bytes=max_pending_bytes)
         self._claims = ClaimBook(store.server_id, lease_s=lease_s, clock=clock)
         self._reservations = Reservations(self._slots, self._claims, lease_s=lease_s, clock=clock)
         self._commits = Commits(store, self._slots, self._claims, lease_s=lease_s)
@@ -133,35 +130,11 @@ class WriteBack:
         again goes on with the wait.
         """
         key.validate()
-        self._wait_for_uploads(key, save_id, deadline)
+        self._pending.wait_for_room(key, save_id, deadline=deadline)
         self._reservations.reserve(
             self._under_store(key.store), key, save_id, writer=writer, overwrite=overwrite, deadline=deadline
         )
         return self._lease_s
-
-    def _wait_for_uploads(self, key: SaveKey, save_id: str, deadline: float) -> None:
-        """Backpressure: raises Overloaded while too much waits for its upload. A save that is begun isn't held up."""
-        until = min(deadline, time.monotonic() + _UPLOADS_S)
-        slot = self._slots.find(key)
-        if slot is not None and slot.lease is not None and slot.lease.save_id == save_id:
-            return
-        while self._max_pending_bytes is not None and (held := self._held_bytes()) >= self._max_pending_bytes:
-            left_s = until - time.monotonic()
-            if left_s <= 0:
-                raise Overloaded(
-                    f"{held} bytes of checkpoints wait for their upload, {self._max_pending_bytes} may: the storage is "
-                    "slower than the saves, or can't be reached; `torchcache checkpoint ls` says more",
-                    object=str(key),
-                )
-            with self._slots.changed:
-                self._slots.changed.wait(min(left_s, _LOOK_S))
-
-    def _held_bytes(self) -> int:
-        """Bytes that may not be evicted before they are uploaded, from here or by their owner."""
-        return sum(
-            slot.pending_bytes + sum(copy.save.total_bytes for copy in tuple(slot.copies.values()))
-            for slot in self._slots.all()
-        )
 
     def renew(self, key: SaveKey, save_id: str) -> float:
         """Keeps the reservation alive for another `lease_s`, which it returns.
@@ -330,18 +303,11 @@ class WriteBack:
     @property
     def pending_bytes(self) -> int:
         """Bytes that are acknowledged or being published, and not in the under-store yet."""
-        return sum(slot.pending_bytes for slot in self._slots.all()) + self._publisher.pending_bytes
+        return self._pending.bytes + self._publisher.pending_bytes
 
     def counts(self) -> dict[str, int]:
         """How many saves this server holds in each state. "copy": of those that another server owns."""
-        counts = dict.fromkeys(("saving", "cached", "replicated", "durable", "failed", "copy"), 0)
-        for slot in self._slots.all():
-            counts["copy"] += len(slot.copies)
-            counts["saving"] += slot.lease is not None
-            if slot.save is not None:
-                in_pool = "replicated" if slot.save.replicas > 1 else "cached"
-                counts[in_pool if slot.save.state == "committed" else slot.save.state] += 1
-        return counts
+        return self._pending.counts()
 
     def retry_failed(self) -> None:
         """Tries what failed or waits at once: a setting was changed."""
