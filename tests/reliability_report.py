@@ -48,13 +48,20 @@ FAULTS: Final = {
     "F13": "EIO on fsync",
     "F14": "out of descriptors",
     "F15": "read-only disk, or gone",
+    "F19": "a server comes back with another's past",
+    "F21": "servers come and go while a checkpoint is saved",
+    "F30": "a commit that comes twice",
+    "F31": "two writers of one path",
+    "F32": "a rank, or the coordinator, dies in a save",
     "F34": "a shard of a checkpoint is damaged",
+    "F35": "more saves than uploads",
     "F36": "stopped while uploads wait",
+    "F37": "a server with a copy is lost before the upload",
     "F38": "eviction against readers and against what isn't durable",
     "F39": "a capacity below one segment",
     "F40": "a store of another format",
 }
-"""Those of the failure model that the store has to bear, by their numbers there."""
+"""Those of the failure model that the store and the saves have to bear, by their numbers there."""
 
 _NAMED: Final = 6  # tests by name in a row; more are counted
 

@@ -1,0 +1,64 @@
+"""The ranks of test_rank_kills.py: each saves one checkpoint after the other until it is killed.
+
+Run by a fork server that has done the imports. Each says "begun <step> <attempt>" before and "saved <step> <attempt>"
+after each save, "failed <step> <attempt> <why>" where that raised, in one write each.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import torchcache as tc
+
+ROWS, COLUMNS = 512, 128
+WORLD = 2
+
+
+def content(step: int, attempt: int) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint as one process holds them: every element tells the step and the attempt at it."""
+    mark = step * 1000 + attempt
+    rows = torch.arange(ROWS * COLUMNS, dtype=torch.int64).reshape(ROWS, COLUMNS) + (mark << 32)
+    return {"rows": rows, "plain": torch.full((20_000,), mark, dtype=torch.int64)}
+
+
+def main(
+    rank: int, group: str, addresses: str, token: str, root: str, first: int, attempt: int, say: int
+) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{group}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    mesh = init_device_mesh("cpu", (WORLD,))
+    pool = tc.connect(addresses, token=token)
+
+    def tell(*words: object) -> None:
+        os.write(say, (" ".join(map(str, words)) + "\n").encode())
+
+    for step in range(first, first + 1000):
+        tensors = content(step, attempt)
+        state: dict[str, Any] = {
+            "rows": distribute_tensor(tensors["rows"], mesh, [Shard(0)]),
+            "plain": tensors["plain"],
+            "mark": step * 1000 + attempt,
+        }
+        tell("begun", step, attempt)
+        try:
+            dcp.save(
+                state, storage_writer=tc.CacheStorageWriter(f"{root}/step-{step}", pool=pool, overwrite=True)
+            )
+        except BaseException as error:
+            tell("failed", step, attempt, repr(error)[:300].replace("\n", " "))
+            time.sleep(0.05)
+        else:
+            tell("saved", step, attempt)
