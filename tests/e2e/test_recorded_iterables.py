@@ -208,3 +208,16 @@ def test_versions_and_wrong_arguments(make: Make, pool: tc.Pool, tmp_path: Path)
         tc.CachedDataset(source, pool=pool)
     named = tc.CachedIterableDataset(Squares(tmp_path / "log", count=3), pool=pool)
     assert [sample["n"] for sample in named] == [sample["n"] for sample in named] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("stop", [0, 1])
+def test_a_state_of_before_each_worker_began_goes_on(make: Make, stop: int) -> None:
+    """The loader asks its workers for a state when they start."""
+    stopped = StatefulDataLoader(make(), batch_size=4, num_workers=2)
+    iterator = iter(stopped)
+    front = [int(n) for _ in range(stop) for n in next(iterator)]
+    state = stopped.state_dict()
+    del iterator, stopped
+    resumed = StatefulDataLoader(make(), batch_size=4, num_workers=2)
+    resumed.load_state_dict(state)
+    assert sorted(front + numbers(resumed)) == list(range(COUNT))

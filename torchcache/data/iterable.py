@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchcache.connecting import connect
 from torchcache.data.formats import Format
+from torchcache.data.iterable_course import Course
 from torchcache.data.iterable_order import Order, OrderKey
 from torchcache.data.iterable_pass import Epoch, OnError, Pass, Sieve
 from torchcache.data.iterable_position import Rest, Split, Uneven
@@ -35,16 +34,7 @@ from torchcache.pool import Pool, Residency
 if TYPE_CHECKING:
     from torchcache.local_pool import LocalPool
 
-_log = logging.getLogger("torchcache")
-
 WINDOW: Final = 1000
-
-# Places in the memory that a dataset shares with its workers; the last are counts of what each worker skipped.
-_EPOCH, _SAID, _LOADS, _USED_BY, _WORKING, _SKIPPED = range(6)
-_SHARED: Final = 128
-
-Loaded = Left | Pass | RecordingPass | None
-"""What the next iteration goes on with."""
 
 
 class CachedIterableDataset(IterableDataset[Any]):
@@ -104,10 +94,7 @@ class CachedIterableDataset(IterableDataset[Any]):
         self._transform = transform
         self._recorder = self._set_up(source, format, connect(pool), name, version)
         self._shuffle = shuffle_of(shuffle, self._records.access if self._records else "records")
-        self._shared = torch.zeros(_SHARED, dtype=torch.int64)
-        self._shared.share_memory_()  # type: ignore[no-untyped-call]
-        self._loads = 0
-        self._loaded: Loaded = None
+        self._course = Course()
         self._begun: Pass | RecordingPass | None = None
 
     def _set_up(
@@ -150,22 +137,19 @@ class CachedIterableDataset(IterableDataset[Any]):
     @property
     def skipped(self) -> int:
         """Samples left out so far under `on_error="skip"`, by this process and its loader's workers."""
-        return int(self._shared[_SKIPPED:].sum())
+        return self._course.skipped
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch the next iteration is of: each has an order of its own. Persistent workers see it too.
 
         Of a state that was loaded for this epoch iteration goes on; one of another epoch is let go.
         """
-        self._shared[_EPOCH] = whole_number(epoch, "epoch", 0)
-        self._shared[_SAID] = 1
-        if isinstance(self._loaded, Left) and self._loaded.epoch != epoch:
-            self._loaded = None
+        self._course.say(whole_number(epoch, "epoch", 0))
 
     # ---- iterating ----
 
     def __iter__(self) -> Iterator[Any]:
-        if isinstance(self._loaded, RecordingPass) or not self._has_records():
+        if isinstance(self._course.loaded, RecordingPass) or not self._has_records():
             return self._record()
         self._begun = begun = self._begin(take=True)
         return self._samples(begun)
@@ -175,7 +159,7 @@ class CachedIterableDataset(IterableDataset[Any]):
         if self._records is None and self._recorder is not None:
             workers, worker = this_worker()
             self._records = self._recorder.soon_recorded(
-                self._split(workers), self._where()[1], worker, int(self._shared[_EPOCH])
+                self._split(workers), self._where()[1], worker, self._course.epoch
             )
         return self._records is not None
 
@@ -184,9 +168,9 @@ class CachedIterableDataset(IterableDataset[Any]):
         if self._recorder is None:
             raise TypeError("only an IterableDataset is recorded")
         workers, worker = this_worker()
-        loaded = self._taken()
+        loaded = self._course.taken()
         skip = loaded.count if isinstance(loaded, RecordingPass) else 0
-        epoch = loaded.number if isinstance(loaded, RecordingPass) else int(self._shared[_EPOCH])
+        epoch = loaded.number if isinstance(loaded, RecordingPass) else self._course.epoch
         begun = RecordingPass(number=epoch, split=self._split(workers), worker=worker, count=skip)
         self._begun = begun
         sieve = self._sieve(worker, lambda number: f"sample {number} of {self._recorder}")
@@ -195,11 +179,7 @@ class CachedIterableDataset(IterableDataset[Any]):
             yield from sieve.passed(begun.count - 1, sample, self._transform)
 
     def _samples(self, begun: Pass) -> Iterator[Any]:
-        if self._loads != int(self._shared[_LOADS]):
-            raise ConfigurationError(
-                "a state was loaded into the dataset when persistent workers had it already: load it before the "
-                "first iteration, or make a new DataLoader"
-            )
+        self._course.check_seen()
         epoch, records = begun.epoch, self._known()
         key = OrderKey(shuffle=self._shuffle, seed=epoch.seed, epoch=epoch.number, window=self._window)
         order = Order(records.blocks, key)
@@ -208,8 +188,7 @@ class CachedIterableDataset(IterableDataset[Any]):
             yield from sieve.passed(number, outcome, self._transform)
 
     def _sieve(self, worker: int, name: Callable[[int], str]) -> Sieve:
-        slot = _SKIPPED + worker % (_SHARED - _SKIPPED)
-        return Sieve(self._on_error, self._shared[slot : slot + 1], name)
+        return Sieve(self._on_error, self._course.skips_of(worker), name)
 
     def _known(self) -> Records:
         """The records there are. Raises ConfigurationError while nothing is recorded."""
@@ -225,34 +204,17 @@ class CachedIterableDataset(IterableDataset[Any]):
         """The pass that iteration would make now. With `take` it is made: what was loaded is used up."""
         workers, worker = this_worker()
         split, rank = self._split(workers), self._where()[1]
-        loaded = self._taken() if take else self._loaded
+        loaded = self._course.taken() if take else self._course.loaded
         if isinstance(loaded, Pass):
             return loaded
         left = (
             loaded
             if isinstance(loaded, Left)
-            else Left(epoch=int(self._shared[_EPOCH]), seed=self._seed, rest=Rest())
+            else Left(epoch=self._course.epoch, seed=self._seed, rest=Rest())
         )
         total = split.total(left.rest.left(self._known().count), self._uneven)
         epoch = Epoch(number=left.epoch, seed=left.seed, rest=left.rest, total=total, split=split)
         return Pass(epoch, rank, worker)
-
-    def _taken(self) -> Loaded:
-        """What was loaded, for the pass that begins; the next one begins anew."""
-        loaded, self._loaded = self._loaded, None
-        info = get_worker_info()
-        if info is None:
-            return loaded
-        self._shared[_WORKING] = 1
-        if isinstance(loaded, Left):
-            # The main process, and so the workers of the next pass, can't see that these have used it up. Workers of
-            # one pass have a seed in common.
-            this_pass = (info.seed - info.id) % (1 << 62) + 1
-            if not int(self._shared[_USED_BY]):
-                self._shared[_USED_BY] = this_pass
-            if int(self._shared[_USED_BY]) != this_pass:
-                return None
-        return loaded
 
     def _split(self, workers: int) -> Split:
         alone = self._records is None or self._records.access == "records"
@@ -273,15 +235,16 @@ class CachedIterableDataset(IterableDataset[Any]):
         """
         begun = self._begun
         if get_worker_info() is None:
-            if begun is None and int(self._shared[_WORKING]):
+            if begun is None and self._course.workers_know:
                 raise ConfigurationError(
                     "only the DataLoader's workers know the position: use torchdata's StatefulDataLoader and its "
                     "state_dict, or state_after(batches=...)"
                 )
-            if begun is not None and begun.number != int(self._shared[_EPOCH]):
+            if begun is not None and begun.number != self._course.epoch:
                 begun = None  # the next epoch has been said, and nothing of it read
         if isinstance(begun, RecordingPass) or (begun is None and self._records is None):
-            return (begun or RecordingPass(int(self._shared[_EPOCH]), self._split(1), 0)).state()
+            workers, worker = this_worker()
+            return (begun or RecordingPass(self._course.epoch, self._split(workers), worker)).state()
         return self._told(begun or self._begin())
 
     def state_after(self, *, batches: int, batch_size: int, num_workers: int) -> dict[str, Any]:
@@ -302,30 +265,9 @@ class CachedIterableDataset(IterableDataset[Any]):
         states = of_loader(state)
         in_worker = get_worker_info() is not None
         loaded = self._recording_pass(states) or self._pass_or_left(states, in_worker=in_worker)
-        self._loaded, self._begun = loaded, None
-        if self._is_let_go(loaded, in_worker=in_worker):
-            self._loaded = None
-        else:
-            self._shared[_EPOCH] = _epoch_number(loaded)
-        if not in_worker:
-            self._shared[_USED_BY] = 0
-            self._shared[_LOADS] += 1
-            self._loads = int(self._shared[_LOADS])
-
-    def _is_let_go(self, loaded: Left | Pass | RecordingPass, *, in_worker: bool) -> bool:
-        """Whether another epoch has been said, behind a state that is loaded only now.
-
-        A StatefulDataLoader hands on the state that it was given when it is iterated, and `set_epoch` has been called
-        by then. In the main process that can't be told from a state that is loaded later than an epoch was said; there
-        only one of which nothing is left is let go.
-        """
-        epoch, said = _epoch_number(loaded), int(self._shared[_EPOCH])
-        if not int(self._shared[_SAID]) or said == epoch:
-            return False
-        if not in_worker and not (isinstance(loaded, Left) and self._going_on(loaded).epoch.total == 0):
-            return False
-        _log.info("a state of epoch %d is let go, since set_epoch(%d) was called", epoch, said)
-        return True
+        self._begun = None
+        spent = isinstance(loaded, Left) and not in_worker and self._going_on(loaded).epoch.total == 0
+        self._course.load(loaded, spent=spent)
 
     def _recording_pass(self, states: Sequence[Mapping[str, Any]]) -> RecordingPass | None:
         """The pass of the wrapped dataset that goes on, if they are states of one."""
@@ -402,12 +344,3 @@ class CachedIterableDataset(IterableDataset[Any]):
         ranks, rank = self._where()
         replicas = (ranks, rank) if ranks > 1 else self._replicas
         return {**self.__dict__, "_begun": None, "_replicas": replicas}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if not self._shared.is_shared():  # type: ignore[no-untyped-call]  # a copy that is no worker's has workers of its own
-            self._shared.share_memory_()  # type: ignore[no-untyped-call]
-
-
-def _epoch_number(loaded: Left | Pass | RecordingPass) -> int:
-    return loaded.epoch if isinstance(loaded, Left) else loaded.number
