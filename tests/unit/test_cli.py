@@ -174,6 +174,41 @@ def test_status_shows_servers_and_under_stores(pool: MemoryPool, capsys: pytest.
     assert server["under_stores"][0]["read_requests"] == 7
 
 
+def test_watched_status_shows_what_happens_meanwhile(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at three times, away once: rates are of what came since the last look that was answered."""
+    [first] = pool.status()
+    later = dataclasses.replace(
+        first,
+        served_bytes=first.served_bytes + 6000,
+        local_bytes=first.local_bytes + 2000,
+        hits=first.hits + 3,
+    )
+    restarted = dataclasses.replace(later, instance="another", served_bytes=500)
+    looks = iter([[first], [later], None, [restarted]])
+    clock = iter([0.0, 0.0, 2.0, 4.0])
+
+    def look() -> list[Any]:
+        found = next(looks, KeyboardInterrupt)
+        if found is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        if found is None:
+            raise ServerUnavailable("it is away")
+        return found  # type: ignore[return-value]
+
+    monkeypatch.setattr(pool, "status", look)
+    monkeypatch.setattr("torchcache.cli.watching.monotonic", lambda: next(clock))
+    monkeypatch.setattr("torchcache.cli.watching.sleep", lambda seconds: None)
+    assert run(["status", "--json", "--watch", "0.5"]) == 130
+    printed = capsys.readouterr()
+    assert "it is away" in printed.err
+    documents = [json.loads(line) for line in printed.out.splitlines()]
+    assert [document.get("rates", [{}])[0].get("flight_bytes") for document in documents] == [None, 3000, 250]
+    [rate] = documents[1]["rates"]
+    assert (rate["local_bytes"], rate["hit_rate"]) == (1000, 1.0)
+
+
 def test_status_shows_the_disk(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["status"]) == 0
     out, err = capsys.readouterr()

@@ -34,11 +34,13 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
+        self.one_line = False  # for each document: there are several
 
     def document(self, content: Mapping[str, Any]) -> None:
         """Prints `content` if machines listen."""
         if self.as_json:
-            click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+            indent = None if self.one_line else 2
+            click.echo(json.dumps(content, indent=indent, ensure_ascii=False))
 
     def text(self, line: str) -> None:
         """Prints a line if people listen."""

@@ -9,45 +9,69 @@ import click
 
 from torchcache.cli.command import EXIT_CODES, Session, command
 from torchcache.cli.output import Alert, duration_text, percent_text, policy_text, size_text
+from torchcache.cli.watching import watch
 from torchcache.errors import ServerUnavailable
 
 if TYPE_CHECKING:
     from torchcache.cli.output import Output
+    from torchcache.cli.watching import Rates
     from torchcache.pool import NamespaceStatus, Pool, PoolStatistics, ServerStatus
 
 
 @click.command(epilog=EXIT_CODES, short_help="Show how the pool's servers are.")
+@click.option(
+    "--watch",
+    "every_s",
+    metavar="[SECONDS]",
+    type=click.FloatRange(min=0.1),
+    is_flag=False,
+    flag_value=2.0,
+    help="Show it again and again, with rates, until Ctrl-C. [2] With --json a document in each line.",
+)
 @command
-def status(session: Session) -> None:
+def status(session: Session, *, every_s: float | None) -> None:
     """Show how the pool's servers are, what they hold and what they asked of storage.
 
     Never starts a pool: exit code 3 if none runs. Counters run since each server started.
     """
     pool = _running_embedded_pool() if session.uses_embedded_pool else session.pool
-    servers, unreachable, seen = pool.status(), pool.unreachable(), pool.statistics()
-    session.output.document(
+
+    def show(servers: list[ServerStatus], rates: list[Rates]) -> None:
+        _show(session.output, pool, servers, rates)
+
+    if every_s is None:
+        show(pool.status(), [])
+    else:
+        session.output.one_line = True
+        watch(pool.status, show, every_s)
+
+
+def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[Rates]) -> None:
+    unreachable, seen = pool.unreachable(), pool.statistics()
+    output.document(
         {
             "servers": [dataclasses.asdict(server) for server in servers],
             "unreachable": unreachable,
             "lanes": seen.lanes,
             "lane_reasons": seen.lane_reasons,
+            **({"rates": [dataclasses.asdict(rate) for rate in rates]} if rates else {}),
         }
     )
     for address in unreachable:
-        session.output.warning(f"the server {address} can't be reached; the others stand in for it")
+        output.warning(f"the server {address} can't be reached; the others stand in for it")
     for server in servers:
         if server.out_of_service:
-            session.output.warning(
+            output.warning(
                 f"the disk of the server {server.address} is out of service: {server.out_of_service}. Reads go on from "
                 "storage without being kept, and writes are refused; see to the disk, then restart the server"
             )
-    if not session.output.as_json:
-        _show_servers(session.output, servers)
-        _show_lanes(session.output, servers, seen)
-        _show_disks(session.output, servers)
-        _show_under_stores(session.output, servers)
-        _show_namespaces(session.output, servers)
-        _show_orders(session.output, servers)
+    if not output.as_json:
+        _show_rates(output, rates)
+        _show_servers(output, servers)
+        _show_lanes(output, servers, seen)
+        _show_disks(output, servers)
+        _show_under_stores(output, servers)
+        _show_namespaces(output, servers)
 
 
 def _running_embedded_pool() -> Pool:
@@ -69,6 +93,38 @@ def _running_embedded_pool() -> Pool:
     return Pool(
         StaticMembers(endpoints=endpoints, access=Access(token_file=root / "token")), wanted_lane(None)
     )
+
+
+def _show_rates(output: Output, rates: list[Rates]) -> None:
+    def each_s(count: float) -> str:
+        return f"{size_text(round(count))}/s"
+
+    if rates:
+        output.table(
+            (
+                "now",
+                ">by flight",
+                ">locally",
+                ">hit rate",
+                ">from storage",
+                ">to storage",
+                ">requests",
+                ">evicted",
+            ),
+            [
+                (
+                    rate.address,
+                    each_s(rate.flight_bytes),
+                    each_s(rate.local_bytes),
+                    "-" if rate.hit_rate is None else percent_text(rate.hit_rate),
+                    each_s(rate.from_storage_bytes),
+                    each_s(rate.to_storage_bytes),
+                    f"{rate.requests:.0f}/s",
+                    f"{rate.evicted_chunks:.0f}/s",
+                )
+                for rate in rates
+            ],
+        )
 
 
 def _show_servers(output: Output, servers: list[ServerStatus]) -> None:
