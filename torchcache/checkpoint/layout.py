@@ -16,7 +16,7 @@ GRANULE_BYTES = CHUNK_BYTES
 """An item's payload has one checksum for each so many bytes, counted from the payload's start."""
 
 _LEAST_FILE_BYTES = 32 * 1024 * 1024
-_MOST_FILE_BYTES = 512 * 1024 * 1024
+MOST_FILE_BYTES = 512 * 1024 * 1024
 _WORTH_A_REQUEST_BYTES = 64 * 1024
 
 
@@ -40,13 +40,13 @@ def align(offset: int) -> int:
     return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def assign_files(sizes: Sequence[int], *, writers: int) -> list[range]:
+def assign_files(sizes: Sequence[int], *, writers: int, most_bytes: int = MOST_FILE_BYTES) -> list[range]:
     """Cuts items of `sizes` bytes, in order, into runs of neighbours: one run a file.
 
-    Enough files to keep `writers` busy twice over, but none is cut small, and none is cut larger than half a GiB unless
-    one item alone is: what is being copied for a file is held in memory until the file is written.
+    Enough files to keep `writers` busy twice over, but none is cut small, and none is cut larger than `most_bytes`
+    unless one item alone is: what is being copied for a file is held in memory until the file is written.
     """
-    goal = min(max(sum(sizes) // (2 * writers), _LEAST_FILE_BYTES), _MOST_FILE_BYTES)
+    goal = min(max(sum(sizes) // (2 * writers), _LEAST_FILE_BYTES), most_bytes)
     runs: list[range] = []
     start = filled = 0
     for i, size in enumerate(sizes):

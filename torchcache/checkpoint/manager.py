@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torchcache.checkpoint.agreement import Ranks, plain_errors
 from torchcache.checkpoint.compression import Zstd
 from torchcache.checkpoint.durable import wait_until_durable
+from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES
 from torchcache.checkpoint.location import checkpoint_uri
 from torchcache.checkpoint.pending import PendingSave
 from torchcache.checkpoint.planning import Planner
@@ -55,9 +56,9 @@ RETENTION_S: Final = 30.0
 class CheckpointManager:
     """Saves and loads the checkpoints of one run, `<root>/step-<n>`, and deletes those that are not needed any more.
 
-    `root`, `pool`, `durability`, `replicas` and `compression` are as for CacheStorageWriter. `keep_last` checkpoints
-    stay (None: all), and each whose step is a multiple of `keep_every`; and always the newest that is durable, and any
-    that somebody is reading.
+    `root`, `pool`, `durability`, `replicas`, `compression` and `extra_memory_bytes` are as for CacheStorageWriter.
+    `keep_last` checkpoints stay (None: all), and each whose step is a multiple of `keep_every`; and always the newest
+    that is durable, and any that somebody is reading.
 
     The state is a dict: modules, optimizers, schedulers and whatever else has state_dict and load_state_dict, tensors,
     plain values. A StatefulDataLoader in it is each rank's own. With `rng` the global random generators of torch, numpy
@@ -78,6 +79,7 @@ class CheckpointManager:
         durability: Durability = "pool",
         replicas: int | None = None,
         compression: str | Zstd | None = None,
+        extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
         rng: bool = True,
     ) -> None:
         for name, count in (("keep_last", keep_last), ("keep_every", keep_every)):
@@ -90,6 +92,7 @@ class CheckpointManager:
         self._durability: Durability = durability
         self._replicas = replicas
         self._compression = Zstd.of(compression)
+        self._extra_memory_bytes = extra_memory_bytes
         self._rng = rng
         self._made_ranks: Ranks | None = None
         self._stager = Stager()
@@ -178,6 +181,7 @@ class CheckpointManager:
             durability=self._durability,
             replicas=self._replicas,
             compression=self._compression,
+            extra_memory_bytes=self._extra_memory_bytes,
             overwrite=overwrite,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torchcache.checkpoint import manifest
 from torchcache.checkpoint.compression import LEAST_BYTES, Zstd
 from torchcache.checkpoint.frame import blob_of, bytes_of, frame, has_row_major_bytes, row_major
+from torchcache.checkpoint.garbage import garbage_waits
+from torchcache.checkpoint.host_memory import Room, copied_bytes, to_host
 from torchcache.checkpoint.layout import align
 from torchcache.checkpoint.manifest import Item, frame_digest, payload_digests
 from torchcache.checkpoint.metadata import dtype_name
@@ -69,6 +71,13 @@ def _blob(item: WriteItem, data: torch.Tensor | io.BytesIO) -> _Blob:
     )
 
 
+def _on_host(data: Sequence[torch.Tensor | io.BytesIO]) -> Iterator[torch.Tensor | io.BytesIO]:
+    """The same, with tensors of a GPU in the memory of the host."""
+    tensors = iter(to_host([one for one in data if isinstance(one, torch.Tensor)]))
+    for one in data:
+        yield next(tensors) if isinstance(one, torch.Tensor) else one
+
+
 def _compressed(blob: _Blob, how: Zstd) -> _Blob:
     """The blob within a frame, or itself: a blob that torch made anew tells nobody how large it was."""
     if blob.kind == "opaque" or len(blob.payload) < LEAST_BYTES:
@@ -89,14 +98,40 @@ class StagedFile:
         resolve: Callable[[WriteItem], torch.Tensor | io.BytesIO],
         *,
         compression: Zstd | None = None,
+        room: Room | None = None,
     ) -> None:
-        """Resolves `items`, which copies only what isn't contiguous in CPU memory."""
+        """Resolves `items`, and copies only what isn't contiguous in CPU memory.
+
+        For that, and for what is compressed, it waits until `room` has the bytes. `close` gives them back.
+        """
         self.name = name
         self.buffers: list[bytes | memoryview] = []
         self.size = 0
         self._compression = compression
-        self._resolved = [_blob(item, resolve(item)) for item in items]
+        data = [resolve(item) for item in items]
+        self._room, self._taken = room, sum(map(self._extra_bytes, data))
+        if room is not None:
+            room.take(self._taken)
+        try:
+            with garbage_waits():
+                self._resolved = [_blob(item, one) for item, one in zip(items, _on_host(data), strict=True)]
+        except BaseException:
+            self.close()
+            raise
         self._blobs: list[tuple[int, _Blob]] = []
+
+    def _extra_bytes(self, data: torch.Tensor | io.BytesIO) -> int:
+        if not isinstance(data, torch.Tensor):
+            return 0
+        compressed = data.numel() * data.dtype.itemsize if self._compression is not None else 0
+        return copied_bytes(data) + compressed
+
+    def close(self) -> None:
+        """Its bytes aren't needed any more."""
+        self.buffers, self._resolved, self._blobs = [], [], []
+        if self._room is not None:
+            self._room.give_back(self._taken)
+            self._taken = 0
 
     def lay_out(self) -> None:
         """Compresses what is to be compressed, and gives each item its place. In any thread."""

@@ -26,7 +26,8 @@ from torchcache.checkpoint.compression import Zstd
 from torchcache.checkpoint.durable import wait_until_durable
 from torchcache.checkpoint.garbage import A_MOMENT_BYTES, garbage_waits
 from torchcache.checkpoint.holder import holder_name
-from torchcache.checkpoint.layout import assign_files, file_name, metadata_name, part_name
+from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, Room
+from torchcache.checkpoint.layout import MOST_FILE_BYTES, assign_files, file_name, metadata_name, part_name
 from torchcache.checkpoint.lease import Lease, end_lease_of_thread
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
@@ -77,7 +78,8 @@ class CacheStorageWriter(StorageWriter):
     it: two, or one in a pool of one, unless given; where fewer can be reached, a warning says so. An existing
     checkpoint at `path` is `AlreadyExists` unless `overwrite`. `compression` is "zstd", or a
     `torchcache.checkpoint.Zstd` with level and threads: each item that gets smaller by it is one zstd frame, as DCP's
-    ZStandard extension writes it.
+    ZStandard extension writes it. What has to be copied first (from a GPU, or because it isn't contiguous) or is
+    compressed takes at most `extra_memory_bytes` at a time, or one tensor that is larger.
 
     One writer may serve many saves (`checkpoint_id=` gives each its path), from several threads too, and pickles. It is
     its own stager for `dcp.async_save`, see `stage`.
@@ -92,6 +94,7 @@ class CacheStorageWriter(StorageWriter):
         durability: Durability = "pool",
         replicas: int | None = None,
         compression: str | Zstd | None = None,
+        extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
         overwrite: bool = False,
     ) -> None:
         super().__init__()
@@ -99,6 +102,9 @@ class CacheStorageWriter(StorageWriter):
             raise ConfigurationError(f"durability must be 'pool' or 'store', not {durability!r}")
         if replicas is not None and (isinstance(replicas, bool) or replicas < 1):
             raise ConfigurationError(f"replicas={replicas!r}: give 1 or more, or None")
+        if type(extra_memory_bytes) is not int or extra_memory_bytes < 1:
+            raise ConfigurationError(f"extra_memory_bytes={extra_memory_bytes!r}: give 1 or more")
+        self.extra_memory_bytes = extra_memory_bytes
         self.compression = Zstd.of(compression)
         if self.compression is not None and not knows_extensions():
             raise ConfigurationError("compressed items need torch 2.7 or newer: its .metadata tells of them")
@@ -238,17 +244,20 @@ class CacheStorageWriter(StorageWriter):
     ) -> list[WriteResult]:
         results: list[WriteResult] = []
         writes: deque[LocalFuture[list[WriteResult]]] = deque()
+        room = Room(self.extra_memory_bytes)
+        # Two of the largest files fit: one is copied while the other is written.
+        most_bytes = min(MOST_FILE_BYTES, max(self.extra_memory_bytes // 2, 1))
         with Threads(_WRITERS, name="torchcache-save") as threads:
             try:
-                for number, run in enumerate(assign_files(sizes, writers=_WRITERS)):
+                for number, run in enumerate(assign_files(sizes, writers=_WRITERS, most_bytes=most_bytes)):
                     items = plan.items[run.start : run.stop]
-                    with garbage_waits():
-                        staged = StagedFile(
-                            file_name(ticket.rank, number),
-                            items,
-                            planner.resolve_data,
-                            compression=self.compression,
-                        )
+                    staged = StagedFile(
+                        file_name(ticket.rank, number),
+                        items,
+                        planner.resolve_data,
+                        compression=self.compression,
+                        room=room,
+                    )
                     writes.append(threads.submit(self._write_file, ticket, staged))
                     if len(writes) >= _FILES_IN_FLIGHT:
                         results += writes.popleft().result()
@@ -268,6 +277,12 @@ class CacheStorageWriter(StorageWriter):
         return ticket
 
     def _write_file(self, ticket: Ticket, file: StagedFile) -> list[WriteResult]:
+        try:
+            return self._write_staged(ticket, file)
+        finally:
+            file.close()
+
+    def _write_staged(self, ticket: Ticket, file: StagedFile) -> list[WriteResult]:
         file.lay_out()
         objects = [(ticket.file(file.name), file.buffers)]
         self.pool.write(

@@ -1,0 +1,97 @@
+"""What a save takes beside the state is bounded, whatever has to be copied."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.unit import checkpoint_states
+from tests.unit.checkpoint_pool import CheckpointPool
+from torchcache.checkpoint import CacheStorageWriter, writer
+from torchcache.checkpoint.host_memory import Room, copied_bytes, to_host
+from torchcache.errors import ConfigurationError
+
+URI = "s3://bucket/run/step-1"
+
+
+def test_room_is_waited_for_and_the_largest_goes_alone() -> None:
+    room = Room(100)
+    room.take(60)
+    room.take(40)
+    came = threading.Event()
+
+    def large() -> None:
+        room.take(1000)
+        came.set()
+
+    thread = threading.Thread(target=large)
+    thread.start()
+    room.take(0)
+    room.give_back(60)
+    assert not came.is_set()
+    room.give_back(40)
+    assert came.wait(60)
+    thread.join()
+    room.give_back(1000)
+    assert room.most_taken == 1000
+
+
+def test_what_has_to_be_copied() -> None:
+    tensor = torch.rand(6, 4)
+    for plain in (tensor, tensor[2:4], torch.nn.Parameter(tensor), torch.empty(0, 3), torch.tensor(1.0)):
+        assert copied_bytes(plain) == 0
+    for copied in (
+        tensor.t(),
+        tensor[:, 1:],
+        tensor[0].expand(3, 4),
+        torch.rand(3, dtype=torch.cfloat).conj(),
+    ):
+        assert copied_bytes(copied) == copied.numel() * copied.dtype.itemsize
+    assert copied_bytes(torch.rand(3, 3).to_sparse()) == 36
+
+
+def test_what_lies_in_the_hosts_memory_stays_where_it_is() -> None:
+    tensors = [torch.rand(3), torch.rand(4, 4).t()]
+    assert all(a is b for a, b in zip(to_host(tensors), tensors, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpus_tensors_come_in_pinned_memory() -> None:
+    chance = torch.Generator(device="cuda").manual_seed(0)
+    tensors: list[torch.Tensor] = [torch.rand(1000, 300, device="cuda", generator=chance) for _ in range(8)]
+    tensors += [tensors[0].t(), tensors[0][3:, 5:], torch.rand(7, device="cuda", dtype=torch.cfloat).conj()]
+    tensors += [torch.tensor(3.0, device="cuda"), torch.empty(0, 4, device="cuda"), torch.rand(4)]
+    found = to_host(tensors)
+    assert all(torch.equal(a, b.cpu()) and a.is_cpu for a, b in zip(found, tensors, strict=True))
+    assert all(a.is_pinned() and a.is_contiguous() for a in found[:-2])
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_save_keeps_to_its_bound(monkeypatch: pytest.MonkeyPatch, compression: Any) -> None:
+    pool, rooms = CheckpointPool(), []
+
+    def room(size: int) -> Room:
+        rooms.append(Room(size))
+        return rooms[-1]
+
+    monkeypatch.setattr(writer, "Room", room)
+    state = {f"t{n:02d}": (torch.arange(40_000.0).view(200, 200) + n).t() for n in range(40)}
+    limit = 2 * 80 * 1024 * 1024  # two of the smallest files there are
+    to = checkpoint_states.writer(pool, URI, compression=compression, extra_memory_bytes=limit)
+    dcp.save(state, storage_writer=to, no_dist=True)
+    (only,) = rooms
+    assert 0 < only.most_taken <= limit
+    only.take(limit)  # all of it was given back
+    found = {name: torch.zeros(200, 200) for name in state}
+    dcp.load(found, storage_reader=checkpoint_states.reader(pool, URI), no_dist=True)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "512MB", None, 1.5])
+def test_what_is_no_bound(wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match="extra_memory_bytes"):
+        CacheStorageWriter(URI, extra_memory_bytes=wrong)
