@@ -181,6 +181,26 @@ def test_a_copy_goes_with_its_checkpoint(servers: ReplicaServers, gate: UploadGa
     assert_durable(servers, gate, uri, 2)
 
 
+def test_a_description_too_large_for_a_message_is_copied_too(
+    servers: ReplicaServers, gate: UploadGate, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchcache.pool.saves.MAX_INLINE_BYTES", 100)
+    owner, _ = acknowledged(servers, gate, uri)
+    servers.end(owner)
+    assert_loads(servers, uri)
+    assert_durable(servers, gate, uri)
+
+
+def test_a_server_that_stops_says_which_copies_it_leaves(
+    servers: ReplicaServers, gate: UploadGate, uri: str
+) -> None:
+    """F36"""
+    _, replica = acknowledged(servers, gate, uri)
+    assert servers.end(replica, signal.SIGTERM) == 1
+    assert f"not yet in the under-store: {uri}" in servers.log(replica).read_text()
+    assert_durable(servers, gate, uri)
+
+
 def damage(store: Path) -> None:
     """Flips a bit in the middle of the segment that was written last."""
     largest = max(store.glob("segments/*/*"), key=lambda file: file.stat().st_mtime)

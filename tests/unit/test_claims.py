@@ -61,6 +61,25 @@ def test_the_living_are_waited_for_and_the_dead_replaced(state: ClaimState, over
     assert isinstance(decide(seen, overwrite=overwrite, renewed=True, now_s=DEAD_S), Refuse)
 
 
+def test_a_writer_that_got_no_answer_goes_on_at_the_next_server() -> None:
+    def decide_for(save_id: str, state: ClaimState = "reserved") -> Take | Keep | Wait | Refuse:
+        return decide_reserve(
+            sighting(state=state),
+            key=KEY,
+            server_id="me",
+            uploading=False,
+            overwrite=False,
+            renewed=True,
+            now_s=SEEN_S,
+            save_id=save_id,
+        )
+
+    assert decide_for("s") == Take("v1")
+    assert isinstance(decide_for("another"), Refuse)
+    assert isinstance(decide_for("s", "committed"), Refuse)
+    assert isinstance(decide_for("s", "deleting"), Refuse)
+
+
 def test_committed_saves_yield_only_to_overwriting() -> None:
     seen = sighting(state="committed")
     assert isinstance(decide(seen, now_s=DEAD_S * 9), Refuse)

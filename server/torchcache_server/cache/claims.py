@@ -112,11 +112,13 @@ def decide_reserve(
     overwrite: bool,
     renewed: bool,
     now_s: float,
+    save_id: str | None = None,
 ) -> Take | Keep | Wait | Refuse:
     """What a server does that wants to reserve a path of which no lease is alive in the server itself.
 
     `uploading`: this server has a committed save of the path that isn't durable yet; its claim must stay.
-    `renewed`: the claim changed, but not its save, while the caller waited for it.
+    `renewed`: the claim changed, but not its save, while the caller waited for it. `save_id`: the save's that wants the
+    path, whose writer may have asked another server before, and got no answer.
     """
     if seen is None:
         return Take("")
@@ -133,9 +135,12 @@ def decide_reserve(
                 object=str(key),
             )
         )
-    if renewed:
+    # Of the same save: the other server hears no more of it.
+    goes_on_here = claim.save_id == save_id and claim.state == "reserved"
+    if renewed and not goes_on_here:
         return Refuse(live_writer(key, claim.writer))
-    return Take(seen.version) if now_s >= seen.dead_at_s else Wait(seen.dead_at_s, claim.writer)
+    dead = goes_on_here or now_s >= seen.dead_at_s
+    return Take(seen.version) if dead else Wait(seen.dead_at_s, claim.writer)
 
 
 def decide_hold(

@@ -152,6 +152,7 @@ class Reservations:
             overwrite=wanted.overwrite,
             renewed=patience.saw_claim_renewed(seen),
             now_s=self._clock(),
+            save_id=wanted.save_id,
         )
         if isinstance(decision, Refuse):
             raise decision.error
