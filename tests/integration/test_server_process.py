@@ -266,6 +266,7 @@ def test_health_and_metrics(start: Callable[..., ServerProcess]) -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
             text = response.read().decode()
         assert "torchcache_store_capacity_bytes 1e+09" in text
+        assert 'torchcache_saves{state="replicated"} 0.0' in text
         assert "torchcache_read_calls_total 1.0" in text
         assert 'torchcache_under_store_read_requests_total{under_store="file"} 4.0' in text
 

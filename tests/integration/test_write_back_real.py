@@ -163,6 +163,7 @@ def test_saves_wait_while_too_much_waits_for_its_upload(tmp_path: Path) -> None:
     under_store, other = create("under", f"file://{tmp_path}/files"), SaveKey("under", "run/step-2")
     with closing(Server(tmp_path / "a", under_store, lease_s=30.0, max_pending_bytes=1024)) as server:
         server.save("first")
+        assert {state: n for state, n in server.write_back.counts().items() if n} == {"cached": 1}
         reserve = partial(server.write_back.reserve, other, "second", writer="w", overwrite=False)
         with pytest.raises(Overloaded, match="wait for their upload, 1024 may"):
             reserve(deadline=time.monotonic() + 0.05)
@@ -176,6 +177,7 @@ def test_saves_wait_while_too_much_waits_for_its_upload(tmp_path: Path) -> None:
         server.put("second", other)
         server.commit("second", other)
         assert server.write_back.drain(60) == []
+        assert {state: n for state, n in server.write_back.counts().items() if n} == {"durable": 2}
 
 
 def test_a_server_killed_again_and_again_loses_nothing_it_acknowledged(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ CONFIG = ServerConfig(
     metrics_port=9100,
     scrub_bytes_s=10,
     min_free_bytes=0,
+    lease_s=2.5,
+    max_pending_bytes=31,
     servers=3,
 )
 
@@ -36,12 +38,14 @@ def test_each_has_its_own_and_a_share() -> None:
     assert [str(c.store) for c in split_up] == [f"/nvme/cache/server-{i}" for i in range(3)]
     assert [c.capacity_bytes for c in split_up] == [333_333_333_333] * 3
     assert [c.scrub_bytes_s for c in split_up] == [4] * 3
+    assert [c.max_pending_bytes for c in split_up] == [10] * 3
     shared = {
         "port": 1,
         "metrics_port": 1,
         "store": Path(),
         "capacity_bytes": 1,
         "scrub_bytes_s": 1,
+        "max_pending_bytes": 1,
         "servers": 1,
     }
     assert all(replace(c, **shared) == replace(CONFIG, **shared) for c in split_up)  # type: ignore[arg-type]
