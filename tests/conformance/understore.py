@@ -57,6 +57,24 @@ class UnderStoreConformance:
         """An under-store, and a prefix in it whose bucket or root folder doesn't exist."""
         raise NotImplementedError
 
+    def test_lists_folder_by_folder(self, under_store: UnderStore, folder: str) -> None:
+        """If at all: then, all together, what a plain listing gives."""
+        for key in ("a", "b/1", "b/2", "b/c/3", "b-", "ü/x"):
+            put(under_store, f"{folder}{key}", DATA)
+        found, folders = [], [(folder, "")]
+        while folders:
+            page = under_store.list_folder(folders[-1][0], token=folders[-1][1], deadline=soon())
+            if page is None:
+                return
+            prefix, _ = folders.pop()
+            assert all("/" not in info.id.key.removeprefix(prefix) for info in page.objects)
+            found += page.objects
+            folders += [(below, "") for below in page.folders]
+            if page.token:
+                folders.append((prefix, page.token))
+        assert sorted(found, key=str) == sorted(list_all(under_store, folder), key=str)
+        assert len(found) == 6
+
     def test_gives_back_what_was_written(self, under_store: UnderStore, folder: str) -> None:
         info = put(under_store, f"{folder}a", DATA)
         assert info.id.store == under_store.name

@@ -93,6 +93,9 @@ class MemoryPool:
             if found_store == store and found.startswith(key):
                 yield self.stat(self.uri(ObjectId(store, found, "")))
 
+    def list_in_any_order(self, uri: str) -> Iterator[ObjectInfo]:
+        return self.list(uri)
+
     def delete(self, uri: str) -> None:
         self.objects.pop(self.resolve(uri), None)
 

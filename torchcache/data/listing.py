@@ -70,10 +70,10 @@ def listed(pool: Pool, uri: str, pattern: str, folder: Path) -> tuple[Manifest, 
     store, key = pool.resolve(uri)
     prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
     with listing_progress(uri) as advance:
-        listing = Listing(pool.list(uri), prefix, pattern, advance)
+        listing = Listing(pool.list_in_any_order(uri), prefix, pattern, advance)
         manifest = Manifest.write(store, listing, folder)
     if not listing.in_order:
-        # Not every S3 lists bytewise by key: SeaweedFS goes folder by folder.
+        # Folders are listed side by side. And not every S3 lists bytewise by key: SeaweedFS goes folder by folder.
         unsorted, manifest = manifest, Manifest.of_batches(store, _by_key(manifest), folder)
         unsorted.path.unlink(missing_ok=True)
     return manifest, listing.others

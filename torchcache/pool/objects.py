@@ -12,6 +12,7 @@ from torchcache.lanes.base import Buffer
 from torchcache.model import SAVE_PREFIX, ObjectId, ObjectInfo
 from torchcache.placement import placement_key
 from torchcache.pool.buffers import flat
+from torchcache.pool.folder_listing import FolderListing, FolderPart
 from torchcache.pool.members import UnderStoreName
 from torchcache.pool.retry import Retry
 from torchcache.pool.session import Session
@@ -88,6 +89,23 @@ class Objects:
             if not page.truncated or not page.objects:
                 return
             after = page.objects[-1].key
+
+    def list_in_any_order(self, uri: str) -> Iterator[ObjectInfo]:
+        """See `Pool.list_in_any_order`."""
+        store, key = self.resolve(uri)
+        folder = key if not key or key.endswith("/") else key + "/"
+        if not folder:
+            return self.list(uri)  # of buckets there is no listing
+        return FolderListing(lambda prefix, token: self._folder(store, prefix, token)).objects(
+            folder, otherwise=lambda: self.list(uri)
+        )
+
+    def _folder(self, store: str, prefix: str, token: str) -> FolderPart | None:
+        request = cache_pb2.ListFolderRequest(store=store, prefix=prefix, token=token)
+        reply = self._session.ask("ListFolder", request, key=prefix.encode(), timeout_s=LIST_S).reply
+        if not reply.supported:
+            return None
+        return FolderPart([*map(info_of, reply.objects)], [*reply.folders], reply.token)
 
     def stat(self, uri: str) -> ObjectInfo:
         """See `Pool.stat`."""

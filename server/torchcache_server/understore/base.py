@@ -60,6 +60,15 @@ class Listing:
     truncated: bool
 
 
+@dataclass(frozen=True, slots=True)
+class FolderPage:
+    """A part of what lies right under a folder. `folders` are prefixes; a `token` leads to the next part."""
+
+    objects: Sequence[ObjectInfo]
+    folders: Sequence[str]
+    token: str
+
+
 def object_uri(root: str, key: str) -> str:
     """The URI of `key` in the under-store whose URI is `root`."""
     return f"{root}{key}" if root.endswith("/") else f"{root}/{key}"
@@ -113,6 +122,12 @@ class UnderStore(Protocol):
         """Objects whose key starts with `prefix`, behind `start_after` (empty: from the first).
 
         Raises ObjectNotFound if the bucket or folder itself doesn't exist; nothing under a prefix is an empty page.
+        """
+
+    def list_folder(self, prefix: str, *, token: str, deadline: float) -> FolderPage | None:
+        """What lies right under `prefix`, which ends in a slash, behind `token` (empty: from the first).
+
+        None where folders listed side by side are no faster than `list`. Raises as `list`.
         """
 
     def stat(self, key: str, *, deadline: float) -> ObjectInfo:

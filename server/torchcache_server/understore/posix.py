@@ -18,7 +18,7 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
-from torchcache_server.understore.base import Counters, Listing, changed, check_range
+from torchcache_server.understore.base import Counters, FolderPage, Listing, changed, check_range
 from torchcache_server.understore.posix_files import Root, locked, translate, version_of
 from torchcache_server.understore.posix_temporary import Temporaries, remove
 from torchcache_server.understore.posix_walk import walk
@@ -67,6 +67,9 @@ class PosixUnderStore:
         except OSError as error:
             raise translate(error, "list", uri) from error
         return Listing(objects[:limit], truncated=len(objects) > limit)
+
+    def list_folder(self, prefix: str, *, token: str, deadline: float) -> FolderPage | None:
+        return None
 
     def stat(self, key: str, *, deadline: float) -> ObjectInfo:
         self._counters.add("meta")

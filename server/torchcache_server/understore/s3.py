@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torchcache.errors import ObjectNotFound, TorchCacheError
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
-from torchcache_server.understore.base import Counters, Listing, check_range
+from torchcache_server.understore.base import Counters, FolderPage, Listing, check_range
 from torchcache_server.understore.retry import RetryPolicy
 from torchcache_server.understore.s3_client import S3Calls
 from torchcache_server.understore.s3_download import Download
@@ -17,6 +17,7 @@ from torchcache_server.understore.s3_upload import upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
 
 _PAGE = 1000
 
@@ -65,20 +66,36 @@ class S3UnderStore:
         objects: list[ObjectInfo] = []
         while True:
             request["MaxKeys"] = min(_PAGE, limit - len(objects))
-            page = self._calls.run(
-                lambda client: client.list_objects_v2(**request),
-                action="list",
-                target=target,
-                deadline=deadline,
-            )
-            objects += [
-                self._info(S3Object(target.bucket, entry["Key"]), entry["ETag"], entry["Size"])
-                for entry in page.get("Contents", [])
-                if entry["Size"] or not entry["Key"].endswith("/")
-            ]
+            page = self._page(target, request, deadline)
+            objects += self._infos(target, page)
             if not page["IsTruncated"] or len(objects) >= limit:
                 return Listing(objects, page["IsTruncated"])
             request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def list_folder(self, prefix: str, *, token: str, deadline: float) -> FolderPage | None:
+        target = self._root.locate_prefix(prefix)
+        request: dict[str, Any] = {"Bucket": target.bucket, "Prefix": target.key, "Delimiter": "/"}
+        if token:
+            request["ContinuationToken"] = token
+        page = self._page(target, request, deadline)
+        folders = [
+            self._root.relative(S3Object(target.bucket, found["Prefix"]))
+            for found in page.get("CommonPrefixes", [])
+        ]
+        return FolderPage(self._infos(target, page), folders, page.get("NextContinuationToken", ""))
+
+    def _page(self, target: S3Object, request: dict[str, Any], deadline: float) -> ListObjectsV2OutputTypeDef:
+        return self._calls.run(
+            lambda client: client.list_objects_v2(**request), action="list", target=target, deadline=deadline
+        )
+
+    def _infos(self, target: S3Object, page: ListObjectsV2OutputTypeDef) -> Sequence[ObjectInfo]:
+        """The objects of a page, but for markers of folders."""
+        return [
+            self._info(S3Object(target.bucket, entry["Key"]), entry["ETag"], entry["Size"])
+            for entry in page.get("Contents", [])
+            if entry["Size"] or not entry["Key"].endswith("/")
+        ]
 
     def stat(self, key: str, *, deadline: float) -> ObjectInfo:
         target = self._root.locate(key)

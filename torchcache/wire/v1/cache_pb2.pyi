@@ -401,6 +401,28 @@ class ListReply(_message.Message):
     truncated: bool
     def __init__(self, objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., truncated: bool = ...) -> None: ...
 
+class ListFolderRequest(_message.Message):
+    __slots__ = ("store", "prefix", "token")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    prefix: str
+    token: str
+    def __init__(self, store: _Optional[str] = ..., prefix: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
+
+class ListFolderReply(_message.Message):
+    __slots__ = ("supported", "objects", "folders", "token")
+    SUPPORTED_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    FOLDERS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    supported: bool
+    objects: _containers.RepeatedCompositeFieldContainer[ObjectRef]
+    folders: _containers.RepeatedScalarFieldContainer[str]
+    token: str
+    def __init__(self, supported: bool = ..., objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., folders: _Optional[_Iterable[str]] = ..., token: _Optional[str] = ...) -> None: ...
+
 class StatRequest(_message.Message):
     __slots__ = ("store", "key")
     STORE_FIELD_NUMBER: _ClassVar[int]

@@ -69,6 +69,11 @@ class ControlStub(object):
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ListRequest.SerializeToString,
                 response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ListReply.FromString,
                 _registered_method=True)
+        self.ListFolder = channel.unary_unary(
+                '/torchcache.v1.Control/ListFolder',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ListFolderRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ListFolderReply.FromString,
+                _registered_method=True)
         self.StatObject = channel.unary_unary(
                 '/torchcache.v1.Control/StatObject',
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.StatRequest.SerializeToString,
@@ -221,6 +226,12 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListObjects(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFolder(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -395,6 +406,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.ListObjects,
                     request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ListRequest.FromString,
                     response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ListReply.SerializeToString,
+            ),
+            'ListFolder': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFolder,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ListFolderRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ListFolderReply.SerializeToString,
             ),
             'StatObject': grpc.unary_unary_rpc_method_handler(
                     servicer.StatObject,
@@ -696,6 +712,33 @@ class Control(object):
             '/torchcache.v1.Control/ListObjects',
             torchcache_dot_wire_dot_v1_dot_cache__pb2.ListRequest.SerializeToString,
             torchcache_dot_wire_dot_v1_dot_cache__pb2.ListReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFolder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/ListFolder',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.ListFolderRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.ListFolderReply.FromString,
             options,
             channel_credentials,
             insecure,
