@@ -180,6 +180,17 @@ def test_a_listing_in_another_order_is_sorted(filled: SamplePool, monkeypatch: p
     assert from_files(filled).keys() == ["a-b", "a/x", "a/y"]
 
 
+def test_a_listing_whose_order_is_wrong_only_in_what_is_left_out(
+    filled: SamplePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list as it came and the sorted one are then equal, and are one file."""
+    listed = [ObjectInfo(ObjectId("s3", f"bucket/data/{k}", "v"), 1) for k in ("a.png", "z.txt", "b.png")]
+    monkeypatch.setattr(filled, "list", lambda uri: iter(listed))
+    dataset = from_files(filled, pattern="*.png")
+    assert dataset.keys() == ["a.png", "b.png"]
+    assert [p.suffix for p in dataset._samples._manifest.path.parent.iterdir()] == [".arrow"]  # type: ignore[attr-defined]
+
+
 def test_a_listing_that_names_an_object_twice_is_refused(
     filled: SamplePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

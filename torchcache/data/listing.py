@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchcache.data.manifest import BATCH_ROWS, Manifest
+from torchcache.data.manifest import BATCH_ROWS, Manifest, private_folder
 from torchcache.data.progress import listing_progress
 from torchcache.errors import IntegrityError
 from torchcache.model import ObjectInfo
@@ -69,14 +69,14 @@ def listed(pool: Pool, uri: str, pattern: str, folder: Path) -> tuple[Manifest, 
     """
     store, key = pool.resolve(uri)
     prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
-    with listing_progress(uri) as advance:
-        listing = Listing(pool.list_in_any_order(uri), prefix, pattern, advance)
-        manifest = Manifest.write(store, listing, folder)
-    if not listing.in_order:
+    with private_folder(folder) as own:
+        with listing_progress(uri) as advance:
+            listing = Listing(pool.list_in_any_order(uri), prefix, pattern, advance)
+            manifest = Manifest.write(store, listing, own)
+        if listing.in_order:
+            return manifest.moved_to(folder), listing.others
         # Folders are listed side by side. And not every S3 lists bytewise by key: SeaweedFS goes folder by folder.
-        unsorted, manifest = manifest, Manifest.of_batches(store, _by_key(manifest), folder)
-        unsorted.path.unlink(missing_ok=True)
-    return manifest, listing.others
+        return Manifest.of_batches(store, _by_key(manifest), folder), listing.others
 
 
 def _by_key(manifest: Manifest) -> Iterator[pa.RecordBatch]:

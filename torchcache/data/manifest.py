@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from torchcache.model import ObjectId, ObjectInfo
 
 _SCHEMA = pa.schema([("id", pa.large_binary()), ("size", pa.int64())])  # `ObjectId.encoded`
 BATCH_ROWS = 65_536
+_PRIVATE = "listing-"
 _UNUSED_S = 30 * 24 * 3600.0
 
 
@@ -67,15 +69,8 @@ class Manifest:
     @classmethod
     def of_batches(cls, store: str, batches: Iterable[pa.RecordBatch], folder: Path) -> Manifest:
         """`write`, of rows as `table` has them, in batches of `BATCH_ROWS`."""
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _sweep(folder)
+        with _writable(folder):
             descriptor, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        except OSError as error:
-            raise ConfigurationError(
-                f"can't keep the list of a dataset's files in {folder}: {error}; let TORCHCACHE_HOME name a folder "
-                "that can be written"
-            ) from error
         temporary = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -86,6 +81,10 @@ class Manifest:
             temporary.unlink(missing_ok=True)
             raise
         return cls(path, checksum, digest)
+
+    def moved_to(self, folder: Path) -> Manifest:
+        """The same list, in `folder`, where others may have put an equal one."""
+        return Manifest(self.path.replace(folder / self.path.name), self.checksum, self.digest)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Manifest, (self.path, self.checksum, self.digest))
@@ -153,6 +152,32 @@ class Manifest:
 class _OpenList(NamedTuple):
     batches: Sequence[_Rows]
     length: int
+
+
+@contextlib.contextmanager
+def private_folder(folder: Path) -> Iterator[Path]:
+    """A folder within `folder` for lists that nobody else should see; it goes with all that is left in it.
+
+    Raises ConfigurationError if `folder` can't be written.
+    """
+    with _writable(folder):
+        own = tempfile.TemporaryDirectory(dir=folder, prefix=_PRIVATE)
+    with own as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Makes the folder, and what is done in it; an OSError is then told as one of the folder."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sweep(folder)
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"can't keep the list of a dataset's files in {folder}: {error}; let TORCHCACHE_HOME name a folder "
+            "that can be written"
+        ) from error
 
 
 def _write_batches(file: object, store: str, batches: Iterable[pa.RecordBatch]) -> str:
@@ -223,7 +248,11 @@ def _sweep(folder: Path) -> None:
     oldest = time.time() - _UNUSED_S
     for path in folder.iterdir():
         try:
-            if path.suffix in (".arrow", ".tmp") and path.stat().st_mtime < oldest:
+            if path.stat().st_mtime >= oldest:
+                continue
+            if path.suffix in (".arrow", ".tmp"):
                 path.unlink()
+            elif path.name.startswith(_PRIVATE):
+                shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
         except OSError:
             continue  # another process swept it first
