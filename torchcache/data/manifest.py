@@ -118,13 +118,6 @@ class Manifest:
                 ObjectId.from_encoded(bytes(rows.ids[start:end])).key for start, end in pairwise(rows.offsets)
             ]
 
-    def entries(self) -> Iterator[tuple[str, str, int]]:
-        """(key, version, size) of each object, in order."""
-        for rows in self._load().batches:
-            for (start, end), size in zip(pairwise(rows.offsets), rows.sizes, strict=True):
-                id_ = ObjectId.from_encoded(bytes(rows.ids[start:end]))
-                yield id_.key, id_.version, size
-
     def table(self) -> pa.Table:
         """The rows as Arrow has them."""
         self._load()
