@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.flight as fl
@@ -527,3 +528,19 @@ def test_a_lane_is_closed_while_its_server_can_still_be_told_something() -> None
     control, lane = cast(ControlClient, Closing("control")), cast(Lane, Closing("lane"))
     Member("id", control, lane, "", ()).close()
     assert closed == ["lane", "control"]
+
+
+def test_servers_are_asked_side_by_side_who_they_are(
+    servers: dict[str, StandIn], wide: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits until all are being asked: one after the other would never come to an end."""
+    together = threading.Barrier(len(servers))
+    call = ControlClient.call
+
+    def ask(self: ControlClient, method: str, *arguments: Any, **options: Any) -> Any:
+        if method == "GetInfo":
+            together.wait(60)
+        return call(self, method, *arguments, **options)
+
+    monkeypatch.setattr(ControlClient, "call", ask)
+    assert len(wide.status()) == len(servers)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -18,12 +19,15 @@ from torchcache.pool.lane_choice import LaneName, choose_lane
 from torchcache.pool.members import Endpoint, Member, Members, MemberSource, Ordering, UnderStoreName
 from torchcache.pool.reports import PoolStatistics
 from torchcache.pool.retry import Retry, RetryBudget
+from torchcache.threads import Threads
 from torchcache.wire.v1 import cache_pb2
 
 _log = logging.getLogger(__name__)
 
 INFO_S: Final = 5.0
 """How long one server may take to say who it is."""
+
+ASKED_AT_ONCE: Final = 32
 
 LOOK_AGAIN_S: Final = 5.0
 """How often servers that did not answer are asked again."""
@@ -163,9 +167,9 @@ class Session:
         by_id: dict[str, Member] = {}
         missing: list[str] = []
         failure: TransientError | None = None
-        for endpoint in self.source.resolve(deadline=deadline):
+        for endpoint, asked in self._ask_who(self.source.resolve(deadline=deadline), deadline):
             try:
-                member = self._meet(endpoint, known.get(endpoint.address), deadline)
+                member = self._member(endpoint, *asked.result(), known.get(endpoint.address))
                 by_id[member.server_id] = member
             except TransientError as error:
                 missing.append(endpoint.address)
@@ -184,17 +188,32 @@ class Session:
             )
         return Members(by_id, tuple(missing))
 
-    def _meet(self, endpoint: Endpoint, before: Member | None, deadline: float) -> Member:
-        access = self.source.access
-        control = ControlClient(endpoint.address, access)
+    def _ask_who(
+        self, endpoints: Sequence[Endpoint], deadline: float
+    ) -> list[tuple[Endpoint, Future[tuple[ControlClient, cache_pb2.InfoReply]]]]:
+        """Asks all of them who they are, side by side: one that swallows packets costs its time only once."""
         until = min(deadline, time.monotonic() + INFO_S)
-        info = control.call("GetInfo", cache_pb2.InfoRequest(), deadline=until)
+
+        def ask(endpoint: Endpoint) -> tuple[ControlClient, cache_pb2.InfoReply]:
+            control = ControlClient(endpoint.address, self.source.access)
+            return control, control.call("GetInfo", cache_pb2.InfoRequest(), deadline=until)
+
+        with Threads(ASKED_AT_ONCE, name="torchcache-members") as threads:
+            return [(endpoint, threads.submit(ask, endpoint)) for endpoint in endpoints]
+
+    def _member(
+        self,
+        endpoint: Endpoint,
+        control: ControlClient,
+        info: cache_pb2.InfoReply,
+        before: Member | None,
+    ) -> Member:
         self.count(control_calls=1)
         self.ordering.up(info.server_id)
         stores = tuple(
             UnderStoreName(s.name, s.uri if s.uri.endswith("/") else s.uri + "/") for s in info.under_stores
         )
-        flight = FlightLane(endpoint.host, info.data_port, server=endpoint.address, access=access)
+        flight = FlightLane(endpoint.host, info.data_port, server=endpoint.address, access=self.source.access)
         lane, reason = choose_lane(
             self._wanted_lane,
             info,
