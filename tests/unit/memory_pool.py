@@ -162,12 +162,15 @@ class MemoryPool:
         namespace: str,
         on_progress: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        on_missing: Callable[[ObjectInfo, TorchCacheError], None] | None = None,
     ) -> None:
         failed: list[TorchCacheError] = []
         for object in objects:
             uri = self.uri(object.id)
             if uri in self.errors:
                 failed.append(self.errors[uri])
+                if on_missing is not None:
+                    on_missing(object, failed.pop())
                 continue
             self.resident.add(object.id)
             if on_progress:

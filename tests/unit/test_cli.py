@@ -314,8 +314,14 @@ def test_stage_reports_the_first_failure_after_all_were_tried(
 ) -> None:
     pool.errors["s3://b/data/a"] = IntegrityError("bad bytes", object="s3://b/data/a")
     assert run(["stage", "s3://b/data"]) == 1
-    assert capsys.readouterr().err == "torchcache: bad bytes (object s3://b/data/a)\n"
+    out, err = capsys.readouterr()
+    assert err == "torchcache: bad bytes (object s3://b/data/a)\n"
+    assert "s3://b/data/a" in out
     assert len(pool.resident) == 2
+    pool.errors["s3://b/data/x/b"] = IntegrityError("bad bytes", server="node1:7440")
+    assert run(["stage", "--json", "s3://b/data"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["missing"][0] == {"uri": "s3://b/data/a", "server": None, "why": "bad bytes"}
     assert run(["stage", "s3://b/data", "--pattern", "*.png"]) == 1
     assert capsys.readouterr().err == "torchcache: there is nothing that matches '*.png' under s3://b/data\n"
 

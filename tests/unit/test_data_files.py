@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchcache.errors import (
     IntegrityError,
     ObjectChanged,
     ObjectNotFound,
+    OutOfSpace,
     ServerUnavailable,
 )
 from torchcache.model import ObjectId, ObjectInfo
@@ -286,12 +288,18 @@ def test_other_errors_come_as_they_are(filled: SamplePool) -> None:
         dataset[1]
 
 
-def test_stage_and_residency(filled: SamplePool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stage_and_residency(
+    filled: SamplePool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = from_files(filled)
     assert dataset.residency().fraction == 0.0
-    dataset.stage(progress=False)
+    report = dataset.stage(progress=False)
+    assert (report.complete, report.missing, str(report)) == (True, (), "all 7 samples are in the pool")
     assert capfd.readouterr() == ("", "")
     assert dataset.residency().fraction == 1.0
+    dataset.stage()
+    assert capfd.readouterr() == ("", ""), "no terminal, no bar"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     dataset.stage()
     out, err = capfd.readouterr()
     assert out == ""
@@ -304,6 +312,38 @@ def test_staging_raises_what_it_met(filled: SamplePool) -> None:
     with pytest.raises(ObjectNotFound, match="gone"):
         dataset.stage(progress=False)
     assert dataset.residency().resident_objects == 6  # the others are there
+
+
+def test_a_stage_lists_what_is_missing_and_why(filled: SamplePool, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = from_files(filled)
+    uri = "s3://bucket/data/a.png"
+    filled.errors[uri] = ObjectNotFound("gone", object=uri, server="node1:7440")
+    report = dataset.stage(progress=False, on_missing="report")
+    assert not report.complete
+    assert [(one.uri, one.server, type(one.error)) for one in report.missing] == [
+        (uri, "node1:7440", ObjectNotFound)
+    ]
+    assert str(report) == "6 of 7 are in the pool. Missing are 1 at node1:7440: gone"
+    with pytest.raises(ObjectNotFound):
+        dataset.stage(progress=False)
+    assert str(report) in caplog.text
+
+
+def test_what_had_to_go_while_the_rest_was_staged_is_missing_too(
+    filled: SamplePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = from_files(filled)
+    stage = filled.stage
+
+    def stage_and_lose_one(objects: Sequence[ObjectInfo], **options: Any) -> None:
+        stage(objects, **options)
+        filled.resident.discard(objects[3].id)
+
+    monkeypatch.setattr(filled, "stage", stage_and_lose_one)
+    report = dataset.stage(progress=False, on_missing="report")
+    assert (report.complete, report.missing_count, report.missing[0].server) == (False, 1, "127.0.0.1:7440")
+    with pytest.raises(OutOfSpace, match="had to go again"):
+        dataset.stage(progress=False)
 
 
 def test_a_position_over_other_files_is_refused(filled: SamplePool) -> None:

@@ -94,9 +94,14 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self, what: str, *, items: int, total_bytes: int) -> Iterator[Advance]:
-        """A progress bar on stderr while the block runs, if that is a terminal. The block calls what it is given."""
+        """A progress bar on stderr while the block runs, lines there where it is no terminal.
+
+        The block calls what it is given.
+        """
         if not sys.stderr.isatty():
-            yield lambda items, count: None
+            from torchcache.pool.progress_lines import ProgressLines
+
+            yield ProgressLines(what, items, lambda line: click.echo(line, err=True))
             return
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn

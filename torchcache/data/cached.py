@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import Dataset, IterableDataset
 
@@ -21,14 +23,17 @@ from torchcache.data.listing import Changes
 from torchcache.data.outputs import Output
 from torchcache.data.prefetch import ComputedPrefetch, Orders, Prefetch
 from torchcache.data.progress import progress_bar
-from torchcache.data.samples import Samples
-from torchcache.errors import ConfigurationError
+from torchcache.data.samples import OnProgress, Samples
+from torchcache.data.staged import MissingList, StageReport
+from torchcache.errors import ConfigurationError, OutOfSpace
 from torchcache.model import SAVE_PREFIX
 from torchcache.pool import Pool, Residency
 from torchcache.pool.routing import main_owner
 
 if TYPE_CHECKING:
     from torchcache.local_pool import LocalPool
+
+_log = logging.getLogger("torchcache")
 
 Transform = Callable[[Any], Any]
 
@@ -200,17 +205,37 @@ class CachedDataset(Dataset[Any]):
                 "sample. Resume with the dataset it was saved with, or start the epoch anew without this state"
             )
 
-    def stage(self, *, progress: bool = True) -> None:
-        """Brings every sample into the pool before its use, with a progress bar on stderr unless told otherwise.
+    def stage(
+        self, *, progress: bool = True, on_missing: Literal["raise", "report"] = "raise"
+    ) -> StageReport:
+        """Brings every sample into the pool before its use; says at the end whether all of it is there.
 
-        Computed samples are computed here, in this process. Raises the first error.
+        With a progress bar on stderr, lines of the log "torchcache" where that is no terminal, unless told otherwise.
+        Computed samples are computed here, in this process. All are tried. If some can't be fetched or kept, the log
+        says how many, at which servers, and why, and the first error is raised; with `on_missing="report"` the report
+        that is returned lists them instead.
         """
+        missing = MissingList(lambda info: self._pool.uri(info.id))
         everything = range(len(self))
-        if not progress:
-            self._samples.stage(everything, on_progress=lambda *_: None, cancelled=lambda: False)
-            return
-        with progress_bar(f"stage {len(self):,} samples", len(self), self._samples.total_bytes) as advance:
-            self._samples.stage(everything, on_progress=advance, cancelled=lambda: False)
+        with ExitStack() as closing:
+            advance: OnProgress = lambda *_: None  # noqa: E731
+            if progress:
+                what = f"stage {len(self):,} samples"
+                advance = closing.enter_context(progress_bar(what, len(self), self._samples.total_bytes))
+            self._samples.stage(
+                everything, on_progress=advance, cancelled=lambda: False, on_missing=missing.add
+            )
+        residency = self._samples.residency()
+        if not missing.count and residency.resident_objects < residency.objects:
+            for info, error in self._samples.absent():
+                missing.add(info, error)
+        report = missing.report(residency)
+        if not report.complete and on_missing == "raise":
+            _log.warning("stage: %s", report)
+            if report.missing:
+                raise report.missing[0].error
+            raise OutOfSpace(f"stage: {report}")
+        return report
 
     def prefetch(self, sampler: Iterable[Any], epoch: int, *, epochs: int | None = 1) -> Prefetch:
         """Stages in the background what `sampler` will give in `epoch`, in its order; returns at once.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torchcache.data import codec
-from torchcache.data.samples import OnProgress, residency_of, windows
+from torchcache.data.samples import OnMissing, OnProgress, residency_of, windows
 from torchcache.errors import (
     ConfigurationError,
     IntegrityError,
@@ -162,7 +162,12 @@ class ComputedSamples:
             _log.warning("dataset %s: %s (said once): %s", self._name, what, error)
 
     def stage(
-        self, indices: Sequence[int], *, on_progress: OnProgress, cancelled: Callable[[], bool]
+        self,
+        indices: Sequence[int],
+        *,
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool],
+        on_missing: OnMissing | None = None,
     ) -> None:
         for window in windows(indices, _STAGE_SAMPLES):
             if cancelled():
@@ -175,6 +180,9 @@ class ComputedSamples:
             if records:
                 self._write(records)
             on_progress(len(window), sum(map(len, records.values())))
+
+    def absent(self) -> Iterator[tuple[ObjectInfo, TorchCacheError]]:
+        return iter(())
 
     def residency(self) -> Residency:
         return residency_of(self._pool, self._object, self._length)

@@ -11,7 +11,7 @@ from torchcache.data.buffer_pool import default_buffers
 from torchcache.data.files import FileSamples
 from torchcache.data.manifest import Manifest
 from torchcache.data.outputs import Landing
-from torchcache.data.samples import OnProgress, residency_of, windows
+from torchcache.data.samples import OnMissing, OnProgress, residency_of, windows
 from torchcache.errors import ConfigurationError
 from torchcache.model import Extent
 from torchcache.pool import Residency
@@ -74,7 +74,12 @@ class FileRecords(FileSamples):
         return [Extent(object, offset, size) for object, offset in zip(objects, offsets, strict=True)]
 
     def stage(
-        self, indices: Sequence[int], *, on_progress: OnProgress, cancelled: Callable[[], bool]
+        self,
+        indices: Sequence[int],
+        *,
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool],
+        on_missing: OnMissing | None = None,
     ) -> None:
         """Brings the objects of these records, whole, in the order in which they are first needed."""
         staged: set[int] = set()
@@ -89,6 +94,7 @@ class FileRecords(FileSamples):
                 namespace=self.uri,
                 on_progress=lambda _, size_bytes: on_progress(0, size_bytes),
                 cancelled=cancelled,
+                on_missing=on_missing,
             )
             on_progress(len(window), 0)
 

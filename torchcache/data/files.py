@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -14,16 +14,18 @@ from torchcache.data.buffer_pool import BufferPool, default_buffers
 from torchcache.data.listing import Changes, changes, listed
 from torchcache.data.manifest import Manifest
 from torchcache.data.outputs import Landing, checked_output
-from torchcache.data.samples import OnProgress, residency_of, windows
+from torchcache.data.samples import OnMissing, OnProgress, residency_of, windows
 from torchcache.errors import (
     ConfigurationError,
     ObjectChanged,
     ObjectNotFound,
+    OutOfSpace,
     TorchCacheError,
 )
 from torchcache.heap import keep_freed_memory
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, Residency
+from torchcache.pool.routing import main_owner
 
 _log = logging.getLogger("torchcache")
 
@@ -171,16 +173,37 @@ class FileSamples:
         return explained
 
     def stage(
-        self, indices: Sequence[int], *, on_progress: OnProgress, cancelled: Callable[[], bool]
+        self,
+        indices: Sequence[int],
+        *,
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool],
+        on_missing: OnMissing | None = None,
     ) -> None:
         for window in windows(indices):
             if cancelled():
                 return
             objects = self._objects(window)
-            self._pool.stage(objects, namespace=self.uri, on_progress=on_progress, cancelled=cancelled)
+            self._pool.stage(
+                objects,
+                namespace=self.uri,
+                on_progress=on_progress,
+                cancelled=cancelled,
+                on_missing=on_missing,
+            )
+
+    def absent(self) -> Iterator[tuple[ObjectInfo, TorchCacheError]]:
+        servers = self._pool.servers()
+        for window in windows(range(len(self._manifest))):
+            objects = self._objects(window)
+            for info, held in zip(objects, self._pool.resident_bytes(objects), strict=True):
+                if held < info.size:
+                    why = f"{info.size - held:,} of its {info.size:,} bytes had to go again: there is no room for all"
+                    server = servers[main_owner(Extent(info), [*servers])]
+                    yield info, OutOfSpace(why, object=self._pool.uri(info.id), server=server)
 
     def residency(self) -> Residency:
-        return residency_of(self._pool, self._manifest.__getitem__, len(self))
+        return residency_of(self._pool, lambda index: self._objects([index])[0], len(self))
 
     def identity(self) -> dict[str, str | int]:
         return {

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from torchcache.data.samples import OnProgress
+from torchcache.pool.progress_lines import ProgressLines
 
 _log = logging.getLogger("torchcache")
 
@@ -19,7 +20,13 @@ LOGGED_EVERY_S: Final = 10.0
 
 @contextmanager
 def progress_bar(what: str, samples: int, total_bytes: int | None) -> Iterator[OnProgress]:
-    """A bar on stderr: of bytes if their total is known, else of samples with the bytes beside."""
+    """A bar on stderr: of bytes if their total is known, else of samples with the bytes beside.
+
+    Where stderr is no terminal, lines of the log "torchcache", at level INFO.
+    """
+    if not sys.stderr.isatty():
+        yield ProgressLines(what, samples, _log.info)
+        return
     from rich.console import Console
     from rich.filesize import decimal
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

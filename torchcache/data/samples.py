@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from torchcache.errors import TorchCacheError
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, Residency
 
 OnProgress = Callable[[int, int], None]
 """Gets (samples, bytes) just done, in the caller's thread."""
+
+OnMissing = Callable[[ObjectInfo, TorchCacheError], None]
+"""Gets an object that can't be staged, and why."""
 
 _WINDOW = 4096
 
@@ -34,9 +38,21 @@ class Samples(Protocol):
         """Where the samples lie."""
 
     def stage(
-        self, indices: Sequence[int], *, on_progress: OnProgress, cancelled: Callable[[], bool]
+        self,
+        indices: Sequence[int],
+        *,
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool],
+        on_missing: OnMissing | None = None,
     ) -> None:
-        """Brings what is missing of `indices` into the pool, in that order. Raises the first error."""
+        """Brings what is missing of `indices` into the pool, in that order.
+
+        `on_missing` gets what can't be, and why; without it the first error is raised. Samples that are computed raise
+        always.
+        """
+
+    def absent(self) -> Iterator[tuple[ObjectInfo, TorchCacheError]]:
+        """What the pool doesn't hold now, as if it had been staged; nothing of samples that are computed."""
 
     def residency(self) -> Residency:
         """How much of the samples the pool holds now."""

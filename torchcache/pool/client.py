@@ -167,14 +167,16 @@ class Pool:
         namespace: str,
         on_progress: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        on_missing: staging.OnMissing | None = None,
     ) -> None:
         """Fetches what of `objects` the pool does not hold yet.
 
         `on_progress` gets (objects, bytes) just done, in the caller's thread; `cancelled` is asked between batches.
-        Raises the first error, after all were tried.
+        `on_missing` gets each object that could not be fetched or kept, with the reason; without it the first error is
+        raised, after all were tried.
         """
         if objects:
-            staging.Staging(self._session(), namespace).run(objects, on_progress, cancelled)
+            staging.Staging(self._session(), namespace).run(objects, on_progress, cancelled, on_missing)
 
     # ---- the order in which a dataset will be read ----
 

@@ -36,6 +36,12 @@ WORKERS: Final = 4
 """Calls under way at a time: while one waits for its last object the others keep the servers busy."""
 
 
+OnMissing = Callable[[ObjectInfo, TorchCacheError], object]
+"""Gets an object that can't be staged, and why, in the caller's thread; a large one for each of its parts."""
+
+Failures = Sequence[tuple[ObjectInfo, TorchCacheError]]
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What one call stages: whole small objects of one owner, or some chunks of a large one (`last`: the last)."""
@@ -82,15 +88,14 @@ class Staging:
         self._session = session
         self._namespace = namespace
         self._stopped = threading.Event()
-        self._reports: queue.SimpleQueue[tuple[Batch, TorchCacheError | None] | BaseException | None] = (
-            queue.SimpleQueue()
-        )
+        self._reports: queue.SimpleQueue[tuple[Batch, Failures] | BaseException | None] = queue.SimpleQueue()
 
     def run(
         self,
         objects: Sequence[ObjectInfo],
         on_progress: Callable[[int, int], None] | None,
         cancelled: Callable[[], bool] | None,
+        on_missing: OnMissing | None,
     ) -> None:
         """See `Pool.stage`."""
         deadline = time.monotonic() + STAGE_S
@@ -104,7 +109,7 @@ class Staging:
         for thread in threads:
             thread.start()
         try:
-            failure = self._collect(len(threads), on_progress, cancelled)
+            failure = self._collect(len(threads), on_progress, cancelled, on_missing)
         finally:
             self._stopped.set()
             for thread in threads:
@@ -117,6 +122,7 @@ class Staging:
         workers: int,
         on_progress: Callable[[int, int], None] | None,
         cancelled: Callable[[], bool] | None,
+        on_missing: OnMissing | None,
     ) -> BaseException | None:
         failure: BaseException | None = None
         while workers:
@@ -128,8 +134,12 @@ class Staging:
             elif isinstance(report, BaseException):
                 failure = failure or report
             else:
-                batch, error = report
-                failure = failure or error
+                batch, failures = report
+                for info, error in failures:
+                    if on_missing is None:
+                        failure = failure or error
+                    else:
+                        on_missing(info, error)
                 if on_progress is not None:
                     on_progress(len(batch.objects) if batch.last else 0, batch.bytes)
         return failure
@@ -147,22 +157,25 @@ class Staging:
         finally:
             self._reports.put(None)
 
-    def _stage(self, batch: Batch) -> TorchCacheError | None:
-        """Stages one batch; the first error, if any."""
+    def _stage(self, batch: Batch) -> Failures:
+        """Stages one batch; what can't be, and why."""
         try:
             return self._touch(batch) if batch.chunks is not None else self._fill(batch)
         except TorchCacheError as error:
-            return error
+            return [(info, error) for info in batch.objects]
 
-    def _fill(self, batch: Batch) -> TorchCacheError | None:
+    def _fill(self, batch: Batch) -> Failures:
         refs, _ = object_refs(batch.objects)
         request = cache_pb2.StageRequest(namespace=self._namespace, objects=refs)
         key = placement_key(batch.objects[0].id, 0)
         asked = self._session.ask("Stage", request, key=key, timeout_s=STAGE_S)
-        errors = [text for text in asked.reply.errors if text]
-        return decode_error(errors[0], server=asked.member.address) if errors else None
+        return [
+            (info, decode_error(text, server=asked.member.address))
+            for info, text in zip(batch.objects, asked.reply.errors, strict=False)
+            if text
+        ]
 
-    def _touch(self, batch: Batch) -> TorchCacheError | None:
+    def _touch(self, batch: Batch) -> Failures:
         """Reads one byte of each chunk: every chunk is filled by its own owner, and little of it travels."""
         info = batch.objects[0]
         extents = [Extent(info, index * CHUNK_BYTES, 1) for index in batch.chunks or ()]
@@ -170,7 +183,7 @@ class Staging:
         outcomes = Reading(
             self._session, extents, None, ReadOptions(namespace=self._namespace), deadline
         ).run()
-        return next((outcome for outcome in outcomes if isinstance(outcome, TorchCacheError)), None)
+        return [(info, outcome) for outcome in outcomes if isinstance(outcome, TorchCacheError)][:1]
 
 
 def residency(session: Session, objects: Sequence[ObjectInfo]) -> Residency:
