@@ -31,6 +31,8 @@ SECTIONS: Final = {
     "cold": "cold_reads",
     "manifest": "manifests",
     "half": "half_cached",
+    "prefetch": "next_epochs",
+    "order": "local_shares",
     "rivals": "rivals",
     "verification": "verification",
     "recycling": "recycling",
