@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from torchcache.checkpoint.metadata import dtype_of, load_metadata
+from torchcache.checkpoint.location import checkpoint_uri
+from torchcache.checkpoint.metadata import dtype_of, load_metadata, stock_metadata
 from torchcache.errors import CheckpointError, IntegrityError
 
 
@@ -248,3 +249,11 @@ def test_changed_bytes_give_metadata_or_our_error(data: st.DataObject) -> None:
         assert type(load_metadata(bytes(pickled), where="x")) is Metadata
     except (CheckpointError, IntegrityError):
         pass
+
+
+@pytest.mark.parametrize("folder", ["/data/run 1/step-5", "s3://bucket/run/step-5"])
+def test_metadata_names_a_checkpoint_as_its_user_did(folder: str) -> None:
+    uri = checkpoint_uri(folder)
+    found = stock_metadata(Metadata({}), [], checkpoint_id=uri, save_id="1")
+    assert found.storage_meta is not None
+    assert found.storage_meta.checkpoint_id == folder

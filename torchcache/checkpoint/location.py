@@ -42,6 +42,11 @@ def checkpoint_uri(path: str | os.PathLike[str]) -> str:
     return f"{scheme}:///{key}" if scheme == "file" else f"{scheme}://{key}"
 
 
+def stock_id(uri: str) -> str:
+    """How torch's own metadata names the checkpoint at a `checkpoint_uri`: one in the file system by its path."""
+    return uri.removeprefix("file://")
+
+
 def looks_like_checkpoint(path: object) -> bool:
     """Whether `checkpoint_uri` takes it and its scheme is one that under-stores have."""
     try:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from torchcache.checkpoint.columns import require
 from torchcache.checkpoint.compression import DESCRIPTOR
+from torchcache.checkpoint.location import stock_id
 from torchcache.checkpoint.manifest import (
     Item,
     Manifest,
@@ -246,7 +247,7 @@ def stock_metadata(
     """A copy of `metadata` as FileSystemWriter would write it: pickled, it is `.metadata`."""
     changes: dict[str, Any] = {
         "storage_data": {index_of(item): _storage_info(item) for item in items},
-        "storage_meta": dcp.StorageMeta(checkpoint_id=checkpoint_id, save_id=save_id),
+        "storage_meta": dcp.StorageMeta(checkpoint_id=stock_id(checkpoint_id), save_id=save_id),
     }
     if hasattr(metadata, "version"):
         changes["version"] = dcp_version()
@@ -334,7 +335,7 @@ def metadata_of(manifest: Manifest, *, load_id: str, pickled: Callable[[], Metad
         planner_data=planner_data,
         storage_data={index_of(item): item for item in manifest.items},
         storage_meta=dcp.StorageMeta(
-            checkpoint_id=manifest.checkpoint, save_id=manifest.save_id, load_id=load_id
+            checkpoint_id=stock_id(manifest.checkpoint), save_id=manifest.save_id, load_id=load_id
         ),
     )
     if hasattr(metadata, "version"):
