@@ -11,6 +11,7 @@ import pytest
 from torch.utils.data import DistributedSampler
 
 import torchcache as tc
+from torchcache.errors import ServerUnavailable
 from torchcache.pool.orders import OrderKey
 
 MIB = 1 << 20
@@ -95,3 +96,17 @@ def test_an_order_is_told_again_to_a_server_that_lost_it(tmp_path: Path, source:
         pool.forget_order(server.server_id, OrderKey(order.namespace, order.order))
         until(lambda: any(s.orders for s in pool.status()))
         prefetch.cancel()
+
+
+def test_a_prefetch_ends_with_its_pool_and_starts_no_server(tmp_path: Path, source: Path) -> None:
+    local = tc.LocalPool(tmp_path / "pool", capacity=256 * MIB)
+    with local as pool:
+        dataset = tc.CachedDataset.from_files(source, pool=pool)
+        sampler = DistributedSampler(dataset, num_replicas=1, rank=0)
+        prefetch = dataset.prefetch(sampler, 0, epochs=None)
+        until(lambda: prefetch.staged > 0)
+    with pytest.raises(ServerUnavailable, match="closed"):
+        while not prefetch.wait(60):
+            time.sleep(0.01)
+    assert not pool.is_open
+    assert not (tmp_path / "pool" / "server-0" / "endpoint.json").exists()

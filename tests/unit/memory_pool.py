@@ -31,6 +31,7 @@ class MemoryPool:
     """What the CLI and fsspec use of `Pool`, over dicts. Buckets are the first segments of keys."""
 
     address = "memory"
+    is_open = True
 
     def __init__(self, roots: dict[str, str] | None = None) -> None:
         self.roots = roots or {"s3": "s3://", "file": "file:///"}

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from torchcache.data.chunk_table import ChunkTable
 from torchcache.data.epoch_plan import EpochPlan, Share
 from torchcache.data.prefetch import Missing, Prefetch, PrefetchProgress
-from torchcache.errors import TorchCacheError, TransientError
+from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
 from torchcache.model import Extent
 from torchcache.pool import Pool
 from torchcache.pool.orders import OrderKey
@@ -73,6 +73,7 @@ class OrderedPrefetch(Prefetch):
         self._began_s = time.monotonic()
         self._changed = threading.Condition()
         self._state = "running"
+        self.wake: Callable[[], object] = lambda: None
         self._error: TorchCacheError | None = None
 
     # ---- for its owner ----
@@ -103,6 +104,7 @@ class OrderedPrefetch(Prefetch):
 
     def cancel(self) -> None:
         self.end("cancelled")
+        self.wake()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         with self._changed:
@@ -177,6 +179,7 @@ class Foreteller:
 
     def add(self, prefetch: OrderedPrefetch) -> None:
         """Goes on with this one; an older one of the same epochs ends."""
+        prefetch.wake = self._wake.set
         with self._lock:
             for other in self._prefetches:
                 if other.first >= prefetch.first:
@@ -228,6 +231,9 @@ class Foreteller:
 
     def _round(self, prefetches: Sequence[OrderedPrefetch]) -> float:
         """Tells and asks once; returns after how long to do so again."""
+        if self._servers and not self._pool.is_open:
+            self._end_all(ServerUnavailable("the pool was closed, and the prefetch ends with it"))
+            return 0.0
         try:
             if (servers := self._pool.servers()) != self._servers:
                 self._servers, self._table = servers, None

@@ -379,6 +379,12 @@ class Pool:
             )
         return found
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this process has met the servers, and not closed the pool since."""
+        session = self._sessions.get(os.getpid())
+        return session is not None and session.current is not None
+
     def unreachable(self) -> list[str]:
         """The addresses of servers that did not answer when last asked: others stand in for them."""
         members = self._session().current

@@ -147,7 +147,10 @@ def _pieces(told: ToldOrder) -> Iterator[cache_pb2.TellOrderRequest]:
 def _ask(session: Session, server: str, method: str, request: Any) -> Any:
     """The server's reply, asked once: whoever tells orders tries again by himself."""
     deadline = time.monotonic() + CALL_S
-    member = session.members(deadline).by_id.get(server)
+    members = session.current  # never found anew: that would start an embedded pool that was just closed
+    if members is None:
+        raise ServerUnavailable("the pool was closed", server=server)
+    member = members.by_id.get(server)
     if member is None:
         raise ServerUnavailable(f"the server {server} is no longer in the pool", server=server)
     return session.ask_member(member, method, request, deadline).reply
