@@ -33,6 +33,7 @@ class PoolServer:
         store: Path | None = None,
         capacity: str = "1GB",
         starter: PlainStarter | None = None,
+        lane: str | None = None,
         more: Sequence[str] = (),
     ) -> None:
         self.source = source or folder / "source"
@@ -40,6 +41,7 @@ class PoolServer:
         self.store = store or folder / "store"
         self.log = folder / "server.log"
         self._token = folder / "token"
+        self._lane = lane
         self._starter = starter or PlainStarter()
         self._arguments = [
             *("--listen", "127.0.0.1:0", "--store", str(self.store), "--token-file", str(self._token)),
@@ -69,7 +71,7 @@ class PoolServer:
         except BaseException:
             self.life.end()
             raise
-        self.pool: Pool = connect(self.address, token=self.token)
+        self.pool: Pool = connect(self.address, token=self.token, lane=self._lane)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int | None:
         """Ends the process; its exit code."""

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,15 @@ def small_store() -> Iterator[Path]:
         yield Path(folder)
 
 
-def descriptors() -> int:
-    """How many files this process has open."""
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+def descriptors(within: Path | None = None) -> int:
+    """How many files this process has open, in all or within a folder: others may come and go by other threads."""
+    if within is None:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+    found = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            found += str(descriptor.readlink()).startswith(f"{within}/")
+    return found
 
 
 def crash_image(store_path: Path, target: Path) -> Path:

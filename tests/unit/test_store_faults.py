@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import lmdb
 import pytest
-from torchcache_server.store import DiskCalls, Store, index
+from torchcache_server.store import DiskCalls, Store, index, room
 from torchcache_server.store.core import MAX_RESTING
 from torchcache_server.store.index import Index
 
@@ -408,4 +409,72 @@ def test_a_small_map_is_no_trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not store.contains(chunk(stored))
     store.drop("a")
     assert store.usage().used_bytes == 0
+    store.close()
+
+
+# ---- readers of what was evicted ----
+
+
+class TightDisk(DiskCalls):
+    """A disk with room for anything, until `tight`: then for nothing more until somebody lets go."""
+
+    def __init__(self) -> None:
+        self.tight = False
+        self.asked = threading.Event()
+
+    def free_bytes(self, path: str) -> tuple[int, int]:
+        if self.tight:
+            self.asked.set()
+        free, size = super().free_bytes(path)
+        return (0 if self.tight else free), size
+
+
+def test_a_checkpoint_waits_for_a_read_that_ends(tmp_path: Path) -> None:
+    """F10, F11: the disk is full of what was evicted and is still being looked at; a cached chunk passes through."""
+    disk = TightDisk()
+    store = Store(tmp_path, capacity_bytes=CAPACITY, min_free_bytes=0, disk=disk)
+    fill(store, "a", range(8), MIB)
+    fill(store, "save", range(50, 51))
+    store.keep("save", True)
+    read = store.lookup(chunk(0))
+    assert read is not None
+    store.evict("a")
+    with store._core.lock:
+        store._core.spares.trim(1 << 60)  # what has gone is unlinked, for want of room
+    disk.tight = True
+    with pytest.raises(OutOfSpace, match="until readers let go"):
+        fill(store, "b", range(20, 21), MIB)
+    disk.asked.clear()
+
+    def end() -> None:
+        nonlocal read
+        assert disk.asked.wait(60)
+        disk.tight = False
+        read = None
+
+    reader = threading.Thread(target=end)
+    reader.start()
+    fill(store, "save", range(60, 61), MIB)
+    reader.join()
+    assert held(store, 60, MIB)
+    store.close()
+
+
+def test_a_checkpoint_waits_for_no_read_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F10, F11."""
+    monkeypatch.setattr(room, "LET_GO_S", 0.05)
+    disk = TightDisk()
+    store = Store(tmp_path, capacity_bytes=CAPACITY, min_free_bytes=0, disk=disk)
+    fill(store, "a", range(8), MIB)
+    fill(store, "save", range(50, 51))
+    store.keep("save", True)
+    read = store.lookup(chunk(0))
+    store.evict("a")
+    with store._core.lock:
+        store._core.spares.trim(1 << 60)
+    disk.tight = True
+    with pytest.raises(OutOfSpace, match="until readers let go"):
+        fill(store, "save", range(60, 61), MIB)
+    assert read is not None
+    disk.tight = False
     store.close()

@@ -64,7 +64,7 @@ class Matrix:
 
     def run(self, life: int, disk: SiteDisk, phase: int) -> None:
         """Lets a store live on `disk`, which is mended after a phase; what is wrong then raises AssertionError."""
-        descriptors_before = descriptors()
+        descriptors_before = descriptors(self.folder)
         folder = self.folder / "store"
         before = None
         if life == 1:
@@ -78,7 +78,7 @@ class Matrix:
         finally:
             for left in (folder, folder.with_name("image")):
                 shutil.rmtree(left, ignore_errors=True)
-        assert descriptors() <= descriptors_before, "I5: descriptors were left open"
+        assert descriptors(self.folder) <= descriptors_before, "I5: descriptors were left open"
         assert not disk.synced_again, "F13: an fsync was tried again"
 
     def case(self, faults: Sequence[Fault], seen: Seen) -> None:

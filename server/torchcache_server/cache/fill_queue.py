@@ -28,6 +28,9 @@ _CLOSE_S = 5.0
 QUIET_S: Final = 0.1
 """How long no reader must have waited for storage before what will be read in a later epoch is fetched."""
 
+LOOK_AGAIN_S: Final = 0.5
+"""How long a fill that waits for room goes without looking for it."""
+
 Need: TypeAlias = Literal["now", "soon", "later"]
 """A reader waits; it will be read in the epoch that runs; in another one."""
 
@@ -165,7 +168,8 @@ class FillQueue:
                     self._running[fill.need] += 1
                     self._changed.notify()  # There may be room for the next one too.
                     return fill, Loan(self, fill.bytes)
-                self._changed.wait(pause_s)
+                # What a collection on this very thread gives back between the count above and here wakes nobody.
+                self._changed.wait(None if pause_s is None else min(pause_s, LOOK_AGAIN_S))
             return None
 
     def _pause_s(self, fill: Fill, now: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -23,6 +24,11 @@ from torchcache_server.store.ordering import Order
 from torchcache_server.store.segments import Segment
 from torchcache_server.store.space import Namespace
 from torchcache_server.store.writing import Short
+
+LET_GO_S: Final = 5.0
+"""How long what must be kept waits for readers to let go of what was evicted for it, where the disk is full."""
+
+_PAUSE_S: Final = 0.01
 
 _LOOK_AT: Final = 16
 """Segments of a dataset looked at when one of them is to yield. More costs time, and gains little."""
@@ -128,7 +134,10 @@ def make_room(core: Core, namespace: str, short: Short, *, next_use: int = NEVER
                 return
             on_its_way = 0 < short.disk_bytes <= core.spares.leaving_bytes
         if on_its_way and short.capacity_bytes <= 0:
-            # Evicting more would free no more: readers still look at what has gone.
+            # Evicting more would free no more: readers still look at what has gone. A read that ends soon is no reason
+            # to refuse a checkpoint; what is only cached can pass through.
+            if _is_kept(core, namespace) and _readers_let_go(core):
+                return
             raise OutOfSpace(
                 f"the disk of the store {core.folder.path} is full until readers let go of what was evicted"
             )
@@ -147,6 +156,25 @@ def make_room(core: Core, namespace: str, short: Short, *, next_use: int = NEVER
         f"the store {core.folder.path} is full: {core.space.used_bytes} of {core.space.capacity_bytes} bytes are used "
         f"and nothing may be evicted for {namespace!r}; raise the capacity"
     )
+
+
+def _is_kept(core: Core, namespace: str) -> bool:
+    with core.lock:
+        owner = core.space.namespaces.get(namespace)
+        return owner is not None and owner.kept
+
+
+def _readers_let_go(core: Core) -> bool:
+    """Waits until readers have let go of something that was evicted; False if none has within `LET_GO_S`."""
+    with core.lock:
+        before = core.spares.leaving_bytes
+    until = time.monotonic() + LET_GO_S
+    while time.monotonic() < until:
+        with core.lock:
+            if core.spares.leaving_bytes < before:
+                return True
+        time.sleep(_PAUSE_S)
+    return False
 
 
 def _give_back_tails(core: Core) -> bool:
