@@ -29,7 +29,7 @@ class Held:
         self._passes_through = passes_through
         self.fill = Fill("it", size, self._work, time.monotonic() + timeout_s)
 
-    def _work(self, loan: Loan, deadline: float) -> StoredChunk:
+    def _work(self, fill: Fill, loan: Loan, deadline: float) -> StoredChunk:
         self.started.set()
         assert self.go.wait(30)
         if self._passes_through:
@@ -133,7 +133,7 @@ def test_a_waiter_with_more_patience_extends_the_wait() -> None:
 
 
 def test_a_fill_that_fails_returns_its_bytes() -> None:
-    def work(loan: Loan, deadline: float) -> StoredChunk:
+    def work(fill: Fill, loan: Loan, deadline: float) -> StoredChunk:
         raise KeyError("broken")
 
     with queue_of(threads=1, limit_bytes=10) as queue:

@@ -57,7 +57,7 @@ class Fill:
 
     name: str
     bytes: int
-    work: Callable[[Loan, float], StoredChunk]
+    work: Callable[[Fill, Loan, float], StoredChunk]
     deadline: float
     future: Future[StoredChunk] = field(default_factory=Future)
     need: Need = "now"
@@ -91,7 +91,7 @@ class FillQueue:
             return self._lent_bytes
 
     def submit(self, fill: Fill) -> None:
-        """Queues `fill`. Its future gets the result of `work(loan, deadline)`, or Overloaded if its turn doesn't come.
+        """Queues `fill`. Its future gets the result of its `work`, or Overloaded if its turn doesn't come.
 
         Raises ServerUnavailable after `close`.
         """
@@ -217,7 +217,7 @@ class FillQueue:
 
 def _run(fill: Fill, loan: Loan) -> None:
     try:
-        result = fill.work(loan, fill.deadline)
+        result = fill.work(fill, loan, fill.deadline)
     except BaseException as error:  # noqa: BLE001 - it is the waiters' to see
         loan.release()
         fill.future.set_exception(error)

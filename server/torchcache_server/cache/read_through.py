@@ -123,7 +123,7 @@ class ReadThrough:
             if self.store.contains(chunk):
                 return None
             flight = self._start(namespace, object, chunk, need=need, deadline=deadline)
-        flight.future.add_done_callback(lambda _: self._land(chunk, flight))
+        flight.future.add_done_callback(lambda landed: self._land(chunk, landed))
         return flight.future
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ class ReadThrough:
             if self.store.contains(chunk) and (found := self.store.lookup(chunk)) is not None:
                 return found
             flight = self._start(namespace, object, chunk, need="now", deadline=deadline)
-        flight.future.add_done_callback(lambda _: self._land(chunk, flight))
+        flight.future.add_done_callback(lambda landed: self._land(chunk, landed))
         return flight.future
 
     def _start(
@@ -174,7 +174,8 @@ class ReadThrough:
         """Starts the chunk's flight. Under the lock."""
         under_store = self._under_store(object)
 
-        def work(loan: Loan, until: float) -> StoredChunk:
+        # It is told its flight, and refers to none: in a cycle both would keep the chunk until they are collected.
+        def work(flight: Fill, loan: Loan, until: float) -> StoredChunk:
             room = self._room(flight, namespace, chunk, ahead_of_use=need != "now")
             return self._fill(
                 namespace, object, chunk, under_store=under_store, room=room, loan=loan, deadline=until
@@ -186,9 +187,10 @@ class ReadThrough:
         self._flights[chunk] = flight
         return flight
 
-    def _land(self, chunk: ChunkId, flight: Fill) -> None:
+    def _land(self, chunk: ChunkId, landed: Future[StoredChunk]) -> None:
         with self._lock:
-            if self._flights.get(chunk) is flight:
+            flight = self._flights.get(chunk)
+            if flight is not None and flight.future is landed:
                 del self._flights[chunk]
 
     def _fill(
