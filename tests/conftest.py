@@ -20,7 +20,7 @@ _ORDER = ("e2e", "integration", "crash", "unit", "conformance")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork go first, then those of whole programs.
+    """Tests that fork, by their name or by their mark, go first, then those of whole programs.
 
     gRPC servers that other tests run in their own process may outlive them by a while, and a fork beside gRPC that
     isn't ours is refused.
@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _turn(item: pytest.Item) -> int:
     folder = item.path.parent.name
-    return -1 if "fork" in item.nodeid else _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
+    forks = "fork" in item.nodeid or item.get_closest_marker("forks") is not None
+    return -1 if forks else _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
 
 
 _NO_ACCOUNT = {

@@ -146,6 +146,7 @@ def test_in_workers_that_persist(datasets: dict[str, tc.CachedDataset]) -> None:
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 @pytest.mark.parametrize("workers", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["files", "records", "computed"])
+@pytest.mark.forks
 def test_of_any_workers(datasets: dict[str, tc.CachedDataset], kind: str, workers: int, method: str) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")

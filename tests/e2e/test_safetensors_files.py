@@ -206,6 +206,7 @@ def _load(pool: tc.Pool, uri: str, barrier: Any, results: Any) -> None:
         raise
 
 
+@pytest.mark.forks
 def test_processes_that_load_at_once_cost_one_fetch(pool: tc.Pool, s3: SeaweedFS, tmp_path: Path) -> None:
     """A sharded model of 40 MB, loaded by three processes at the same time."""
     bucket = s3.make_bucket()

@@ -306,6 +306,7 @@ def test_what_is_held_is_read_on_while_the_server_is_dead(root: Path, pool: Pool
     assert not server_pids(root), "nobody needed it"
 
 
+@pytest.mark.forks
 def test_children_keep_the_pool_alive(root: Path) -> None:
     """A forked worker shares its parent's presence: closing the parent's pool leaves the servers to it."""
     local = LocalPool(root, capacity=CAPACITY)

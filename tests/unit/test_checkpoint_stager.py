@@ -189,6 +189,7 @@ def _read(pipe: Connection) -> None:
     pipe.send(float(staged["a"].sum()))
 
 
+@pytest.mark.forks
 def test_another_process_reads_shared_memory_without_a_copy() -> None:
     import torch.multiprocessing as mp
 

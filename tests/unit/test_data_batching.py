@@ -302,6 +302,7 @@ def test_a_loaders_batches_go_back_to_its_workers() -> None:
     assert not sharing._received._pieces
 
 
+@pytest.mark.forks
 def test_arrays_of_workers_arrive_as_tensors() -> None:
     class Arrays(Numbered):
         def __getitem__(self, index: int) -> Any:
