@@ -53,7 +53,7 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "torchcache needs Python 3.11 or later; found: $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
-	@$(PYTHON) -m venv .venv \
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv .venv \
 		|| { echo "No venv in this Python. On Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	@touch $@
