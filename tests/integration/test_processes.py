@@ -175,6 +175,7 @@ def test_grpcs_threads_are_gone_before_a_fork(pool: Pool) -> None:
     check(pool)
 
 
+@pytest.mark.forks
 def test_a_child_beside_foreign_flight_is_told_and_does_not_hang(root: Path, pool: Pool) -> None:
     """A Flight client of somebody else, alive at the fork, makes every later one in the child hang."""
     fill(pool)

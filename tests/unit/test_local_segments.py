@@ -73,13 +73,13 @@ def test_a_view_keeps_the_lock_when_all_else_has_gone(tmp_path: Path, segments: 
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path, segments: MappedSegments) -> None:
-    before = descriptors()
+    before = descriptors(tmp_path)
     for number in range(5):
         segment(tmp_path, number)
         assert segments.get(number, file_entry(NONCE, "n")) is not None
-    assert descriptors() == before + (0 if segments._locks_stay else 5)
+    assert descriptors(tmp_path) == before + (0 if segments._locks_stay else 5)
     segments.clear()
-    assert descriptors() == before
+    assert descriptors(tmp_path) == before
 
 
 def test_another_segment_in_the_file_is_not_taken_for_it(tmp_path: Path, segments: MappedSegments) -> None:
@@ -173,7 +173,7 @@ def test_a_mapping_that_fails_leaves_nothing_open(tmp_path: Path, monkeypatch: p
         raise OSError("no more mappings")
 
     monkeypatch.setattr(local_segments, "Mapping", refuse)
-    before = descriptors()
+    before = descriptors(tmp_path)
     with pytest.raises(OSError, match="no more"):
         map_segment(str(path), 1, NONCE, keep_open=True)
-    assert descriptors() == before
+    assert descriptors(tmp_path) == before

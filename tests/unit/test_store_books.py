@@ -74,14 +74,14 @@ def test_who_finds_the_store_full_leaves_no_file_open(folder: Path, monkeypatch:
     """F14, I5: every namespace that tries in vain opens the file it would have written to."""
     monkeypatch.setattr(core, "MAX_RESTING", 1)
     with opened(folder) as store:
-        before = descriptors()
+        before = descriptors(folder)
         for n in range(SEGMENTS):
             store.keep(f"n{n}", True)
             fill(store, f"n{n}", range(n, n + 1), 50_000)
         for n in range(SEGMENTS):
             with pytest.raises(OutOfSpace):
                 fill(store, f"n{n}", range(10 * n + 10, 10 * n + 13), 20_000)
-        assert descriptors() <= before + 1
+        assert descriptors(folder) <= before + 1
 
 
 def test_a_file_that_was_emptied_into_a_full_store_is_no_spare(folder: Path) -> None:

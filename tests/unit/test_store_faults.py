@@ -380,19 +380,19 @@ def test_an_index_that_points_to_anothers_record_costs_no_other(tmp_path: Path) 
 def test_many_namespaces_do_not_use_up_the_descriptors(tmp_path: Path) -> None:
     """F14: each has a file that takes its next record; a tree of many folders must not leave none for connections."""
     store = open_store(tmp_path, DiskCalls())
-    before = descriptors()
+    before = descriptors(tmp_path)
     for n in range(300):
         fill(store, f"folder-{n}", range(2 * n, 2 * n + 1))
-    assert descriptors() - before <= MAX_RESTING
+    assert descriptors(tmp_path) - before <= MAX_RESTING
     for n in range(300):
         fill(store, f"folder-{n}", range(2 * n + 1, 2 * n + 2))
     assert store.usage().segments == 300
     for n in range(150):
         store.drop(f"folder-{n}")
-    assert descriptors() - before <= MAX_RESTING
+    assert descriptors(tmp_path) - before <= MAX_RESTING
     assert all(held(store, n) for n in range(300, 600))
     store.close()
-    assert descriptors() < before
+    assert descriptors(tmp_path) < before
 
 
 def test_a_small_map_is_no_trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def make(self) -> None:
-        self.descriptors = descriptors()
         self.undo = ExitStack()
         self.folder = self.undo.enter_context(small_store())
         patch = self.undo.enter_context(pytest.MonkeyPatch.context())
@@ -94,8 +93,8 @@ class StoreMachine(RuleBasedStateMachine):
             return
         self.views.clear()
         self.store.close()
+        assert not descriptors(self.folder), "I5"
         self.undo.close()
-        assert descriptors() <= self.descriptors, "I5"
 
     # ---- chunks in, chunks out ----
 
@@ -406,7 +405,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert all(n.policy == self.policy(n.name) for n in namespaces)
         space: Space = self.store._core.space
         assert space.promised_bytes == 0
-        assert descriptors() <= self.descriptors + MAX_DESCRIPTORS
+        assert descriptors(self.folder) <= MAX_DESCRIPTORS
 
     def taken(self, files: str) -> int:
         return sum(512 * p.stat().st_blocks for p in (self.folder / str(self.turn)).glob(files))

@@ -19,6 +19,7 @@ from tests.unit.store_parts import (
     FailingDisk,
     chunk,
     crash_image,
+    descriptors,
     fill,
     held,
     payload,
@@ -223,29 +224,26 @@ def test_close_waits_for_calls_under_way(store: Store, disk: Hooked, tmp_path: P
 def test_descriptors_and_mappings_return_to_baseline(tmp_path: Path) -> None:
     """I5: a segment costs no descriptor once it is full, and no mapping once it is gone and nobody looks."""
 
-    def descriptors() -> int:
-        return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
     def mappings() -> int:
         return Path("/proc/self/maps").read_text().count(f"{tmp_path}/s")
 
     gc.collect()
-    before = descriptors()
+    before = descriptors(tmp_path)
     for reopened in (False, True):
         store = Store(tmp_path, capacity_bytes=CAPACITY)
-        idle = descriptors()
+        idle = descriptors(tmp_path)
         if not reopened:
             for n in range(50):
                 fill(store, "a", range(n, n + 1), MIB)
-            assert descriptors() == idle + 1
+            assert descriptors(tmp_path) == idle + 1
         assert mappings() == store.usage().segments >= 6
         if not reopened:
             store.close()
     view = store.lookup(chunk(0))
     store.drop("a")
     gc.collect()
-    assert (descriptors(), mappings()) == (idle, 1)
+    assert (descriptors(tmp_path), mappings()) == (idle, 1)
     del view
     assert mappings() == 0
     store.close()
-    assert descriptors() == before
+    assert descriptors(tmp_path) == before
