@@ -54,6 +54,7 @@ class SeaweedFS:
         names = ("s3.port", "master.port", "volume.port", "filer.port", "admin.port")
         ports = [f"-{name}={port}" for name, port in zip(names, self._ports, strict=True)]
         flags = [
+            "-volume.max=10000",  # a bucket takes some of its own; by default as many as the disk has 128 MB for
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
             "-admin.ui=false",
