@@ -60,7 +60,7 @@ def _hits(count: int, *, told: bool) -> float:
 
 
 def _sampler(count: int) -> DistributedSampler[int]:
-    return DistributedSampler(range(count), num_replicas=1, rank=0)  # type: ignore[arg-type]
+    return DistributedSampler(range(count), num_replicas=1, rank=0)  # type: ignore[arg-type]  # it has a length
 
 
 def _shuffled(count: int, epoch: int) -> Sequence[int]:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conformance.lane import LaneContract, good, put_sample, read, sample
 from tests.conformance.lane_lies import LiesContract
-from tests.conformance.lane_server import LaneServer
+from tests.conformance.lane_server import LaneServer, ServerContract
 from tests.conformance.lane_source import SourceContract
 from tests.conformance.lane_wire import WireContract
 from tests.conformance.standin import StandIn
@@ -43,18 +43,9 @@ def local_lane(
     return lane
 
 
-class TestLocalToServer(LaneContract):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaneServer]:
-        with LaneServer(tmp_path_factory.mktemp("lane")) as server:
-            yield server
-
-    @pytest.fixture
-    def lane(self, server: LaneServer) -> Iterator[Lane]:
-        lane = local_lane(server)
-        yield lane
-        lane.close()
+class TestLocalToServer(ServerContract, LaneContract):
+    def make_lane(self, server: LaneServer) -> Lane:
+        return local_lane(server)
 
     @pytest.fixture
     def deaf(self, tmp_path: Path) -> Iterator[Lane]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 from torchcache_server.cache.claims import DEAD_AFTER_LEASES, Claim, ClaimState, Sighting, Take
-from torchcache_server.cache.copies import new_copy
 from torchcache_server.cache.copy_plan import decide_takeover, is_left_open, judge
 from torchcache_server.cache.save_records import copy_key, decode_copy, decode_save, encode_copy, encode_save
-from torchcache_server.cache.saves import Copy, SaveKey
+from torchcache_server.cache.saves import Copy, Save, SaveKey
 
 KEY = SaveKey("s3", "run/step-1")
 LEASE_S = 10.0
@@ -16,15 +15,18 @@ DEAD_S = SEEN_S + DEAD_AFTER_LEASES * LEASE_S
 
 
 def copy(save_id: str = "ours", *, confirmed: bool = False) -> Copy:
-    save = new_copy(
-        KEY,
-        save_id,
-        files=[("__0_0.distcp", 5)],
+    save = Save(
+        key=KEY,
+        save_id=save_id,
+        files=(("__0_0.distcp", 5),),
         metadata=b"metadata",
         manifest=b"manifest",
-        replaceable=["digest"],
         overwrite=True,
+        replaceable=("digest",),
+        state="committed",
+        committed_unix_s=50.0,
         writer="somebody",
+        replicas=2,
     )
     return Copy(save, "owner", confirmed)
 

@@ -10,8 +10,6 @@ Servers don't talk to each other. What they have to agree on, they do by the cla
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -176,30 +174,3 @@ class Copies:
             self._slots.begin_save(slot, copy.save)
             self._slots.end_copy(slot, copy.save.save_id)
             return True
-
-
-def new_copy(
-    key: SaveKey,
-    save_id: str,
-    *,
-    files: Sequence[tuple[str, int]],
-    metadata: bytes,
-    manifest: bytes,
-    replaceable: Sequence[str],
-    overwrite: bool,
-    writer: str,
-) -> Save:
-    """The save of a copy that is to be prepared: as its owner will commit it, or has."""
-    return Save(
-        key=key,
-        save_id=save_id,
-        files=tuple(files),
-        metadata=metadata,
-        manifest=manifest,
-        overwrite=overwrite,
-        replaceable=tuple(replaceable),
-        state="committed",
-        committed_unix_s=time.time(),
-        writer=writer,
-        replicas=2,
-    )

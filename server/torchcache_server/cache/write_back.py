@@ -31,14 +31,14 @@ from torchcache_server.cache.catalogue import Catalogue
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import DEAD_AFTER_LEASES
 from torchcache_server.cache.commits import Commits
-from torchcache_server.cache.copies import Copies, new_copy
+from torchcache_server.cache.copies import Copies
 from torchcache_server.cache.deletions import Deletions
 from torchcache_server.cache.orphans import Orphans
 from torchcache_server.cache.pending import Pending
 from torchcache_server.cache.publish import Publisher
 from torchcache_server.cache.readers import Readers
 from torchcache_server.cache.reservations import Reservations
-from torchcache_server.cache.saves import SaveKey, SaveStatus
+from torchcache_server.cache.saves import Save, SaveKey, SaveStatus
 from torchcache_server.cache.slots import Slots
 from torchcache_server.cache.uploader import Uploader
 from torchcache_server.cache.work_queue import WorkQueue, retry_delay_s
@@ -207,15 +207,18 @@ class WriteBack:
         """
         key.validate()
         self._under_store(key.store)
-        save = new_copy(
-            key,
-            save_id,
-            files=files,
+        save = Save(
+            key=key,
+            save_id=save_id,
+            files=tuple(files),
             metadata=metadata,
             manifest=manifest,
-            replaceable=replaceable,
             overwrite=overwrite,
+            replaceable=tuple(replaceable),
+            state="committed",
+            committed_unix_s=time.time(),
             writer=writer,
+            replicas=2,
         )
         self._copies.prepare(save, owner, deadline=deadline)
 

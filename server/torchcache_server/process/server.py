@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -38,13 +39,23 @@ from .endpoint import EndpointFile
 from .listeners import ControlListener, listen_data, stop_data
 from .membership import Membership
 from .metrics import ServerCollector, serve_metrics
-from .tls import read_tls
+from .tls import TlsContents, read_tls
 from .token_file import read_or_create_token
 
 STOP_S: Final = 2.0
 """What streams may take to notice that the server closes: at their next batch."""
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What the ports serve."""
+
+    store: Store
+    read_through: ReadThrough
+    ahead: StageAhead
+    counters: ServiceCounters
 
 
 class Server:
@@ -69,9 +80,16 @@ class Server:
             raise
 
     def _open(self) -> None:
+        # What is wrong with these is said before a store is made.
+        token = Token(read_or_create_token(self.config.token_file))
+        tls = read_tls(self.config.tls) if self.config.tls else None
+        parts = self._open_store()
+        self._listen(parts, token, tls)
+        self._serve(parts)
+
+    def _open_store(self) -> _Parts:
+        """What lies behind the ports."""
         config, closing = self.config, self._stack
-        token = Token(read_or_create_token(config.token_file))
-        tls = read_tls(config.tls) if config.tls else None
         self._under_stores = _open_under_stores(config, closing)
         store = Store(
             config.store,
@@ -93,9 +111,16 @@ class Server:
             store, scrub_bytes_s=config.scrub_bytes_s, busy=lambda: self._admission.streams > 0
         )
         closing.callback(maintenance.close)
-        counters = ServiceCounters()
-        ahead = StageAhead(store, read_through)
+        return _Parts(
+            store=store,
+            read_through=read_through,
+            ahead=StageAhead(store, read_through),
+            counters=ServiceCounters(),
+        )
 
+    def _listen(self, parts: _Parts, token: Token, tls: TlsContents | None) -> None:
+        """Takes the ports. Data is served from here on, control not yet."""
+        config, closing = self.config, self._stack
         self._control = ControlListener(config, token, self._admission, tls)
         closing.callback(self._control.stop, 0)
         self._data = listen_data(
@@ -103,9 +128,9 @@ class Server:
             tls,
             token=token,
             admission=self._admission,
-            counters=counters,
-            store=store,
-            read_through=read_through,
+            counters=parts.counters,
+            store=parts.store,
+            read_through=parts.read_through,
         )
         closing.callback(self._stop_data)
         if config.metrics_port is not None:
@@ -113,15 +138,18 @@ class Server:
                 under_stores=self._under_stores,
                 write_back=self._write_back,
                 admission=self._admission,
-                store=store,
-                read_through=read_through,
-                counters=counters,
-                ahead=ahead,
+                store=parts.store,
+                read_through=parts.read_through,
+                counters=parts.counters,
+                ahead=parts.ahead,
             )
             closing.enter_context(serve_metrics(config.metrics_host, config.metrics_port, collector))
-        self.server_id: str = store.server_id
+        self.server_id: str = parts.store.server_id
         self.data_port: int = self._data.port
-        self._endpoint = self._endpoint_file()
+
+    def _serve(self, parts: _Parts) -> None:
+        """Answers on the control port, and says where it is found."""
+        config, closing = self.config, self._stack
         facts = ServerFacts(
             server_id=self.server_id,
             instance=self.instance,
@@ -131,16 +159,17 @@ class Server:
             local_store=_local_store(config.store),
             started_s=time.monotonic(),
         )
+        self._endpoint = self._endpoint_file()
         service = ControlService(
             facts=facts,
             under_stores=self._under_stores,
             write_back=self._write_back,
-            policies=Policies(store),
-            ahead=ahead,
+            policies=Policies(parts.store),
+            ahead=parts.ahead,
             set_credentials=self._set_credentials,
-            store=store,
-            read_through=read_through,
-            counters=counters,
+            store=parts.store,
+            read_through=parts.read_through,
+            counters=parts.counters,
         )
         self._control.start(service)
         if config.join is not None:

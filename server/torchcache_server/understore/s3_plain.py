@@ -241,7 +241,7 @@ def _refusal(response: http.client.HTTPResponse) -> ClientError | None:
     return ClientError(
         {
             "Error": {"Code": said.get("Code", str(response.status)), "Message": said.get("Message", "")},
-            "ResponseMetadata": {"HTTPStatusCode": response.status},  # type: ignore[typeddict-item]
+            "ResponseMetadata": {"HTTPStatusCode": response.status},  # type: ignore[typeddict-item]  # all of it that is read
         },
         "GetObject",
     )
