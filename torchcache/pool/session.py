@@ -119,11 +119,11 @@ class Session:
 
     def _look(self, seen: Members, deadline: float) -> None:
         """Meets the servers again if there are others than those `seen`, or some of them were missing."""
-        found = {endpoint.address for endpoint in self.source.resolve(deadline=deadline)}
-        if seen.missing or found != {member.address for member in seen.by_id.values()}:
-            self.refresh(seen, deadline)
-        else:
+        known = {member.address for member in seen.by_id.values()}
+        if not seen.missing and known == {e.address for e in self.source.resolve(deadline=deadline)}:
             self._restamp(seen)
+        else:
+            self.refresh(seen, deadline)
 
     def _restamp(self, seen: Members) -> None:
         with self._resolving:
