@@ -6,6 +6,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,34 +90,30 @@ def test_of_every_reading(pool: tc.Pool, tmp_path: Path, kind: str, workers: int
 
 
 class HeldUp:
-    """A transform that waits in worker 0, before its first sample, until another worker has made some."""
+    """A transform that waits in worker 0 for a file: until it is there, all batches are other workers'."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, file: Path) -> None:
         self._number = Number(kind)
-        self._mark = folder / "mark"
+        self._file = file
 
     def __call__(self, sample: Any) -> int:
-        number = self._number(sample)
         info = get_worker_info()
-        if info is not None and info.id != 0:
-            with self._mark.open("ab") as mark:
-                mark.write(b"x")
-        while (
-            info is not None and info.id == 0 and (not self._mark.exists() or self._mark.stat().st_size < 8)
-        ):
-            pass
-        return number
+        while info is not None and info.id == 0 and not self._file.exists():
+            time.sleep(0.01)
+        return self._number(sample)
 
 
 def test_batches_out_of_order(pool: tc.Pool, tmp_path: Path) -> None:
     """Each sample comes once; torchdata then has no state of where it is, and an older one isn't taken for it."""
+    go_on = tmp_path / "go-on"
     dataset = tc.CachedIterableDataset(
-        write_shards(tmp_path, "tar"), shuffle=True, transform=HeldUp("tar", tmp_path), pool=pool
+        write_shards(tmp_path, "tar"), shuffle=True, transform=HeldUp("tar", go_on), pool=pool
     )
     stopped = StatefulDataLoader(dataset, 4, num_workers=2, in_order=False)
     iterator = iter(stopped)
-    front = [next(iterator).tolist()]
+    front = [next(iterator).tolist()]  # worker 1's
     state = stopped.state_dict()
+    go_on.touch()
     assert sorted(flat(front + batches_of(iterator))) == list(range(COUNT))
     with pytest.raises(tc.ConfigurationError, match="in_order=True"):
         dataset.load_state_dict(state)
