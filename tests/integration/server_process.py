@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pyarrow as pa
 import pyarrow.flight as fl
-from torchcache_server.process.token_file import read_token
+from torchcache_server.process.token_file import read_tokens
 
 from torchcache.model import ObjectInfo, chunk_digest
 from torchcache.wire.codec import WRITE_SCHEMA, Piece, decode_pieces, encode_chunks
@@ -64,7 +64,7 @@ class ServerProcess:
             raise AssertionError(f"the server did not start: {line}{self.process.communicate()[1]}")
         self.server_id, self.address = match[1], match[2]
         self.data_port = int(match[3])
-        self.client = PlainClient(self.address, self.data_port, read_token(self._token_file))
+        self.client = PlainClient(self.address, self.data_port, read_tokens(self._token_file)[0].secret)
         return self
 
     def __exit__(

@@ -72,6 +72,24 @@ def test_half_an_authority_is_not_made_whole(keys: Path) -> None:
     assert not (keys / "ca-key.pem").exists()
 
 
+def test_a_token_of_less_scope_is_the_servers_too_and_stays(keys: Path) -> None:
+    admin = (keys / "token").read_text()
+    keygen(keys, "--host", "a", "--scope", "read", "--scope", "write", "--scope", "read")
+    made = [(keys / name).read_text() for name in ("token-read", "token-write")]
+    assert [text.split()[0] for text in made] == ["read", "write"]
+    assert (keys / "token").read_text() == admin + "".join(made)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in keys.glob("token*")} == {0o600}
+    keygen(keys, "--host", "a", "--scope", "read")
+    assert (keys / "token").read_text() == admin + "".join(made)
+
+
+def test_tokens_that_are_none_stop_it_and_stay(keys: Path) -> None:
+    (keys / "token").write_text("short")
+    keygen(keys, "--host", "a", "--scope", "read", code=2)
+    assert (keys / "token").read_text() == "short"
+    assert not (keys / "token-read").exists()
+
+
 @pytest.mark.parametrize("host", ["", "a:7440", "https://a", "a b", "a/b", "ä.example"])
 def test_what_is_no_host_is_refused(tmp_path: Path, host: str) -> None:
     keygen(tmp_path / "keys", "--host", host, code=2)

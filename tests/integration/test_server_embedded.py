@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torchcache_server.process.token_file import read_token
+from torchcache_server.process.token_file import read_tokens
 
 from tests.integration.server_process import PlainClient, command
 from torchcache.environment import credentials_digest
@@ -74,7 +74,7 @@ class Pool:
         return (self.folder / "server.log").read_text()
 
     def connect(self, fields: dict[str, Any]) -> PlainClient:
-        return PlainClient(fields["control"], fields["data_port"], read_token(self.root / "token"))
+        return PlainClient(fields["control"], fields["data_port"], read_tokens(self.root / "token")[0].secret)
 
     def end(self) -> None:
         processes: list[subprocess.Popen[Any]] = [*self.clients, *self.servers]

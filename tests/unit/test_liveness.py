@@ -14,8 +14,8 @@ from torchcache_server.service import data, reading
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.counters import ServiceCounters
 from torchcache_server.service.data import DataServer
-from torchcache_server.service.interceptors import Token
 from torchcache_server.service.reading import Read
+from torchcache_server.service.scopes import Tokens
 
 from tests.unit.service_parts import MemoryStore, ScriptedReadThrough, content, file_object
 from torchcache.lanes import flight
@@ -23,6 +23,7 @@ from torchcache.lanes.access import Access
 from torchcache.lanes.base import ReadOptions
 from torchcache.lanes.flight import FlightLane
 from torchcache.model import Extent, ObjectId, ObjectInfo
+from torchcache.tokens import parse_tokens
 
 TOKEN = "a-token-of-the-tests"
 PING_S = 0.1
@@ -54,7 +55,7 @@ class Served(DataServer):
         self.writes = CountedWrites()
         super().__init__(
             "grpc://127.0.0.1:0",
-            token=Token(TOKEN),
+            tokens=Tokens(parse_tokens(TOKEN)),
             admission=Admission(),
             counters=ServiceCounters(),
             store=self.store,  # type: ignore[arg-type]

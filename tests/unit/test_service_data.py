@@ -13,7 +13,8 @@ import pytest
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.counters import ServiceCounters
 from torchcache_server.service.data import DataServer
-from torchcache_server.service.interceptors import Token, flight_error
+from torchcache_server.service.interceptors import flight_error
+from torchcache_server.service.scopes import Tokens
 
 from tests.unit.service_parts import MemoryStore, ScriptedReadThrough, content, file_object
 from torchcache.errors import (
@@ -26,6 +27,7 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.model import CHUNK_BYTES, ObjectId, ObjectInfo, chunk_digest
+from torchcache.tokens import parse_tokens
 from torchcache.wire.codec import READ_SCHEMA, WRITE_SCHEMA, decode_pieces, encode_chunks
 from torchcache.wire.status import error_from_flight
 from torchcache.wire.v1 import cache_pb2 as pb
@@ -43,7 +45,7 @@ class Lane:
         self.counters = ServiceCounters()
         self.server = DataServer(
             "grpc://127.0.0.1:0",
-            token=Token(TOKEN),
+            tokens=Tokens(parse_tokens(TOKEN)),
             admission=self.admission,
             counters=self.counters,
             store=self.store,  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import click
 from torchcache.cli.command import EXIT_CODES, exit_code
 from torchcache.cli.output import Output
 from torchcache.errors import ConfigurationError, TorchCacheError
+from torchcache.tokens import Scope, ScopedToken, format_tokens, parse_tokens
 
 if TYPE_CHECKING:
     from torchcache.cli.certificates import Pair
@@ -39,22 +41,31 @@ _MOST_DAYS = 3650
     show_default=True,
     help="How long the certificates of servers and clients hold.",
 )
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice([str(scope) for scope in Scope]),
+    multiple=True,
+    help="A token that allows no more than this, in a file token-SCOPE of its own; repeatable. The servers' file "
+    "gets it, too.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def keygen(folder: Path, hosts: tuple[str, ...], *, days: int, as_json: bool) -> int:
+def keygen(folder: Path, hosts: tuple[str, ...], *, days: int, scopes: tuple[str, ...], as_json: bool) -> int:
     """Make in DIR what servers and clients of a pool prove themselves with.
 
     An authority (ca.pem, ca-key.pem) signs one certificate for all servers and one for all clients, and a token is
-    made. Run again, the authority and the token stay, and the certificates are new: to add hosts, or before they run
-    out. ca-key.pem is needed only for that: keep it off the servers.
+    made. Run again, the authority and the tokens stay, and the certificates are new: to add hosts or scopes, or before
+    they run out. ca-key.pem is needed only for that: keep it off the servers.
     """
     output = Output(as_json=as_json)
     try:
         renewed = _make(folder.absolute(), hosts, days)
+        _make_tokens(folder.absolute(), [Scope[scope.upper()] for scope in dict.fromkeys(scopes)])
     except TorchCacheError as error:
         output.error(error)
         return exit_code(error)
     output.document({"folder": str(folder.absolute()), "hosts": list(hosts), "authority_kept": renewed})
-    output.text(_advice(folder, renewed=renewed))
+    output.text(_advice(folder, renewed=renewed, scopes=tuple(dict.fromkeys(scopes))))
     return 0
 
 
@@ -79,11 +90,34 @@ def _make(folder: Path, hosts: tuple[str, ...], days: int) -> bool:
             _write_pair(folder, "ca", authority)
         _write_pair(folder, "server", server)
         _write_pair(folder, "client", client)
-        if not (folder / "token").exists():
-            _write(folder / "token", secrets.token_urlsafe(32).encode() + b"\n")
     except OSError as error:
         raise ConfigurationError(f"{error.filename or folder} can't be used: {error.strerror}") from error
     return all(there)
+
+
+def _make_tokens(folder: Path, scopes: Sequence[Scope]) -> None:
+    """The servers' file `token`, its first line for everything, and one more for each of `scopes`. Those there stay."""
+    file = folder / "token"
+    try:
+        tokens = list(parse_tokens(file.read_text())) if file.exists() else [_new(Scope.ADMIN)]
+        known = len(tokens) if file.exists() else 0
+        for scope in scopes:
+            own = folder / f"token-{scope}"
+            token = parse_tokens(own.read_text())[0] if own.exists() else _new(scope)
+            if token not in tokens:
+                tokens.append(token)
+            if not own.exists():
+                _write(own, format_tokens([token]).encode())
+        if len(tokens) > known:
+            _write(file, format_tokens(tokens).encode())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the tokens in {folder} can't be used: {error}") from error
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the tokens in {folder} can't be used: {error.message}") from None
+
+
+def _new(scope: Scope) -> ScopedToken:
+    return ScopedToken(scope, secrets.token_urlsafe(32))
 
 
 def _write_pair(folder: Path, name: str, pair: Pair) -> None:
@@ -102,11 +136,14 @@ def _write(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     temporary.replace(path)
 
 
-def _advice(folder: Path, *, renewed: bool) -> str:
+def _advice(folder: Path, *, renewed: bool, scopes: Sequence[str]) -> str:
     made = (
         "new certificates by the authority that was there"
         if renewed
         else "an authority, certificates, a token"
+    )
+    less = "".join(
+        f"\nfor clients that need no more than {scope}: token-{scope} in its place" for scope in scopes
     )
     return f"""{folder}: {made}
 
@@ -115,5 +152,5 @@ on every server (ca.pem, server.pem, server-key.pem, token):
     --tls-client-ca ca.pem --store ... --capacity ... --under-store s3=s3://
 for every client (ca.pem, client.pem, client-key.pem, token):
   export TORCHCACHE_POOL=HOST:7440 TORCHCACHE_TOKEN_FILE=token TORCHCACHE_TLS_CA=ca.pem \\
-    TORCHCACHE_TLS_CERT=client.pem TORCHCACHE_TLS_KEY=client-key.pem
+    TORCHCACHE_TLS_CERT=client.pem TORCHCACHE_TLS_KEY=client-key.pem{less}
 nowhere else: ca-key.pem, which signs more of them"""

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 
 from torchcache.errors import ConfigurationError
+from torchcache.tokens import first_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class TlsConfig:
 class Access:
     """What opens the doors of a pool's servers.
 
-    The token is `token`, else the content of `token_file`, read when it is first needed: only the file's name pickles.
+    The token is `token`, else the first of `token_file`, read when it is first needed: only the file's name pickles.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -56,7 +57,7 @@ class Access:
         token = self.token
         if token is None and self.token_file is not None:
             try:
-                token = self.token_file.read_text().strip()
+                token = first_token(self.token_file.read_text())
             except FileNotFoundError:
                 return None
             except (OSError, UnicodeDecodeError) as error:

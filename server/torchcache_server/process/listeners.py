@@ -18,7 +18,8 @@ from torchcache.wire.v1 import cache_pb2, cache_pb2_grpc
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.control import ControlService
 from torchcache_server.service.data import DataServer
-from torchcache_server.service.interceptors import HEALTH_CHECK, ControlInterceptor, Token
+from torchcache_server.service.interceptors import ControlInterceptor
+from torchcache_server.service.scopes import Tokens
 
 from .config import ServerConfig
 from .tls import TlsContents
@@ -42,13 +43,12 @@ class ControlListener:
     """The control service and the health service on one port. Serves after `start`."""
 
     def __init__(
-        self, config: ServerConfig, token: Token, admission: Admission, tls: TlsContents | None
+        self, config: ServerConfig, tokens: Tokens, admission: Admission, tls: TlsContents | None
     ) -> None:
         """Binds the port. Raises ConfigurationError if that can't be."""
-        methods = frozenset(f"/{_SERVICE.full_name}/{method.name}" for method in _SERVICE.methods)
         self._server = grpc.server(
             ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control"),
-            interceptors=[ControlInterceptor(token, admission, methods | {HEALTH_CHECK})],
+            interceptors=[ControlInterceptor(tokens, admission)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=2 * CONTROL_THREADS,
         )

@@ -29,7 +29,7 @@ from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.control import ControlService, ServerFacts
 from torchcache_server.service.counters import ServiceCounters
-from torchcache_server.service.interceptors import Token
+from torchcache_server.service.scopes import Tokens
 from torchcache_server.store import OS, DiskCalls, Store
 from torchcache_server.understore.base import UnderStore
 from torchcache_server.understore.s3 import S3UnderStore
@@ -40,7 +40,7 @@ from .listeners import ControlListener, listen_data, stop_data
 from .membership import Membership
 from .metrics import ServerCollector, serve_metrics
 from .tls import TlsContents, read_tls
-from .token_file import read_or_create_token
+from .token_file import read_or_create_tokens
 
 STOP_S: Final = 2.0
 """What streams may take to notice that the server closes: at their next batch."""
@@ -81,10 +81,10 @@ class Server:
 
     def _open(self) -> None:
         # What is wrong with these is said before a store is made.
-        token = Token(read_or_create_token(self.config.token_file))
+        tokens = Tokens(read_or_create_tokens(self.config.token_file))
         tls = read_tls(self.config.tls) if self.config.tls else None
         parts = self._open_store()
-        self._listen(parts, token, tls)
+        self._listen(parts, tokens, tls)
         self._serve(parts)
 
     def _open_store(self) -> _Parts:
@@ -118,15 +118,15 @@ class Server:
             counters=ServiceCounters(),
         )
 
-    def _listen(self, parts: _Parts, token: Token, tls: TlsContents | None) -> None:
+    def _listen(self, parts: _Parts, tokens: Tokens, tls: TlsContents | None) -> None:
         """Takes the ports. Data is served from here on, control not yet."""
         config, closing = self.config, self._stack
-        self._control = ControlListener(config, token, self._admission, tls)
+        self._control = ControlListener(config, tokens, self._admission, tls)
         closing.callback(self._control.stop, 0)
         self._data = listen_data(
             config,
             tls,
-            token=token,
+            tokens=tokens,
             admission=self._admission,
             counters=parts.counters,
             store=parts.store,

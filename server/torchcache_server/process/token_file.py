@@ -1,4 +1,4 @@
-"""The token's file: made if it is missing, refused if others could read or have written it."""
+"""The tokens' file: made if it is missing, refused if others could read or have written it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Final
 
 from torchcache.errors import ConfigurationError
+from torchcache.tokens import ScopedToken, parse_tokens
+
+MAX_FILE_BYTES: Final = 1 << 20
 
 
-def read_or_create_token(path: Path) -> str:
-    """The token in `path`; a new one is written there, mode 0600, if there is no such file.
+def read_or_create_tokens(path: Path) -> tuple[ScopedToken, ...]:
+    """The tokens in `path`; a new one is written there, for everything, mode 0600, if there is no such file.
 
-    Raises ConfigurationError if the file is a link, belongs to another user, is open to others, or holds no token.
+    Raises ConfigurationError if the file is a link, belongs to another user, is open to others, or holds anything but
+    tokens.
     """
     try:
-        return read_token(path)
+        return read_tokens(path)
     except FileNotFoundError:
         _create(path, secrets.token_urlsafe(32))
-        return read_token(path)  # another server may have been faster: its token counts
+        return read_tokens(path)  # another server may have been faster: its token counts
 
 
-def read_token(path: Path) -> str:
-    """The token in `path`. Raises FileNotFoundError, and ConfigurationError as `read_or_create_token`."""
+def read_tokens(path: Path) -> tuple[ScopedToken, ...]:
+    """The tokens in `path`. Raises FileNotFoundError, and ConfigurationError as `read_or_create_tokens`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -41,12 +46,13 @@ def read_token(path: Path) -> str:
             raise ConfigurationError(
                 f"the token file {path} is open to others (mode {mode:04o}): chmod 600 it"
             )
-        token = file.read(4097).decode(errors="replace").strip()
-    if not 16 <= len(token) <= 4096 or not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigurationError(
-            f"the token file {path} holds no token: one line of 16 printable characters or more"
-        )
-    return token
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigurationError(f"the token file {path} has more than {MAX_FILE_BYTES} bytes")
+    try:
+        return parse_tokens(content.decode(errors="replace"))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the token file {path} can't be used: {error.message}") from None
 
 
 def _create(path: Path, token: str) -> None:

@@ -23,9 +23,10 @@ from torchcache_server.store import Store
 
 from .admission import Admission
 from .counters import ServiceCounters
-from .interceptors import DataAuthentication, Token, flight_errors
+from .interceptors import DataAuthentication, flight_errors
 from .reading import Read
 from .requests import ReadPlan, WritePlan, read_plan, write_plan
+from .scopes import Tokens
 
 GROUP_BYTES: Final = 8 * 1024 * 1024
 """Written chunks are stored in groups of about this much: one index transaction each."""
@@ -42,7 +43,7 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
         self,
         location: str,
         *,
-        token: Token,
+        tokens: Tokens,
         admission: Admission,
         counters: ServiceCounters,
         store: Store,
@@ -54,7 +55,7 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
         self._counters = counters
         self._store = store
         self._read_through = read_through
-        super().__init__(location, middleware={"token": DataAuthentication(token)}, **(tls or {}))
+        super().__init__(location, middleware={"token": DataAuthentication(tokens)}, **(tls or {}))
 
     def do_get(self, context: Any, ticket: Any) -> Any:
         """Streams the pieces of a ReadRequest as batches of `codec.READ_SCHEMA`."""

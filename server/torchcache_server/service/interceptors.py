@@ -1,8 +1,7 @@
-"""What stands before every call of both services: the token, the allowed methods, and errors turned into status."""
+"""What stands before every call of both services: the token and its scope, and errors turned into status."""
 
 from __future__ import annotations
 
-import hmac
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,17 +9,17 @@ from typing import Any, Final
 
 import grpc
 import pyarrow.flight as fl
+from google.protobuf.message import DecodeError
 
 from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.wire.status import REFUSED_CALLER, encode_error, status_code
 
 from .admission import Admission
+from .scopes import CONTROL, FLIGHT, HEALTH_CHECK, NEEDED, Tokens, denied
 
 UNEXPECTED: Final = "the server met an unexpected error; its log says more"
 _LOG = logging.getLogger(__name__)
 
-CONTROL: Final = "/torchcache.v1.Control/"
-HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 ALWAYS: Final = frozenset(
     {HEALTH_CHECK}
     | {
@@ -35,30 +34,12 @@ ALWAYS: Final = frozenset(
 was begun may be ended."""
 
 
-class Token:
-    """The secret that every call must carry as `authorization: Bearer <token>`. Never shown."""
-
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
-
-    def __repr__(self) -> str:
-        return "Token(...)"
-
-    def matches(self, values: Sequence[str | bytes]) -> bool:
-        """Whether `values`, the headers of that name, are the token, once. Takes the same time for any value."""
-        if len(values) != 1:
-            return False
-        value = values[0]
-        return hmac.compare_digest(value.encode() if isinstance(value, str) else value, self._expected)
-
-
 class ControlInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs only
-    """Refuses calls without the token and methods not in `methods`; turns errors of the others into status."""
+    """Refuses calls without a token, or of no scope for their method; turns errors of the others into status."""
 
-    def __init__(self, token: Token, admission: Admission, methods: frozenset[str]) -> None:
-        self._token = token
+    def __init__(self, tokens: Tokens, admission: Admission) -> None:
+        self._tokens = tokens
         self._admission = admission
-        self._methods = methods
 
     def intercept_service(
         self,
@@ -69,24 +50,31 @@ class ControlInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # g
         given = [
             value for key, value in handler_call_details.invocation_metadata or () if key == "authorization"
         ]
-        if not self._token.matches(given):
+        scope = self._tokens.scope_of(given)
+        if scope is None:
             return _refusal(grpc.StatusCode.UNAUTHENTICATED, encode_error(ConfigurationError(REFUSED_CALLER)))
-        handler = continuation(handler_call_details) if method in self._methods else None
-        if handler is None or handler.unary_unary is None:
+        needed = NEEDED.get(method)
+        handler = continuation(handler_call_details) if needed is not None else None
+        if needed is None or handler is None or handler.unary_unary is None:
             return _refusal(grpc.StatusCode.UNIMPLEMENTED, "")
+        if scope < needed:
+            return _refusal(grpc.StatusCode.PERMISSION_DENIED, encode_error(denied(needed, scope)))
+        # What the request's bytes are is found out in the call: gRPC would log what isn't protobuf, and say INTERNAL.
         return grpc.unary_unary_rpc_method_handler(
-            self._guarded(method, handler.unary_unary),
-            request_deserializer=handler.request_deserializer,
+            self._guarded(method, handler.unary_unary, handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
     def _guarded(
-        self, method: str, behaviour: Callable[[Any, grpc.ServicerContext], Any]
-    ) -> Callable[[Any, grpc.ServicerContext], Any]:
-        def call(request: Any, context: grpc.ServicerContext) -> Any:
+        self,
+        method: str,
+        behaviour: Callable[[Any, grpc.ServicerContext], Any],
+        parse: Callable[[bytes], Any] | None,
+    ) -> Callable[[bytes, grpc.ServicerContext], Any]:
+        def call(request: bytes, context: grpc.ServicerContext) -> Any:
             try:
                 with nullcontext() if method in ALWAYS else self._admission.call():
-                    return behaviour(request, context)
+                    return behaviour(_parsed(request, parse), context)
             except TorchCacheError as error:
                 context.abort(status_code(error), encode_error(error))
             except Exception:  # noqa: BLE001 - logged, and told without its text
@@ -94,6 +82,15 @@ class ControlInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # g
                 context.abort(grpc.StatusCode.INTERNAL, encode_error(TorchCacheError(UNEXPECTED)))
 
         return call
+
+
+def _parsed(request: bytes, parse: Callable[[bytes], Any] | None) -> Any:
+    try:
+        return request if parse is None else parse(request)
+    except DecodeError:
+        raise ConfigurationError(
+            "the request is no message of this call: are client and server of the same version?"
+        ) from None
 
 
 def _refusal(code: grpc.StatusCode, details: str) -> grpc.RpcMethodHandler[Any, Any]:
@@ -104,19 +101,22 @@ def _refusal(code: grpc.StatusCode, details: str) -> grpc.RpcMethodHandler[Any, 
 
 
 class DataAuthentication(fl.ServerMiddlewareFactory):  # type: ignore[misc]  # pyarrow is untyped
-    """Refuses Flight calls without the token, and every method but do_get and do_put."""
+    """Refuses Flight calls without a token, or of no scope for them, and every method but do_get and do_put."""
 
-    def __init__(self, token: Token) -> None:
+    def __init__(self, tokens: Tokens) -> None:
         super().__init__()
-        self._token = token
+        self._tokens = tokens
 
     def start_call(self, info: Any, headers: Mapping[str, Sequence[str | bytes]]) -> None:
         """Raises the Flight error of a refused call; needs no middleware object for the others."""
-        if not self._token.matches(headers.get("authorization", ())):
+        scope = self._tokens.scope_of(headers.get("authorization", ()))
+        if scope is None:
             text = encode_error(ConfigurationError(REFUSED_CALLER))
             raise fl.FlightUnauthenticatedError(text, text.encode())
-        if info.method not in (fl.FlightMethod.DO_GET, fl.FlightMethod.DO_PUT):
-            text = encode_error(ConfigurationError("the server knows no Flight call but do_get and do_put"))
+        needed = NEEDED.get(FLIGHT + info.method.name)
+        if needed is None or scope < needed:
+            unknown = ConfigurationError("the server knows no Flight call but do_get and do_put")
+            text = encode_error(unknown if needed is None else denied(needed, scope))
             raise fl.FlightUnauthorizedError(text, text.encode())
 
 
