@@ -16,11 +16,13 @@ from tests.crash.promises import Flags, Found, Observation, SaveChanges, SaveSee
 from tests.crash.volatile import Image
 from tests.crash.world import (
     STORE,
+    Clock,
     Trace,
     abandon,
     current_save,
     open_saves,
     open_store,
+    outlast_claims,
     parts_of,
     saved_chunk,
 )
@@ -97,6 +99,7 @@ class Restart:
         self._digests = [xxhash.xxh3_64_intdigest(data) for data in trace.payloads.values()]
         self._keys = sorted({key for key in _save_keys(trace)})
         self.chunks = {chunk: place for place, chunk in enumerate(self._chunks)}
+        self._clock = Clock()
 
     def over(self, image: Image, bucket: dict[str, bytes], rng: random.Random) -> Observation:
         """What the server finds: at its start, and again after it stored something and was stopped or killed."""
@@ -160,7 +163,7 @@ class Restart:
             if self._trace.saves:
                 bucket = Bucket()
                 bucket.objects = objects
-                write_back = open_saves(store, bucket)
+                write_back = open_saves(store, bucket, self._clock)
             return call(store, write_back)
         finally:
             if write_back is not None:
@@ -190,8 +193,7 @@ class Restart:
         self, write_back: WriteBack, objects: dict[str, bytes], saves: dict[SaveKey, SaveSeen]
     ) -> str:
         """Uploads what is left; the under-store must come to hold the same saves."""
-        bucket = Bucket()
-        bucket.objects = objects
+        outlast_claims(write_back, self._clock)
         for key, save in saves.items():
             if not save.save_id:
                 continue

@@ -10,7 +10,8 @@ from unittest import mock
 
 from torchcache_server.store import Policy
 
-from tests.crash.world import World, payload
+from tests.crash.world import KEY, World, payload
+from tests.unit.write_back_world import soon
 
 Workload = Callable[[World, random.Random], None]
 
@@ -323,6 +324,41 @@ def stop_while_saving(world: World, rng: random.Random) -> None:
     world.upload()
 
 
+def copies(world: World, rng: random.Random) -> None:
+    """Of another server's saves: one is uploaded by it, one overtaken before it was confirmed, one is all there is."""
+    world.open()
+    first, second, third = (f"{name}-{rng.randrange(1000)}" for name in ("first", "second", "third"))
+    world.copy(first)
+    world.owner_commits(first)
+    world.owner_uploads(first)
+    world.write_back.tidy()
+    world.copy(second)
+    world.owner_commits(second, confirms=False)
+    world.copy(third)
+    world.owner_commits(third)
+    world.write_back.tidy()
+    world.stop()
+    world.open()
+    world.owner_is_silent()
+    world.upload()
+    world.write_back.tidy()
+
+
+def copies_and_saves(world: World, rng: random.Random) -> None:
+    """A copy under a save of this server's own, and the other way round; and one whose save never came about."""
+    world.open()
+    ours, theirs, never = (f"{name}-{rng.randrange(1000)}" for name in ("ours", "theirs", "never"))
+    world.save(ours)
+    world.upload()
+    world.copy(theirs)
+    world.owner_commits(theirs)
+    world.save(f"later-{rng.randrange(1000)}")
+    world.upload()
+    world.write_back.tidy()
+    world.copy(never)
+    world.write_back.drop_copy(KEY, never, deadline=soon())
+
+
 STORE_WORKLOADS: Final[dict[str, Workload]] = {
     workload.__name__: workload
     for workload in (
@@ -342,7 +378,8 @@ STORE_WORKLOADS: Final[dict[str, Workload]] = {
     )
 }
 SAVE_WORKLOADS: Final[dict[str, Workload]] = {
-    workload.__name__: workload for workload in (save_and_replace, replace_pending, stop_while_saving)
+    workload.__name__: workload
+    for workload in (save_and_replace, replace_pending, stop_while_saving, copies, copies_and_saves)
 }
 
 

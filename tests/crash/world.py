@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,8 +15,9 @@ from types import SimpleNamespace
 from typing import Any, Final
 from unittest import mock
 
-from torchcache_server.cache import commits, uploader
-from torchcache_server.cache.saves import SaveKey
+from torchcache_server.cache import commits, uploader, write_back
+from torchcache_server.cache.claims import DEAD_AFTER_LEASES, Claim, ClaimState
+from torchcache_server.cache.saves import SaveKey, manifest_digest
 from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.store import DiskCalls, HandedOut, Policy, Store, handing_out, room, space
 
@@ -37,7 +38,7 @@ from tests.crash.recorder import Item, Recorder
 from tests.crash.volatile import Disk
 from tests.unit.handed_out_parts import opened, write_records
 from tests.unit.write_back_world import Bucket, Gate, MemoryUnderStore, manifest_of, metadata_of, soon
-from torchcache.errors import NotCommitted, OutOfSpace
+from torchcache.errors import DeadlineExceeded, NotCommitted, OutOfSpace
 from torchcache.lanes import record_writing
 from torchcache.model import BLOCK_BYTES, ChunkId, ObjectId
 from torchcache.records import chunk_key
@@ -48,6 +49,7 @@ KIB: Final = 1024
 SEGMENT_BYTES: Final = 96 * KIB
 CAPACITY_BYTES: Final = 6 * SEGMENT_BYTES
 KEY: Final = SaveKey("s3", "run/step-1")
+OTHER_SERVER: Final = "another server"
 
 _LEASE_S: Final = 30.0
 _SIZES: Final = (0, 1, 300, 512, 1000, 4000, 12_000, 16 * KIB, 16 * KIB + 1, 24_000, 40_000)
@@ -66,7 +68,7 @@ def small_world(seed: int) -> Iterator[None]:
         )
         stack.enter_context(mock.patch.object(room, "random", rng))
         stack.enter_context(mock.patch.object(record_writing, "PIECE_BYTES", BLOCK_BYTES))
-        for module in (commits, uploader):
+        for module in (commits, uploader, write_back):
             stack.enter_context(mock.patch.object(module, "time", still))
         logging.disable(logging.CRITICAL)
         stack.callback(logging.disable, logging.NOTSET)
@@ -157,6 +159,7 @@ class World:
         self.store: Store | None = None
         self._flags: dict[str, Flags] = {}
         self._write_back: WriteBack | None = None
+        self._clock = Clock()
 
     # ---- the server ----
 
@@ -165,7 +168,7 @@ class World:
         self._promise(Opened(self.store.server_id))
         self._flags = {usage.name: Flags(usage.kept, usage.policy) for usage in self.store.namespaces()}
         if self.trace.saves:
-            self._write_back = open_saves(self.store, self.bucket)
+            self._write_back = open_saves(self.store, self.bucket, self._clock)
         return self.store
 
     def stop(self) -> None:
@@ -381,13 +384,23 @@ class World:
 
     def save(self, save_id: str, key: SaveKey = KEY) -> None:
         """Reserve, write, commit: as the service does it."""
-        self.write_back.reserve(key, save_id, writer="a test", overwrite=True, deadline=soon())
+        if OTHER_SERVER.encode() in self.bucket.objects.get(key.claim_key, b""):
+            with suppress(DeadlineExceeded):  # it is looked at, and may be alive
+                self._reserve(save_id, key, deadline=time.monotonic())
+            self._clock.outlast_claims()
+        self._reserve(save_id, key, deadline=soon())
         namespace = key.namespace(save_id)
         self.there.keep(namespace, True)
-        for name, data in parts_of(save_id).items():
-            self.put_rows(namespace, [(saved_chunk(key, save_id, name), len(data), data)])
+        self._put_parts(save_id, key)
         self.there.sync(namespace)
         self.commit(save_id, key)
+
+    def _reserve(self, save_id: str, key: SaveKey, *, deadline: float) -> None:
+        self.write_back.reserve(key, save_id, writer="a test", overwrite=True, deadline=deadline)
+
+    def _put_parts(self, save_id: str, key: SaveKey) -> None:
+        for name, data in parts_of(save_id).items():
+            self.put_rows(key.namespace(save_id), [(saved_chunk(key, save_id, name), len(data), data)])
 
     def commit(self, save_id: str, key: SaveKey = KEY) -> None:
         files = [(name, len(data)) for name, data in parts_of(save_id).items()]
@@ -399,6 +412,51 @@ class World:
 
     def upload(self, key: SaveKey = KEY) -> None:
         self.write_back.upload(key)
+
+    # ---- copies: of saves that another server owns ----
+
+    def copy(self, save_id: str, key: SaveKey = KEY) -> None:
+        """This server takes a copy of what a writer sends, that has reserved the path at the other."""
+        if key.claim_key not in self.bucket.objects:
+            self._claim(save_id, "reserved", key)
+        there = self.bucket.objects.get(key.manifest_key)
+        self._put_parts(save_id, key)
+        files = [(name, len(data)) for name, data in parts_of(save_id).items()]
+        self.write_back.prepare_copy(
+            key,
+            save_id,
+            files,
+            metadata_of(save_id),
+            manifest_of(save_id),
+            replaceable=() if there is None else (manifest_digest(there),),
+            overwrite=True,
+            writer="a test",
+            owner=OTHER_SERVER,
+            deadline=soon(),
+        )
+
+    def owner_commits(self, save_id: str, key: SaveKey = KEY, *, confirms: bool = True) -> None:
+        """From here on it is acknowledged, and this server's copy may be all that is left of it."""
+        self._promise(SaveChanges(key, save_id, done=False))
+        self._claim(save_id, "committed", key)
+        self._promise(SaveChanges(key, save_id, done=True))
+        if confirms:
+            self.write_back.confirm_copy(key, save_id, committed_unix_s=12.5, replicas=2, deadline=soon())
+
+    def owner_uploads(self, save_id: str, key: SaveKey = KEY) -> None:
+        for name, data in parts_of(save_id).items():
+            self.bucket.objects[f"{key.path}/{name}"] = data
+        self.bucket.objects[key.metadata_key] = metadata_of(save_id)
+        self.bucket.objects[key.manifest_key] = manifest_of(save_id)
+        self.bucket.objects.pop(key.claim_key, None)
+
+    def owner_is_silent(self) -> None:
+        """For so long that its saves are taken over."""
+        outlast_claims(self.write_back, self._clock)
+
+    def _claim(self, save_id: str, state: ClaimState, key: SaveKey) -> None:
+        claim = Claim(OTHER_SERVER, save_id, state, "a test", _LEASE_S, nonce=f"{save_id} {state}")
+        self.bucket.objects[key.claim_key] = claim.encode()
 
     # ---- inside ----
 
@@ -423,8 +481,30 @@ def open_store(root: str, disk: DiskCalls, *, more_segments: int = 0) -> Store:
     )
 
 
-def open_saves(store: Store, bucket: Bucket) -> WriteBack:
-    return WriteBack(store, {"s3": MemoryUnderStore(bucket, Gate())}, upload_threads=0, lease_s=_LEASE_S)
+class Clock:
+    """time.monotonic, and what a test has let pass."""
+
+    def __init__(self) -> None:
+        self.passed_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.passed_s
+
+    def outlast_claims(self) -> None:
+        """Lets pass after what a claim that doesn't change is taken for a dead server's."""
+        self.passed_s += (DEAD_AFTER_LEASES + 1) * _LEASE_S
+
+
+def open_saves(store: Store, bucket: Bucket, clock: Clock) -> WriteBack:
+    under_stores = {"s3": MemoryUnderStore(bucket, Gate())}
+    return WriteBack(store, under_stores, upload_threads=0, lease_s=_LEASE_S, clock=clock)
+
+
+def outlast_claims(write_back: WriteBack, clock: Clock) -> None:
+    """Has the server look at the claims of what it has copies of, and again when their servers are taken for dead."""
+    write_back.tidy()
+    clock.outlast_claims()
+    write_back.tidy()
 
 
 def current_save(write_back: WriteBack, key: SaveKey) -> str:

@@ -94,7 +94,7 @@ def test_a_servers_own_claim_is_its_to_change(state: ClaimState) -> None:
 
 def test_who_holds_a_path_goes_on_unless_another_took_it() -> None:
     def hold(seen: Sighting | None, now_s: float = SEEN_S) -> Take | Keep | Wait | Refuse:
-        return decide_hold(seen, key=KEY, server_id="me", save_id="s", now_s=now_s)
+        return decide_hold(seen, key=KEY, server_id="me", save_id="s", committed=False, now_s=now_s)
 
     assert hold(None) == Take("")
     assert hold(sighting("me", "reserved")) == Take("v1")
@@ -107,12 +107,35 @@ def test_who_holds_a_path_goes_on_unless_another_took_it() -> None:
 def test_another_server_that_uploads_the_same_save_is_waited_for_while_it_lives() -> None:
     def hold(state: ClaimState, now_s: float) -> Take | Keep | Wait | Refuse:
         return decide_hold(
-            sighting(state=state, save_id="s"), key=KEY, server_id="me", save_id="s", now_s=now_s
+            sighting(state=state, save_id="s"),
+            key=KEY,
+            server_id="me",
+            save_id="s",
+            committed=True,
+            now_s=now_s,
         )
 
     assert hold("committed", DEAD_S - 0.1) == Wait(DEAD_S, "other")
     assert hold("committed", DEAD_S) == Take("v1")
     assert isinstance(hold("deleting", DEAD_S), Refuse)
+
+
+def test_what_is_committed_yields_to_a_later_save_only_when_that_is_committed_too() -> None:
+    def hold(state: ClaimState, now_s: float) -> Take | Keep | Wait | Refuse:
+        return decide_hold(
+            sighting(state=state, save_id="later"),
+            key=KEY,
+            server_id="me",
+            save_id="s",
+            committed=True,
+            now_s=now_s,
+        )
+
+    for state in ("reserved", "released"):
+        assert hold(state, DEAD_S - 0.1) == Wait(DEAD_S, "other")  # type: ignore[arg-type]
+        assert hold(state, DEAD_S) == Take("v1")  # type: ignore[arg-type]
+    for state in ("committed", "deleting"):
+        assert isinstance(hold(state, DEAD_S * 9), Refuse)  # type: ignore[arg-type]
 
 
 @given(st.binary(max_size=300))

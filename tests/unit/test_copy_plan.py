@@ -37,7 +37,7 @@ def sighting(state: ClaimState = "committed", save_id: str = "ours", server_id: 
 
 def test_a_save_that_the_under_store_has_needs_no_copy() -> None:
     for seen in (None, sighting(), sighting(save_id="another")):
-        assert judge(copy(), seen, manifest_is_ours=True) == "durable"
+        assert judge(copy(), seen, "ours") == "durable"
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_a_save_that_the_under_store_has_needs_no_copy() -> None:
     ],
 )
 def test_a_claim_for_the_save(state: ClaimState, confirmed: bool, verdict: str) -> None:
-    for there in (None, False):
-        assert judge(copy(confirmed=confirmed), sighting(state), manifest_is_ours=there) == verdict
+    for there in ("absent", "replaceable", "other"):
+        assert judge(copy(confirmed=confirmed), sighting(state), there) == verdict  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -62,18 +62,23 @@ def test_a_claim_for_the_save(state: ClaimState, confirmed: bool, verdict: str) 
         ("committed", True, "gone"),
         ("reserved", True, "current"),  # nothing is committed in its place yet
         ("reserved", False, "gone"),  # its writer was taken for dead
+        ("released", True, "current"),  # that one was given up
+        ("released", False, "gone"),
         ("deleting", True, "gone"),
     ],
 )
 def test_a_claim_for_another_save(state: ClaimState, confirmed: bool, verdict: str) -> None:
     seen = sighting(state, save_id="another")
-    assert judge(copy(confirmed=confirmed), seen, manifest_is_ours=None) == verdict
+    assert judge(copy(confirmed=confirmed), seen, "absent") == verdict
+    assert judge(copy(confirmed=confirmed), seen, "replaceable") == verdict
+    assert judge(copy(confirmed=confirmed), seen, "other") == "gone"
 
 
 def test_without_a_claim_only_what_was_acknowledged_counts() -> None:
-    assert judge(copy(confirmed=True), None, manifest_is_ours=None) == "current"
-    assert judge(copy(), None, manifest_is_ours=None) == "gone"
-    assert judge(copy(confirmed=True), None, manifest_is_ours=False) == "gone"
+    for older in ("absent", "replaceable"):
+        assert judge(copy(confirmed=True), None, older) == "current"  # type: ignore[arg-type]
+        assert judge(copy(), None, older) == "gone"  # type: ignore[arg-type]
+    assert judge(copy(confirmed=True), None, "other") == "gone"
 
 
 def test_an_upload_is_taken_over_from_who_is_silent() -> None:

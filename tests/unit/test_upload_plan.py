@@ -6,8 +6,8 @@ from typing import get_args
 
 from hypothesis import given
 from hypothesis import strategies as st
-from torchcache_server.cache.saves import Save, SaveKey
-from torchcache_server.cache.upload_attempt import Manifest, Metadata
+from torchcache_server.cache.saves import ManifestKind, Save, SaveKey
+from torchcache_server.cache.upload_attempt import Metadata
 from torchcache_server.cache.upload_plan import (
     ConfirmShards,
     Finish,
@@ -15,6 +15,7 @@ from torchcache_server.cache.upload_plan import (
     PublishManifest,
     PutMetadata,
     Seen,
+    StandBy,
     TakeClaim,
     UploadShards,
     Withdraw,
@@ -40,8 +41,8 @@ def save(*, overwrite: bool) -> Save:
 
 SEEN = st.builds(
     Seen,
-    claim=st.sampled_from(["ours", "vacant", "foreign"]),
-    manifest=st.sampled_from(get_args(Manifest)),
+    claim=st.sampled_from(["ours", "vacant", "peer", "foreign"]),
+    manifest=st.sampled_from(get_args(ManifestKind)),
     metadata=st.sampled_from(get_args(Metadata)),
     uploaded=st.frozensets(st.sampled_from(NAMES)),
     confirmed=st.booleans(),
@@ -87,12 +88,14 @@ def test_a_foreign_claim_ends_all_but_what_is_published_already(seen: Seen) -> N
         assert isinstance(step, GiveUp)
     elif seen.claim == "vacant":
         assert step == TakeClaim()
+    elif seen.claim == "peer":
+        assert isinstance(step, GiveUp) if seen.manifest == "other" else step == StandBy()
 
 
 @given(SEEN, st.booleans())
 def test_undisturbed_it_ends_and_never_repeats_itself(seen: Seen, overwrite: bool) -> None:
     steps = []
-    while not isinstance(step := next_step(save(overwrite=overwrite), seen), Finish | GiveUp):
+    while not isinstance(step := next_step(save(overwrite=overwrite), seen), Finish | GiveUp | StandBy):
         assert step not in steps
         steps.append(step)
         seen = done(seen, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 import pytest
 from torchcache_server.cache.claims import DEAD_AFTER_LEASES, Claim
@@ -16,7 +17,10 @@ from write_back_world import (
     published,
 )
 
-from torchcache.errors import AlreadyExists, DeadlineExceeded, NotCommitted
+from torchcache.errors import AlreadyExists, DeadlineExceeded, NotCommitted, Overloaded
+
+LONG_S = 1000.0
+"""A lease that doesn't run out by itself."""
 
 
 def test_another_servers_live_writer_keeps_its_path() -> None:
@@ -219,3 +223,56 @@ def test_a_server_killed_at_any_point_leaves_the_path_to_another() -> None:
         assert_settled(bucket, "second")
         assert a.state() == "durable second"
     assert at > 30
+
+
+def test_a_committed_save_outlives_another_servers_writer_that_dies_at_any_step() -> None:
+    """I2: who overwrites takes the claim long before it commits; until then nothing is in place of the old save."""
+    for kill_at in range(1, calls_of_an_overwrite() + 1):
+        bucket, a, b = over_another_servers()
+        acknowledged = save_until_killed(b, kill_at)
+        for _ in range(3):
+            look_after(a)  # b is dead, and may or may not be taken for it
+        b.restart(power_cut=True)
+        for _ in range(3):
+            look_after(b)
+            look_after(a)
+        left = published(bucket)
+        assert left == "later" if acknowledged else left in ("old", "later"), f"killed at {kill_at}"
+        assert_settled(bucket, left)
+        assert a.state() == b.state() == f"durable {left}"
+
+
+def look_after(server: Server) -> None:
+    """What its threads do; and then so much time passes that who hasn't been heard of is taken for dead."""
+    server.write_back.tidy()
+    with suppress(Overloaded):
+        server.upload()
+    server.clock_ahead_s += (DEAD_AFTER_LEASES + 1) * LONG_S
+
+
+def over_another_servers() -> tuple[Bucket, Server, Server]:
+    """A bucket with a checkpoint, and server a with a later one that isn't uploaded; b is about to overwrite that."""
+    bucket = Bucket()
+    a, b = Server(bucket, "a", lease_s=LONG_S), Server(bucket, "b", lease_s=LONG_S)
+    b.save("oldest")
+    b.upload()
+    a.save("old", overwrite=True)
+    return bucket, a, b
+
+
+def calls_of_an_overwrite() -> int:
+    _, _, b = over_another_servers()
+    before = b.gate.calls
+    b.save("later", overwrite=True)
+    return b.gate.calls - before
+
+
+def save_until_killed(server: Server, kill_at: int) -> bool:
+    """Whether the commit was acknowledged before the kill."""
+    server.gate.trap_at = server.gate.calls + kill_at
+    server.gate.trap = server.gate.kill
+    try:
+        server.save("later", overwrite=True)
+    except Killed:
+        return False
+    return True

@@ -70,6 +70,9 @@ class Sighting:
     version: str
     since_s: float
 
+    def is_committed_by_another(self, server_id: str) -> bool:
+        return self.claim.state == "committed" and self.claim.server_id != server_id
+
     @property
     def dead_at_s(self) -> float:
         """From when on whoever wrote it is taken for dead, unless it changes before."""
@@ -144,19 +147,21 @@ def decide_reserve(
 
 
 def decide_hold(
-    seen: Sighting | None, *, key: SaveKey, server_id: str, save_id: str, now_s: float
+    seen: Sighting | None, *, key: SaveKey, server_id: str, save_id: str, committed: bool, now_s: float
 ) -> Take | Keep | Wait | Refuse:
     """What a server does that holds a path already, and goes on with save `save_id`: to commit or to upload it.
 
-    Another server that has a copy may be uploading the same save, and is waited for while it lives. A claim that
-    vanished may be taken again: whoever takes it now had to find it absent, and so can't have been passed over. What
-    lies at the path is looked at after this.
+    Another server that has a copy may be uploading the same save, and is waited for while it lives. So is, once the
+    save is `committed`, one where a later save is being written: that takes its place only by its own commit, to which
+    it may never come. A claim that vanished may be taken again: whoever takes it now had to find it absent, and so
+    can't have been passed over. What lies at the path is looked at after this.
     """
     if seen is None:
         return Take("")
     claim = seen.claim
     if claim.server_id != server_id:
-        if claim.save_id != save_id or claim.state == "deleting":
+        is_open = committed and claim.state in ("reserved", "released")
+        if claim.state == "deleting" or (claim.save_id != save_id and not is_open):
             return Refuse(taken_over(key, claim.writer))
         return Take(seen.version) if now_s >= seen.dead_at_s else Wait(seen.dead_at_s, claim.server_id)
     if claim.save_id == save_id and claim.state == "committed":

@@ -13,7 +13,7 @@ from torchcache_server.cache.catalogue import status_of
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import Refuse, Take, Wait, already_there, decide_hold, taken_over
 from torchcache_server.cache.reservations import lost_lease, replaceable_by
-from torchcache_server.cache.saves import Save, SaveKey, SaveStatus, check_files, manifest_digest
+from torchcache_server.cache.saves import Copy, Save, SaveKey, SaveStatus, check_files, manifest_digest
 from torchcache_server.cache.shard_source import missing_from, read_whole
 from torchcache_server.cache.slots import Lease, Slot, Slots
 from torchcache_server.cache.small_objects import read_small
@@ -88,9 +88,25 @@ class Commits:
             require_whole(self._store, save)
             self._store.sync(save.namespace)
             self._store.keep(save.namespace, True)
-            self._claim(under_store, save, deadline)
+            if lease.displaces or slot.copies:
+                self._claim_noted(under_store, slot, save, deadline)
+            else:
+                self._claim(under_store, save, deadline)
             self._slots.begin_save(slot, save)
+            self._slots.end_copy(slot, save_id)
             return status_of(slot, save)
+
+    def _claim_noted(self, under_store: UnderStore, slot: Slot, save: Save, deadline: float) -> None:
+        """With the claim goes what another server had committed: from then on there must be this save, after any crash.
+
+        So it is noted before, like a copy of another's save, and counts once the claim says that it is committed.
+        """
+        self._slots.put_copy(slot, Copy(save, self._claims.server_id))
+        try:
+            self._claim(under_store, save, deadline)
+        except AlreadyExists:
+            self._slots.end_copy(slot, save.save_id)
+            raise
 
     def _claim(self, under_store: UnderStore, save: Save, deadline: float) -> None:
         """Tells other servers, or learns from them that the path was taken over: raises AlreadyExists.
@@ -115,6 +131,7 @@ class Commits:
             key=save.key,
             server_id=self._claims.server_id,
             save_id=save.save_id,
+            committed=False,
             now_s=self._claims.now_s(),
         )
         if isinstance(decision, Refuse):

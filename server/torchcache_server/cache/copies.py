@@ -19,7 +19,7 @@ from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import Sighting
 from torchcache_server.cache.commits import put_before, require_whole
 from torchcache_server.cache.copy_plan import Verdict, decide_takeover, is_left_open, judge
-from torchcache_server.cache.saves import Copy, Save, SaveKey, SaveStatus, check_files
+from torchcache_server.cache.saves import Copy, Save, SaveKey, SaveStatus, check_files, kind_of_manifest
 from torchcache_server.cache.slots import Slot, Slots
 from torchcache_server.cache.small_objects import read_small
 from torchcache_server.store import Store
@@ -136,8 +136,8 @@ class Copies:
         manifest = read_small(under_store, slot.key.manifest_key, deadline=deadline)
         judged = []
         for copy in tuple(slot.copies.values()):
-            there = None if manifest is None else manifest.data == copy.save.manifest
-            judged.append((copy, judge(copy, seen, manifest_is_ours=there), seen))
+            kind = kind_of_manifest(copy.save, manifest.data if manifest is not None else None)
+            judged.append((copy, judge(copy, seen, kind), seen))
         return judged
 
     def _take_over(self, under_store: UnderStore, slot: Slot, copy: Copy, deadline: float) -> bool:

@@ -10,25 +10,23 @@ from __future__ import annotations
 from typing import Literal
 
 from torchcache_server.cache.claims import Sighting, Take
-from torchcache_server.cache.saves import Copy
+from torchcache_server.cache.saves import Copy, ManifestKind
 
 Verdict = Literal["durable", "current", "open", "gone"]
 """durable: the under-store has the save. current: it is what the path holds, though the under-store hasn't it yet.
 open: its writer is still at it. gone: nobody may want it any more."""
 
 
-def judge(copy: Copy, seen: Sighting | None, *, manifest_is_ours: bool | None) -> Verdict:
-    """What the copy is good for, by the claim and then the manifest at its path (None: there is none)."""
-    if manifest_is_ours:
+def judge(copy: Copy, seen: Sighting | None, manifest: ManifestKind) -> Verdict:
+    """What the copy is good for, by the claim and then the manifest at its path."""
+    if manifest == "ours":
         return "durable"
-    if seen is None:
-        # Published over; or given up. But whoever replaces a save may die before it commits, and its claim is released:
+    claim = None if seen is None else seen.claim
+    if claim is None or claim.save_id != copy.save.save_id:
+        # Given up, or published over. But whoever replaces a save may die before it commits, and its claim is released:
         # better to bring back what was deleted while this server was down than to lose what was acknowledged.
-        return "current" if copy.confirmed and manifest_is_ours is None else "gone"
-    claim = seen.claim
-    if claim.save_id != copy.save.save_id:
-        # One that is only being written takes nothing's place yet.
-        return "current" if copy.confirmed and claim.state == "reserved" else "gone"
+        is_open = claim is None or claim.state in ("reserved", "released")
+        return "current" if copy.confirmed and is_open and manifest != "other" else "gone"
     if claim.state == "committed":
         return "current"
     if claim.state == "reserved":

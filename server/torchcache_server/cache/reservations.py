@@ -159,6 +159,7 @@ class Reservations:
         if isinstance(decision, Wait):
             return decision
         self._slots.note_lease(slot, wanted.save_id)
+        wanted.displaces = seen is not None and seen.is_committed_by_another(self._claims.server_id)
         if isinstance(decision, Take):
             try:
                 self._write_claim(under_store, slot.key, wanted, decision.replaces, deadline)

@@ -224,6 +224,19 @@ def manifest_digest(manifest: bytes) -> str:
     return hashlib.sha256(manifest).hexdigest()
 
 
+ManifestKind = Literal["absent", "ours", "replaceable", "other"]
+"""What a manifest at a save's path is to the save. `replaceable`: it is older, and the save may overwrite it."""
+
+
+def kind_of_manifest(save: Save, manifest: bytes | None) -> ManifestKind:
+    """None or empty: there is none, or not any more."""
+    if not manifest:
+        return "absent"
+    if manifest == save.manifest:
+        return "ours"
+    return "replaceable" if manifest_digest(manifest) in save.replaceable else "other"
+
+
 def status_of_manifest(key: SaveKey, manifest: bytes) -> SaveStatus:
     """The status of a checkpoint of which only the manifest in the under-store is known.
 

@@ -21,6 +21,7 @@ class Lease:
     overwrite: bool
     replaceable: tuple[str, ...]  # manifest_digest of each manifest it may overwrite
     expires_s: float  # monotonic
+    displaces: bool = False  # its claim took the place of another server's, of a committed save
 
 
 @dataclass(frozen=True, slots=True)

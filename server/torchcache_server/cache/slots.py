@@ -278,6 +278,9 @@ class Slots:
             self._store.delete_record(copy_key(copy.save))
         else:
             slot.copies[copy.save.save_id] = copy
+            slot.dead_leases.discard(
+                copy.save.save_id
+            )  # the stop came in its commit: the claim tells how it ended
 
     def _load_lease(self, _: bytes, record: bytes) -> None:
         key, save_ids = decode_lease(record)

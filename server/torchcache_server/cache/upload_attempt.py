@@ -12,7 +12,7 @@ from torchcache.errors import AlreadyExists, Overloaded, TransientError
 from torchcache.model import ObjectInfo
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import Keep, Refuse, Sighting, Take, Wait, decide_hold
-from torchcache_server.cache.saves import Save, manifest_digest
+from torchcache_server.cache.saves import ManifestKind, Save, kind_of_manifest
 from torchcache_server.cache.shard_source import write_out
 from torchcache_server.cache.slots import Slot, Slots
 from torchcache_server.cache.small_objects import read_small, stat_even_empty, write_small
@@ -53,7 +53,6 @@ def write_deadline(size_bytes: int) -> float:
     return call_deadline() + size_bytes / _SLOWEST_BYTES_S
 
 
-Manifest = Literal["absent", "ours", "replaceable", "other"]
 Metadata = Literal["absent", "ours", "other"]
 
 
@@ -69,7 +68,7 @@ class Attempt:
     slot: Slot
     save: Save
     check: Callable[[], None]
-    _manifest: tuple[str, Manifest] = ("", "absent")  # version and kind, as last seen
+    _manifest: tuple[str, ManifestKind] = ("", "absent")  # version and kind, as last seen
     _metadata: tuple[str, Metadata] = ("", "absent")
     _confirmed: bool = False
 
@@ -86,7 +85,8 @@ class Attempt:
                 raise step.error
             if isinstance(step, StandBy):
                 raise Overloaded(
-                    f"another server of the pool uploads {self.save.key}", object=str(self.save.key)
+                    f"{self.save.key} is being uploaded, or written anew, by way of another server of the pool",
+                    object=str(self.save.key),
                 )
             try:
                 self._act(step)
@@ -124,6 +124,7 @@ class Attempt:
             key=self.save.key,
             server_id=self.claims.server_id,
             save_id=self.save.save_id,
+            committed=True,
             now_s=self.claims.now_s(),
         )
 
@@ -136,13 +137,10 @@ class Attempt:
         elif version != self._manifest[0]:
             small = read_small(self.under_store, key, deadline=call_deadline())
             self._manifest = (
-                (version, "absent") if small is None else (small.version, self._judge(small.data))
+                (version, "absent")
+                if small is None
+                else (small.version, kind_of_manifest(self.save, small.data))
             )
-
-    def _judge(self, manifest: bytes) -> Manifest:
-        if manifest == self.save.manifest:
-            return "ours"
-        return "replaceable" if manifest_digest(manifest) in self.save.replaceable else "other"
 
     def _look_at_metadata(self) -> None:
         key = self.save.key.metadata_key

@@ -17,21 +17,21 @@ from typing import Literal
 
 from torchcache.errors import AlreadyExists
 from torchcache_server.cache.claims import already_there
-from torchcache_server.cache.saves import Save
+from torchcache_server.cache.saves import ManifestKind, Save
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What lies at the path.
 
-    `claim`: "peer" is of a server that has a copy of the same save, and uploads it. `manifest`: "replaceable" is one
-    that this save may overwrite; "other" is another's. `metadata` other than ours tells nothing about whose it is.
-    `uploaded`: the shards this save is known to have put there. `confirmed`: they were all seen to lie there still,
-    behind the last of their uploads.
+    `claim`: "peer" is of a server that has a copy of the same save, and uploads it, or where a later save is being
+    written, and not committed yet. `metadata` other than ours tells nothing about whose it is. `uploaded`: the shards
+    this save is known to have put there. `confirmed`: they were all seen to lie there still, behind the last of their
+    uploads.
     """
 
     claim: Literal["ours", "vacant", "peer", "foreign"]
-    manifest: Literal["absent", "ours", "replaceable", "other"]
+    manifest: ManifestKind
     metadata: Literal["absent", "ours", "other"]
     uploaded: frozenset[str]
     confirmed: bool
@@ -44,7 +44,7 @@ class TakeClaim:
 
 @dataclass(frozen=True, slots=True)
 class StandBy:
-    """Another server uploads the same save: look again later."""
+    """It is another server's turn: look again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +109,12 @@ def next_step(save: Save, seen: Seen) -> Step:
                 object=str(save.key),
             )
         )
-    if seen.claim == "peer":
-        return StandBy()
     if seen.claim == "vacant":
         return TakeClaim()
     if seen.manifest == "other":
         return GiveUp(already_there(save.key, "another checkpoint, published since this save was reserved"))
+    if seen.claim == "peer":
+        return StandBy()
     missing = tuple(name for name, _ in save.files if name not in seen.uploaded)
     return _clear_the_path(save, seen, missing) or _put(seen, missing)
 
