@@ -18,7 +18,7 @@ demo: $(READY)
 
 # In two runs: what the second runs in its own process leaves gRPC there, beside which tests of the first can't fork.
 test: $(READY)
-	$(PYTEST) $(PARALLEL) -m "not long" tests/e2e tests/integration tests/crash
+	$(PYTEST) $(PARALLEL) -m "not long" tests/e2e tests/integration tests/hostile tests/crash
 	$(PYTEST) $(PARALLEL) -m "not long" tests/unit tests/conformance
 
 test-long: $(READY)

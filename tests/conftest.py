@@ -16,7 +16,7 @@ hypothesis.settings.register_profile("torchcache", deadline=None, derandomize=Tr
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("torchcache")
 
-_ORDER = ("e2e", "integration", "crash", "unit", "conformance")
+_ORDER = ("e2e", "integration", "hostile", "crash", "unit", "conformance")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchcache_server.understore.posix_walk import TEMPORARY_PREFIX
+from torchcache_server.understore.posix_files import TEMPORARY_PREFIX
 
 import torchcache as tc
 from tests.e2e.kill_manager_child import ELEMENTS, content

@@ -49,14 +49,30 @@ def refused(*arguments: object, environment: Mapping[str, str] | None = None) ->
 class ServerProcess:
     """A server that runs from entering to leaving, when it is killed if it still does."""
 
-    def __init__(self, *arguments: object, token_file: Path) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        token_file: Path,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> None:
+        """What it says on stderr goes to `log`, or is kept in a pipe until it ends."""
         self._arguments = arguments
         self._token_file = token_file
+        self._environment = environment or {}
+        self._log = log
 
     def __enter__(self) -> ServerProcess:
+        stderr = subprocess.PIPE if self._log is None else self._log.open("w")
         self.process = subprocess.Popen(
-            command(*self._arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command(*self._arguments),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | self._environment,
         )
+        if not isinstance(stderr, int):
+            stderr.close()
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         match = READY.fullmatch(line)

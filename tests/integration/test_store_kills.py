@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torchcache_server.understore.posix_walk import TEMPORARY_PREFIX
+from torchcache_server.understore.posix_files import TEMPORARY_PREFIX
 
 from examples.ports import free_port
 from examples.seaweedfs import SeaweedFS

@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchcache_server.understore import create, posix
 from torchcache_server.understore.posix import PosixUnderStore
-from torchcache_server.understore.posix_files import locked
-from torchcache_server.understore.posix_walk import TEMPORARY_PREFIX
+from torchcache_server.understore.posix_files import TEMPORARY_PREFIX, locked
 
 from torchcache.errors import ConfigurationError, DeadlineExceeded, ObjectChanged, ObjectNotFound, OutOfSpace
 from torchcache.model import ByteRange, ObjectInfo

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchcache import errors
-from torchcache.errors import IntegrityError, TorchCacheError
+from torchcache.errors import IntegrityError, ObjectNotFound, TorchCacheError
 from torchcache.model import BLOCK_BYTES, block_digests, chunk_digest
 from torchcache.wire import codec, status
+from torchcache.wire.status import MAX_ERROR_CHARACTERS, decode_error, encode_error
 
 ROOT = Path(__file__).parents[2]
 KINDS = [getattr(errors, name) for name in errors.__all__]
@@ -34,6 +35,18 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
         assert (tmp_path / path).read_text() == (ROOT / path).read_text(), (
             f"{name} is stale: run `make proto`"
         )
+
+
+@pytest.mark.parametrize("character", ["k", "\u20ac", "\0", '"'])
+def test_an_error_fits_the_headers_of_an_answer(character: str) -> None:
+    """What is too long for gRPC would arrive as RESOURCE_EXHAUSTED, and be taken for a passing trouble."""
+    long = character * 5000
+    text = encode_error(ObjectNotFound(f"no {long}: check the name", object=long, server=long))
+    assert len(text) <= MAX_ERROR_CHARACTERS and text.isascii()
+    again = decode_error(text)
+    assert type(again) is ObjectNotFound
+    assert again.message.startswith("no ") and again.message.endswith(": check the name")
+    assert again.object
 
 
 @pytest.mark.parametrize("kind", KINDS)

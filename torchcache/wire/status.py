@@ -53,14 +53,31 @@ _DEFAULT_TEXT: Final = {
 }
 
 
+MAX_ERROR_CHARACTERS: Final = 4096
+"""Of an encoded error: gRPC sends it as a header, and a client takes no more than 8 KiB of them for an answer."""
+
+
 def encode_error(error: TorchCacheError) -> str:
-    """One line of JSON; `decode_error` gives an equal error of the same class back."""
+    """One line of JSON; `decode_error` gives an equal error of the same class back, its middle left out if it is long.
+
+    At most `MAX_ERROR_CHARACTERS`, all ASCII.
+    """
     fields = {"error": type(error).__name__, "message": error.message}
     if error.object:
         fields["object"] = error.object
     if error.server:
         fields["server"] = error.server
-    return json.dumps(fields)
+    text = json.dumps(fields)
+    for characters in (600, 150):  # one may take six, as \uXXXX
+        if len(text) <= MAX_ERROR_CHARACTERS:
+            break
+        text = json.dumps({name: _shortened(value, characters) for name, value in fields.items()})
+    return text
+
+
+def _shortened(text: str, characters: int) -> str:
+    half = characters // 2 - 2
+    return text if len(text) <= characters else f"{text[:half]}...{text[-half:]}"
 
 
 def decode_error(text: str, *, server: str | None = None) -> TorchCacheError:

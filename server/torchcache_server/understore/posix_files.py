@@ -22,6 +22,10 @@ from torchcache.errors import (
 )
 from torchcache_server.understore.base import check_key, object_uri
 
+TEMPORARY_PREFIX = ".torchcache-tmp-"
+"""Names of files that are being written. Not listed, and removed once their writer is dead."""
+
+_PATH_BYTES = 4096  # PATH_MAX, with the NUL at its end
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _LOCK_PAUSE_S = 0.005
 _SAID = {
@@ -54,7 +58,13 @@ class Root:
             raise ConfigurationError(
                 f"the key of {self.uri_of(key)!r} has an empty segment: no file is named so"
             )
-        return os.path.join(self.path, key)
+        if key.rpartition("/")[2].startswith(TEMPORARY_PREFIX):
+            raise ConfigurationError(f"{self.uri_of(key)} is the name of a file that is being written: choose another")
+        path = os.path.join(self.path, key)
+        if len(os.fsencode(path)) >= _PATH_BYTES:
+            # It could be made, folder by folder, and then not be opened.
+            raise ConfigurationError(f"the path of {self.uri_of(key)} is too long for the file system", object=key)
+        return path
 
     def open(self) -> int:
         """A descriptor of the root itself. Raises ObjectNotFound."""

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
-from torchcache_server.understore.posix_files import locked
-from torchcache_server.understore.posix_walk import TEMPORARY_PREFIX
+from torchcache_server.understore.posix_files import TEMPORARY_PREFIX, locked
 
 _MOST_FOLDERS: Final = 65_536
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torchcache.errors import ConfigurationError
-from torchcache_server.understore.posix_files import Root
-
-TEMPORARY_PREFIX = ".torchcache-tmp-"
-"""Names of files that are being written. Not listed."""
-
+from torchcache_server.understore.posix_files import TEMPORARY_PREFIX, Root
 
 @dataclass(frozen=True, slots=True)
 class _Window:
@@ -68,11 +66,22 @@ def _entries(path: str, folder: str, window: _Window) -> Iterator[tuple[str, os.
     with os.scandir(path) as entries:
         for entry in entries:
             key = folder + entry.name
-            if entry.is_dir():
+            kind = _kind(entry)
+            if kind == "folder":
                 if window.may_want_below(f"{key}/"):
                     yield f"{_checked(key)}/", entry
-            elif window.wants(key) and entry.is_file() and not entry.name.startswith(TEMPORARY_PREFIX):
+            elif window.wants(key) and kind == "file" and not entry.name.startswith(TEMPORARY_PREFIX):
                 yield _checked(key), entry
+
+
+def _kind(entry: os.DirEntry[str]) -> Literal["folder", "file", "neither"]:
+    """What an entry is, or its symlink leads to. Of links that lead in a circle there is nothing to list."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "neither"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "neither"
+        raise
 
 
 def _checked(key: str) -> str:
