@@ -59,11 +59,15 @@ class Root:
                 f"the key of {self.uri_of(key)!r} has an empty segment: no file is named so"
             )
         if key.rpartition("/")[2].startswith(TEMPORARY_PREFIX):
-            raise ConfigurationError(f"{self.uri_of(key)} is the name of a file that is being written: choose another")
+            raise ConfigurationError(
+                f"{self.uri_of(key)} is the name of a file that is being written: choose another"
+            )
         path = os.path.join(self.path, key)
         if len(os.fsencode(path)) >= _PATH_BYTES:
             # It could be made, folder by folder, and then not be opened.
-            raise ConfigurationError(f"the path of {self.uri_of(key)} is too long for the file system", object=key)
+            raise ConfigurationError(
+                f"the path of {self.uri_of(key)} is too long for the file system", object=key
+            )
         return path
 
     def open(self) -> int:

@@ -12,6 +12,7 @@ from typing import Literal
 from torchcache.errors import ConfigurationError
 from torchcache_server.understore.posix_files import TEMPORARY_PREFIX, Root
 
+
 @dataclass(frozen=True, slots=True)
 class _Window:
     """The keys that are wanted: those with `prefix`, behind `start_after`."""
