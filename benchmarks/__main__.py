@@ -22,6 +22,7 @@ from benchmarks.tables import show
 SECTIONS: Final = {
     "local": "local_lane",
     "flight": "flight_lane",
+    "tls": "tls_lane",
     "loader": "loaders",
     "connections": "idle_connections",
     "mlperf": "mlperf",
