@@ -214,6 +214,16 @@ def refusal(call: Callable[[], object]) -> TorchCacheError:
     raise AssertionError("it was not refused")
 
 
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call gives, or the error of ours with which it was refused; or that its time was over, as gRPC says."""
+    try:
+        return call()
+    except grpc.RpcError as error:
+        ours = (error.details() or "").startswith("{") or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert ours, f"{error.code()}: {error.details()}"
+        return error_from_status(error.code(), error.details())
+
+
 class Trap:
     """A listener that counts who comes."""
 

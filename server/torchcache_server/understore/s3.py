@@ -9,6 +9,7 @@ from torchcache.errors import ObjectNotFound, TorchCacheError
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
 from torchcache_server.understore.base import Counters, FolderPage, Listing, check_range
 from torchcache_server.understore.retry import RetryPolicy
+from torchcache_server.understore.s3_answers import continuation, listed, listed_folders, version_and_size
 from torchcache_server.understore.s3_client import S3Calls
 from torchcache_server.understore.s3_download import Download
 from torchcache_server.understore.s3_errors import no_such_bucket
@@ -67,10 +68,11 @@ class S3UnderStore:
         while True:
             request["MaxKeys"] = min(_PAGE, limit - len(objects))
             page = self._page(target, request, deadline)
-            objects += self._infos(target, page)
-            if not page["IsTruncated"] or len(objects) >= limit:
-                return Listing(objects, page["IsTruncated"])
-            request["ContinuationToken"] = page["NextContinuationToken"]
+            objects += self._infos(target, page, request["MaxKeys"])
+            token = continuation(page, target)
+            if not token or len(objects) >= limit:
+                return Listing(objects, bool(token))
+            request["ContinuationToken"] = token
 
     def list_folder(self, prefix: str, *, token: str, deadline: float) -> FolderPage | None:
         target = self._root.locate_prefix(prefix)
@@ -78,24 +80,17 @@ class S3UnderStore:
         if token:
             request["ContinuationToken"] = token
         page = self._page(target, request, deadline)
-        folders = [
-            self._root.relative(S3Object(target.bucket, found["Prefix"]))
-            for found in page.get("CommonPrefixes", [])
-        ]
-        return FolderPage(self._infos(target, page), folders, page.get("NextContinuationToken", ""))
+        folders = [self._root.relative(found) for found in listed_folders(page, target, _PAGE)]
+        return FolderPage(self._infos(target, page, _PAGE), folders, continuation(page, target))
 
     def _page(self, target: S3Object, request: dict[str, Any], deadline: float) -> ListObjectsV2OutputTypeDef:
         return self._calls.run(
             lambda client: client.list_objects_v2(**request), action="list", target=target, deadline=deadline
         )
 
-    def _infos(self, target: S3Object, page: ListObjectsV2OutputTypeDef) -> Sequence[ObjectInfo]:
+    def _infos(self, target: S3Object, page: ListObjectsV2OutputTypeDef, asked: int) -> Sequence[ObjectInfo]:
         """The objects of a page, but for markers of folders."""
-        return [
-            self._info(S3Object(target.bucket, entry["Key"]), entry["ETag"], entry["Size"])
-            for entry in page.get("Contents", [])
-            if entry["Size"] or not entry["Key"].endswith("/")
-        ]
+        return [self._info(*found) for found in listed(page, target, asked)]
 
     def stat(self, key: str, *, deadline: float) -> ObjectInfo:
         target = self._root.locate(key)
@@ -108,7 +103,7 @@ class S3UnderStore:
             )
         except ObjectNotFound as error:
             raise self._without_bucket(target, deadline) or error from error
-        return self._info(target, found["ETag"], found["ContentLength"])
+        return self._info(target, *version_and_size(found, "ContentLength", target))
 
     def read(self, object: ObjectInfo, range: ByteRange, *, deadline: float) -> bytearray:
         target = self._root.locate(object.id.key)
