@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import pytest
@@ -16,6 +16,7 @@ from torchcache.errors import (
     NotResident,
     ServerUnavailable,
     TorchCacheError,
+    TransientError,
 )
 from torchcache.lanes.base import Lane, Outcome, ReadOptions
 from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, STRIPE_BYTES, Extent, ObjectId, ObjectInfo
@@ -87,6 +88,17 @@ def good(outcome: Outcome) -> memoryview:
     if isinstance(outcome, TorchCacheError):
         raise outcome
     return outcome
+
+
+def until_well(again: Callable[[], list[Outcome]]) -> list[Outcome]:
+    """What comes once nothing is transient any more: a channel may take its time to connect again."""
+    end = soon(120)
+    while True:
+        outcomes = again()
+        if not any(isinstance(outcome, TransientError) for outcome in outcomes):
+            return outcomes
+        assert time.monotonic() < end, outcomes
+        time.sleep(0.02)
 
 
 def put_sample(lane: Lane, key: str, size: int) -> bytes:

@@ -121,7 +121,7 @@ class LiesContract:
         return [put_sample(lane, f"lie-{size}", size) for size in SIZES]
 
     def assert_no_wrong_byte(
-        self, lane: Lane, right: list[bytes], *, known: bool, seconds: float = 20.0
+        self, lane: Lane, right: list[bytes], *, known: bool, seconds: float = 60.0
     ) -> list[TorchCacheError]:
         """Reads all, half of it into buffers; the errors that came."""
         extents = [Extent(sample(f"lie-{size}", size if known else -1)) for size in SIZES]
@@ -154,7 +154,7 @@ class LiesContract:
         self, liar: StandIn, lane: Lane, right: list[bytes], lie: str
     ) -> None:
         liar.script.stream = STREAMS[lie]
-        errors = self.assert_no_wrong_byte(lane, right, known=True, seconds=2.0 if lie == "endless" else 20.0)
+        errors = self.assert_no_wrong_byte(lane, right, known=True, seconds=2.0 if lie == "endless" else 60.0)
         if lie != "endless":
             assert len(errors) == len(SIZES)
         assert {type(error) for error in errors} <= {IntegrityError, DeadlineExceeded, ServerUnavailable}

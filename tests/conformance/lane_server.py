@@ -56,7 +56,7 @@ class LaneServer:
     def info(self) -> cache_pb2.InfoReply:
         client = ControlClient(self.address, self.access)
         reply: cache_pb2.InfoReply = client.call(
-            "GetInfo", cache_pb2.InfoRequest(), deadline=time.monotonic() + 30
+            "GetInfo", cache_pb2.InfoRequest(), deadline=time.monotonic() + 60
         )
         return reply
 

@@ -205,7 +205,7 @@ class PoolContract:
     def test_no_server(self) -> None:
         pool = connect("127.0.0.1:1", token="x" * 32, lane=self.lane)
         with pytest.raises(ServerUnavailable):
-            pool.read([Extent(ObjectInfo(ObjectId("samples", "x", "1"), -1))], timeout_s=1.0)
+            pool.read([Extent(ObjectInfo(ObjectId("samples", "x", "1"), -1))], timeout_s=4.0)
 
     def test_bad_arguments(self, servers: PoolServers, pool: Pool) -> None:
         info, namespace = servers.make("bad/1", 1000), servers.namespace("bad")
@@ -249,7 +249,7 @@ class PoolContract:
         extents, namespace = [Extent(info) for info in infos], own.namespace("killed")
         assert pool.read(extents, namespace=namespace) == right
         own.servers[0].end(signal.SIGKILL)
-        outcomes = pool.read_each(extents, namespace=namespace, timeout_s=5.0)
+        outcomes = pool.read_each(extents, namespace=namespace, timeout_s=5.0 if self.count == 1 else 60.0)
         for outcome, data in zip(outcomes, right, strict=True):
             assert outcome == data or (self.count == 1 and isinstance(outcome, TransientError))
         own.servers[0].start()
@@ -309,7 +309,7 @@ class PoolContract:
                 send.close()
                 assert receive.poll(60), f"a child by {start_method} hangs"
                 assert receive.recv() == (right, [self.lane])
-                child.join(20)
+                child.join(60)
                 receive.close()
         finally:
             stop.set()

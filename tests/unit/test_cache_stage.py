@@ -43,7 +43,7 @@ def reads(store: Store, source: ScriptedUnderStore) -> Iterator[ReadThrough]:
 
 
 def soon() -> float:
-    return time.monotonic() + 30
+    return time.monotonic() + 60
 
 
 def test_makes_objects_resident(reads: ReadThrough, source: ScriptedUnderStore, store: Store) -> None:

@@ -161,7 +161,7 @@ def test_fifty_saves_take_no_more_memory_than_two(shared: bool) -> None:
     """In a process of its own: this one may have freed memory that it would take from."""
     process = multiprocessing.get_context("spawn").Process(target=_stage_fifty_times, args=(shared,))
     process.start()
-    process.join(100)
+    process.join(250)
     assert process.exitcode == 0
 
 

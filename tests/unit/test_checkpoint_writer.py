@@ -44,8 +44,12 @@ def pool() -> Iterator[CheckpointPool]:
     end_lease_of_thread()
 
 
+def renewing() -> bool:
+    return any(thread.name == "torchcache-lease" for thread in threading.enumerate())
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -221,7 +225,7 @@ def test_saves_from_several_threads_with_one_writer_do_not_mix(pool: CheckpointP
     def save(step: int) -> None:
         class Slow(DefaultSavePlanner):
             def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-                barrier.wait(20)  # every thread has reset the writer and reserved its path by now
+                barrier.wait(60)  # every thread has reset the writer and reserved its path by now
                 return super().finish_plan(new_plan)
 
         try:
@@ -398,7 +402,7 @@ def test_the_reservation_is_renewed_until_the_save_is_committed(pool: Checkpoint
             return super().resolve_data(write_item)
 
     dcp.save({"a": torch.ones(2)}, storage_writer=writer(pool), planner=Slow())
-    wait_for(lambda: not any(thread.name == "torchcache-lease" for thread in threading.enumerate()))
+    wait_for(lambda: not renewing())
     assert pool.abandoned == []
 
 
@@ -408,8 +412,7 @@ def test_a_lost_reservation_is_raised_at_the_end(pool: CheckpointPool) -> None:
 
     class Slow(DefaultSavePlanner):
         def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-            wait_for(lambda: pool.renewals >= 1)
-            time.sleep(0.05)
+            wait_for(lambda: pool.renewals >= 1 and not renewing())
             return super().resolve_data(write_item)
 
     with pytest.raises(dcp.CheckpointException, match="took the path over"):

@@ -18,7 +18,7 @@ GIB = 1024**3
 
 
 def soon() -> float:
-    return time.monotonic() + 20.0
+    return time.monotonic() + 60.0
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:

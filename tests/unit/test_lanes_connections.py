@@ -82,7 +82,7 @@ def test_a_fork_waits_for_calls_in_flight_and_holds_new_ones_back() -> None:
     late = in_thread(second_call)
     leave.set()
     for thread in (caller, forker, late):
-        thread.join(10)
+        thread.join(60)
     assert events == ["first call ends", "fork", "second call"]
 
 
@@ -94,7 +94,7 @@ def test_a_call_within_a_call_passes_a_waiting_fork() -> None:
             time.sleep(0.001)
         with registry.call():
             pass
-    forker.join(10)
+    forker.join(60)
     assert not forker.is_alive()
 
 
@@ -152,7 +152,7 @@ def test_a_fork_waits_for_any_grpc_that_is_shutting_down(monkeypatch: pytest.Mon
     forker.join(0.05)
     assert forker.is_alive()
     del threads["18"]
-    forker.join(10)
+    forker.join(60)
     assert not forker.is_alive()
 
 
@@ -167,7 +167,7 @@ def test_a_fork_waits_for_its_own_threads_only(monkeypatch: pytest.MonkeyPatch) 
     forker.join(0.05)
     assert forker.is_alive()
     del threads["18"]
-    forker.join(10)
+    forker.join(60)
     assert not forker.is_alive()
 
 
@@ -191,7 +191,7 @@ def test_a_call_that_does_not_end_does_not_hold_the_fork_for_ever(
     with registry.call():
         pass  # the parent goes on
     leave.set()
-    caller.join(10)
+    caller.join(60)
     registry.after_fork_in_child()
     with pytest.raises(ConfigurationError, match="calls in flight"), registry.call():
         pass

@@ -31,20 +31,24 @@ class Script:
         if self.away:
             raise ServerUnavailable("away")
 
-    def wait_for(self, *calls: str) -> None:
+    def wait_for(self, *calls: str, forgets: bool = False) -> None:
+        """From now on; `forgets`: at once it knows of no server any more."""
         with self.changed:
             self.calls.clear()
+            self.forgets = forgets
             assert self.changed.wait_for(lambda: set(calls) <= set(self.calls), 60), self.calls
 
     def announce(self, server: Announcement, ttl_s: int) -> object:
         assert (server, ttl_s) == (SERVER, 1)
         self._note("announce")
-        self.forgets = False
+        with self.changed:
+            self.forgets = False
         return object()
 
     def keep(self, lease: object) -> bool:
-        self._note("keep")
-        return not self.forgets
+        with self.changed:
+            self._note("keep")
+            return not self.forgets
 
     def withdraw(self, lease: object) -> None:
         self._note("withdraw")
@@ -60,7 +64,7 @@ def join(script: Script) -> Membership:
 def test_it_is_announced_at_once_kept_and_withdrawn() -> None:
     script = Script()
     membership = join(script)
-    assert script.calls == ["announce"]
+    assert script.calls[0] == "announce"
     script.wait_for("keep")
     membership.close()
     assert script.calls[-2:] == ["withdraw", "close"]
@@ -72,8 +76,7 @@ def test_it_is_announced_at_once_kept_and_withdrawn() -> None:
 def test_a_registry_that_forgot_it_is_told_again() -> None:
     script = Script()
     membership = join(script)
-    script.forgets = True
-    script.wait_for("keep", "announce")
+    script.wait_for("keep", "announce", forgets=True)
     membership.close()
 
 

@@ -129,8 +129,8 @@ def test_time_to_live_begins_anew_with_every_use(
     store: Store, policies: Policies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What comes into a dataset that was long idle, or is read there, is not dropped a second later."""
-    real, later_s = time.monotonic, [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: real() + later_s[0])
+    now, later_s = time.monotonic(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now + later_s[0])
     policies.change("d", PolicyChange(ttl_s=60.0))
 
     def chunks_after(seconds: float) -> int:

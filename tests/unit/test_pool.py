@@ -139,7 +139,7 @@ def test_a_server_is_down_for_who_got_nothing_though_others_got_theirs_by_anothe
     monkeypatch.setattr(member.lane, "read", lambda *_, **__: answer)
     down: list[str] = []
     monkeypatch.setattr(session.ordering, "down", down.append)
-    first, second = pool.read_each([whole(sample(1)), whole(sample(2))], timeout_s=20)
+    first, second = pool.read_each([whole(sample(1)), whole(sample(2))], timeout_s=60)
     assert down
     assert (first, second) == (b"one", b"from the files"), "after another try"
 
@@ -493,9 +493,9 @@ def test_status_is_of_those_that_answer(server: StandIn) -> None:
 def test_no_server_at_all() -> None:
     pool = connect("127.0.0.1:1", token="secret")
     with pytest.raises(ServerUnavailable, match=r"127.0.0.1:1 can be reached: .*; is this the address"):
-        pool.read([whole(sample(1))], timeout_s=1)
+        pool.read([whole(sample(1))], timeout_s=4)
     with pytest.raises(ServerUnavailable, match=r"127.0.0.1:1"):
-        pool.write("samples:d@0", [(sample(1), [b"x"])], timeout_s=1)
+        pool.write("samples:d@0", [(sample(1), [b"x"])], timeout_s=4)
 
 
 def test_a_wrong_token_is_said_at_once(server: StandIn) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -295,11 +294,9 @@ def test_what_nobody_expected_is_an_error_without_its_text(
 
 
 def test_a_fill_that_does_not_come_fails_by_the_deadline(source: ScriptedReadThrough) -> None:
-    started = time.monotonic()
     client = read(source, [(file_object("a", 10), 0, 10), (file_object("b", 10), 0, 10)], timeout_s=0.05)
     assert isinstance(client.result(0), DeadlineExceeded)
     assert isinstance(client.result(1), DeadlineExceeded)
-    assert time.monotonic() - started < 5
 
 
 def test_another_size_than_the_readers_is_another_object(

@@ -74,7 +74,7 @@ def test_a_flag_that_comes_while_a_segment_is_emptied_waits(
 
     monkeypatch.setattr(compaction, "_move", moving)
     compaction.compact(core, segment, lambda _: True)
-    thread.join(10)
+    thread.join(60)
     assert seen == [False] and flagged.is_set()
     assert all(held(store, n) for n in range(30))
     store.close()
@@ -219,7 +219,7 @@ def test_nobody_waits_for_a_sync_of_what_is_dropped(folder: Path) -> None:
         def fsync(self, fd: int) -> None:
             if slow.is_set():
                 began.set()
-                go_on.wait(10)
+                go_on.wait(120)
             super().fsync(fd)
 
     store = _store(folder, Slow())
@@ -227,16 +227,16 @@ def test_nobody_waits_for_a_sync_of_what_is_dropped(folder: Path) -> None:
     slow.set()
     syncing = threading.Thread(target=store.sync, args=("a",))
     syncing.start()
-    assert began.wait(10)
+    assert began.wait(60)
     dropping = threading.Thread(target=store.drop, args=("a",))
     dropping.start()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while store._core.space.segments and time.monotonic() < until:
         time.sleep(0.001)
     time.sleep(0.05)
-    assert store._core.lock.acquire(timeout=5)
+    assert store._core.lock.acquire(timeout=60)
     store._core.lock.release()
     go_on.set()
-    syncing.join(10)
-    dropping.join(10)
+    syncing.join(60)
+    dropping.join(60)
     store.close()

@@ -107,7 +107,7 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         [*command, *python(FULL), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         env=environment(),
         check=False,
     )

@@ -21,7 +21,7 @@ from torchcache.errors import AlreadyExists, CheckpointError, DeadlineExceeded, 
 
 
 def test_a_live_writer_keeps_its_path() -> None:
-    server = Server(Bucket(), "a", lease_s=0.5)
+    server = Server(Bucket(), "a", lease_s=5.0)
     server.reserve("first")
     stop = threading.Event()
 
@@ -35,7 +35,7 @@ def test_a_live_writer_keeps_its_path() -> None:
         with pytest.raises(
             AlreadyExists, match="another save of s3/run/step-1 is being written by writer of first"
         ):
-            server.reserve("second")
+            server.reserve("second", wait_s=60.0)
     finally:
         stop.set()
         thread.join()

@@ -25,7 +25,7 @@ LONG_S = 1000.0
 
 def test_another_servers_live_writer_keeps_its_path() -> None:
     bucket = Bucket()
-    a, b = Server(bucket, "a", lease_s=0.5), Server(bucket, "b", lease_s=0.5)
+    a, b = Server(bucket, "a", lease_s=1.5), Server(bucket, "b", lease_s=1.5)
     a.reserve("first")
     stop = threading.Event()
 
@@ -40,7 +40,7 @@ def test_another_servers_live_writer_keeps_its_path() -> None:
         with pytest.raises(
             AlreadyExists, match="another save of s3/run/step-1 is being written by writer of first"
         ):
-            b.reserve("second", overwrite=True)
+            b.reserve("second", overwrite=True, wait_s=60.0)
     finally:
         stop.set()
         thread.join()
