@@ -104,7 +104,7 @@ def check_kills(server: PoolServer, tmp_path: Path, seed: int, rounds: int) -> N
         for step in (step + 1, step + 2):  # noqa: B020 - the next two
             manager.save(step, content(step))
             manager.wait_durable(step)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 150
         while len(manager.list()) > 2:  # a deletion that the kill came upon goes on by itself
             assert time.monotonic() < deadline, manager.list()
             time.sleep(0.2)

@@ -74,7 +74,7 @@ def test_stock_reader_loads_what_two_ranks_saved(pool: tc.Pool, tmp_path: Path, 
     run(ranks.save_from_a_thread, str(tmp_path / "ckpt"))
     writer = tc.CacheStorageWriter(tmp_path / "ckpt", pool=pool)
     store, path = pool.resolve(str(writer.checkpoint_id))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while pool.get_save(store, path).state != "durable":
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -75,7 +75,7 @@ def upload(s3: SeaweedFS, bucket: str, prefix: str, folder: Path) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -157,7 +157,7 @@ def test_of_two_writers_of_one_path_one_wins_f31(pool: tc.Pool, bucket: str) -> 
     outcomes: list[BaseException | int] = []
 
     def write(number: int) -> None:
-        start.wait(20)
+        start.wait(60)
         try:
             save(pool, uri, {"a": number})
             outcomes.append(number)

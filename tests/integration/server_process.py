@@ -23,7 +23,7 @@ from torchcache.wire.v1 import cache_pb2 as pb
 from torchcache.wire.v1 import cache_pb2_grpc
 
 READY = re.compile(r"torchcache server (\S+) listening on (\S+) \(data (\d+)\)\n")
-START_S = 30
+START_S = 120
 
 
 def command(*arguments: object) -> list[str]:
@@ -90,7 +90,7 @@ class ServerProcess:
         self.process.kill()
         self.process.communicate()
 
-    def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 30) -> tuple[int, str]:
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 120) -> tuple[int, str]:
         """Signals the server and waits for its end: exit code and stderr."""
         self.process.send_signal(number)
         _, stderr = self.process.communicate(timeout=timeout_s)
@@ -115,7 +115,7 @@ class PlainClient:
         self.channel.close()
         self.flight.close()
 
-    def call(self, method: str, request: Any, timeout_s: float = 20) -> Any:
+    def call(self, method: str, request: Any, timeout_s: float = 60) -> Any:
         return getattr(self.stub, method)(request, timeout=timeout_s, metadata=self.metadata)
 
     @property
@@ -124,7 +124,7 @@ class PlainClient:
 
     @property
     def options(self) -> Any:
-        return fl.FlightCallOptions(headers=[(b"authorization", f"Bearer {self.token}".encode())], timeout=30)
+        return fl.FlightCallOptions(headers=[(b"authorization", f"Bearer {self.token}".encode())], timeout=60)
 
     def status(self) -> Any:
         return self.call("GetStatus", pb.StatusRequest())

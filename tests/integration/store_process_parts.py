@@ -19,7 +19,7 @@ from typing import IO
 from tests.integration.server_process import READY
 
 ROOT = Path(__file__).parents[2]
-START_S = 60.0
+START_S = 120.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -59,7 +59,7 @@ class Life:
     def send(self, number: signal.Signals) -> None:
         signal.pidfd_send_signal(self._pidfd, number)
 
-    def end(self, number: signal.Signals = signal.SIGKILL, timeout_s: float = 60) -> int | None:
+    def end(self, number: signal.Signals = signal.SIGKILL, timeout_s: float = 120) -> int | None:
         """Signals it, and returns once it is gone, locks and all; its exit code, where that is known."""
         if self._pidfd < 0:
             return None

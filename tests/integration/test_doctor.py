@@ -126,7 +126,7 @@ def test_a_server_starts_after_a_repair_and_says_what_was_set_aside(tmp_path: Pa
     options = ["--listen", "127.0.0.1:0", "--store", path, "--capacity", "64MiB", "--under-store", "s3=s3://"]
     options += ["--token-file", tmp_path / "token"]
     command = [sys.executable, "-m", "torchcache_server", *map(str, options)]
-    refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200)
     assert refused.returncode == 2
     assert f"`torchcache doctor --store {path} --repair`" in refused.stderr
     doctor("--store", path, "--repair", code=0)

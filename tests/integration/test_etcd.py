@@ -78,7 +78,7 @@ def check(pool: Pool, objects: list[tuple[str, ObjectInfo]]) -> None:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

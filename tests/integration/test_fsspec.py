@@ -157,9 +157,9 @@ def test_it_travels_to_other_processes(fs: TorchCacheFileSystem, bucket: str, me
     child = context.Process(target=read_in_child, args=(pickle.dumps(fs), path, theirs))
     child.start()
     theirs.close()
-    assert mine.poll(60)
+    assert mine.poll(120)
     assert mine.recv() == b"for the child"
-    child.join(30)
+    child.join(120)
     assert child.exitcode == 0
     mine.close()
 

@@ -44,7 +44,7 @@ def check(pool: Pool) -> int:
     return pool.statistics().read_calls
 
 
-def until(true: Callable[[], bool], what: str, seconds: float = 40.0) -> None:
+def until(true: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
@@ -93,7 +93,7 @@ def run(script: str, root: Path, **options: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 60.0) -> str:
+def finish(process: subprocess.Popen[str], seconds: float = 150.0) -> str:
     out, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, out
     return out
@@ -115,9 +115,9 @@ def read_in_child(start_method: str, pool: Pool) -> object:
     process = context.Process(target=work, args=(pool, send))
     process.start()
     send.close()
-    assert receive.poll(60), f"a child by {start_method} hangs"
+    assert receive.poll(120), f"a child by {start_method} hangs"
     answer: object = receive.recv()
-    process.join(20)
+    process.join(60)
     return answer
 
 

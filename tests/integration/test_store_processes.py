@@ -282,7 +282,7 @@ def crowd(address: str) -> Iterator[None]:
 
 def until_descriptors(server: PoolServer, enough: Callable[[int], bool]) -> None:
     """Until the server has so many open."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not enough(count := len(list(Path(f"/proc/{server.life.pid}/fd").iterdir()))):
         assert time.monotonic() < deadline, f"{count} descriptors"
         time.sleep(0.02)

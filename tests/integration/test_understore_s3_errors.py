@@ -24,7 +24,7 @@ def bucket(s3: SeaweedFS) -> str:
 
 
 def soon() -> float:
-    return time.monotonic() + 30
+    return time.monotonic() + 60
 
 
 def stat(under_store: S3UnderStore, key: str) -> ObjectInfo:
