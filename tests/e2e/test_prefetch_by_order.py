@@ -39,10 +39,18 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def read(dataset: tc.CachedDataset, sampler: DistributedSampler[int], epoch: int, source: Path) -> None:
+def read(
+    dataset: tc.CachedDataset,
+    sampler: DistributedSampler[int],
+    epoch: int,
+    source: Path,
+    midway: Callable[[], object] = lambda: None,
+) -> None:
     sampler.set_epoch(epoch)
     order = list(sampler)
     for at in range(0, len(order), 4):
+        if at == COUNT // 2:
+            midway()
         for index, sample in zip(order[at : at + 4], dataset.__getitems__(order[at : at + 4]), strict=True):
             assert sample == (source / f"{index:03d}").read_bytes()
 
@@ -73,12 +81,18 @@ def test_an_epoch_that_was_prefetched_asks_storage_for_nothing(
 def test_a_cache_of_half_is_used_as_well_with_the_order_known(tmp_path: Path, source: Path) -> None:
     """Belady asks for 120 objects, an LRU cache for all 192. How near it comes, the benchmark `order` says."""
     epochs = 4
-    with tc.LocalPool(tmp_path / "pool", capacity=COUNT * MIB // 2 + 4 * MIB) as pool:
+    # By flight a server knows at once what was read; of its files it hears now and then.
+    with tc.LocalPool(tmp_path / "pool", capacity=COUNT * MIB // 2 + 4 * MIB, lane="flight") as pool:
+
+        def this_epoch_and_the_next_are_told() -> bool:
+            return sum(order.chunks for server in pool.status() for order in server.orders) == 2 * COUNT
+
         dataset = tc.CachedDataset.from_files(source, pool=pool)
         sampler = DistributedSampler(dataset, num_replicas=1, rank=0, seed=3)
         prefetch = dataset.prefetch(sampler, 0, epochs=None)
+        until(this_epoch_and_the_next_are_told)
         for epoch in range(epochs):
-            read(dataset, sampler, epoch, source)
+            read(dataset, sampler, epoch, source, lambda: until(this_epoch_and_the_next_are_told))
         prefetch.cancel()
         found = asked(pool)
         print(f"{found} objects were asked for")

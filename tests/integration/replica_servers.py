@@ -20,7 +20,8 @@ from torchcache.placement import rendezvous_order
 from torchcache.pool import Pool, SaveInfo
 from torchcache.pool.saves import folder_key
 
-LEASE_S = 1.0
+LEASE_S = 2.0
+"""A commit has half of it to tell storage; one that can't in time is the pool's alone for a while: not tested here."""
 WAIT_S = 120.0
 
 

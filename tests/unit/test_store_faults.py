@@ -429,7 +429,7 @@ class TightDisk(DiskCalls):
         return (0 if self.tight else free), size
 
 
-def test_a_checkpoint_waits_for_a_read_that_ends(tmp_path: Path) -> None:
+def test_a_checkpoint_waits_for_a_read_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """F10, F11: the disk is full of what was evicted and is still being looked at; a cached chunk passes through."""
     disk = TightDisk()
     store = Store(tmp_path, capacity_bytes=CAPACITY, min_free_bytes=0, disk=disk)
@@ -444,6 +444,7 @@ def test_a_checkpoint_waits_for_a_read_that_ends(tmp_path: Path) -> None:
     disk.tight = True
     with pytest.raises(OutOfSpace, match="until readers let go"):
         fill(store, "b", range(20, 21), MIB)
+    monkeypatch.setattr(room, "LET_GO_S", 60.0)
     disk.asked.clear()
 
     def end() -> None:
