@@ -25,14 +25,14 @@ class Broken(Exception):
 
 
 class Proxy:
-    """Forwards connections to 127.0.0.1:`port` to `target`. Context manager.
+    """Forwards connections to 127.0.0.1:`port`, or where it shall `listen`, to `target`. Context manager.
 
     `target` may be changed: connections made from then on go to the other.
     """
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    def __init__(self, target: tuple[str, int], *, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(listen)
         self.port: int = self._listener.getsockname()[1]
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -138,8 +138,8 @@ class FaultyProxy(Proxy):
     `hits` counts the faults that took place.
     """
 
-    def __init__(self, target: tuple[str, int]) -> None:
-        super().__init__(target)
+    def __init__(self, target: tuple[str, int], *, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        super().__init__(target, listen=listen)
         self._well = threading.Condition()
         self._fault: Fault | None = None
         self._seen = 0

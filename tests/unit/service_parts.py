@@ -31,6 +31,8 @@ def file_object(key: str, size: int) -> ObjectInfo:
 class MemoryStore:
     """Chunks in a dict; notes what was kept and synced."""
 
+    server_id = "0" * 32
+
     def __init__(self) -> None:
         self.chunks: dict[ChunkId, StoredChunk] = {}
         self.kept: list[tuple[str, bool]] = []

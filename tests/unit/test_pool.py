@@ -138,7 +138,7 @@ def test_a_server_is_down_for_who_got_nothing_though_others_got_theirs_by_anothe
     answer = [ServerUnavailable("gone"), memoryview(b"from the files")]
     monkeypatch.setattr(member.lane, "read", lambda *_, **__: answer)
     down: list[str] = []
-    monkeypatch.setattr(session.ordering, "down", down.append)
+    monkeypatch.setattr(session.health, "failed", down.append)
     first, second = pool.read_each([whole(sample(1)), whole(sample(2))], timeout_s=60)
     assert down
     assert (first, second) == (b"one", b"from the files"), "after another try"

@@ -28,7 +28,7 @@ from torchcache.errors import (
 )
 from torchcache.model import CHUNK_BYTES, ObjectId, ObjectInfo, chunk_digest
 from torchcache.tokens import parse_tokens
-from torchcache.wire.codec import READ_SCHEMA, WRITE_SCHEMA, decode_pieces, encode_chunks
+from torchcache.wire.codec import READ_SCHEMA, SERVER_ID, WRITE_SCHEMA, decode_pieces, encode_chunks
 from torchcache.wire.status import error_from_flight
 from torchcache.wire.v1 import cache_pb2 as pb
 
@@ -249,9 +249,16 @@ def test_closing_ends_a_stream_at_its_next_batch(lane: Lane) -> None:
     assert isinstance(error, ServerUnavailable)
 
 
+def test_a_read_says_at_once_that_it_waits_for_the_source_and_who_it_is(lane: Lane) -> None:
+    reader = lane.get([(file_object("cold", 10), 0, 10)], timeout_s=20)
+    assert reader.schema.metadata == {SERVER_ID: lane.store.server_id.encode()}
+    assert reader.read_chunk().data.num_rows == 0
+    reader.cancel()
+
+
 def test_a_read_gives_up_by_its_deadline(lane: Lane) -> None:
-    batch = lane.get([(file_object("cold", 10), 0, 10)], timeout_s=0.1).read_chunk().data
-    (piece,) = decode_pieces(batch)
+    reader = lane.get([(file_object("cold", 10), 0, 10)], timeout_s=0.1)
+    (piece,) = [piece for chunk in reader for piece in decode_pieces(chunk.data)]
     assert piece.error is not None
     assert "DeadlineExceeded" in piece.error
 

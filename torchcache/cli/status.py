@@ -54,6 +54,7 @@ def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[R
             "unreachable": unreachable,
             "lanes": seen.lanes,
             "lane_reasons": seen.lane_reasons,
+            "out": seen.out,
             **({"rates": [dataclasses.asdict(rate) for rate in rates]} if rates else {}),
         }
     )

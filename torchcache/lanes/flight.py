@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import pyarrow as pa
@@ -16,9 +16,10 @@ from torchcache.lanes.access import Access
 from torchcache.lanes.assembly import Arrivals
 from torchcache.lanes.base import Outcome, ReadOptions, Row, contiguous
 from torchcache.lanes.connections import Connections, connections
+from torchcache.lanes.watch import Ended, Watch
 from torchcache.model import Extent, ObjectInfo, chunk_digest
 from torchcache.wire import liveness
-from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, WRITE_SCHEMA, encode_chunks
+from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, SERVER_ID, WRITE_SCHEMA, encode_chunks
 from torchcache.wire.status import error_from_flight
 from torchcache.wire.v1 import cache_pb2
 
@@ -35,18 +36,31 @@ MAX_BATCH_BYTES: Final = 16 * 1024 * 1024
 
 
 class FlightLane:
-    """Reads and writes through one server's Flight port. `server` is how errors name the server."""
+    """Reads and writes through one server's Flight port. `server` is how errors name the server.
+
+    `another` is called when it isn't the server with `server_id` that answers, in a thread that must not be kept.
+    """
 
     name = "flight"
 
     def __init__(
-        self, host: str, port: int, *, server: str, access: Access, registry: Connections = connections
+        self,
+        host: str,
+        port: int,
+        *,
+        server: str,
+        access: Access,
+        registry: Connections = connections,
+        server_id: str = "",
+        another: Callable[[], object] | None = None,
     ) -> None:
         self._location = (host, port)
         self._server = server
         self._access = access
         self._connections = registry
         self._key = ("flight", host, port, access)
+        self._server_id = server_id.encode()
+        self._another = another
 
     def read(
         self,
@@ -55,34 +69,48 @@ class FlightLane:
         options: ReadOptions,
         *,
         deadline: float,
+        watch: Watch | None = None,
     ) -> list[Outcome]:
-        """See `Lane.read`."""
+        """See `Lane.read`. Once `watch` has ended it, what came is good, and the rest carries some error."""
         arrivals = Arrivals(extents, into, self._server)
         failure: TorchCacheError | None = None
         try:
-            self._stream(arrivals, read_request(extents, options, deadline), deadline)
+            self._stream(arrivals, read_request(extents, options, deadline), deadline, watch or Watch())
         except TorchCacheError as error:
             failure = error
+        except Ended:
+            failure = ServerUnavailable("the call was given up", server=self._server)
         except (pa.ArrowException, OSError) as error:
             failure = foreign(error, self._server)
         return arrivals.outcomes(failure)
 
-    def _stream(self, arrivals: Arrivals, request: cache_pb2.ReadRequest, deadline: float) -> None:
+    def _stream(
+        self, arrivals: Arrivals, request: cache_pb2.ReadRequest, deadline: float, watch: Watch
+    ) -> None:
         """One do_get. No reference to the client or the stream may outlive the call, not even in a traceback."""
         with self._connections.call():
             client = reader = None
             try:
                 client = self._connections.channel(self._key, self._open)
                 reader = client.do_get(fl.Ticket(request.SerializeToString()), self._options(deadline))
+                if not watch.opened(reader):
+                    raise Ended
+                self._meet(reader.schema.metadata or {})
                 for received in reader:
                     if received.data is not None:
-                        arrivals.take(received.data)
+                        with watch.landing(received.data.num_rows):
+                            arrivals.take(received.data)
             except BaseException:
                 if reader is not None:
                     reader.cancel()
                 raise
             finally:
+                watch.closed()
                 del client, reader
+
+    def _meet(self, said: dict[bytes, bytes]) -> None:
+        if self._another is not None and said.get(SERVER_ID, self._server_id) != self._server_id:
+            self._another()
 
     def write(
         self,

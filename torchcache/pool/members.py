@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -13,13 +13,9 @@ from torchcache.lanes.access import Access
 from torchcache.lanes.base import Lane
 from torchcache.placement import rendezvous_order
 from torchcache.pool.control import ControlClient
+from torchcache.pool.health import Health
 
 DEFAULT_PORT: Final = 7440
-
-DOWN_S: Final = 2.0
-"""How long a server that could not be reached is asked last; twice as long each time that follows, up to `MOST_S`."""
-
-MOST_S: Final = 32.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,39 +130,22 @@ class Members:
 
 
 class Ordering:
-    """Rendezvous order with the servers that are down moved to the end. Thread-safe."""
+    """Rendezvous order with the servers that are out moved to the end. Thread-safe."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._down: dict[str, tuple[float, float]] = {}  # until when, and for how long that is
-
-    def down(self, server_id: str) -> None:
-        """The server could not be reached just now."""
-        now = self._clock()
-        until, for_s = self._down.get(server_id, (0.0, 0.0))
-        if now >= until:  # those who asked it meanwhile, as the last, tell nothing new
-            for_s = min(2 * for_s, MOST_S) or DOWN_S
-            self._down[server_id] = (now + for_s, for_s)
-
-    def up(self, server_id: str) -> None:
-        """The server answered."""
-        self._down.pop(server_id, None)
-
-    def is_down(self, server_id: str) -> bool:
-        """Whether the server could not be reached a short while ago."""
-        return self._down.get(server_id, (0.0, 0.0))[0] > self._clock()
+    def __init__(self, health: Health) -> None:
+        self._health = health
 
     @staticmethod
     def owner(key: bytes, members: Members) -> str:
-        """The server that owns `key`, down or not."""
+        """The server that owns `key`, out or not."""
         return rendezvous_order(key, list(members.by_id))[0]
 
     def order(self, key: bytes, members: Members) -> list[str]:
         """Server ids to ask for `key`, best first."""
         order = rendezvous_order(key, list(members.by_id))
-        if not self._down or len(order) < 2:
+        if not self._health.anyone_out or len(order) < 2:
             return order
-        return sorted(order, key=self.is_down)  # stable
+        return sorted(order, key=self._health.is_out)  # stable
 
 
 def parse_address(text: str) -> tuple[Endpoint, ...]:

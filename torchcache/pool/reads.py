@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
-from torchcache.errors import IntegrityError, NotResident, ServerUnavailable, TorchCacheError
+from torchcache.errors import IntegrityError, NotResident, TorchCacheError
 from torchcache.lanes.base import Outcome, ReadOptions
 from torchcache.model import STRIPE_BYTES, Extent
 from torchcache.placement import placement_key
 from torchcache.pool.buffers import allocate, targets
+from torchcache.pool.hedging import Attempt, Calls
+from torchcache.pool.probing import probe_those_out
 from torchcache.pool.retry import Retry
 from torchcache.pool.routing import Part, advance, check_extents, next_step, placed, streams
 from torchcache.pool.session import Session
@@ -63,6 +63,8 @@ class Reading:
             and len(self._extents) <= CALL_EXTENTS
             and not any(info.size >= 2 * STREAM_BYTES for info, _, _ in self._extents)
         )
+        if self._session.health.anyone_out:
+            probe_those_out(self._session, self._members, self._extents, self._options)
         parts = self._ask_only_server() if alone else self._plan()
         while parts:
             parts = self._follow_up(self._ask(parts))
@@ -74,7 +76,8 @@ class Reading:
     def _ask_only_server(self) -> list[Part]:
         """Asks the one server there is for everything; returns the parts to ask again: most often there are none."""
         (only,) = self._members.by_id
-        answers = self._call_lane(only, self._extents, self._into, suspect=False)
+        numbers = range(len(self._extents))
+        answers = self._calls().ask(Attempt(only, numbers, self._extents, self._into, self._options))
         self._outcomes = [answer if isinstance(answer, memoryview) else None for answer in answers]
         failed = [
             (Part(number, self._extents[number], self._into[number], (only,)), answer)
@@ -117,56 +120,20 @@ class Reading:
         groups: dict[tuple[str, bool, int], list[Part]] = {}
         for part in parts:
             groups.setdefault((part.server, part.suspect, part.stream), []).append(part)
-        calls = [
+        asked = [
             group[at : at + CALL_EXTENTS]
             for group in groups.values()
             for at in range(0, len(group), CALL_EXTENTS)
         ]
-        answers: list[list[Outcome]] = [[] for _ in calls]
-
-        def ask(number: int) -> None:
-            answers[number] = self._call(calls[number])
-
-        threads = [
-            threading.Thread(target=ask, args=(number,), daemon=True) for number in range(1, len(calls))
-        ]
-        for thread in threads:
-            thread.start()
-        ask(0)
-        for thread in threads:
-            thread.join()
+        answers = self._calls().run(asked)
         return [
             pair
-            for call, answer in zip(calls, answers, strict=True)
+            for call, answer in zip(asked, answers, strict=True)
             for pair in zip(call, answer, strict=True)
         ]
 
-    def _call(self, parts: Sequence[Part]) -> list[Outcome]:
-        first = parts[0]
-        extents, into = [part.extent for part in parts], [part.into for part in parts]
-        return self._call_lane(first.server, extents, into, suspect=first.suspect)
-
-    def _call_lane(
-        self, server: str, extents: Sequence[Extent], into: Sequence[memoryview | None], *, suspect: bool
-    ) -> list[Outcome]:
-        """One call to one server; what it says of being up or down is kept."""
-        options = replace(self._options, suspect=suspect) if suspect else self._options
-        self._session.count(read_calls=1, suspects=len(extents) if suspect else 0)
-        lane = self._members.by_id[server].lane
-        try:
-            outcomes = lane.read(extents, into, options, deadline=self._deadline)
-        except TorchCacheError as error:
-            # Nothing could be asked: the process may not, or the token can't be read.
-            return [error] * len(extents)
-        failed = [outcome for outcome in outcomes if not isinstance(outcome, memoryview)]
-        if any(
-            isinstance(error, ServerUnavailable) for error in failed
-        ):  # some may have come by another lane
-            self._session.ordering.down(server)
-        else:
-            self._session.ordering.up(server)
-            self._session.budget.earn()
-        return outcomes
+    def _calls(self) -> Calls:
+        return Calls(self._session, self._members, self._options, self._deadline)
 
     def _follow_up(self, answers: Sequence[tuple[Part, Outcome]]) -> list[Part]:
         """Lands what came, and returns the parts to ask again."""

@@ -46,7 +46,7 @@ def holders(session: Session, key: bytes, first: str, wanted: int) -> tuple[str,
     """Ids of the servers that shall hold a save which `first` commits: those next in order that can be reached."""
     members = session.current
     order = session.ordering.order(key, members) if members is not None else []
-    others = [server for server in order if server != first and not session.ordering.is_down(server)]
+    others = [server for server in order if server != first and not session.health.is_out(server)]
     return (first, *others[: wanted - 1])
 
 

@@ -143,6 +143,10 @@ class PoolStatistics:
     files itself, and `local_writes` of `write_calls` it wrote into them; the others came by the flight lane.
     `read_calls` and `write_calls` count calls to a server (do_get, do_put), not samples; `extents` and `read_bytes`
     what they delivered, `written_bytes` what was acknowledged; `retries` calls made again.
+
+    `out` maps the addresses of servers that reads pass over to the reason, `put_out` counts how often that began, and
+    `probes` how often one was tried. `hedges` are calls that were late and asked of the next server too, with
+    `hedged_extents` in them; `hedges_won` those that it answered first.
     """
 
     lanes: dict[str, str]
@@ -158,6 +162,12 @@ class PoolStatistics:
     written_bytes: int = 0
     retries: int = 0
     suspects: int = 0
+    out: dict[str, str] = field(default_factory=dict)
+    put_out: int = 0
+    probes: int = 0
+    hedges: int = 0
+    hedged_extents: int = 0
+    hedges_won: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

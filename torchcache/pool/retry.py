@@ -27,27 +27,40 @@ class RetryPolicy:
         return min(self.most_s, self.first_s * 2.0 ** min(tries - 1, 30)) * (1.0 - chance / 2)
 
 
-class RetryBudget:
-    """Keeps retries from multiplying an outage: every good call earns a part of a retry, up to `most`. Thread-safe."""
+class Budget:
+    """Keeps what is asked again from multiplying an outage: a bucket of tokens, at most `most`, full at first.
 
-    def __init__(self, most: float = 64.0, earned: float = 0.5) -> None:
+    Each thing asked for earns a part of one. Thread-safe.
+    """
+
+    def __init__(self, most: float, earned: float) -> None:
         self._most = most
         self._earned = earned
         self._left = most
         self._lock = threading.Lock()
 
-    def earn(self) -> None:
-        """A call succeeded."""
+    def earn(self, count: int = 1) -> None:
+        """So many were asked for."""
         with self._lock:
-            self._left = min(self._most, self._left + self._earned)
+            self._left = min(self._most, self._left + count * self._earned)
 
-    def spend(self) -> bool:
-        """Whether one more retry is allowed; if so it is taken."""
+    def spend(self, count: int = 1) -> bool:
+        """Whether so many may be asked for again, which takes them. The bucket may owe some afterwards."""
         with self._lock:
             if self._left < 1:
                 return False
-            self._left -= 1
+            self._left -= count
             return True
+
+
+def retry_budget() -> Budget:
+    """Of a pool in one process: a tenth of its calls may be retries."""
+    return Budget(64, 0.1)
+
+
+def hedge_budget() -> Budget:
+    """Of a pool in one process: a twentieth of the extents it reads may be asked for twice."""
+    return Budget(256, 0.05)
 
 
 class Retry:
@@ -58,7 +71,7 @@ class Retry:
 
     def __init__(
         self,
-        budget: RetryBudget,
+        budget: Budget,
         deadline: float,
         *,
         policy: RetryPolicy = RetryPolicy(),

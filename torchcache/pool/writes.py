@@ -119,10 +119,10 @@ class Writing:
                     self._namespace, call.objects, call.rows, durable=self._durable, deadline=deadline
                 )
             except ServerUnavailable as error:
-                self._session.ordering.down(server)
+                self._session.health.failed(server)
                 failure = error
                 continue
-            self._session.ordering.up(server)
+            self._session.health.answered(server)
             self._session.budget.earn()
             self._session.count(written_bytes=written)
             return

@@ -33,6 +33,9 @@ READ_SCHEMA = pa.schema(
     ]
 )
 
+SERVER_ID: Final = b"server_id"
+"""In the metadata of a stream's schema: the id of the server that sends it."""
+
 WRITE_SCHEMA = pa.schema(
     [
         ("object", pa.uint32()),  # index of the object in the request

@@ -15,7 +15,7 @@ import pyarrow.flight as fl
 
 from torchcache.errors import ConfigurationError, IntegrityError
 from torchcache.model import ChunkId, chunk_digest
-from torchcache.wire.codec import READ_SCHEMA, WRITE_SCHEMA, decode_chunks
+from torchcache.wire.codec import READ_SCHEMA, SERVER_ID, WRITE_SCHEMA, decode_chunks
 from torchcache.wire.liveness import HEARTBEAT_S
 from torchcache.wire.v1 import cache_pb2
 from torchcache_server.cache.read_through import ReadThrough
@@ -54,6 +54,7 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
         self._admission = admission
         self._counters = counters
         self._store = store
+        self._schema = READ_SCHEMA.with_metadata({SERVER_ID: store.server_id})
         self._read_through = read_through
         super().__init__(location, middleware={"token": DataAuthentication(tokens)}, **(tls or {}))
 
@@ -61,7 +62,7 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
         """Streams the pieces of a ReadRequest as batches of `codec.READ_SCHEMA`."""
         with flight_errors("do_get"):
             plan = read_plan(ticket.ticket)
-        return fl.GeneratorStream(READ_SCHEMA, self._batches(plan, context))
+        return fl.GeneratorStream(self._schema, self._batches(plan, context))
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         """Stores the chunks of a WriteRequest; answers with a WriteReply once they have the durability asked for."""

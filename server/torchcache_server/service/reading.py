@@ -87,7 +87,7 @@ class Read:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The stream's batches. An extent that fails has a row that says so; nothing is raised for it.
 
-        While nothing is there yet, one without rows comes every `HEARTBEAT_S`.
+        While something has to come from an under-store, one without rows says so, at once and every `HEARTBEAT_S`.
         """
         for pieces in self._rounds():
             if not pieces:
@@ -100,12 +100,16 @@ class Read:
     def _rounds(self) -> Iterator[list[Piece]]:
         """Pieces, in portions: what is found resident, more each time, then what the fills bring; none meanwhile."""
         window_bytes = BATCH_BYTES
+        has_said = False
         while True:
             started = time.monotonic()
             pieces = self._look_ahead(window_bytes)
             is_slow = time.monotonic() - started > SLOW_S
             window_bytes = BATCH_BYTES if is_slow else min(2 * window_bytes, WINDOW_BYTES)
             if not pieces and self._waiting:
+                if not has_said and not self._has_come(0.0):
+                    has_said = True
+                    yield []
                 while not self._has_come(HEARTBEAT_S):
                     yield []
                 pieces = self._filled()
