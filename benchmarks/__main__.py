@@ -25,6 +25,7 @@ SECTIONS: Final = {
     "tls": "tls_lane",
     "loader": "loaders",
     "connections": "idle_connections",
+    "slow_server": "slow_server",
     "mlperf": "mlperf",
     "checkpoint": "checkpoints",
     "s3_checkpoint": "s3_checkpoints",
