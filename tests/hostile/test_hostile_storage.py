@@ -83,7 +83,6 @@ UNREADABLE = {
     "JSON",
     "NULs",
     "no UTF-8",
-    "an unknown encoding",
     "a billion laughs",
     "deep",
 }

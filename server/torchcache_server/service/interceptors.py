@@ -94,10 +94,12 @@ def _parsed(request: bytes, parse: Callable[[bytes], Any] | None) -> Any:
 
 
 def _refusal(code: grpc.StatusCode, details: str) -> grpc.RpcMethodHandler[Any, Any]:
-    def refuse(_request: Any, context: grpc.ServicerContext) -> Any:
+    def refuse(_requests: Any, context: grpc.ServicerContext) -> Any:
         context.abort(code, details)
 
-    return grpc.unary_unary_rpc_method_handler(refuse)
+    # Of a call that streams: a unary one would be refused once its request has come, and a stranger who never sends
+    # that would hold one of the calls that may run at once.
+    return grpc.stream_unary_rpc_method_handler(refuse)
 
 
 class DataAuthentication(fl.ServerMiddlewareFactory):  # type: ignore[misc]  # pyarrow is untyped
