@@ -351,7 +351,7 @@ def copies_and_saves(world: World, rng: random.Random) -> None:
     world.save(ours)
     world.upload()
     world.copy(theirs)
-    world.owner_commits(theirs)
+    world.owner_commits(theirs, confirms=rng.random() < 0.5)
     world.save(f"later-{rng.randrange(1000)}")
     world.upload()
     world.write_back.tidy()

@@ -14,7 +14,11 @@ from write_back_world import (
     Server,
     always_whole,
     assert_settled,
+    manifest_of,
+    metadata_of,
+    parts_of,
     published,
+    soon,
 )
 
 from torchcache.errors import AlreadyExists, DeadlineExceeded, NotCommitted, Overloaded
@@ -276,3 +280,37 @@ def save_until_killed(server: Server, kill_at: int) -> bool:
     except Killed:
         return False
     return True
+
+
+@pytest.mark.parametrize("sees_it", ["in passing", "when it is asked to overwrite"])
+def test_a_copy_learns_from_the_claim_that_it_counts(sees_it: str) -> None:
+    """I2: the owner and the writer died behind the commit; nobody told the server with the copy."""
+    bucket = Bucket()
+    a, b, c = (Server(bucket, name, lease_s=LONG_S) for name in "abc")
+    a.reserve("old")
+    a.put("old")
+    b.put("old")
+    files = [(name, len(data)) for name, data in parts_of("old").items()]
+    b.write_back.prepare_copy(
+        KEY,
+        "old",
+        files,
+        metadata_of("old"),
+        manifest_of("old"),
+        replaceable=(),
+        overwrite=False,
+        writer="writer of old",
+        owner="a",
+        deadline=soon(),
+    )
+    a.commit("old")
+    if sees_it == "in passing":
+        b.write_back.tidy()
+        c.reserve("later", overwrite=True)
+    else:
+        b.reserve("later", overwrite=True)
+    b.restart()
+    for _ in range(4):
+        look_after(b)
+    assert b.state() == "durable old"
+    assert_settled(bucket, "old")

@@ -116,6 +116,9 @@ class Copies:
         if not slot.copies:
             return False
         for copy, verdict, seen in self._judge(under_store, slot, deadline):
+            if verdict == "current" and not copy.confirmed:
+                with slot.exclusively(deadline):
+                    self._slots.confirm_copy(slot, copy.save.save_id)
             now_s = self._claims.now_s()
             patience_s = OPEN_LEASES * self._lease_s
             left_open = verdict == "open" and is_left_open(seen, now_s=now_s, patience_s=patience_s)
@@ -125,7 +128,7 @@ class Copies:
                         _log.info("the copy of %s (save %s) goes: %s", slot.key, copy.save.save_id, verdict)
                         self._slots.end_copy(slot, copy.save.save_id)
             elif decide_takeover(copy, verdict, seen, server_id=self._claims.server_id, now_s=now_s):
-                return self._take_over(under_store, slot, copy, deadline)
+                return self._take_over(under_store, slot, copy.save.save_id, deadline)
         return False
 
     def _judge(
@@ -140,14 +143,11 @@ class Copies:
             judged.append((copy, judge(copy, seen, kind), seen))
         return judged
 
-    def _take_over(self, under_store: UnderStore, slot: Slot, copy: Copy, deadline: float) -> bool:
+    def _take_over(self, under_store: UnderStore, slot: Slot, save_id: str, deadline: float) -> bool:
         """Makes the save this server's own, under the claim. False if somebody was faster."""
         with slot.exclusively(deadline):
-            if (
-                slot.lease is not None
-                or slot.deletion is not None
-                or slot.copies.get(copy.save.save_id) != copy
-            ):
+            copy = slot.copies.get(save_id)
+            if copy is None or slot.lease is not None or slot.deletion is not None:
                 return False
             seen = self._claims.look(under_store, slot.key, deadline=deadline)
             take = decide_takeover(

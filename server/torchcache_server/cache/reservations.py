@@ -159,7 +159,9 @@ class Reservations:
         if isinstance(decision, Wait):
             return decision
         self._slots.note_lease(slot, wanted.save_id)
-        wanted.displaces = seen is not None and seen.is_committed_by_another(self._claims.server_id)
+        if seen is not None and seen.is_committed_by_another(self._claims.server_id):
+            wanted.displaces = True
+            self._slots.confirm_copy(slot, seen.claim.save_id)
         if isinstance(decision, Take):
             try:
                 self._write_claim(under_store, slot.key, wanted, decision.replaces, deadline)

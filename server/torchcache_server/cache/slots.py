@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 from torchcache.errors import TorchCacheError
 from torchcache.model import SAVE_PREFIX
@@ -147,6 +148,12 @@ class Slots:
         with self.changed:
             slot.copies[copy.save.save_id] = copy
             self.changed.notify_all()
+
+    def confirm_copy(self, slot: Slot, save_id: str) -> None:
+        """If there is such a copy: the claim said that its save is committed, and may not say so any more later."""
+        copy = slot.copies.get(save_id)
+        if copy is not None and not copy.confirmed:
+            self.put_copy(slot, replace(copy, confirmed=True))
 
     def end_copy(self, slot: Slot, save_id: str) -> None:
         """The copy has done its duty, or nobody may want it any more; its bytes go, unless the save is here by now."""
