@@ -75,6 +75,8 @@ def test_ending_waits_for_what_is_being_written() -> None:
 
 def test_signs_of_life() -> None:
     watch = Watch()
+    assert watch.asked == watch.last_sign == float("inf")
+    watch.asking()
     first = watch.last_sign
     assert (watch.spoke, watch.filling) == (False, False)
     watch.opened(Stream())

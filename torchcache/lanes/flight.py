@@ -92,6 +92,7 @@ class FlightLane:
             client = reader = None
             try:
                 client = self._connections.channel(self._key, self._open)
+                watch.asking()
                 reader = client.do_get(fl.Ticket(request.SerializeToString()), self._options(deadline))
                 if not watch.opened(reader):
                     raise Ended

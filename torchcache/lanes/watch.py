@@ -20,8 +20,9 @@ class Ended(Exception):
 class Watch:
     """Of one read by the flight lane. `end` may be called by any thread, all else is called by the one that reads.
 
-    `last_sign` is when the server was last heard of, or asked, a time.monotonic() value. `spoke`: it has answered at
-    all. `filling`: it has said that something is on its way from an under-store.
+    `asked` is when the server was asked, a time.monotonic() value, infinite before: a fork that is under way holds
+    calls back. `last_sign` is when it was last heard of. `spoke`: it has answered at all. `filling`: it has said that
+    something is on its way from an under-store.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,11 @@ class Watch:
         self.ended = False
         self.spoke = False
         self.filling = False
-        self.last_sign = time.monotonic()
+        self.asked = self.last_sign = float("inf")
+
+    def asking(self) -> None:
+        """The server is about to be asked."""
+        self.asked = self.last_sign = time.monotonic()
 
     def opened(self, stream: Cancellable) -> bool:
         """`stream` may be cancelled, until `closed`. False if the read was ended."""

@@ -46,7 +46,6 @@ class Attempt:
     into: Sequence[memoryview | None]
     options: ReadOptions
     watch: Watch | None = None
-    began: float = 0.0
     size: int = 0
     doubted: float = 0.0  # the last sign before the silence that was noticed
     is_patient: bool = False  # its silence doesn't end it
@@ -68,9 +67,14 @@ class Call:
 
     parts: Sequence[Part]
     first: Attempt
-    hedge_at: float = float("inf")
+    hedge_s: float = float("inf")  # how long the first is waited for alone
     hedges: Sequence[Attempt] = ()
     outcomes: list[Outcome] | None = None
+
+    def hedge_at(self, now: float) -> float:
+        """When others are to be asked too: what was not asked for yet isn't late."""
+        watch = self.first.watch
+        return min(watch.asked, now) + self.hedge_s if watch is not None else float("inf")
 
     @property
     def attempts(self) -> Iterable[Attempt]:
@@ -161,7 +165,7 @@ class Calls:
             health.answered(server)
             session.budget.earn()
             if watch is not None and not watch.filling and not failed:
-                health.timed(server, attempt.size, attempt.began)
+                health.timed(server, attempt.size, watch.asked)
         return outcomes
 
     # ---- beginning ----
@@ -178,13 +182,12 @@ class Calls:
 
     def _start(self, call: Call, attempt: Attempt) -> None:
         """Not a daemon: the interpreter must not end under a call, and none lasts for long once it is ended."""
-        attempt.began = time.monotonic()
         if attempt.watch is not None:
             attempt.size = payload_size(attempt.extents)
         if attempt.watch is not None and attempt is call.first:
             self._session.hedges.earn(len(call.parts))
             if not attempt.options.suspect and attempt.size <= HEDGED_BYTES:
-                call.hedge_at = attempt.began + self._session.health.hedge_s(attempt.server, attempt.size)
+                call.hedge_s = self._session.health.hedge_s(attempt.server, attempt.size)
 
         def work() -> None:
             try:
@@ -198,11 +201,10 @@ class Calls:
 
     def _supervise(self, calls: Sequence[Call]) -> None:
         while waiting := [call for call in calls if call.outcomes is None]:
-            due = min(self._due(call) for call in waiting)
+            now = time.monotonic()
+            due = min(self._due(call, now) for call in waiting)
             try:
-                call, attempt, outcomes = self._ended.get(
-                    timeout=max(0.0, min(due - time.monotonic(), 3600.0))
-                )
+                call, attempt, outcomes = self._ended.get(timeout=max(0.0, min(due - now, 3600.0)))
             except Empty:
                 for call in waiting:
                     self._look(call)
@@ -217,14 +219,15 @@ class Calls:
         if call.outcomes is None and call.settle():
             first = call.first
             self._session.count(hedges_won=1)
-            self._session.health.beaten(first.server, first.size, first.began)
+            if first.watch is not None:
+                self._session.health.beaten(first.server, first.size, first.watch.asked)
 
-    def _due(self, call: Call) -> float:
+    def _due(self, call: Call, now: float) -> float:
         """When to look at a call again."""
-        limits = [self._silent_at(one) for one in call.attempts if one.outcomes is None]
-        return min([call.hedge_at, *limits])
+        limits = [self._silent_at(one, now) for one in call.attempts if one.outcomes is None]
+        return min([call.hedge_at(now), *limits])
 
-    def _silent_at(self, attempt: Attempt) -> float:
+    def _silent_at(self, attempt: Attempt, now: float) -> float:
         """From when on the attempt's server is taken for silent, unless it speaks meanwhile."""
         watch = attempt.watch
         if watch is None or attempt.is_patient:
@@ -233,18 +236,22 @@ class Calls:
         if not watch.spoke:
             limit_s = self._session.health.silence_s(attempt.server, attempt.size)
         grace_s = GRACE_S if attempt.doubted == watch.last_sign else 0.0
-        return watch.last_sign + limit_s + grace_s
+        return min(watch.last_sign, now) + limit_s + grace_s
 
     def _look(self, call: Call) -> None:
         now = time.monotonic()
         for attempt in call.attempts:
-            if attempt.outcomes is None and attempt.watch is not None and now >= self._silent_at(attempt):
+            if (
+                attempt.outcomes is None
+                and attempt.watch is not None
+                and now >= self._silent_at(attempt, now)
+            ):
                 if attempt.doubted != attempt.watch.last_sign:
                     attempt.doubted = attempt.watch.last_sign
                 else:
                     self._give_up(call, attempt)
-        if call.outcomes is None and now >= call.hedge_at:
-            call.hedge_at = float("inf")
+        if call.outcomes is None and now >= call.hedge_at(now):
+            call.hedge_s = float("inf")
             self._hedge(call)
 
     def _give_up(self, call: Call, attempt: Attempt) -> None:
