@@ -17,7 +17,7 @@ _FORMATS: Final = Path("torchcache", "records.py")  # the store's, shared with c
 
 _CALLS: Final = ("fsync", "fsync_dir", "rename", "sync", "_sync_names", "_sync_name")
 _CALLS_OF_SAVES: Final = ("sync", "keep")
-_SAVES: Final = ("cache/commits.py", "cache/slots.py", "service/data.py")
+_SAVES: Final = ("cache/commits.py", "cache/copies.py", "cache/slots.py", "service/data.py")
 _CHECKED_TOO: Final = ("cache/shard_source.py", _FORMATS.name)
 _MARKS: Final = (
     "checksum",
