@@ -11,10 +11,14 @@ PROOFS := $(CURDIR)/.proofs
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses=8 --dist worksteal
 
-.PHONY: demo test test-long reliability bench lint format proto clean
+.PHONY: demo demo-cluster test test-long reliability bench lint format proto clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
+
+# Needs etcd: apt-get install etcd-server.
+demo-cluster: $(READY)
+	$(BIN)/python -m examples.demo_cluster
 
 # In two runs: what the second runs in its own process leaves gRPC there, beside which tests of the first can't fork.
 test: $(READY)
@@ -50,7 +54,7 @@ proto: $(READY)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. torchcache/wire/v1/cache.proto
 
 clean:
-	rm -rf .venv .demo $(PROOFS) .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .demo .demo-cluster $(PROOFS) .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -117,21 +117,25 @@ class Trainer:
         self.step += 1
         return loss.item()
 
-    def weights_digest(self) -> str:
-        """SHA-256 of all parameters and buffers: equal only for models that are equal bit for bit."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode() + tensor.numpy().tobytes())
-        return digest.hexdigest()
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers: equal only for models that are equal bit for bit."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Events:
-    """Prints what happens: for people, or as JSON lines."""
+    """Prints what happens: for people, or as JSON lines; `quiet` prints nothing, as of all ranks but one."""
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, *, quiet: bool = False) -> None:
         self.as_json = as_json
+        self.quiet = quiet
 
     def __call__(self, event: str, **fields: Any) -> None:
+        if self.quiet:
+            return
         if self.as_json:
             print(json.dumps({"event": event, **fields}), flush=True)
         elif event != "step":
@@ -186,7 +190,7 @@ def train(trainer: Trainer, run_uri: str, *, epochs: int, save_every: int, event
             loss=loss,
         )
         trainer.epoch += 1
-    events("done", step=trainer.step, weights=trainer.weights_digest())
+    events("done", step=trainer.step, weights=weights_digest(trainer.model))
 
 
 def main() -> None:
