@@ -52,6 +52,8 @@ class PoolServer:
                 f"file=file://{self.source}",
                 "--drain-s",
                 "0.2",
+                "--scrub-rate",  # damage is found by whoever reads, whenever the scrub would have come by
+                "0",
                 *more,
             ),
         ]
