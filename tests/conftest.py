@@ -87,6 +87,13 @@ def s3(s3_server: SeaweedFS) -> Iterator[SeaweedFS]:
     s3_server.remove_buckets(before)
 
 
+@pytest.fixture
+def no_hedges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that count who was asked for what: a machine that is busy makes a server late, and another is asked."""
+    monkeypatch.setattr("torchcache.pool.health.HEDGE_LEAST_S", 3600.0)
+    monkeypatch.setattr("torchcache.pool.health.UNKNOWN_S", 3600.0)
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A TORCHCACHE_HOME of the test's own."""

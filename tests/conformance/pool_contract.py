@@ -152,6 +152,7 @@ class PoolContract:
         assert [type(outcome) for outcome in outcomes[1:]] == [ObjectChanged, ObjectChanged]
         assert pool.read([Extent(new)], namespace=namespace) == [content("changed/1", 1, size)]
 
+    @pytest.mark.usefixtures("no_hedges")
     @pytest.mark.parametrize("at", [0, 20_000, 2 * BLOCK_BYTES - 1, 99_992])
     def test_damage_on_disk_is_put_right_within_the_call(
         self, servers: PoolServers, pool: Pool, at: int

@@ -14,6 +14,8 @@ import torchcache as tc
 from torchcache.errors import ServerUnavailable
 from torchcache.pool.orders import OrderKey
 
+pytestmark = pytest.mark.usefixtures("no_hedges")
+
 MIB = 1 << 20
 COUNT = 48
 

@@ -37,6 +37,8 @@ from torchcache.pool.members import Member
 from torchcache.wire.codec import Piece
 from torchcache.wire.v1 import cache_pb2
 
+pytestmark = pytest.mark.usefixtures("no_hedges")
+
 LARGE = random.Random(3).randbytes(3 * STRIPE_BYTES + 12345)
 
 
