@@ -191,6 +191,8 @@ def test_one_that_is_slow_is_passed_over_and_comes_back(three: Servers, reads: R
     three.proxies[1].fault = Fault(kind="delay", delay_s=0.5)
     three.read_until_out(1)
     assert_only_probed(three, 1, reads)
+    answers_s = three.pool.answers_s()
+    assert max(answers_s, key=lambda address: answers_s[address] or PATIENCE_S) == three.addresses[1]
     three.proxies[1].fault = None
     three.read_until_back(1)
     reads.clear()

@@ -288,6 +288,9 @@ class MemoryPool:
     def unreachable(self) -> list[str]:
         return []
 
+    def answers_s(self) -> dict[str, float | None]:
+        return {"127.0.0.1:7440": 0.0012}
+
     def close(self) -> None:
         pass
 

@@ -116,6 +116,19 @@ def test_status_names_the_servers_that_do_not_answer(
     assert "the server h:1 can't be reached" in capsys.readouterr().err
 
 
+def test_status_names_a_server_that_is_far_slower_than_the_others(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "1.2 ms" in (run(["status"]) or capsys.readouterr().out)
+    times = {"h:1": 0.001, "h:2": 0.104, "h:3": 0.001, "h:4": None}
+    monkeypatch.setattr(pool, "answers_s", lambda: times)
+    document = run_json(capsys, "status")
+    assert document["answers_s"] == times
+    assert list(document["slow"]) == ["h:2"]
+    assert run(["status"]) == 0
+    assert "the server h:2 takes 104 times as long as the others" in capsys.readouterr().err
+
+
 def test_status_shows_the_lane_to_each_server_and_what_was_read_by_it(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str]
 ) -> None:

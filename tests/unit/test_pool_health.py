@@ -15,6 +15,7 @@ from torchcache.pool.health import (
     SILENT_S,
     UNKNOWN_S,
     Health,
+    far_slower,
 )
 
 SIZE = 100_000
@@ -227,6 +228,13 @@ def test_when_to_ask_twice() -> None:
     assert world.health.hedge_s("b", SIZE) == HEDGE_LEAST_S
     assert world.health.silence_s("b", SIZE) == SILENT_S
     assert world.health.silence_s("a", 1000 * SIZE) == 2 * UNKNOWN_S
+
+
+def test_times_for_the_same_that_are_far_slower() -> None:
+    assert far_slower({"a": 0.001, "b": 0.1, "c": 0.001}) == pytest.approx({"b": 100})
+    assert far_slower({"a": 0.001, "b": 0.02, "c": 0.001}) == {}, "a scheduler's mood"
+    assert far_slower({"a": 0.1, "b": 0.1, "c": 0.001}) == {}, "not the majority"
+    assert far_slower({"a": 5.0}) == {}
 
 
 def test_who_leaves_the_pool_is_forgotten() -> None:

@@ -47,19 +47,27 @@ def status(session: Session, *, every_s: float | None) -> None:
 
 
 def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[Rates]) -> None:
-    unreachable, seen = pool.unreachable(), pool.statistics()
+    from torchcache.pool.health import far_slower
+
+    unreachable, seen, answers_s = pool.unreachable(), pool.statistics(), pool.answers_s()
+    slow = far_slower({address: took_s for address, took_s in answers_s.items() if took_s is not None})
     output.document(
         {
             "servers": [dataclasses.asdict(server) for server in servers],
             "unreachable": unreachable,
             "lanes": seen.lanes,
             "lane_reasons": seen.lane_reasons,
-            "out": seen.out,
+            "answers_s": answers_s,
+            "slow": slow,
             **({"rates": [dataclasses.asdict(rate) for rate in rates]} if rates else {}),
         }
     )
     for address in unreachable:
         output.warning(f"the server {address} can't be reached; the others stand in for it")
+    for address, times in slow.items():
+        output.warning(
+            f"the server {address} takes {times:.0f} times as long as the others to answer: reads pass over it"
+        )
     for server in servers:
         if server.out_of_service:
             output.warning(
@@ -69,7 +77,7 @@ def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[R
     if not output.as_json:
         _show_rates(output, rates)
         _show_servers(output, servers)
-        _show_lanes(output, servers, seen)
+        _show_lanes(output, servers, seen, answers_s)
         _show_disks(output, servers)
         _show_under_stores(output, servers)
         _show_namespaces(output, servers)
@@ -160,15 +168,21 @@ def _show_servers(output: Output, servers: list[ServerStatus]) -> None:
     )
 
 
-def _show_lanes(output: Output, servers: list[ServerStatus], seen: PoolStatistics) -> None:
+def _show_lanes(
+    output: Output, servers: list[ServerStatus], seen: PoolStatistics, answers_s: dict[str, float | None]
+) -> None:
+    def answer_text(took_s: float | None) -> str:
+        return "-" if took_s is None else f"{1e3 * took_s:.1f} ms"
+
     output.table(
-        ("server", "lane from here", ">read locally", ">read by flight", "why not local"),
+        ("server", "lane from here", ">read locally", ">read by flight", ">answers in", "why not local"),
         [
             (
                 s.address,
                 seen.lanes.get(s.address, ""),
                 size_text(s.local_bytes),
                 size_text(s.served_bytes),
+                answer_text(answers_s.get(s.address)),
                 seen.lane_reasons.get(s.address, ""),
             )
             for s in servers

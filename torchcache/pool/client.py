@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError
+from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.lanes.base import Buffer, ReadOptions
 from torchcache.model import Extent, ObjectId, ObjectInfo
 from torchcache.pool import orders, policies, staging
@@ -15,6 +15,7 @@ from torchcache.pool.lane_choice import LaneName
 from torchcache.pool.members import MemberSource
 from torchcache.pool.objects import Objects
 from torchcache.pool.orders import AheadChunk, OrderKey, StagedAhead, ToldOrder
+from torchcache.pool.probing import answers_s
 from torchcache.pool.reads import Reading
 from torchcache.pool.reports import (
     NamespaceStatus,
@@ -25,7 +26,6 @@ from torchcache.pool.reports import (
     ServerStatus,
     server_status,
 )
-from torchcache.pool.retry import Retry
 from torchcache.pool.saves import Saves
 from torchcache.pool.session import Session
 from torchcache.pool.writes import Writing
@@ -368,16 +368,7 @@ class Pool:
 
         Raises ServerUnavailable if there is one that hasn't said its id.
         """
-        session = self._session()
-        deadline = time.monotonic() + STATUS_S
-        members = session.first_members(Retry(session.budget, deadline), deadline)
-        found = {server_id: member.address for server_id, member in members.by_id.items()}
-        if strangers := sorted(set(members.missing) - set(found.values())):
-            raise ServerUnavailable(
-                f"{', '.join(strangers)} can't be reached, so it can't be told what lies there",
-                server=", ".join(strangers),
-            )
-        return found
+        return self._session().addresses(STATUS_S)
 
     @property
     def is_open(self) -> bool:
@@ -389,6 +380,13 @@ class Pool:
         """The addresses of servers that did not answer when last asked: others stand in for them."""
         members = self._session().current
         return [*members.missing] if members else []
+
+    def answers_s(self) -> dict[str, float | None]:
+        """How long each server takes to say that it lacks something, in seconds, by its address.
+
+        None if it says nothing, or need not: the local lane reads its files.
+        """
+        return answers_s(self._session(), STATUS_S)
 
     def statistics(self) -> PoolStatistics:
         """What this process asked of the pool so far."""

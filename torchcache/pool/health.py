@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -257,6 +257,16 @@ class Health:
 
     def _count(self) -> None:
         self.anyone_out = any(known.out for known in self._servers.values())
+
+
+def far_slower(times_s: Mapping[str, float]) -> dict[str, float]:
+    """Of these times for the same, by server, those that are late, as multiples of the others' median."""
+    found = {}
+    for server, took_s in times_s.items():
+        others = [other_s for other, other_s in times_s.items() if other != server]
+        if others and took_s >= max(LATE_LEAST_S, LATE_TIMES * _median(others)):
+            found[server] = took_s / _median(others)
+    return found
 
 
 def _class(size: int) -> int:

@@ -7,18 +7,23 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from torchcache.errors import ConfigurationError, TorchCacheError, TransientError
-from torchcache.lanes.base import ReadOptions
+from torchcache.errors import ConfigurationError, NotResident, TorchCacheError, TransientError
+from torchcache.lanes.base import Lane, ReadOptions
 from torchcache.lanes.flight import FlightLane
-from torchcache.model import Extent
+from torchcache.model import Extent, ObjectId, ObjectInfo
 from torchcache.placement import placement_key
 from torchcache.pool.members import Members
+from torchcache.pool.retry import Retry
+from torchcache.pool.roster import ASKED_AT_ONCE
 from torchcache.pool.routing import stripes
 from torchcache.pool.session import Session
+from torchcache.threads import Threads
 from torchcache.wire.v1 import cache_pb2
 
 PROBE_S: Final = 5.0
 PROBE_BYTES: Final = 16 * 1024 * 1024
+
+_NOTHING: Final = Extent(ObjectInfo(ObjectId("samples", "nothing", "0"), 1))
 
 EXTENT_BYTES: Final = 16 * 1024
 """What an extent costs, whatever its size, in bytes."""
@@ -81,3 +86,26 @@ def _probe(session: Session, members: Members, server: str, extents: list[Extent
         pass
     finally:
         session.health.probed(server, size, took_s)
+
+
+def answers_s(session: Session, timeout_s: float) -> dict[str, float | None]:
+    """See `Pool.answers_s`."""
+    deadline = time.monotonic() + timeout_s
+    members = session.first_members(Retry(session.budget, deadline), deadline)
+    until = min(deadline, time.monotonic() + PROBE_S)
+    with Threads(ASKED_AT_ONCE, name="torchcache-answers") as threads:
+        asked = {one.address: threads.submit(_answer_s, one.lane, until) for one in members.by_id.values()}
+        return {address: took.result() for address, took in asked.items()}
+
+
+def _answer_s(lane: Lane, deadline: float) -> float | None:
+    """Of the second read: the first may have to connect."""
+    took_s = None
+    if isinstance(lane, FlightLane):
+        for _ in range(2):
+            began = time.monotonic()
+            (absent,) = lane.read([_NOTHING], [None], ReadOptions(resident_only=True), deadline=deadline)
+            if not isinstance(absent, NotResident):
+                return None
+            took_s = time.monotonic() - began
+    return took_s

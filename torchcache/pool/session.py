@@ -98,6 +98,18 @@ class Session:
         """The servers, found out at first use. Raises ServerUnavailable if none answers."""
         return self._roster.members(deadline)
 
+    def addresses(self, timeout_s: float) -> dict[str, str]:
+        """All servers' addresses by their ids. Raises ServerUnavailable if there is one that hasn't said its id."""
+        deadline = time.monotonic() + timeout_s
+        members = self.first_members(Retry(self.budget, deadline), deadline)
+        found = {server_id: member.address for server_id, member in members.by_id.items()}
+        if strangers := sorted(set(members.missing) - set(found.values())):
+            raise ServerUnavailable(
+                f"{', '.join(strangers)} can't be reached, so it can't be told what lies there",
+                server=", ".join(strangers),
+            )
+        return found
+
     @property
     def current(self) -> Members | None:
         """The servers as last seen."""
