@@ -89,6 +89,23 @@ def test_a_disk_that_fails_commits_nothing(step: str, monkeypatch: pytest.Monkey
     assert_settled(server.bucket, "first")
 
 
+@pytest.mark.parametrize("step", ["sync", "keep", "put_record"])
+def test_a_disk_that_fails_holds_no_copy(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(Bucket(), "b")
+    server.put("theirs")
+
+    def fail(*arguments: object) -> None:
+        raise TorchCacheError("the disk can't")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.store, step, fail)
+        with pytest.raises(TorchCacheError, match="the disk can't"):
+            server.hold_copy("theirs", owner="a")
+    assert server.write_back.counts()["copy"] == 0
+    server.hold_copy("theirs", owner="a")
+    assert server.write_back.counts()["copy"] == 1
+
+
 def test_one_save_id_stands_for_one_manifest() -> None:
     server = Server(Bucket(), "a")
     server.save("first")

@@ -221,6 +221,15 @@ def test_what_only_the_pool_holds_is_kept_even_if_the_store_forgot_to() -> None:
     assert server.store.kept == {KEY.namespace("new")}
 
 
+def test_so_is_a_copy() -> None:
+    server = Server(Bucket(), "b")
+    server.put("theirs")
+    server.hold_copy("theirs", owner="a")
+    server.store.kept.clear()
+    server.restart()
+    assert server.store.kept == {KEY.namespace("theirs")}
+
+
 def test_an_unreadable_record_keeps_every_byte() -> None:
     """F40: a record of another version is left alone, and so is what it may speak of."""
     server = Server(Bucket(), "a")

@@ -14,11 +14,7 @@ from write_back_world import (
     Server,
     always_whole,
     assert_settled,
-    manifest_of,
-    metadata_of,
-    parts_of,
     published,
-    soon,
 )
 
 from torchcache.errors import AlreadyExists, DeadlineExceeded, NotCommitted, Overloaded
@@ -290,19 +286,7 @@ def test_a_copy_learns_from_the_claim_that_it_counts(sees_it: str) -> None:
     a.reserve("old")
     a.put("old")
     b.put("old")
-    files = [(name, len(data)) for name, data in parts_of("old").items()]
-    b.write_back.prepare_copy(
-        KEY,
-        "old",
-        files,
-        metadata_of("old"),
-        manifest_of("old"),
-        replaceable=(),
-        overwrite=False,
-        writer="writer of old",
-        owner="a",
-        deadline=soon(),
-    )
+    b.hold_copy("old", owner="a")
     a.commit("old")
     if sees_it == "in passing":
         b.write_back.tidy()

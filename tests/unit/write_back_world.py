@@ -285,6 +285,21 @@ class Server:
         self.put(save_id, key)
         self.commit(save_id, key)
 
+    def hold_copy(self, save_id: str, key: SaveKey = KEY, *, owner: str) -> None:
+        """Of what was put here, of a save that `owner` is about to commit."""
+        self.write_back.prepare_copy(
+            key,
+            save_id,
+            [(name, len(data)) for name, data in parts_of(save_id).items()],
+            metadata_of(save_id),
+            manifest_of(save_id),
+            replaceable=(),
+            overwrite=False,
+            writer=f"writer of {save_id}",
+            owner=owner,
+            deadline=soon(),
+        )
+
     def upload(self, key: SaveKey = KEY) -> None:
         self.write_back.upload(key)
 
