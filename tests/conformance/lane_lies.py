@@ -132,6 +132,7 @@ class LiesContract:
             assert isinstance(outcome, TorchCacheError) or outcome == data, "I1"
         return errors
 
+    @pytest.mark.hostile("pages")
     @pytest.mark.parametrize(
         ("lie", "known"),
         [(lie, known) for lie in PIECES for known in (True, False) if known or lie != SWAPPED],
@@ -149,6 +150,7 @@ class LiesContract:
         liar.script.tamper = lambda _, pieces: pieces
         assert not self.assert_no_wrong_byte(lane, right, known=known), "the next call is well"
 
+    @pytest.mark.hostile("pages")
     @pytest.mark.parametrize("lie", STREAMS)
     def test_a_stream_that_is_none_of_ours(
         self, liar: StandIn, lane: Lane, right: list[bytes], lie: str

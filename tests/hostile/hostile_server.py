@@ -205,6 +205,10 @@ class HostileServer:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
+    def process_folder(self, name: str) -> Iterator[Path]:
+        """What is in a folder of the process's own in /proc."""
+        return Path(f"/proc/{self.process.pid}/{name}").iterdir()
+
     def peak_bytes(self) -> int:
         """The most that was ever resident."""
         return 1024 * int(self.status_field("VmHWM").split()[0])

@@ -114,6 +114,7 @@ def lying(edit: str, value: Any) -> bytes:
     ).encode()
 
 
+@pytest.mark.hostile("manifests")
 @pytest.mark.parametrize(
     ("edit", "value"),
     [
@@ -151,6 +152,7 @@ def test_a_manifest_that_lies_is_refused(edit: str, value: Any) -> None:
         Manifest.decode(lying(edit, value), where="x")
 
 
+@pytest.mark.hostile("manifests")
 @pytest.mark.parametrize(
     "data", [b"", b"[]", b"null", b"{}", b'{"format": "torchcache-checkpoint", "version": 2}', b"\xff"]
 )

@@ -77,6 +77,7 @@ class Mine:
     pass
 
 
+@pytest.mark.hostile("deserialisation")
 @pytest.mark.parametrize(
     "hidden",
     [
@@ -98,6 +99,7 @@ def test_code_in_metadata_is_refused_and_not_executed(hidden: dict[str, Any], tm
     assert not witness.exists()
 
 
+@pytest.mark.hostile("deserialisation")
 @pytest.mark.parametrize(
     "evil",
     [
@@ -118,6 +120,7 @@ def test_nothing_else_than_stock_content_gets_through(evil: Any) -> None:
         load_metadata(pickle.dumps(stock(planner_data=evil)), where="x")
 
 
+@pytest.mark.hostile("deserialisation")
 def test_a_pickle_cannot_change_torchs_classes() -> None:
     """BUILD on a class would set its attributes, for the whole process."""
     opcodes = (
@@ -129,6 +132,7 @@ def test_a_pickle_cannot_change_torchs_classes() -> None:
     assert not hasattr(Metadata, "evils")
 
 
+@pytest.mark.hostile("deserialisation")
 def test_a_pickle_cannot_change_members_of_torchs_enums() -> None:
     """BUILD on a member would change its value, and so what later saves write, for the whole process."""
     member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
@@ -142,12 +146,14 @@ def test_a_pickle_cannot_change_members_of_torchs_enums() -> None:
     assert member.value == before
 
 
+@pytest.mark.hostile("deserialisation")
 @pytest.mark.parametrize("data", [b"", b"\x80\x04", b"garbage", b"\x80\x04.", pickle.dumps(stock())[:-20]])
 def test_damaged_metadata_is_an_integrity_error(data: bytes) -> None:
     with pytest.raises(IntegrityError, match="x is no readable metadata"):
         load_metadata(data, where="x")
 
 
+@pytest.mark.hostile("deserialisation")
 @pytest.mark.parametrize(
     "content",
     [
@@ -187,6 +193,7 @@ _TWICE = b")" + b"2\x86" * 60  # a tuple of the same tuple twice, sixty deep: 2 
 _DEEP = b")" + b"\x85" * 300_000  # a tuple in a tuple in a tuple ...
 
 
+@pytest.mark.hostile("deserialisation")
 @pytest.mark.parametrize("key", [_TWICE, _DEEP], ids=["twice", "deep"])
 @pytest.mark.parametrize(
     "pickled",
@@ -208,6 +215,7 @@ def test_what_takes_forever_to_hash_or_the_whole_stack_is_refused_at_once(pickle
         load_metadata(data, where="x")
 
 
+@pytest.mark.hostile("bombs")
 @pytest.mark.parametrize(
     "claim",
     [

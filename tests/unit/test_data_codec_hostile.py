@@ -106,6 +106,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.hostile("deserialisation")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_records_are_refused_in_little_memory(name: str) -> None:
     data = HOSTILE[name]

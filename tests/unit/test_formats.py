@@ -294,6 +294,7 @@ def test_compressed_streams(suffix: str) -> None:
             compression.unpacked(io.BytesIO(bad), codec, len(bad), "s").read()
 
 
+@pytest.mark.hostile("bombs")
 def test_a_compression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = pa.compress(bytes(1 << 27), codec="zstd", asbytes=True)
     stream = compression.unpacked(io.BytesIO(bomb), "zstd", len(bomb), "s")

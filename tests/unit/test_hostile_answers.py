@@ -48,6 +48,7 @@ def another(_: Any, pieces: list[Piece]) -> Iterator[Piece]:
     yield pieces[0]._replace(extent=7)
 
 
+@pytest.mark.hostile("pages")
 @pytest.mark.parametrize(
     ("answer", "kinds", "deadline_s"),
     [

@@ -42,6 +42,7 @@ def test_servers_that_start_together_agree(tmp_path: Path) -> None:
     assert len(set(seen)) == 1
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o666])
 def test_one_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "token"
@@ -51,6 +52,7 @@ def test_one_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
         read_or_create_tokens(path)
 
 
+@pytest.mark.hostile("folders")
 def test_a_link_is_refused(tmp_path: Path) -> None:
     read_or_create_tokens(tmp_path / "elsewhere")
     (tmp_path / "token").symlink_to(tmp_path / "elsewhere")
@@ -58,6 +60,7 @@ def test_a_link_is_refused(tmp_path: Path) -> None:
         read_or_create_tokens(tmp_path / "token")
 
 
+@pytest.mark.hostile("folders")
 def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "token", 0o600)
     with pytest.raises(ConfigurationError, match="not a regular file"):
@@ -77,6 +80,7 @@ def test_what_is_no_token_is_refused_and_not_shown(tmp_path: Path, content: str)
     assert not content or content not in str(caught.value)
 
 
+@pytest.mark.hostile("folders")
 def test_one_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "token"
     read_or_create_tokens(path)

@@ -133,6 +133,7 @@ HOSTILE: dict[str, tuple[object, int, str]] = {
 }
 
 
+@pytest.mark.hostile("manifests")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_is_wrong_is_refused(name: str) -> None:
     header, data_bytes, problem = HOSTILE[name]
@@ -143,6 +144,7 @@ def test_what_is_wrong_is_refused(name: str) -> None:
     assert len(str(raised.value)) < 600
 
 
+@pytest.mark.hostile("manifests")
 @pytest.mark.parametrize(
     ("start", "size", "problem"),
     [
@@ -219,6 +221,7 @@ except IntegrityError as error:
 """
 
 
+@pytest.mark.hostile("bombs")
 def test_a_million_tensors_are_refused_without_memory_for_them() -> None:
     done = subprocess.run([sys.executable, "-c", _MILLION], capture_output=True, text=True, check=True)
     more_kib, problem = done.stdout.split(" ", 1)
@@ -249,6 +252,7 @@ def test_an_index_names_files_beside_it() -> None:
     assert parse_index(index({}, metadata=None), where=WHERE).files == {}
 
 
+@pytest.mark.hostile("manifests")
 @pytest.mark.parametrize(
     "file",
     [
@@ -280,6 +284,7 @@ def test_an_index_that_points_elsewhere_is_refused(file: object) -> None:
         parse_index(index({"good": "model.safetensors", "bad": file}), where=WHERE)
 
 
+@pytest.mark.hostile("manifests")
 @pytest.mark.parametrize(
     "data",
     [

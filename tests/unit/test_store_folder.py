@@ -43,6 +43,7 @@ def test_in_use(tmp_path: Path) -> None:
     open_store(tmp_path).close()
 
 
+@pytest.mark.hostile("folders")
 def test_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="is not a folder"):
@@ -51,6 +52,7 @@ def test_not_a_folder(tmp_path: Path) -> None:
         open_store(tmp_path / "file" / "below")
 
 
+@pytest.mark.hostile("folders")
 def test_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the id that the process sees is another: chown would need root."""
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
@@ -59,12 +61,14 @@ def test_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.hostile("folders")
 def test_open_to_everyone(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(ConfigurationError, match="everyone may write"):
         open_store(tmp_path)
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize("name", ["store.lock", "store.json", "store-copy.json", "clean", "index/data.mdb"])
 def test_symlinks_are_not_followed(tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"
@@ -77,6 +81,7 @@ def test_symlinks_are_not_followed(tmp_path: Path, name: str) -> None:
     assert outside.read_text() == "untouched"
 
 
+@pytest.mark.hostile("folders")
 def test_a_symlinked_store_is_refused(tmp_path: Path) -> None:
     """F15: where it leads to can be changed while the store is open."""
     (tmp_path / "real").mkdir()
@@ -90,6 +95,7 @@ def test_a_symlinked_store_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize("name", ["segments", "records", "flags", "index", "spares", "damaged"])
 def test_symlinked_folders_of_a_store_are_refused(tmp_path: Path, name: str) -> None:
     """F15: nothing behind the symlink is touched, neither by a new store nor by one that is to be emptied."""
@@ -108,6 +114,7 @@ def test_symlinked_folders_of_a_store_are_refused(tmp_path: Path, name: str) -> 
     assert [file.name for file in outside.iterdir()] == ["kept"]
 
 
+@pytest.mark.hostile("folders")
 @pytest.mark.parametrize("kind", ["folder", "fifo", "symlink"])
 @pytest.mark.parametrize(
     "victim",

@@ -90,6 +90,7 @@ def test_symlinks_within_the_root_are_followed(files: PosixUnderStore, root: Pat
     assert keys(files) == ["file", "folder/a", "real/a"]
 
 
+@pytest.mark.hostile("folders")
 def test_symlinks_out_of_the_root_are_refused(files: PosixUnderStore, root: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     (tmp_path / "rootless").mkdir()  # Its path begins as the root's does.
@@ -113,6 +114,7 @@ def test_symlinks_out_of_the_root_are_refused(files: PosixUnderStore, root: Path
     assert list((tmp_path / "rootless").iterdir()) == []
 
 
+@pytest.mark.hostile("folders")
 def test_a_symlink_is_replaced_and_not_written_through(
     files: PosixUnderStore, root: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +152,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(
     assert (tmp_path / "precious").read_bytes() == b"precious"
 
 
+@pytest.mark.hostile("folders")
 def test_special_files_do_not_hang_anybody(files: PosixUnderStore, root: Path) -> None:
     os.mkfifo(root / "fifo")
     with pytest.raises(ObjectNotFound, match="fifo is not a file"):

@@ -18,7 +18,13 @@ from urllib3.exceptions import HTTPError
 from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache_server.understore.base import Counters, RequestKind
 from torchcache_server.understore.retry import Retrier, RetryPolicy
-from torchcache_server.understore.s3_errors import Action, is_credential_error, translate, without_secrets
+from torchcache_server.understore.s3_errors import (
+    Action,
+    is_credential_error,
+    translate,
+    without_keys,
+    without_secrets,
+)
 from torchcache_server.understore.s3_names import S3Object
 from torchcache_server.understore.s3_plain import PlainGets, Way
 from torchcache_server.understore.s3_signing import Keys
@@ -193,4 +199,5 @@ class S3Calls:
             if is_credential_error(error):
                 self.clients.forget()
             endpoint = without_secrets(client.meta.endpoint_url)
-            raise translate(error, action=action, uri=target.uri, endpoint=endpoint) from error
+            told = translate(error, action=action, uri=target.uri, endpoint=endpoint)
+            raise without_keys(told, self.clients.plain(client).keys()) from error

@@ -18,6 +18,7 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache_server.understore.base import changed
+from torchcache_server.understore.s3_signing import Keys
 
 Action = Literal["read", "write", "list", "stat", "delete"]
 
@@ -52,6 +53,7 @@ _OVERLOAD_CODES = {
     "ThrottlingException",
     "TooManyRequests",
 }
+_SHORTEST_SECRET = 8  # what is shorter is none, and may be a part of any word
 _DAMAGED = (boto.IncompleteReadError, boto.FlexibleChecksumError)
 
 
@@ -164,6 +166,17 @@ def without_secrets(endpoint_url: str) -> str:
     """The endpoint for messages: scheme, host and port, without user, password, path or query."""
     parts = urlsplit(endpoint_url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+def without_keys(error: TorchCacheError, keys: Keys | None) -> TorchCacheError:
+    """The error without what only the server may know: a storage may tell back what it was sent."""
+    message = error.message
+    for secret in (keys.secret, keys.token) if keys is not None else ():
+        if len(secret) >= _SHORTEST_SECRET:
+            message = message.replace(secret, "...")
+    if message == error.message:
+        return error
+    return type(error)(message, object=error.object, server=error.server)
 
 
 def _brief(error: Exception) -> str:

@@ -116,7 +116,7 @@ class PlainGets:
         self, keys: Callable[[], Keys | None], authorities: str | None, patience_s: float, connect_s: float
     ) -> None:
         """`keys` are asked for at every request; `authorities` is a PEM file, None for those of the system."""
-        self._keys = keys
+        self.keys = keys
         self._authorities = authorities
         self._patience_s = patience_s
         self._connect_s = connect_s
@@ -143,7 +143,7 @@ class PlainGets:
 
         Raises ClientError for a refusal, errors of botocore, ProtocolError or OSError for a connection that failed.
         """
-        keys = self._keys()
+        keys = self.keys()
         if keys is None:
             return None
         path = way.before_key + escaped(key)
