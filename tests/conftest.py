@@ -40,6 +40,9 @@ def _turn(item: pytest.Item) -> int:
 GRPC_ENDS_S = 20.0
 """What the gRPC of an earlier test may take to end."""
 
+_staying: set[str] = set()
+"""Threads of gRPC's that didn't end, and aren't waited for again."""
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Loaders fork, so a test of the whole finds no gRPC but the pools' own in its process.
@@ -48,9 +51,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     if item.path.parent.name == "e2e" and not connections._open:
         until = time.monotonic() + GRPC_ENDS_S
-        while grpc_threads() and time.monotonic() < until:
+        while (left := grpc_threads().keys() - _staying) and time.monotonic() < until:
             gc.collect()  # an error that was caught may hold a call, and that its channel
             time.sleep(0.05)
+        _staying.update(left)
 
 
 _NO_ACCOUNT = {

@@ -1,4 +1,7 @@
-"""One server for all cases of a run (of each worker's, where they run side by side), looked at after each."""
+"""One server for all cases of a file (of each worker's, where they run side by side), looked at after each.
+
+It isn't a run's: a client of it would live on in the process, and what comes next there may fork.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 from tests.hostile.hostile_server import HostileServer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hostile_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostileServer]:
     with HostileServer(tmp_path_factory.mktemp("hostile")) as server:
         yield server
