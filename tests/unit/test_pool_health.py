@@ -172,6 +172,19 @@ def test_a_word_ends_being_unreachable_after_a_while_and_nothing_else() -> None:
     assert world.out() == []
 
 
+def test_a_read_that_began_afterwards_ends_being_unreachable_at_once() -> None:
+    """As of the only server there is, which was started again."""
+    world = World()
+    began = world.now
+    world.now += 1
+    world.health.failed("a")
+    world.health.answered("a", began)
+    assert world.out() == ["a"]
+    world.now += 0.1
+    world.health.answered("a", world.now)
+    assert world.out() == []
+
+
 def test_one_that_stays_out_is_tried_ever_more_rarely_and_by_one_at_a_time() -> None:
     world = World()
     world.rounds(20)

@@ -66,6 +66,7 @@ class _Server:
     late_at: float = float("-inf")
     out: Reason | Literal[""] = ""
     words: str = ""
+    out_at: float = 0.0
     until: float = 0.0
     pause_s: float = 0.0
     back_at: float = float("-inf")
@@ -100,13 +101,15 @@ class Health:
 
     # ---- what was seen ----
 
-    def answered(self, server: str) -> None:
-        """It can be reached, if only at one of its ports: that tells only once it may be tried, and nobody does.
+    def answered(self, server: str, read_at: float = float("-inf")) -> None:
+        """It can be reached: read from, by a call that began at `read_at`, or asked, at another of its ports.
 
-        Who was slow or silent has to prove more.
+        That tells something of what happened before. An answer at the other port tells it only once the server may be
+        tried, and nobody does. Who was slow or silent has to prove more.
         """
         with self._lock:
-            if self._of(server).out == "unreachable" and server in self.due():
+            known = self._of(server)
+            if known.out == "unreachable" and (read_at > known.out_at or server in self.due()):
                 self._back(server)
 
     def failed(self, server: str) -> None:
@@ -236,6 +239,7 @@ class Health:
     def _put_out(self, server: str, reason: Reason, times: float = 0.0) -> None:
         known = self._of(server)
         soon = self._clock() - known.back_at < MOST_S
+        known.out_at = self._clock()
         known.out, known.words = reason, _WORDS[reason].format(times=times)
         known.times.clear()
         known.late = 0

@@ -147,6 +147,7 @@ class Calls:
         health, count = session.health, len(attempt.extents)
         session.count(read_calls=1, suspects=count if attempt.options.suspect else 0)
         lane = self._members.by_id[server].lane
+        began = time.monotonic()
         arguments = (attempt.extents, attempt.into, attempt.options)
         try:
             if watch is not None and isinstance(lane, FlightLane):
@@ -162,7 +163,7 @@ class Calls:
             if watch is None or not (watch.ended and watch.spoke):
                 health.failed(server)
         elif watch is None or not watch.ended:
-            health.answered(server)
+            health.answered(server, began)
             session.budget.earn()
             if watch is not None and not watch.filling and not failed:
                 health.timed(server, attempt.size, watch.asked)
@@ -181,7 +182,7 @@ class Calls:
         return Call(parts, attempt)
 
     def _start(self, call: Call, attempt: Attempt) -> None:
-        """Not a daemon: the interpreter must not end under a call, and none lasts for long once it is ended."""
+        """In a thread of its own, a daemon only if the reader is one: the interpreter should not end under a call."""
         if attempt.watch is not None:
             attempt.size = payload_size(attempt.extents)
         if attempt.watch is not None and attempt is call.first:
