@@ -11,7 +11,7 @@ PROOFS := $(CURDIR)/.proofs
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses=8 --dist worksteal
 
-.PHONY: demo demo-cluster test test-long reliability bench lint format proto clean
+.PHONY: demo demo-cluster test test-long reliability fuzz bench lint format proto clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -34,6 +34,12 @@ reliability: $(READY)
 	TORCHCACHE_PROOFS=$(PROOFS) $(PYTEST) --timeout=14400 --hypothesis-profile=search \
 		$$(grep -rl --include='test_*.py' 'from tests.proofs import' tests)
 	$(BIN)/python -m tests.reliability_report $(PROOFS)
+
+# A million inputs to each parser of others' bytes, one target after the other. TARGETS="ticket header" for those only.
+fuzz: $(READY)
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,fuzz]'
+	for target in $(or $(TARGETS),$$($(BIN)/python -m tests.fuzz)); do \
+		$(BIN)/python -m tests.fuzz $$target --executions $(or $(EXECUTIONS),1000000) || exit 1; done
 
 # Measures everything, and docs/benchmarks.md from what it found. SECTIONS=local,flight measures only those.
 bench: $(READY)

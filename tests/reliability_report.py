@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.rounds import machine
+from tests.hostile import counting
 
 ROOT: Final = Path(__file__).parents[1]
 DOCUMENT: Final = ROOT / "docs" / "reliability.md"
@@ -62,6 +63,21 @@ FAULTS: Final = {
     "F40": "a store of another format",
 }
 """Those of the failure model that the store and the saves have to bear, by their numbers there."""
+
+HOSTILE: Final = {
+    "keys": ("keys and paths of objects and saves, by every call that takes one", 120),
+    "uris": ("URIs where a name belongs, buckets that are hosts, redirects", 60),
+    "wire": ("frames, messages, tickets and batches on both ports that are none, or lie", 90),
+    "auth": ("no token, almost a token, too little a scope, no certificate or another's", 60),
+    "pages": ("pages of listings and of reads that lie, from storage and from servers", 60),
+    "manifests": ("commits, manifests and headers that point elsewhere, overlap or claim too much", 60),
+    "deserialisation": ("pickles with code, records of samples that nobody wrote", 40),
+    "bombs": ("little that unpacks to much", 30),
+    "folders": ("symlinks, FIFOs, folders and rights where the server expects its own", 40),
+    "exhaustion": ("connections, calls, streams and bytes beyond the bounds, and such as never end", 30),
+    "secrets": ("every place where something is said, for tokens and storage's credentials", 20),
+}
+"""The groups of the hostile suite: what they bring, and of how many cases at least."""
 
 _NAMED: Final = 6  # tests by name in a row; more are counted
 
@@ -170,6 +186,19 @@ def marks_table(title: str, marks: Mapping[str, str], tests: Mapping[str, list[t
     return "\n".join(rows)
 
 
+def hostile_table(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Markdown: the cases of each group, and where they are. Raises ValueError if a group has too few."""
+    rows = ["| group | cases | what comes | where |", "|---|---|---|---|"]
+    for group, (meaning, least) in HOSTILE.items():
+        files = counts.get(group, {})
+        cases = sum(files.values())
+        if cases < least:
+            raise ValueError(f"{cases} hostile cases of {group!r}: {least} are due")
+        rows.append(f"| {group} | {cases} | {meaning} | {', '.join(map(_link, files))} |")
+    total = sum(sum(files.values()) for files in counts.values())
+    return "\n".join([*rows, f"| all | {total:,} | | |"])
+
+
 def replace_part(document: str, name: str, content: str) -> str:
     """Puts `content` between the markers of the part `name`. Raises ValueError if the document hasn't both."""
     start, end = f"<!-- {name}: generated -->", f"<!-- end of {name} -->"
@@ -211,6 +240,7 @@ def main(folder: Path | None) -> None:
     marks = marked_tests(tests)
     document = replace_part(document, "invariants", marks_table("invariant", INVARIANTS, marks))
     document = replace_part(document, "faults", marks_table("fault", FAULTS, marks))
+    document = replace_part(document, "hostile", hostile_table(counting.count()))
     if folder is not None:
         proofs = read_proofs(folder)
         if not proofs:

@@ -11,8 +11,10 @@ import pytest
 from tests.reliability_report import (
     DOCUMENT,
     FAULTS,
+    HOSTILE,
     INVARIANTS,
     ROOT,
+    hostile_table,
     marked_tests,
     marks_table,
     proofs_in,
@@ -133,3 +135,26 @@ def test_every_test_the_document_names_is_there() -> None:
     for test, file in named:
         there = test == Path(file).name or f"def {test}(" in (ROOT / file).read_text()
         assert there, f"{test} isn't in {file}"
+
+
+def test_the_hostile_suite_is_counted_by_group() -> None:
+    counts = {group: {"tests/a.py": least - 1, "tests/b/c.py": 1} for group, (_, least) in HOSTILE.items()}
+    table = hostile_table(counts).splitlines()
+    assert table[2].startswith("| keys | 120 |") and "[b/c.py](../tests/b/c.py)" in table[2]
+    assert table[-1] == "| all | 610 | | |"
+    counts["bombs"] = {"tests/a.py": 29}
+    with pytest.raises(ValueError, match="'bombs': 30 are due"):
+        hostile_table(counts)
+
+
+def test_every_group_of_the_document_has_its_cases() -> None:
+    """Of those whose files are marked: the counts themselves are of a collection."""
+    marked = {
+        group
+        for file in (ROOT / "tests").rglob("*.py")
+        for group in re.findall(r'mark\.hostile\("(\w+)"\)', file.read_text())
+    }
+    assert marked == set(HOSTILE)
+    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \|", DOCUMENT.read_text(), re.M)
+    said = {group: int(cases.replace(",", "")) for group, cases in rows if group in HOSTILE}
+    assert all(said[group] >= least for group, (_, least) in HOSTILE.items())
