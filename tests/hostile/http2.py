@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST, SETTINGS, PUSH, PING, GOAWAY, WINDOW, CONTINUATION = range(10)
@@ -64,15 +64,21 @@ def message(content: bytes, *, compressed: int = 0, length: int | None = None) -
     return struct.pack(">BI", compressed, len(content) if length is None else length) + content
 
 
-def send(address: tuple[str, int], parts: Iterable[bytes], *, listen_s: float = 0.2) -> bytes:
-    """Sends all of it, or as much as is taken, and then listens for a moment; what was said."""
+def send(
+    address: tuple[str, int],
+    parts: Iterable[bytes],
+    *,
+    listen_s: float = 0.2,
+    until: Callable[[bytes], bool] = lambda _: False,
+) -> bytes:
+    """Sends all of it, or as much as is taken, and then listens for a moment, or `until` enough was said."""
     said = b""
     with socket.create_connection(address, timeout=20) as connection:
         try:
             for part in parts:
                 connection.sendall(part)
             connection.settimeout(listen_s)
-            while len(said) < 1 << 20 and (heard := connection.recv(65536)):
+            while len(said) < 1 << 20 and not until(said) and (heard := connection.recv(65536)):
                 said += heard
         except (ConnectionError, TimeoutError):
             pass

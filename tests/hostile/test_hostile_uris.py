@@ -6,7 +6,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.hostile.hostile_server import SECRET, HostileServer, refusal
+from tests.hostile.hostile_server import SECRET, HostileServer, outcome, refusal
 from tests.unit.scripted_s3 import Held, Line, Request
 from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.wire.v1 import cache_pb2 as pb
@@ -187,4 +187,4 @@ def test_a_redirect_is_not_followed(server: HostileServer, name: str, call: str)
     request = ("StatObject", pb.StatRequest(store="s3", key="bucket/key"))
     if call == "list":
         request = ("ListObjects", pb.ListRequest(store="s3", prefix="bucket/"))
-    assert isinstance(refusal(lambda: server.client.call(*request, timeout_s=5)), TorchCacheError)
+    assert isinstance(outcome(lambda: server.client.call(*request, timeout_s=5)), TorchCacheError)
