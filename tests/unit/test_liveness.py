@@ -48,7 +48,7 @@ class Pulse:
     @property
     def kept_up(self) -> bool:
         ends = [*self._at, time.monotonic()]
-        return max(later - one for one, later in itertools.pairwise(ends)) > 2 * PING_S
+        return any(later - one > 2 * PING_S for one, later in itertools.pairwise(ends))
 
 
 class CountedWrites:
