@@ -7,8 +7,9 @@ import json
 import struct
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Final
 
 import numpy as np
 import xxhash
@@ -16,7 +17,7 @@ from torchcache_server.service.reading import chunks_of
 from torchcache_server.service.requests import MAX_OBJECT_BYTES, read_plan, write_plan
 
 from torchcache import records
-from torchcache.checkpoint.manifest import Manifest
+from torchcache.checkpoint.manifest import Item, Manifest, Tensor, payload_digests
 from torchcache.checkpoint.safetensors_header import parse_header
 from torchcache.data import codec
 from torchcache.data.iterable_index import ShardIndex
@@ -55,30 +56,114 @@ def header(data: bytes) -> None:
 
 
 def checkpoint_manifest(data: bytes) -> None:
-    """A checkpoint's manifest, as it is, and as the body of one whose digest fits."""
-    bodies = [data]
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
-        body = None
-    if isinstance(body, dict):
-        body = body.get("body", body)
-        encoded = json.dumps(body, separators=(",", ":")).encode()
-        outer = {
-            "format": "torchcache-checkpoint",
-            "version": 1,
-            "sha256": hashlib.sha256(encoded).hexdigest(),
-        }
-        bodies.append(json.dumps({**outer, "body": body}).encode())
-    for candidate in bodies:
+    """A checkpoint's manifest, as it is; and a good one, values exchanged as `data` says, with a digest that fits."""
+    body = _exchanged(json.loads(_manifest().encode())["body"], data)
+    encoded = json.dumps(body, separators=(",", ":")).encode()
+    outer = {"format": "torchcache-checkpoint", "version": 1, "sha256": hashlib.sha256(encoded).hexdigest()}
+    for candidate in (data, json.dumps({**outer, "body": body}).encode()):
         try:
             found = Manifest.decode(candidate, where="x")
         except IntegrityError:
             continue
         for item in found.items:
-            assert item.start >= 0 and 0 <= item.payload.start <= item.payload.end
+            assert 0 <= item.start <= item.start + item.length <= found.files[item.file]
+            assert 0 <= item.payload_start <= item.payload_start + item.payload_length <= item.length
         for name in found.files:
             assert ".." not in name.split("/") and not name.startswith("/")
+
+
+VALUES: Final = (
+    *(
+        None,
+        True,
+        "",
+        "x",
+        "../x",
+        "/x",
+        "a\0b",
+        "__0_0.distcp",
+        "0" * 16,
+        [],
+        {},
+        [[]],
+        [1],
+        1.5,
+        float("inf"),
+    ),
+    *(
+        0,
+        1,
+        2,
+        -1,
+        7,
+        64,
+        1 << 31,
+        1 << 50,
+        (1 << 63) - 1,
+        1 << 64,
+        -(1 << 63),
+        "tensor",
+        "bytes",
+        "zstd",
+        "float32",
+    ),
+)
+
+
+def _exchanged(body: Any, data: bytes) -> Any:
+    """Four bytes are an exchange: a way down, three steps at most, and the value that comes there."""
+    for at in range(0, min(len(data), 64) - 3, 4):
+        place = body
+        for step in data[at : at + 3]:
+            keys = list(place) if isinstance(place, dict) else range(len(place))
+            if not keys:
+                break
+            key = keys[step % len(keys)]
+            if not isinstance(place[key], dict | list) or step & 128:
+                place[key] = VALUES[data[at + 3] % len(VALUES)]
+                break
+            place = place[key]
+    return body
+
+
+@cache
+def _manifest() -> Manifest:
+    item = Item(
+        name="w",
+        offset=(0, 0),
+        index=0,
+        kind="tensor",
+        dtype="float32",
+        shape=(2, 4),
+        file="__0_0.distcp",
+        start=64,
+        length=200,
+        payload_start=100,
+        payload_length=32,
+        frame_digest=7,
+        digests=payload_digests(memoryview(bytes(32))),
+    )
+    other = replace(item, name="step", offset=None, index=None, kind="bytes", dtype=None, shape=None)
+    tensor = Tensor(
+        dtype="float32",
+        requires_grad=False,
+        pin_memory=False,
+        memory_format="contiguous_format",
+        size=(2, 4),
+        blocks=(((0, 0), (2, 4)),),
+    )
+    return Manifest(
+        save_id="a",
+        checkpoint="x",
+        created_unix_s=1.0,
+        torch="2",
+        torchcache="0",
+        dcp_version=None,
+        files={"__0_0.distcp": 1000},
+        tensors={"w": tensor},
+        objects=("step",),
+        items=(item, replace(other, payload_start=0, payload_length=200, length=200)),
+    )
 
 
 def dataset_index(data: bytes) -> None:
@@ -176,8 +261,6 @@ def _record() -> bytes:
     return encode_record(fields, NONCE, 0) + bytes(20_000)
 
 
-_ITEM = ["w", None, None, "tensor", "float32", [2], 0, 0, 64, 8, 16, "0" * 16, "0" * 16]
-_BODY = {"save_id": "a", "files": [["__0_0.distcp", 100]], "tensors": {}, "items": [_ITEM]}
 _READ = pb.ReadRequest(
     namespace="n",
     objects=[pb.ObjectRef(store="samples", key="k", version="1", size=100)],
@@ -195,7 +278,7 @@ _INDEX = bytes(codec.encode({"count": 3, "starts": np.array([0, 5, 9, 12], np.ui
 
 TARGETS: Final[dict[str, Target]] = {
     "header": Target(run=header, seeds=(_record(), bytes(200))),
-    "checkpoint-manifest": Target(run=checkpoint_manifest, seeds=(json.dumps(_BODY).encode(), b"{}")),
+    "checkpoint-manifest": Target(run=checkpoint_manifest, seeds=(b"", bytes(16), _manifest().encode())),
     "dataset-index": Target(run=dataset_index, seeds=(_INDEX, _SAMPLE)),
     "sample": Target(run=sample, seeds=(_SAMPLE,)),
     "safetensors": Target(

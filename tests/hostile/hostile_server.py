@@ -1,4 +1,4 @@
-"""The server that all hostile cases of a run are played against, and what must hold after each of them."""
+"""The server that all hostile cases of a file are played against, and what must hold after each of them."""
 
 from __future__ import annotations
 
