@@ -15,6 +15,7 @@ from examples.etcd import Etcd
 from tests.integration.pool_server import PoolServer
 from tests.integration.self_describing import content, difference
 from torchcache.connecting import connect
+from torchcache.errors import ServerUnavailable
 from torchcache.lanes.access import Access
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool
@@ -55,7 +56,13 @@ class World:
         return server
 
     def announced(self) -> list[str]:
-        return [one.address for one in self.registry.servers()]
+        """Asked for until etcd finds the time to answer."""
+        deadline = time.monotonic() + 150
+        while True:
+            try:
+                return [one.address for one in self.registry.servers()]
+            except ServerUnavailable:
+                assert time.monotonic() < deadline
 
     def pool(self) -> Pool:
         source = EtcdMembers(
