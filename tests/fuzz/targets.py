@@ -7,6 +7,7 @@ import json
 import struct
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
@@ -120,7 +121,7 @@ def _exchanged(body: Any, data: bytes) -> Any:
                 break
             key = keys[step % len(keys)]
             if not isinstance(place[key], dict | list) or step & 128:
-                place[key] = VALUES[data[at + 3] % len(VALUES)]
+                place[key] = deepcopy(VALUES[data[at + 3] % len(VALUES)])  # else it were exchanged, too
                 break
             place = place[key]
     return body
