@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
+import subprocess
 import sys
 from types import ModuleType
 
 import pytest
 
 from examples import train_images, train_tabular, train_text
+from examples.demo import digits
 from examples.seaweedfs import SeaweedFS
 
 
@@ -40,3 +44,29 @@ def test_it_goes_on_where_it_was_stopped(
     rest = run("b", steps)
     assert f"resumed behind step {saved} of epoch {epoch}" in rest
     assert expected in rest
+
+
+@pytest.mark.long
+def test_ranks_go_on_from_the_checkpoint_that_they_saved_together(s3: SeaweedFS) -> None:
+    bucket = s3.make_bucket()
+    for name, png in itertools.islice(digits(), 300):
+        s3.client.put_object(Bucket=bucket, Key=f"digits/{name}", Body=png)
+
+    def run(name: str, epochs: int) -> list[dict[str, object]]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command += [
+            "-m",
+            "examples.train_ranks",
+            f"s3://{bucket}/digits",
+            f"s3://{bucket}/{name}",
+            "--events",
+        ]
+        command += [f"--epochs={epochs}", "--save-every=4", "--width=32"]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
+        return [json.loads(line) for line in said.stdout.splitlines()]
+
+    [expected] = [event for event in run("whole", 2) if event["event"] == "done"]
+    run("twice", 1)
+    rest = run("twice", 2)
+    assert rest[0] == {"event": "resume", "step": 4}
+    assert rest[-1] == expected
