@@ -199,12 +199,14 @@ def test_readers_of_the_files_against_all_that_a_server_does(
             assert last["mappings"] == 0
             assert int(str(last["descriptors"])) <= int(str(first["descriptors"])) + 2
         assert all(counts[what] for what in WHAT)
+        assert 20 * counts["forks refused"] <= max(counts["forks"], 20)
         assert chaos.recycled or seconds < 60, "a short run may be too short for it on a busy machine"
         figures.update(
             seconds=seconds,
             reads=counts["read"],
             views_seen_again=counts["held"],
             forks=counts["forks"],
+            forks_refused=counts["forks refused"],
             recycled_segments=chaos.recycled,
             kills=chaos.counts["kill"],
             seed=str(seed),
