@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 import torchcache as tc
@@ -101,7 +102,7 @@ def measure(scale: Scale) -> Findings:
             for _ in range(rounds):
                 well.append(work.times_s(count))
                 delay_s = TIMES * statistics.median(well[-1])
-                slow.append(work.times_s(count, 0, lambda delay_s=delay_s: work.delay(delay_s)))  # type: ignore[misc]
+                slow.append(work.times_s(count, 0, partial(work.delay, delay_s)))
                 work.delay(0.0)
             with work.stopped(warm.pids[1]) as stop:
                 hung_s = max(work.times_s(count, count // 2, stop))
@@ -148,8 +149,7 @@ def _proxy(servers: Sequence[dict[str, object]]) -> Iterator[subprocess.Popen[st
     ports += [str(server["data_port"]) for server in servers]
     delayed = str(servers[0]["data_port"])
     command = [sys.executable, "-m", "benchmarks.slow_server", delayed, *ports]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             if not process.stdout.readline():
                 raise RuntimeError("the proxy did not start")

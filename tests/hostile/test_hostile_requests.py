@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ EMBEDDED = b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"  # a varint of eleven
 @pytest.mark.parametrize("method", [method.name for method in SERVICE.methods])
 def test_what_is_no_message_is_refused_by_every_method(server: HostileServer, method: str) -> None:
     for garbage in (b"\xff", b"\x0a\xff\xff\xff\xff\x0f", EMBEDDED, b"\x0b" * 200, b"\x0a\x02\xff\xfe\x0b"):
-        error = refusal(lambda garbage=garbage: server.raw(method, garbage))  # type: ignore[misc]
+        error = refusal(partial(server.raw, method, garbage))
         assert isinstance(error, ConfigurationError)
         assert "no message of this call" in str(error)
 
@@ -38,7 +39,7 @@ def test_text_that_is_not_unicode_is_refused(server: HostileServer, method: str)
         request = b"\x0a" + bytes([len(text)]) + text
         if method == "SetCredentials":
             request = b"\x0a" + bytes([len(text) + 2]) + b"\x0a" + bytes([len(text)]) + text
-        error = refusal(lambda request=request: server.raw(method, request))  # type: ignore[misc]
+        error = refusal(partial(server.raw, method, request))
         assert isinstance(error, ConfigurationError)
 
 
@@ -289,7 +290,7 @@ def test_no_save_begins_at_such_a_path(server: HostileServer, path: str) -> None
     for save_id in ("", "a/b", "../x", "x" * 65, "\u00fc"):
         bad = pb.SaveRef(store="file", path="run", save_id=save_id)
         error = refusal(
-            lambda bad=bad: server.client.call("ReserveSave", pb.ReserveSaveRequest(save=bad, writer="w"))  # type: ignore[misc]
+            partial(server.client.call, "ReserveSave", pb.ReserveSaveRequest(save=bad, writer="w"))
         )
         assert isinstance(error, ConfigurationError)
 

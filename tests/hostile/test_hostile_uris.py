@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_uri_is_no_under_store(server: HostileServer, store: str) -> None:
         ("ListSaves", pb.ListSavesRequest(store=name, prefix="")),
         ("PublishObject", pb.PublishRequest(store=name, key="k", write_id="1", size=1)),
     ):
-        error = refusal(lambda call=call, request=request: server.client.call(call, request))  # type: ignore[misc]
+        error = refusal(partial(server.client.call, call, request))
         assert isinstance(error, ConfigurationError), call
     (got,) = server.client.read([ref])
     assert "has no under-store" in str(got)

@@ -131,11 +131,13 @@ def test_what_is_committed_yields_to_a_later_save_only_when_that_is_committed_to
             now_s=now_s,
         )
 
-    for state in ("reserved", "released"):
-        assert hold(state, DEAD_S - 0.1) == Wait(DEAD_S, "other")  # type: ignore[arg-type]
-        assert hold(state, DEAD_S) == Take("v1")  # type: ignore[arg-type]
-    for state in ("committed", "deleting"):
-        assert isinstance(hold(state, DEAD_S * 9), Refuse)  # type: ignore[arg-type]
+    being_written: list[ClaimState] = ["reserved", "released"]
+    for state in being_written:
+        assert hold(state, DEAD_S - 0.1) == Wait(DEAD_S, "other")
+        assert hold(state, DEAD_S) == Take("v1")
+    in_its_place: list[ClaimState] = ["committed", "deleting"]
+    for state in in_its_place:
+        assert isinstance(hold(state, DEAD_S * 9), Refuse)
 
 
 @given(st.binary(max_size=300))

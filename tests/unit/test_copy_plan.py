@@ -6,12 +6,14 @@ import pytest
 from torchcache_server.cache.claims import DEAD_AFTER_LEASES, Claim, ClaimState, Sighting, Take
 from torchcache_server.cache.copy_plan import decide_takeover, is_left_open, judge
 from torchcache_server.cache.save_records import copy_key, decode_copy, decode_save, encode_copy, encode_save
-from torchcache_server.cache.saves import Copy, Save, SaveKey
+from torchcache_server.cache.saves import Copy, ManifestKind, Save, SaveKey
 
 KEY = SaveKey("s3", "run/step-1")
 LEASE_S = 10.0
 SEEN_S = 100.0
 DEAD_S = SEEN_S + DEAD_AFTER_LEASES * LEASE_S
+OLDER: tuple[ManifestKind, ...] = ("absent", "replaceable")
+"""What may lie at a path where nobody has published since."""
 
 
 def copy(save_id: str = "ours", *, confirmed: bool = False) -> Copy:
@@ -52,8 +54,8 @@ def test_a_save_that_the_under_store_has_needs_no_copy() -> None:
     ],
 )
 def test_a_claim_for_the_save(state: ClaimState, confirmed: bool, verdict: str) -> None:
-    for there in ("absent", "replaceable", "other"):
-        assert judge(copy(confirmed=confirmed), sighting(state), there) == verdict  # type: ignore[arg-type]
+    for there in (*OLDER, "other"):
+        assert judge(copy(confirmed=confirmed), sighting(state), there) == verdict
 
 
 @pytest.mark.parametrize(
@@ -75,9 +77,9 @@ def test_a_claim_for_another_save(state: ClaimState, confirmed: bool, verdict: s
 
 
 def test_without_a_claim_only_what_was_acknowledged_counts() -> None:
-    for older in ("absent", "replaceable"):
-        assert judge(copy(confirmed=True), None, older) == "current"  # type: ignore[arg-type]
-        assert judge(copy(), None, older) == "gone"  # type: ignore[arg-type]
+    for older in OLDER:
+        assert judge(copy(confirmed=True), None, older) == "current"
+        assert judge(copy(), None, older) == "gone"
     assert judge(copy(confirmed=True), None, "other") == "gone"
 
 
