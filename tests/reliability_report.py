@@ -49,20 +49,33 @@ FAULTS: Final = {
     "F13": "EIO on fsync",
     "F14": "out of descriptors",
     "F15": "read-only disk, or gone",
+    "F16": "a server ten or a hundred times slower than the others",
+    "F17": "a server that swallows what it is sent",
+    "F18": "a connection that is reset amid a stream",
     "F19": "a server comes back with another's past",
+    "F20": "two servers on one port, or on one store",
     "F21": "servers come and go while a checkpoint is saved",
+    "F22": "clocks that are wrong",
+    "F23": "storage that says 503, SlowDown",
+    "F24": "storage that stalls",
+    "F25": "storage whose answer is too short, under a 200",
+    "F26": "an object that changes while it is read",
+    "F27": "a conditional write that storage refuses, or whose answer is lost",
+    "F28": "a client that is killed",
+    "F29": "a fork with channels open",
     "F30": "a commit that comes twice",
     "F31": "two writers of one path",
     "F32": "a rank, or the coordinator, dies in a save",
+    "F33": "a manifest, or a record of a save, that is damaged",
     "F34": "a shard of a checkpoint is damaged",
-    "F35": "more saves than uploads",
+    "F35": "short of memory, or of room: more saves than uploads",
     "F36": "stopped while uploads wait",
     "F37": "a server with a copy is lost before the upload",
     "F38": "eviction against readers and against what isn't durable",
     "F39": "a capacity below one segment",
     "F40": "a store of another format",
 }
-"""Those of the failure model that the store and the saves have to bear, by their numbers there."""
+"""The failure model, by number."""
 
 HOSTILE: Final = {
     "keys": ("keys and paths of objects and saves, by every call that takes one", 120),
@@ -149,18 +162,23 @@ def proofs_in(tests: Path) -> dict[str, str]:
 
 
 def marked_tests(tests: Path) -> dict[str, list[tuple[str, str]]]:
-    """For each fault and invariant the (file, test) whose docstring names it; or the file, where its docstring does."""
+    """For each fault and invariant the (file, test) whose docstring names it; or the file, where its docstring does.
+
+    The name of a test may do so too, at its end: `test_a_corrupt_manifest_is_refused_f33`.
+    """
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for file in sorted(tests.rglob("test_*.py")):
         path = file.relative_to(tests.parent).as_posix()
         for name, said in _docstrings(ast.parse(file.read_text()), file.name):
-            for mark in _marks(said):
+            for mark in _marks(said, name):
                 found[mark].append((path, name))
     return found
 
 
-def _marks(said: str) -> list[str]:
+def _marks(said: str, name: str) -> list[str]:
     """F1, I6 and the like, each once; "F3 to F5" are three."""
+    if told := re.search(r"_f(\d{1,2})$", name):
+        said += f" F{told[1]}"
     for first, last in re.findall(r"\bF(\d{1,2}) to F(\d{1,2})\b", said):
         said += "".join(f" F{number}" for number in range(int(first), int(last)))
     return sorted(set(re.findall(r"\b[FI]\d{1,2}\b", said)))

@@ -1,4 +1,4 @@
-"""A checkpoint whose bytes in the pool went bad: a load checks them all, and takes what lies in storage."""
+"""A checkpoint whose bytes in the pool went bad: a load checks them all, and takes what lies in storage (F34)."""
 
 from __future__ import annotations
 

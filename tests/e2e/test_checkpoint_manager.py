@@ -421,6 +421,7 @@ def test_broken_ones_are_passed_over_and_it_is_said_why(
 def test_one_that_turns_out_damaged_while_it_is_loaded_is_passed_over(
     pool: tc.Pool, other_pool: tc.Pool, root: str, s3: SeaweedFS, bucket: str
 ) -> None:
+    """F34."""
     manager = tc.CheckpointManager(root, keep_last=None, pool=pool)
     for step in (1, 2):
         manager.save(step, {"a": torch.full((100_000,), step)})

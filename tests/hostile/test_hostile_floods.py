@@ -1,4 +1,7 @@
-"""Too many connections, calls, streams, bytes: who comes after is served, or told to try again, in bounded memory."""
+"""Too many connections, calls, streams, bytes: who comes after is served, or told to try again, in bounded memory.
+
+F35.
+"""
 
 from __future__ import annotations
 
@@ -216,6 +219,8 @@ def test_a_storage_that_says_nothing_keeps_other_calls_alive(server: HostileServ
 
 @pytest.mark.hostile("exhaustion")
 def test_reads_of_a_storage_that_says_nothing_end_by_their_deadline(server: HostileServer) -> None:
+    """F24, I4."""
+
     def stall(held: Any) -> bool:
         held.stall()
         return True

@@ -101,7 +101,7 @@ def world(tmp_path: Path, etcd: Etcd) -> Iterator[World]:
 
 
 def test_servers_join_leave_and_die_while_a_pool_reads(world: World) -> None:
-    """F5, F32: who joined is used, who left is not asked any more, who died is gone when its lease ends."""
+    """F21: who joined is used, who left is not asked any more, who died is gone when its lease ends."""
     pool = world.pool()
     objects = world.dataset(pool)
     check(pool, objects)

@@ -153,6 +153,7 @@ def unranged(request: Request) -> bool:
     ],
 )
 def test_a_passing_fault_is_retried(s3: S3UnderStore, fake: ScriptedS3, line: Line, range: ByteRange) -> None:
+    """F23, F25."""
     fake.script = [line, line]
     assert read(s3, range) == DATA[range.start : range.end]
     assert s3.counters.read_requests == 3
@@ -162,7 +163,7 @@ def test_a_passing_fault_is_retried(s3: S3UnderStore, fake: ScriptedS3, line: Li
 @pytest.mark.parametrize(
     ("line", "range", "kind"),
     [
-        (refusal(503, "SlowDown"), PART, Overloaded),  # F23
+        (refusal(503, "SlowDown"), PART, Overloaded),
         (refusal(429, "TooManyRequests"), PART, Overloaded),
         (refusal(500, "InternalError"), PART, ServerUnavailable),
         (broken_off_after(0), PART, ServerUnavailable),
@@ -175,6 +176,7 @@ def test_a_passing_fault_is_retried(s3: S3UnderStore, fake: ScriptedS3, line: Li
 def test_a_lasting_fault_is_told(
     s3: S3UnderStore, fake: ScriptedS3, line: Line, range: ByteRange, kind: type[Exception]
 ) -> None:
+    """F23, F25."""
     fake.always = line
     with pytest.raises(kind, match=r"s3://bucket/key.*4 tries failed"):
         read(s3, range)
@@ -206,6 +208,7 @@ def test_a_stall_is_waited_out_on_another_connection(s3: S3UnderStore, fake: Scr
 
 @pytest.mark.parametrize("line", [stalled, stalled_amid])
 def test_a_lasting_stall_ends_by_the_deadline(s3: S3UnderStore, fake: ScriptedS3, line: Line) -> None:
+    """F24."""
     fake.always = line
     with pytest.raises(DeadlineExceeded, match=r"deadline for s3://bucket/key passed after \d failed tries"):
         read(s3, WHOLE, timeout_s=3.0)
