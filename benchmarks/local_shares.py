@@ -10,7 +10,7 @@ import torch
 from benchmarks.findings import Findings, Row, Scale
 from torchcache.data.locality import handed_out, local_share
 from torchcache.model import ObjectId
-from torchcache.placement import owner, placement_key
+from torchcache.placement import Placement, placement_key
 
 RANKS: Final = 8
 """Of a node."""
@@ -41,7 +41,8 @@ def share_of(nodes: int, count: int) -> float:
     """The part of reads that are local to the rank that LocalitySampler gives them to."""
     servers = [f"server-{node}" for node in range(nodes)]
     keys = [placement_key(ObjectId("s3", f"bucket/{number}", "v"), 0) for number in range(count)]
-    lies = np.array([servers.index(owner(key, servers)) for key in keys])
+    placement = Placement(servers)
+    lies = np.array([servers.index(placement.owner(key)) for key in keys])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
     ranks = np.repeat(np.arange(nodes), RANKS)
     step = len(ranks) * EACH

@@ -2,17 +2,23 @@
 
 Every client computes the same order from the same members, so there is no look-up and no metadata server. A server
 that joins or leaves moves only the stripes it wins or held. (Thaler and Ravishankar, "Using name-based mappings to
-increase hit rates", 1998.)
+increase hit rates", 1998; by weights: Schindelhauer and Schomaker, "Weighted distributed hash tables", 2005.)
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from itertools import repeat
+from typing import Final
 
 import xxhash
 
 from torchcache.model import STRIPE_BYTES, ObjectId
+
+_UNIT: Final = 2.0**-64
 
 
 def placement_key(object_id: ObjectId, offset: int) -> bytes:
@@ -28,20 +34,58 @@ def placement_key(object_id: ObjectId, offset: int) -> bytes:
     return object_id.digest + struct.pack("<Q", offset // STRIPE_BYTES)
 
 
-def rendezvous_order(key: bytes, members: Sequence[str]) -> list[str]:
-    """`members` (server ids) by falling weight for `key`: the owner first, then the fallbacks.
+class Placement:
+    """The servers of a pool, and the order in which they are asked for a key. Immutable; equal if all orders are.
 
-    Does not depend on the order of `members`; ties are broken by id.
+    A server owns as much of all keys as its weight is of all weights; one whose weight changes takes or gives only the
+    difference. Weights count if every server has one above 0: a server of a version before them has none.
     """
-    if len(members) < 2:
-        return list(members)
-    weigh = xxhash.xxh3_64_intdigest
-    seed = weigh(key)
-    return [member for _, member in sorted([(-weigh(m.encode(), seed), m) for m in members])]
 
+    __slots__ = ("_encoded", "_weights", "members")
 
-def owner(key: bytes, members: Sequence[str]) -> str:
-    """The first of `rendezvous_order`, for less."""
-    weigh = xxhash.xxh3_64_intdigest
-    seed = weigh(key)
-    return min([(-weigh(m.encode(), seed), m) for m in members])[1]
+    def __init__(self, members: Iterable[str], weights: Mapping[str, float] | None = None) -> None:
+        """`members` are server ids, each once, in any order. Without `weights` all are alike."""
+        self.members: tuple[str, ...] = tuple(sorted(members))
+        self._encoded = [member.encode() for member in self.members]
+        given = [weights.get(member, 0.0) for member in self.members] if weights else []
+        self._weights = given if len(set(given)) > 1 and min(given) > 0 else []
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return self.members == other.members and self.shares() == other.shares()
+
+    def __hash__(self) -> int:
+        return hash(self.members)
+
+    def shares(self) -> list[Fraction]:
+        """How much of all keys each of `members` owns, in their order; together 1."""
+        weights = [Fraction(weight) for weight in self._weights or [1.0] * len(self.members)]
+        whole = sum(weights)
+        return [weight / whole for weight in weights]
+
+    def order(self, key: bytes) -> list[str]:
+        """The server ids by falling score for `key`: the owner first, then the fallbacks. Ties are broken by id."""
+        members = self.members
+        if len(members) < 2:
+            return [*members]
+        scores = self._scores(key)
+        return [members[at] for at in sorted(range(len(members)), key=scores.__getitem__, reverse=True)]
+
+    def owner(self, key: bytes) -> str:
+        """The first of `order`, for less."""
+        members = self.members
+        if len(members) == 1:
+            return members[0]
+        scores = self._scores(key)
+        return members[scores.index(max(scores))]
+
+    def _scores(self, key: bytes) -> Sequence[float]:
+        hashes = list(map(xxhash.xxh3_64_intdigest, self._encoded, repeat(xxhash.xxh3_64_intdigest(key))))
+        if not self._weights:
+            return hashes
+        # Of numbers drawn evenly from (0, 1], weight / -log falls in the order that equal weights give.
+        return [
+            math.log((drawn + 0.5) * _UNIT) / weight
+            for drawn, weight in zip(hashes, self._weights, strict=True)
+        ]

@@ -42,6 +42,7 @@ class Script:
     """What the stand-in holds, what it was asked, and how it lies."""
 
     server_id: str = "standin"
+    weight: float = 0.0
     token: str = "secret"
     objects: dict[ObjectId, bytes] = field(default_factory=dict)
     reads: list[cache_pb2.ReadRequest] = field(default_factory=list)
@@ -180,6 +181,7 @@ class StandIn:
             stores = [("s3", "s3://"), ("file", "file:///"), ("deep", "s3://bucket/deep")]
             return cache_pb2.InfoReply(
                 server_id=self.script.server_id,
+                weight=self.script.weight,
                 instance="1",
                 version="0",
                 data_port=self.data_port,

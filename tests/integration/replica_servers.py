@@ -16,7 +16,7 @@ from tests.integration.store_process_parts import Life, PlainStarter, Starter
 from tests.proxy import Broken, Passing, Proxy, Side
 from torchcache.connecting import connect
 from torchcache.errors import TorchCacheError
-from torchcache.placement import rendezvous_order
+from torchcache.placement import Placement
 from torchcache.pool import Pool, SaveInfo
 from torchcache.pool.saves import folder_key
 
@@ -134,7 +134,7 @@ class ReplicaServers:
 
     def order(self, uri: str) -> list[int]:
         """Numbers of the servers in the order that the checkpoint at `uri` is placed: its owner first."""
-        order = rendezvous_order(folder_key(*self.pool.resolve(uri)), list(self.ids.values()))
+        order = Placement(self.ids.values()).order(folder_key(*self.pool.resolve(uri)))
         addresses = {id_: address for address, id_ in self.ids.items()}
         return [self.addresses.index(addresses[id_]) for id_ in order]
 

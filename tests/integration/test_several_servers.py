@@ -119,7 +119,7 @@ def test_they_are_one_pool_in_which_one_that_dies_is_started_again(supervised: S
     first, second = pool.status()
     assert int(second.address.rpartition(":")[2]) == int(first.address.rpartition(":")[2]) + 2
     assert {Path(s.store_path) for s in (first, second)} == {supervised.store / f"server-{i}" for i in (0, 1)}
-    assert [s.capacity_bytes for s in (first, second)] == [10**9] * 2
+    assert [s.capacity_bytes for s in (first, second)] == [s.weight for s in (first, second)] == [10**9] * 2
     assert all(s.chunks for s in (first, second)), "each has its part"
     killed, other = supervised.children()
     before = {status.address: (status.instance, status.chunks) for status in pool.status()}

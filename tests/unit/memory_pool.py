@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torchcache.errors import (
@@ -16,6 +16,7 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.model import Extent, ObjectId, ObjectInfo
+from torchcache.placement import Placement
 from torchcache.pool import (
     NamespaceStatus,
     PoolStatistics,
@@ -281,6 +282,9 @@ class MemoryPool:
         if isinstance(self.addresses, TorchCacheError):
             raise self.addresses
         return self.addresses
+
+    def placement(self, servers: Iterable[str]) -> Placement:
+        return Placement(servers)
 
     def statistics(self) -> PoolStatistics:
         return PoolStatistics(lanes=self.lanes, lane_reasons={"127.0.0.1:7440": "it is far away"})

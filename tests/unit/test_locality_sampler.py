@@ -18,6 +18,7 @@ from torchcache import LocalitySampler
 from torchcache.data import CachedDataset
 from torchcache.data.locality import NOWHERE, handed_out
 from torchcache.errors import ConfigurationError, ServerUnavailable
+from torchcache.placement import Placement
 
 __all__ = ["pool"]
 
@@ -92,7 +93,7 @@ def test_the_share_is_that_of_what_the_ranks_get(pool: SamplePool) -> None:
     ours = ranks(dataset, 6, batch_size=8)
     nodes = {f"server {n}": n for n in range(3)}
     read = [(rank // 2, list(sampler)) for rank, sampler in enumerate(ours)]
-    owners = dict(enumerate(dataset.owners(range(300), list(nodes))))
+    owners = dict(enumerate(dataset.owners(range(300), Placement(nodes))))
     local = sum(nodes[owners[index]] == node for node, mine in read for index in mine)
     assert local / 300 == pytest.approx(ours[0].local_share())
 
@@ -157,7 +158,8 @@ def test_subsets_and_concatenations_lie_where_their_samples_do(pool: SamplePool)
     one, two = cached(pool, 20, hosts=3), cached(pool, 30, hosts=3, name="more")
     servers = list(pool.addresses)
     whole = ConcatDataset([Subset(one, [5, 3, 1]), two])
-    expected = [one.owners([i], servers)[0] for i in (5, 3, 1)] + two.owners(range(30), servers)
+    placement = Placement(servers)
+    expected = [one.owners([i], placement)[0] for i in (5, 3, 1)] + two.owners(range(30), placement)
     sampler = LocalitySampler(whole, 3, 0)
     found = sampler._nodes(np.arange(33))
     assert [servers[node] for node in found] == expected

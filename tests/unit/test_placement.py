@@ -1,41 +1,86 @@
-"""placement.py: one order for all clients, balance, and few moves when members change."""
+"""placement.py: one order for all clients, shares by weight, and few moves when members or weights change."""
 
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
+from typing import Final
 
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from torchcache.model import SAMPLES, STRIPE_BYTES, ObjectId
-from torchcache.placement import placement_key, rendezvous_order
+from torchcache.placement import Placement, placement_key
 
 members = st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=8, unique=True)
+several = members.filter(lambda m: len(m) > 1)
+weight = st.floats(1e-3, 1e15)
+
+OBJECT: Final = ObjectId("s3", "bucket/key", "etag")
+KEYS: Final = [placement_key(OBJECT, number * STRIPE_BYTES) for number in range(4000)]
 
 
-@given(st.binary(max_size=24), members, st.randoms())
-def test_the_order_does_not_depend_on_how_members_are_listed(key, servers, random) -> None:
+@given(st.binary(max_size=24), members, st.randoms(), st.data())
+def test_the_order_does_not_depend_on_how_members_are_listed(key, servers, random, data) -> None:
+    weights = data.draw(st.none() | st.fixed_dictionaries(dict.fromkeys(servers, weight)))
     shuffled = list(servers)
     random.shuffle(shuffled)
-    assert rendezvous_order(key, servers) == rendezvous_order(key, shuffled)
-    assert sorted(rendezvous_order(key, servers)) == sorted(servers)
+    order = Placement(servers, weights).order(key)
+    assert order == Placement(shuffled, weights).order(key)
+    assert sorted(order) == sorted(servers)
+    assert Placement(servers, weights).owner(key) == order[0]
 
 
-@given(st.binary(max_size=24), members.filter(lambda m: len(m) > 1), st.data())
+@given(st.binary(max_size=24), members, weight)
+def test_equal_weights_are_no_weights(key, servers, each) -> None:
+    """Stores of before there were weights keep what they own: the score is the hash of the id, seeded by the key's."""
+    seed = xxhash.xxh3_64_intdigest(key)
+    expected = sorted(servers, key=lambda id_: (-xxhash.xxh3_64_intdigest(id_.encode(), seed), id_))
+    assert Placement(servers).order(key) == expected
+    assert Placement(servers, dict.fromkeys(servers, each)).order(key) == expected
+    assert Placement(servers, dict.fromkeys(servers, each)) == Placement(reversed(servers))
+
+
+@given(st.binary(max_size=24), several, st.data())
 def test_a_server_that_leaves_moves_only_its_own(key, servers, data) -> None:
+    weights = data.draw(st.none() | st.fixed_dictionaries(dict.fromkeys(servers, weight)))
     gone = data.draw(st.sampled_from(servers))
-    before = rendezvous_order(key, servers)
-    after = rendezvous_order(key, [s for s in servers if s != gone])
+    before = Placement(servers, weights).order(key)
+    after = Placement([s for s in servers if s != gone], weights).order(key)
     assert after == [s for s in before if s != gone]
 
 
+@given(st.binary(max_size=24), several, st.data())
+def test_a_server_of_more_weight_only_gains(key, servers, data) -> None:
+    weights = data.draw(st.fixed_dictionaries(dict.fromkeys(servers, weight)))
+    grown = data.draw(st.sampled_from(servers))
+    before = Placement(servers, weights)
+    after = Placement(servers, weights | {grown: 2 * weights[grown]})
+    assert after.owner(key) in (before.owner(key), grown)
+    rest = [s for s in before.order(key) if s != grown]
+    assert [s for s in after.order(key) if s != grown] == rest
+
+
 def test_stripes_spread_evenly() -> None:
-    servers = [f"server-{i}" for i in range(4)]
-    object_id = ObjectId("s3", "bucket/key", "etag")
-    owners = Counter(
-        rendezvous_order(placement_key(object_id, i * STRIPE_BYTES), servers)[0] for i in range(4000)
-    )
-    assert all(800 < owners[s] < 1200 for s in servers)
+    placement = Placement(f"server-{i}" for i in range(4))
+    owned = Counter(map(placement.owner, KEYS))
+    assert all(800 < owned[s] < 1200 for s in placement.members)
+
+
+def test_stripes_spread_by_weight() -> None:
+    weights = {"a": 100e9, "b": 200e9, "c": 500e9}
+    placement = Placement(weights, weights)
+    owned = Counter(map(placement.owner, KEYS))
+    assert placement.shares() == [Fraction(1, 8), Fraction(1, 4), Fraction(5, 8)]
+    for server, share in zip(placement.members, placement.shares(), strict=True):
+        assert abs(owned[server] - share * len(KEYS)) < 0.03 * len(KEYS)
+
+
+def test_while_a_server_tells_no_weight_all_are_alike() -> None:
+    assert Placement("abc", {"a": 1.0, "b": 9.0}) == Placement("abc", {"a": 1.0, "b": 9.0, "c": 0.0})
+    assert Placement("abc", {"a": 1.0, "b": 9.0}) == Placement("abc")
+    assert Placement("abc", {"a": 1.0, "b": 9.0, "c": 1.0}) != Placement("abc")
 
 
 def test_what_is_placed_together() -> None:

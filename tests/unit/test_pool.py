@@ -30,7 +30,7 @@ from torchcache.errors import (
 )
 from torchcache.lanes.base import Lane
 from torchcache.model import CHUNK_BYTES, STRIPE_BYTES, Extent, ObjectId, ObjectInfo
-from torchcache.placement import placement_key, rendezvous_order
+from torchcache.placement import Placement, placement_key
 from torchcache.pool import Pool, reads
 from torchcache.pool.control import ControlClient
 from torchcache.pool.members import Member
@@ -77,7 +77,7 @@ def wide(servers: dict[str, StandIn]) -> Iterator[Pool]:
 
 
 def owners(id_: ObjectId, offset: int = 0) -> list[str]:
-    return rendezvous_order(placement_key(id_, offset), ["a", "b", "c"])
+    return Placement("abc").order(placement_key(id_, offset))
 
 
 def corrupt(pieces: list[Piece]) -> list[Piece]:
@@ -426,6 +426,19 @@ def test_samples_go_to_their_owners_and_come_from_there(servers: dict[str, Stand
     views = wide.read([whole(sample(i)) for i in range(60)])
     assert [bytes(view) for view in views] == [b"%d" % i for i in range(60)]
     assert all(len(server.script.reads) == 1 for server in servers.values())
+
+
+def test_a_server_of_more_weight_owns_more(servers: dict[str, StandIn], wide: Pool) -> None:
+    weights = {"a": 1e9, "b": 1e9, "c": 6e9}
+    for name, server in servers.items():
+        server.script.weight = weights[name]
+    wide.write("samples:d@0", [(sample(i), [b"x"]) for i in range(200)])
+    placement = Placement("abc", weights)
+    assert wide.placement(weights) == placement
+    assert {one.server_id: one.weight for one in wide.status()} == weights
+    for name, server in servers.items():
+        assert all(placement.owner(placement_key(id_, 0)) == name for id_ in server.script.objects)
+    assert len(servers["c"].script.objects) > 120
 
 
 def test_an_owner_that_is_gone_is_stood_in_for(servers: dict[str, StandIn], wide: Pool) -> None:

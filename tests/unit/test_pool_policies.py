@@ -53,6 +53,14 @@ def test_a_quota_is_the_pools_and_each_server_gets_a_share(
     assert all(request.HasField("quota_bytes") and request.HasField("ttl_s") for request in requests)
 
 
+def test_a_quota_is_shared_by_weight(servers: dict[str, StandIn], pool: Pool) -> None:
+    for server, weight in zip(servers.values(), (1e9, 2e9, 5e9), strict=True):
+        server.script.weight = weight
+    pool.set_policy("d", quota_bytes=82)
+    requests = [asked(server, "SetPolicy")[0] for server in servers.values()]
+    assert [request.quota_bytes for request in requests] == [11, 20, 51]
+
+
 def test_evicted_bytes_are_summed(servers: dict[str, StandIn], pool: Pool) -> None:
     assert pool.evict("d") == 15
     assert all(asked(server, "Evict") for server in servers.values())

@@ -19,7 +19,7 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.model import STRIPE_BYTES, UNKNOWN_SIZE, Extent, ObjectId, ObjectInfo
-from torchcache.placement import placement_key, rendezvous_order
+from torchcache.placement import Placement, placement_key
 from torchcache.pool.routing import Part, Step, advance, check_extents, next_step, placed, streams, stripes
 
 FILE = ObjectId("s3", "bucket/key", "v1")
@@ -48,7 +48,7 @@ def test_streams_tile_the_extent_and_share_what_a_server_has(
     members = [f"server-{n}" for n in range(servers)]
     start, end = sorted((one, other))
     extent = Extent(ObjectInfo(FILE, SIZE), start, end - start)
-    runs = placed(extent, lambda key: rendezvous_order(key, members))
+    runs = placed(extent, Placement(members).order)
     least = STRIPE_BYTES // 2
     cut = streams(runs, least, lambda _: most)
     assert cut[0][0].offset == start
@@ -57,7 +57,7 @@ def test_streams_tile_the_extent_and_share_what_a_server_has(
         assert part.end == following.offset
         assert following.offset % STRIPE_BYTES == 0
     for part, order, _ in cut:
-        assert list(order) == rendezvous_order(placement_key(FILE, part.offset), members)
+        assert list(order) == Placement(members).order(placement_key(FILE, part.offset))
     for server in members:
         mine = [(part.length, stream) for part, order, stream in cut if order[0] == server]
         share = sum(length for length, _ in mine)
@@ -80,13 +80,11 @@ def test_what_is_placed_whole_is_not_cut(info: ObjectInfo) -> None:
 def test_every_byte_is_asked_of_its_stripes_owner(servers: int, one: int, other: int) -> None:
     members = [f"server-{n}" for n in range(servers)]
     start, end = sorted((one, other))
-    runs = placed(
-        Extent(ObjectInfo(FILE, SIZE), start, end - start), lambda key: rendezvous_order(key, members)
-    )
+    runs = placed(Extent(ObjectInfo(FILE, SIZE), start, end - start), Placement(members).order)
     assert sum(run.length for run, _ in runs) == end - start
     for run, order in runs:
         for at in {run.offset, max(run.offset, run.end - 1)}:
-            assert list(order) == rendezvous_order(placement_key(FILE, at), members)
+            assert list(order) == Placement(members).order(placement_key(FILE, at))
     for (_, before), (_, after) in pairwise(runs):
         assert list(before) != list(after)
 

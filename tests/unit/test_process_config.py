@@ -86,6 +86,13 @@ def test_an_embedded_server_lives_in_its_pools_folder(tmp_path: Path) -> None:
     assert config.token_file == tmp_path / "token"
     assert config.embedded is not None
     assert config.embedded.folder == tmp_path / "server-2"
+    assert config.pool_weight == 1.0, "they are alike"
+
+
+def test_a_server_takes_of_the_pool_by_its_capacity_and_a_factor() -> None:
+    config = from_settings(MINIMAL)
+    assert config.pool_weight == config.capacity_bytes
+    assert from_settings(MINIMAL | {"weight": 0.5}).pool_weight == config.capacity_bytes / 2
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,8 @@ def test_an_embedded_server_lives_in_its_pools_folder(tmp_path: Path) -> None:
         ({"drain_s": -1}, "drain"),
         ({"drain_s": float("nan")}, "drain"),
         ({"drain_s": "long"}, "must be a number"),
+        ({"weight": 0}, "a weight of 0: give 0.01 to 100"),
+        ({"weight": float("nan")}, "a weight of nan"),
         ({"metrics_port": 70000}, "metrics port"),
         ({"scrub_rate": "fast"}, "'fast' is not a size"),
         ({"scrub_rate": -1}, "more than zero"),

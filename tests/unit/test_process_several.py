@@ -26,6 +26,7 @@ CONFIG = ServerConfig(
     scrub_bytes_s=10,
     min_free_bytes=0,
     lease_s=2.5,
+    weight=0.5,
     max_pending_bytes=31,
     servers=3,
 )

@@ -27,6 +27,7 @@ from torchcache.data.samples import OnProgress, Samples
 from torchcache.data.staged import MissingList, StageReport
 from torchcache.errors import ConfigurationError, OutOfSpace
 from torchcache.model import SAVE_PREFIX
+from torchcache.placement import Placement
 from torchcache.pool import Pool, Residency
 from torchcache.pool.routing import main_owner
 
@@ -157,9 +158,9 @@ class CachedDataset(Dataset[Any]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self._samples.describe()}"
 
-    def owners(self, indices: Sequence[int], servers: Sequence[str]) -> list[str]:
-        """Of each sample the server that owns most of it, were `servers`, by id, the pool's."""
-        return [main_owner(extent, servers) for extent in self._samples.extents(indices)]
+    def owners(self, indices: Sequence[int], placement: Placement) -> list[str]:
+        """Of each sample the id of the server that owns most of it, were `placement` the pool's."""
+        return [main_owner(extent, placement) for extent in self._samples.extents(indices)]
 
     @property
     def pool(self) -> Pool:

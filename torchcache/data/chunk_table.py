@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torchcache.data.samples import windows
 from torchcache.marks import Marks, marks
 from torchcache.model import CHUNK_BYTES, Extent
-from torchcache.placement import owner, placement_key
+from torchcache.placement import Placement, placement_key
 from torchcache.records import CHUNK_INDEX
 
 Ints = NDArray[np.int64]
@@ -28,12 +28,16 @@ class ChunkTable:
         self,
         extents: Callable[[Sequence[int]], list[Extent]],
         count: int,
-        servers: Sequence[str],
+        placement: Placement,
         *,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Of samples 0 to `count` - 1. Takes some microseconds a sample; incomplete if `stopped`, asked meanwhile."""
+        """Of samples 0 to `count` - 1. Takes some microseconds a sample; incomplete if `stopped`, asked meanwhile.
+
+        Servers are counted as in `placement.members`.
+        """
         self._extents = extents
+        numbers = {server: number for number, server in enumerate(placement.members)}
         owners: list[NDArray[np.int16]] = []
         found: list[Marks] = []
         counts = np.zeros(count, np.int64)
@@ -47,9 +51,8 @@ class ChunkTable:
                 counts[index] = len(chunks)
                 for chunk in chunks:
                     keys.append(extent.object.id.digest + CHUNK_INDEX.pack(chunk))
-                    own.append(
-                        servers.index(owner(placement_key(extent.object.id, chunk * CHUNK_BYTES), servers))
-                    )
+                    key = placement_key(extent.object.id, chunk * CHUNK_BYTES)
+                    own.append(numbers[placement.owner(key)])
             found.append(marks(keys))
             owners.append(np.array(own, np.int16))
             time.sleep(_PAUSE_S)

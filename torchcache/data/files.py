@@ -194,12 +194,13 @@ class FileSamples:
 
     def absent(self) -> Iterator[tuple[ObjectInfo, TorchCacheError]]:
         servers = self._pool.servers()
+        placement = self._pool.placement(servers)
         for window in windows(range(len(self._manifest))):
             objects = self._objects(window)
             for info, held in zip(objects, self._pool.resident_bytes(objects), strict=True):
                 if held < info.size:
                     why = f"{info.size - held:,} of its {info.size:,} bytes had to go again: there is no room for all"
-                    server = servers[main_owner(Extent(info), [*servers])]
+                    server = servers[main_owner(Extent(info), placement)]
                     yield info, OutOfSpace(why, object=self._pool.uri(info.id), server=server)
 
     def residency(self) -> Residency:

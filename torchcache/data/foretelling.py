@@ -17,6 +17,7 @@ from torchcache.data.epoch_plan import EpochPlan, Share
 from torchcache.data.prefetch import Missing, Prefetch, PrefetchProgress
 from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
 from torchcache.model import Extent
+from torchcache.placement import Placement
 from torchcache.pool import Pool
 from torchcache.pool.orders import OrderKey
 
@@ -175,6 +176,7 @@ class Foreteller:
         self._thread: threading.Thread | None = None
         self._table: ChunkTable | None = None
         self._servers: dict[str, str] = {}
+        self._placement = Placement(())
         self._answered_s = time.monotonic()
 
     def add(self, prefetch: OrderedPrefetch) -> None:
@@ -235,13 +237,15 @@ class Foreteller:
             self._end_all(ServerUnavailable("the pool was closed, and the prefetch ends with it"))
             return 0.0
         try:
-            if (servers := self._pool.servers()) != self._servers:
-                self._servers, self._table = servers, None
+            servers = self._pool.servers()
+            placement = self._pool.placement(servers)
+            if servers != self._servers or placement != self._placement:
+                self._servers, self._placement, self._table = servers, placement, None
                 for prefetch in prefetches:
                     prefetch.plans = {}  # others own its chunks now
             if self._table is None:
                 self._table = ChunkTable(
-                    self._samples.extents, len(self._samples), [*self._servers], stopped=self._stopped.is_set
+                    self._samples.extents, len(self._samples), placement, stopped=self._stopped.is_set
                 )
                 self._answered_s = time.monotonic()
         except TransientError as error:
@@ -299,7 +303,7 @@ class Foreteller:
                 order = prefetch.order_of(epoch)
                 is_running = epoch == prefetch.running or (epoch == now > prefetch.told_from)
                 prefetch.plans[epoch] = EpochPlan(
-                    self.key, epoch, order, table, [*self._servers], running=is_running
+                    self.key, epoch, order, table, self._placement.members, running=is_running
                 )
         prefetch.plans = {
             epoch: plan for epoch, plan in prefetch.plans.items() if epoch >= now or epoch == last

@@ -15,6 +15,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchcache.data.cached import CachedDataset
 from torchcache.data.locality import Ints, handed_out, local_share, rank_hosts, server_nodes
 from torchcache.errors import ConfigurationError
+from torchcache.placement import Placement
 
 _log = logging.getLogger("torchcache")
 
@@ -62,11 +63,14 @@ class LocalitySampler(StatefulDistributedSampler):  # type: ignore[misc]  # torc
         hosts = rank_hosts(hosts, servers, self.num_replicas)
         nodes = server_nodes(hosts, servers)
         self._servers = list(servers)
+        self._where = pool.placement(servers)
         self._node_of = np.array([nodes[server] for server in self._servers])
         self._ranks = np.array([list(dict.fromkeys(hosts)).index(host) for host in hosts])
         self._owners = np.full(len(dataset), _UNKNOWN, np.int16)  # type: ignore[arg-type]
+        shares = self._where.shares()
+        uneven = [shares] if len(set(shares)) > 1 else []
         self._placement = xxhash.xxh3_64_hexdigest(
-            repr((sorted(nodes.items()), self._ranks.tolist(), batch_size)).encode()
+            repr((sorted(nodes.items()), self._ranks.tolist(), batch_size, *uneven)).encode()
         )
         here = {
             server for server, address in servers.items() if pool.statistics().lanes.get(address) == "local"
@@ -139,7 +143,7 @@ class LocalitySampler(StatefulDistributedSampler):  # type: ignore[misc]  # torc
         new = np.unique(indices[self._owners[indices] == _UNKNOWN])
         if len(new):
             number = {server: at for at, server in enumerate(self._servers)}
-            owners = _owners(self.dataset, new.tolist(), self._servers)
+            owners = _owners(self.dataset, new.tolist(), self._where)
             self._owners[new] = [number[owner] for owner in owners]
         return self._node_of[self._owners[indices]]
 
@@ -161,10 +165,10 @@ def _first(dataset: Any) -> CachedDataset:
     return dataset
 
 
-def _owners(dataset: Any, indices: Sequence[int], servers: Sequence[str]) -> Sequence[str]:
+def _owners(dataset: Any, indices: Sequence[int], placement: Placement) -> Sequence[str]:
     """Of each sample the server that owns it."""
     if isinstance(dataset, Subset):
-        return _owners(dataset.dataset, [dataset.indices[index] for index in indices], servers)
+        return _owners(dataset.dataset, [dataset.indices[index] for index in indices], placement)
     if isinstance(dataset, ConcatDataset):
         ends = np.array(dataset.cumulative_sizes)
         parts = np.searchsorted(ends, indices, side="right")
@@ -174,8 +178,10 @@ def _owners(dataset: Any, indices: Sequence[int], servers: Sequence[str]) -> Seq
             owner
             for part in np.unique(parts)
             for owner in _owners(
-                dataset.datasets[part], (np.asarray(indices)[parts == part] - starts[part]).tolist(), servers
+                dataset.datasets[part],
+                (np.asarray(indices)[parts == part] - starts[part]).tolist(),
+                placement,
             )
         ]
-    owners: Sequence[str] = dataset.owners(indices, servers)
+    owners: Sequence[str] = dataset.owners(indices, placement)
     return owners

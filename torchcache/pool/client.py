@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.lanes.base import Buffer, ReadOptions
 from torchcache.model import Extent, ObjectId, ObjectInfo
+from torchcache.placement import Placement
 from torchcache.pool import orders, policies, staging
 from torchcache.pool.farewell import farewell
 from torchcache.pool.lane_choice import LaneName
@@ -231,8 +232,8 @@ class Pool:
         `namespace` is the dataset's name in `status`: its folder's URI, without a slash at the end, or
         `samples:<name>@<version>`. It need not hold anything yet. `pinned`: never evicted. `priority`, -1000 to 1000:
         who has a lower one yields first, and never takes room from who has a higher one; it starts at 0.
-        `quota_bytes`: it takes no more of the pool than that, each server getting an even share; `ttl_s`: dropped once
-        nobody used it for so long. Of these two 0 takes the limit away.
+        `quota_bytes`: it takes no more of the pool than that, each server getting its share by weight; `ttl_s`: dropped
+        once nobody used it for so long. Of these two 0 takes the limit away.
 
         Of a save in the pool only `pinned` can be set. A server that joins later has to be told again. Returns what
         each server now has of it, by address. Raises ServerUnavailable with the servers that could not be told; the
@@ -369,6 +370,10 @@ class Pool:
         Raises ServerUnavailable if there is one that hasn't said its id.
         """
         return self._session().addresses(STATUS_S)
+
+    def placement(self, servers: Iterable[str]) -> Placement:
+        """Which of `servers`, ids that `servers()` gave, owns what. Raises ServerUnavailable if none answers."""
+        return self._session().placement(servers, STATUS_S)
 
     @property
     def is_open(self) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, Protocol
 
 from torchcache.addresses import host_port, is_loopback, parse_host_port
 from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.lanes.access import Access
 from torchcache.lanes.base import Lane
-from torchcache.placement import rendezvous_order
+from torchcache.placement import Placement
 from torchcache.pool.control import ControlClient
 from torchcache.pool.health import Health
 
@@ -96,6 +97,7 @@ class Member:
     lane: Lane
     lane_reason: str  # why it isn't the local one, if that was wanted
     under_stores: tuple[UnderStoreName, ...]
+    weight: float = 0.0  # how much of the pool it takes, beside the others; 0: it doesn't say
 
     @property
     def address(self) -> str:
@@ -128,6 +130,11 @@ class Members:
         known = {member.address for member in self.by_id.values()}
         return len(known | set(self.missing))
 
+    @cached_property
+    def placement(self) -> Placement:
+        """Which of them owns what."""
+        return Placement(self.by_id, {id_: member.weight for id_, member in self.by_id.items()})
+
 
 class Ordering:
     """Rendezvous order with the servers that are out moved to the end. Thread-safe."""
@@ -138,11 +145,11 @@ class Ordering:
     @staticmethod
     def owner(key: bytes, members: Members) -> str:
         """The server that owns `key`, out or not."""
-        return rendezvous_order(key, list(members.by_id))[0]
+        return members.placement.owner(key)
 
     def order(self, key: bytes, members: Members) -> list[str]:
         """Server ids to ask for `key`, best first."""
-        order = rendezvous_order(key, list(members.by_id))
+        order = members.placement.order(key)
         if not self._health.anyone_out or len(order) < 2:
             return order
         return sorted(order, key=self._health.is_out)  # stable

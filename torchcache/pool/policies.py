@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Final
 
 from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError, TransientError
+from torchcache.placement import Placement
 from torchcache.pool.members import Member, Members
 from torchcache.pool.reports import NamespaceStatus, namespace_status
 from torchcache.pool.retry import Retry
@@ -34,8 +36,7 @@ def set_policy(
             raise ConfigurationError(f"{name} of {value} is beyond what there can be")
     everybody = _Everybody(session)
     members = everybody.members
-    # Of a server that doesn't answer a share is set aside too: it has it once it is told.
-    shares = _shares(quota_bytes, len(members.by_id) + len(everybody.strangers))
+    shares = _shares(quota_bytes, members.placement, len(everybody.strangers))
 
     def request(number: int) -> cache_pb2.SetPolicyRequest:
         made = cache_pb2.SetPolicyRequest(
@@ -48,7 +49,7 @@ def set_policy(
             made.pinned = pinned
         return made
 
-    requests = {server: request(number) for number, server in enumerate(sorted(members.by_id))}
+    requests = {server: request(number) for number, server in enumerate(members.placement.members)}
     replies = everybody.tell("SetPolicy", requests, f"the policy of {namespace}")
     return {address: namespace_status(reply) for address, reply in replies.items()}
 
@@ -61,12 +62,18 @@ def evict(session: Session, namespace: str) -> int:
     return sum(reply.freed_bytes for reply in replies.values())
 
 
-def _shares(quota_bytes: int | None, servers: int) -> list[int] | None:
-    """What each server may hold, so that all together hold `quota_bytes`; of 0, no quota, every one gets 0."""
+def _shares(quota_bytes: int | None, placement: Placement, strangers: int) -> list[int] | None:
+    """What each server may hold, so that all together hold `quota_bytes`; of 0, no quota, every one gets 0.
+
+    For each of `strangers`, which don't answer, a share is set aside too: it has it once it is told.
+    """
+    servers = len(placement.members)
     if not quota_bytes or quota_bytes < 0:
         return None if quota_bytes is None else [quota_bytes] * servers
-    each, more = divmod(quota_bytes, servers)
-    return [max(1, each + (number < more)) for number in range(servers)]
+    known_bytes = quota_bytes - strangers * (quota_bytes // (servers + strangers))
+    each = [math.floor(share * known_bytes) for share in placement.shares()]
+    more = known_bytes - sum(each)
+    return [max(1, part + (number < more)) for number, part in enumerate(each)]
 
 
 class _Everybody:

@@ -71,7 +71,8 @@ class ServerStatus:
     were, `overhead_bytes` in the index and the records beside it, `free_bytes` left on the file system. `damaged_kept`
     counts damaged chunks that stay because there is no other copy. `out_of_service` says why the disk is not used any
     more; empty while it is. `served_bytes` travelled by the flight lane; `local_chunks` and `local_bytes` clients read
-    from the store's files themselves, by what they say.
+    from the store's files themselves, by what they say. `weight` is how much of the pool it takes, beside the
+    others' weights; 0.0 of a version that has none.
     """
 
     address: str
@@ -112,6 +113,7 @@ class ServerStatus:
     under_stores: tuple[UnderStoreStatus, ...]
     namespaces: tuple[NamespaceStatus, ...]
     orders: tuple[OrderStatus, ...] = ()
+    weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +237,7 @@ def server_status(reply: cache_pb2.StatusReply, address: str) -> ServerStatus:
         under_stores=stores,
         namespaces=namespaces,
         orders=tuple(map(_order_status, reply.orders)),
+        weight=reply.info.weight,
         **same,
     )
 

@@ -192,7 +192,7 @@ class Roster:
             before=before.lane if before is not None else None,
             uses=self.uses,
         )
-        return Member(info.server_id, control, lane, reason, stores)
+        return Member(info.server_id, control, lane, reason, stores, info.weight)
 
     def close(self) -> None:
         """Forgets the servers and closes the connections to them."""

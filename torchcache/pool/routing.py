@@ -17,7 +17,7 @@ from torchcache.errors import (
     TransientError,
 )
 from torchcache.model import STRIPE_BYTES, UNKNOWN_SIZE, Extent, ObjectInfo
-from torchcache.placement import owner, placement_key
+from torchcache.placement import Placement, placement_key
 
 Order = Callable[[bytes], Sequence[str]]
 """From a placement key to server ids, the owner first."""
@@ -103,14 +103,14 @@ def placed(extent: Extent, order: Order) -> Runs:
     return merge_runs((part, order(placement_key(part.object.id, part.offset))) for part in parts)
 
 
-def main_owner(extent: Extent, servers: Sequence[str]) -> str:
-    """Which of `servers`, ids, owns the most bytes of the extent."""
+def main_owner(extent: Extent, placement: Placement) -> str:
+    """The id of the server that owns the most bytes of the extent."""
     parts = stripes(extent)
     if len(parts) == 1:
-        return owner(placement_key(extent.object.id, extent.offset), servers)
+        return placement.owner(placement_key(extent.object.id, extent.offset))
     shares: Counter[str] = Counter()
     for part in parts:
-        shares[owner(placement_key(part.object.id, part.offset), servers)] += part.length
+        shares[placement.owner(placement_key(part.object.id, part.offset))] += part.length
     return min(shares, key=lambda server: (-shares[server], server))
 
 

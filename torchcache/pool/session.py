@@ -6,11 +6,12 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
+from torchcache.placement import Placement
 from torchcache.pool.health import Health
 from torchcache.pool.lane_choice import LaneName
 from torchcache.pool.members import Member, Members, MemberSource, Ordering
@@ -109,6 +110,12 @@ class Session:
                 server=", ".join(strangers),
             )
         return found
+
+    def placement(self, servers: Iterable[str], timeout_s: float) -> Placement:
+        """Which of `servers`, by their ids, owns what. Raises ServerUnavailable if none answers."""
+        deadline = time.monotonic() + timeout_s
+        members = self.first_members(Retry(self.budget, deadline), deadline)
+        return Placement(servers, {id_: member.weight for id_, member in members.by_id.items()})
 
     @property
     def current(self) -> Members | None:

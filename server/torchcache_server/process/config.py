@@ -22,6 +22,7 @@ DEFAULT_DRAIN_S: Final = 60.0
 EMBEDDED_DRAIN_S: Final = 40.0
 DEFAULT_LEASE_S: Final = 10.0
 DEFAULT_IDLE_S: Final = 15.0
+WEIGHTS: Final = (0.01, 100.0)
 DEFAULT_SCRUB_BYTES_S: Final = 32 * 1024 * 1024
 MAX_SCRUB_BYTES_S: Final = 100 * 1024**3
 MAX_SERVERS: Final = 64
@@ -73,6 +74,7 @@ class ServerConfig:
     embedded: Embedded | None = None
     join: RegistryAddress | None = None
     advertise: str | None = None  # the host by which others reach it; None: `host`
+    weight: float = 1.0  # see pool_weight
     servers: int = 1  # more share the machine, each with a part of the capacity; see several.py
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ class ServerConfig:
             )
         if not 1 <= self.servers <= MAX_SERVERS:
             raise ConfigurationError(f"{self.servers} servers: give 1 to {MAX_SERVERS}")
+        if not WEIGHTS[0] <= self.weight <= WEIGHTS[1]:
+            raise ConfigurationError(f"a weight of {self.weight}: give {WEIGHTS[0]} to {WEIGHTS[1]:.0f}")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ConfigurationError(f"metrics port {self.metrics_port} does not exist")
         if not 0 <= self.drain_s <= 86_400:
@@ -114,6 +118,14 @@ class ServerConfig:
         """The host by which others reach it."""
         return self.advertise if self.advertise is not None else self.host
 
+    @property
+    def pool_weight(self) -> float:
+        """How much of the pool it takes, beside what the same says of the others.
+
+        Embedded ones share a disk evenly: what was free of it when each was started shall not count.
+        """
+        return self.weight * (self.capacity_bytes if self.embedded is None else 1.0)
+
     def _check_saves(self) -> None:
         if self.max_pending_bytes is not None and not 0 < self.max_pending_bytes <= self.capacity_bytes:
             raise ConfigurationError(
@@ -142,8 +154,9 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
     """The configuration that `settings` describe: names and values as in the TOML file.
 
     listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, tls_client_ca, drain_s,
-    metrics_port, metrics_host, scrub_rate (bytes a second), min_free, lease_s, max_pending, join, advertise, servers;
-    an embedded server has embedded (its pool's folder), index and idle_s in place of listen, store, join and servers.
+    metrics_port, metrics_host, scrub_rate (bytes a second), min_free, lease_s, max_pending, weight, join, advertise,
+    servers; an embedded server has embedded (its pool's folder), index and idle_s in place of listen, store, join and
+    servers.
     None is the same as absent.
 
     Raises ConfigurationError, also for a setting that doesn't exist.
@@ -173,6 +186,7 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
         embedded=embedded,
         join=RegistryAddress.parse(_text(given, "join")) if "join" in given else None,
         advertise=_text(given, "advertise") if "advertise" in given else None,
+        weight=_number(given, "weight", 1.0),
         servers=_whole(given, "servers", 1),
     )
 
@@ -219,6 +233,7 @@ _SETTINGS: Final = (
     "max_pending",
     "join",
     "advertise",
+    "weight",
     "servers",
     "embedded",
     "index",

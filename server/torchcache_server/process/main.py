@@ -117,6 +117,12 @@ _LOG = logging.getLogger(__name__)
     "--advertise", metavar="HOST", help="With --join: how others reach this machine. [--listen's host]"
 )
 @click.option(
+    "--weight",
+    metavar="FACTOR",
+    type=float,
+    help="How much of the pool to take, beside what --capacity gives it: 0.5 takes half of that. [1]",
+)
+@click.option(
     "--servers",
     metavar="N",
     type=int,

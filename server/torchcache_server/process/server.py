@@ -155,6 +155,7 @@ class Server:
             instance=self.instance,
             version=version("torchcache"),
             data_port=self.data_port,
+            weight=config.pool_weight,
             store_path=config.store,
             local_store=_local_store(config.store),
             started_s=time.monotonic(),

@@ -64,7 +64,7 @@ def arguments(config: ServerConfig) -> Iterator[str]:
     for name, uri in config.under_stores:
         yield from ("--under-store", f"{name}={uri}")
     yield from ("--token-file", str(config.token_file), "--drain-s", str(config.drain_s))
-    yield from ("--lease-s", str(config.lease_s))
+    yield from ("--lease-s", str(config.lease_s), "--weight", str(config.weight))
     if config.max_pending_bytes is not None:
         yield from ("--max-pending", str(config.max_pending_bytes))
     yield from ("--scrub-rate", str(config.scrub_bytes_s))

@@ -62,6 +62,7 @@ class ServerFacts:
     instance: str
     version: str
     data_port: int
+    weight: float
     store_path: Path
     local_store: pb.LocalStore
     started_s: float  # time.monotonic()
@@ -104,6 +105,7 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             data_port=facts.data_port,
             under_stores=[pb.UnderStoreInfo(name=u.name, uri=u.uri) for u in self._under_stores.values()],
             local_store=facts.local_store,
+            weight=facts.weight,
         )
 
     def GetStatus(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:

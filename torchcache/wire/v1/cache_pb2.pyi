@@ -108,20 +108,22 @@ class LocalStore(_message.Message):
     def __init__(self, path: _Optional[str] = ..., kernel: _Optional[str] = ..., device: _Optional[int] = ..., inode: _Optional[int] = ...) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("server_id", "instance", "version", "data_port", "under_stores", "local_store")
+    __slots__ = ("server_id", "instance", "version", "data_port", "under_stores", "local_store", "weight")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DATA_PORT_FIELD_NUMBER: _ClassVar[int]
     UNDER_STORES_FIELD_NUMBER: _ClassVar[int]
     LOCAL_STORE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     instance: str
     version: str
     data_port: int
     under_stores: _containers.RepeatedCompositeFieldContainer[UnderStoreInfo]
     local_store: LocalStore
-    def __init__(self, server_id: _Optional[str] = ..., instance: _Optional[str] = ..., version: _Optional[str] = ..., data_port: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreInfo, _Mapping]]] = ..., local_store: _Optional[_Union[LocalStore, _Mapping]] = ...) -> None: ...
+    weight: float
+    def __init__(self, server_id: _Optional[str] = ..., instance: _Optional[str] = ..., version: _Optional[str] = ..., data_port: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreInfo, _Mapping]]] = ..., local_store: _Optional[_Union[LocalStore, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class UnderStoreCounters(_message.Message):
     __slots__ = ("name", "read_requests", "read_bytes", "write_requests", "write_bytes", "meta_requests", "retries")
