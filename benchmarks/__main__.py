@@ -35,6 +35,7 @@ SECTIONS: Final = {
     "half": "half_cached",
     "prefetch": "next_epochs",
     "order": "local_shares",
+    "placement": "placement",
     "rivals": "rivals",
     "verification": "verification",
     "recycling": "recycling",

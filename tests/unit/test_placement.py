@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from fractions import Fraction
 from typing import Final
 
+import numpy as np
+import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.placement_hashes import Hashing, owners
 from torchcache.model import SAMPLES, STRIPE_BYTES, ObjectId
 from torchcache.placement import Placement, placement_key
 
@@ -81,6 +85,21 @@ def test_while_a_server_tells_no_weight_all_are_alike() -> None:
     assert Placement("abc", {"a": 1.0, "b": 9.0}) == Placement("abc", {"a": 1.0, "b": 9.0, "c": 0.0})
     assert Placement("abc", {"a": 1.0, "b": 9.0}) == Placement("abc")
     assert Placement("abc", {"a": 1.0, "b": 9.0, "c": 1.0}) != Placement("abc")
+
+
+def test_the_simulation_places_as_the_product_does() -> None:
+    ids = [uuid.uuid4().hex for _ in range(30)]
+    weights = [1.0, 2.5, 7.0] * 10
+    seeds = np.fromiter(map(xxhash.xxh3_64_intdigest, KEYS), np.uint64)
+    id_ = ids[0].encode()
+    hashes = Hashing(seeds).hashes(id_)
+    assert hashes.tolist() == [xxhash.xxh3_64_intdigest(id_, int(seed)) for seed in seeds]
+    encoded = [id_.encode() for id_ in ids]
+    even, uneven = Placement(ids), Placement(ids, dict(zip(ids, weights, strict=True)))
+    assert [ids[at] for at in owners(seeds, encoded)] == [even.owner(key) for key in KEYS]
+    assert [ids[at] for at in owners(seeds, encoded, weights)] == [uneven.owner(key) for key in KEYS]
+    with pytest.raises(ValueError, match="an id of 3 bytes"):
+        Hashing(seeds).hashes(b"abc")
 
 
 def test_what_is_placed_together() -> None:
