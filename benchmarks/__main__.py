@@ -26,6 +26,7 @@ SECTIONS: Final = {
     "loader": "loaders",
     "connections": "idle_connections",
     "slow_server": "slow_server",
+    "scaling": "scaling",
     "mlperf": "mlperf",
     "checkpoint": "checkpoints",
     "s3_checkpoint": "s3_checkpoints",

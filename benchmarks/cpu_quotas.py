@@ -1,0 +1,68 @@
+"""A share of a core for a process, by a control group of the kernel's, version 1 or 2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+PERIOD_US: Final = 20_000
+"""Short, so that a process that has used up its share waits for milliseconds only."""
+
+
+class NoQuotas(Exception):
+    """They can't be had here; says why."""
+
+
+@contextmanager
+def cpu_quota(cores: float) -> Iterator[Callable[[int], None]]:
+    """Within, a process given by its pid, with all its threads, gets `cores` of a core at most. Raises NoQuotas."""
+    hierarchy, quota = _hierarchy(cores)
+    group = hierarchy / f"torchcache-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        raise NoQuotas(f"no control group can be made in {hierarchy}: {error.strerror}") from error
+    try:
+        try:
+            for name, value in quota:
+                (group / name).write_text(value)
+        except OSError as error:
+            raise NoQuotas(f"{hierarchy} gives no share of a core: {error.strerror}") from error
+        yield lambda pid: _put(group, pid)
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            _put(hierarchy, int(pid))
+        group.rmdir()
+
+
+def _put(group: Path, pid: int) -> None:
+    try:
+        (group / "cgroup.procs").write_text(str(pid))
+    except ProcessLookupError:
+        pass  # it has ended
+
+
+def _hierarchy(cores: float) -> tuple[Path, list[tuple[str, str]]]:
+    """Where groups can be made, and the files that limit one."""
+    quota_us = round(cores * PERIOD_US)
+    for mount, kind, options in _mounts():
+        if kind == "cgroup" and "cpu" in options:
+            return mount, [("cpu.cfs_period_us", f"{PERIOD_US}"), ("cpu.cfs_quota_us", f"{quota_us}")]
+    for mount, kind, _ in _mounts():
+        if kind == "cgroup2" and "cpu" in (mount / "cgroup.controllers").read_text().split():
+            try:
+                (mount / "cgroup.subtree_control").write_text("+cpu")
+            except OSError as error:
+                raise NoQuotas(f"{mount} doesn't hand on the controller cpu: {error.strerror}") from error
+            return mount, [("cpu.max", f"{quota_us} {PERIOD_US}")]
+    raise NoQuotas("no control groups with the controller cpu are mounted here")
+
+
+def _mounts() -> Iterator[tuple[Path, str, list[str]]]:
+    with open("/proc/self/mounts") as lines:
+        for line in lines:
+            _, where, kind, options, *_ = line.split()
+            yield Path(where), kind, options.split(",")
