@@ -12,6 +12,7 @@ _HOMES = {
     "connect": "torchcache.connecting",
     "LocalPool": "torchcache.local_pool",
     "Pool": "torchcache.pool",
+    "PoolCollector": "torchcache.pool.metrics",
     "TlsConfig": "torchcache.pool",
     "BufferPool": "torchcache.data",
     "CachedDataset": "torchcache.data",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     )
     from torchcache.local_pool import LocalPool
     from torchcache.pool import Pool, TlsConfig
+    from torchcache.pool.metrics import PoolCollector
 
 __all__ = [
     "AlreadyExists",
@@ -102,6 +104,7 @@ __all__ = [
     "OutOfSpace",
     "Overloaded",
     "Pool",
+    "PoolCollector",
     "ServerUnavailable",
     "SourceNode",
     "TlsConfig",

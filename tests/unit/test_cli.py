@@ -27,7 +27,7 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.model import ObjectId
-from torchcache.pool import SaveInfo
+from torchcache.pool import PassedOver, SaveInfo
 
 RUN = "s3://b/run/step-1"
 
@@ -129,6 +129,24 @@ def test_status_names_a_server_that_is_far_slower_than_the_others(
     assert "the server h:2 takes 104 times as long as the others" in capsys.readouterr().err
 
 
+def test_status_names_a_server_that_clients_pass_over(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [
+        PassedOver(server_id="f00", reason="slow", clients=3),
+        PassedOver(server_id="e", reason="new", clients=1),
+    ]
+    pool.disk = {"passed_over": tuple(said)}
+    assert run(["status"]) == 0
+    err = capsys.readouterr().err
+    assert "the server 127.0.0.1:7440 is passed over by 3 clients: it is far slower than the others" in err
+    assert "the server e is passed over by 1 clients: new" in err
+    assert run_json(capsys, "status")["passed_over"] == [
+        {"server": "127.0.0.1:7440", "reason": "slow", "clients": 3},
+        {"server": "e", "reason": "new", "clients": 1},
+    ]
+
+
 def test_status_shows_the_lane_to_each_server_and_what_was_read_by_it(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +215,7 @@ def test_watched_status_shows_what_happens_meanwhile(
         served_bytes=first.served_bytes + 6000,
         local_bytes=first.local_bytes + 2000,
         hits=first.hits + 3,
+        hedged_calls=first.hedged_calls + 5,
     )
     restarted = dataclasses.replace(later, instance="another", served_bytes=500)
     looks = iter([[first], [later], None, [restarted]])
@@ -219,7 +238,7 @@ def test_watched_status_shows_what_happens_meanwhile(
     documents = [json.loads(line) for line in printed.out.splitlines()]
     assert [document.get("rates", [{}])[0].get("flight_bytes") for document in documents] == [None, 3000, 250]
     [rate] = documents[1]["rates"]
-    assert (rate["local_bytes"], rate["hit_rate"]) == (1000, 1.0)
+    assert (rate["local_bytes"], rate["hit_rate"], rate["hedged_calls"]) == (1000, 1.0, 2.5)
 
 
 def test_status_shows_the_disk(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:

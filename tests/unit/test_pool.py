@@ -13,6 +13,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.flight as fl
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.conformance.standin import Script, StandIn
 from torchcache.connecting import connect
@@ -34,6 +35,7 @@ from torchcache.placement import Placement, placement_key
 from torchcache.pool import Pool, reads
 from torchcache.pool.control import ControlClient
 from torchcache.pool.members import Member
+from torchcache.pool.metrics import COUNTERS, PoolCollector
 from torchcache.wire.codec import Piece
 from torchcache.wire.v1 import cache_pb2
 
@@ -455,6 +457,57 @@ def test_an_owner_that_is_gone_is_stood_in_for(servers: dict[str, StandIn], wide
     assert not servers[third].script.reads
     assert wide.statistics().read_calls == 3  # the owner only once
     servers[owner].__enter__()
+
+
+def test_other_servers_are_told_which_one_is_passed_over_and_why(
+    servers: dict[str, StandIn], wide: Pool
+) -> None:
+    ids = [sample(i) for i in range(20)]
+    for server in servers.values():
+        infos = [server.put(id_, b"content") for id_ in ids]
+    wide.read([Extent(info) for info in infos])
+    gone = owners(ids[0])[0]
+    servers[gone].__exit__(None, None, None)
+    wide.read([Extent(info) for info in infos])
+    others = [server for name, server in servers.items() if name != gone]
+    before = [len(server.script.reads) for server in others]
+    assert [one.server_id for s in others for r in s.script.reads[:1] for one in r.passed_over] == []
+    wide.read([Extent(info) for info in infos])
+    for server, count in zip(others, before, strict=True):
+        for request in server.script.reads[count:]:
+            told = tuple((one.server_id, one.reason) for one in request.passed_over)
+            assert told == wide._session().health.reasons()
+            assert [server_id for server_id, _ in told] == [gone]
+    assert sum(len(server.script.reads) for server in others) > sum(before)
+    servers[gone].__enter__()
+
+
+def test_what_a_process_asked_of_a_pool_is_metrics_too(servers: dict[str, StandIn], wide: Pool) -> None:
+    registry = CollectorRegistry()
+    registry.register(PoolCollector(wide))
+    wide.write("samples:d@0", [(sample(i), [b"abc"]) for i in range(20)])
+    wide.read([whole(sample(i)) for i in range(20)])
+    said = generate_latest(registry).decode()
+    assert "torchcache_client_extents_total 20.0" in said
+    assert "torchcache_client_read_bytes_total 60.0" in said
+    assert 'torchcache_client_servers{lane="flight"} 3.0' in said
+    for name in COUNTERS:
+        assert f"torchcache_client_{name}_total {getattr(wide.statistics(), name)}.0" in said
+    wide._session().health.failed("b")
+    assert f'torchcache_client_server_passed_over{{server="{servers["b"].address}"}} 1.0' in (
+        generate_latest(registry).decode()
+    )
+
+
+def test_what_the_budgets_refuse_is_counted(server: StandIn, pool: Pool) -> None:
+    pool.status()
+    budget = pool._session().budget
+    while budget.spend():
+        pass
+    server.script.fail_calls += [ServerUnavailable("away")] * 3
+    with pytest.raises(ServerUnavailable):
+        pool.status()
+    assert (pool.statistics().retries, pool.statistics().retries_refused) == (0, 1)
 
 
 def test_damage_at_one_server_is_made_good_by_the_next(servers: dict[str, StandIn], wide: Pool) -> None:

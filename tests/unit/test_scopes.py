@@ -8,7 +8,9 @@ from typing import Any
 import pyarrow.flight as fl
 import pytest
 from torchcache_server.service import scopes
+from torchcache_server.service.admission import Admission
 from torchcache_server.service.interceptors import ControlInterceptor, DataAuthentication
+from torchcache_server.service.latencies import Latencies
 from torchcache_server.service.scopes import CONTROL, FLIGHT, HEALTH_CHECK, NEEDED, Tokens
 
 from torchcache.tokens import Scope, parse_tokens
@@ -83,7 +85,7 @@ def test_a_method_that_is_in_no_table_is_not_even_looked_for(monkeypatch: pytest
     asked: list[Any] = []
     less = {method: scope for method, scope in NEEDED.items() if method != f"{CONTROL}Evict"}
     monkeypatch.setattr("torchcache_server.service.interceptors.NEEDED", less)
-    interceptor = ControlInterceptor(TOKENS, None)  # type: ignore[arg-type]
+    interceptor = ControlInterceptor(TOKENS, Admission(), Latencies())
     interceptor.intercept_service(asked.append, Call(f"{CONTROL}Evict", ADMIN))  # type: ignore[arg-type]
     interceptor.intercept_service(asked.append, Call("/x/Y", ADMIN))  # type: ignore[arg-type]
     assert asked == []

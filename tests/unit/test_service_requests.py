@@ -55,6 +55,22 @@ def test_a_read_is_resolved_to_ends() -> None:
     assert plan.timeout_s == requests.DEFAULT_CALL_S
 
 
+def test_a_read_tells_whom_its_client_passes_over() -> None:
+    told = [
+        pb.PassedOver(server_id="a-1", reason="slow"),
+        pb.PassedOver(server_id="b", reason="of later versions"),
+    ]
+    plan = read_plan(ticket(passed_over=told, hedge=True))
+    assert (plan.passed_over, plan.hedge) == ([("a-1", "slow")], True)
+    assert (read_plan(ticket()).passed_over, read_plan(ticket()).hedge) == ([], False)
+    for wrong in (
+        [pb.PassedOver(server_id="../a", reason="slow")],
+        told * (requests.MAX_PASSED_OVER // 2 + 1),
+    ):
+        with pytest.raises(ConfigurationError, match=r"a server.s id is|a read tells of 66 servers"):
+            read_plan(ticket(passed_over=wrong))
+
+
 def test_a_read_of_nothing_is_fine() -> None:
     assert read_plan(ticket(objects=[], object=[], offset=[], length=[])).object == []
 

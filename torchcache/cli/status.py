@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from torchcache.cli.output import Output
     from torchcache.cli.watching import Rates
     from torchcache.pool import NamespaceStatus, Pool, PoolStatistics, ServerStatus
+
+_REASONS: Final = {
+    "unreachable": "they can't reach it",
+    "silent": "it gives them no sign of life",
+    "slow": "it is far slower than the others",
+}
 
 
 @click.command(epilog=EXIT_CODES, short_help="Show how the pool's servers are.")
@@ -51,6 +57,7 @@ def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[R
 
     unreachable, seen, answers_s = pool.unreachable(), pool.statistics(), pool.answers_s()
     slow = far_slower({address: took_s for address, took_s in answers_s.items() if took_s is not None})
+    passed_over = _passed_over(servers)
     output.document(
         {
             "servers": [dataclasses.asdict(server) for server in servers],
@@ -59,6 +66,10 @@ def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[R
             "lane_reasons": seen.lane_reasons,
             "answers_s": answers_s,
             "slow": slow,
+            "passed_over": [
+                {"server": server, "reason": reason, "clients": clients}
+                for (server, reason), clients in passed_over.items()
+            ],
             **({"rates": [dataclasses.asdict(rate) for rate in rates]} if rates else {}),
         }
     )
@@ -67,6 +78,10 @@ def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[R
     for address, times in slow.items():
         output.warning(
             f"the server {address} takes {times:.0f} times as long as the others to answer: reads pass over it"
+        )
+    for (address, reason), clients in passed_over.items():
+        output.warning(
+            f"the server {address} is passed over by {clients} clients: {_REASONS.get(reason, reason)}"
         )
     for server in servers:
         if server.out_of_service:
@@ -81,6 +96,21 @@ def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[R
         _show_disks(output, servers)
         _show_under_stores(output, servers)
         _show_namespaces(output, servers)
+        _show_orders(output, servers)
+
+
+def _passed_over(servers: list[ServerStatus]) -> dict[tuple[str, str], int]:
+    """By address, or id if that isn't known, and reason: how many clients ask a server after all others.
+
+    Each tells all servers that it reads from: the largest number is the nearest.
+    """
+    addresses = {server.server_id: server.address for server in servers}
+    found: dict[tuple[str, str], int] = {}
+    for server in servers:
+        for one in server.passed_over:
+            key = (addresses.get(one.server_id, one.server_id), one.reason)
+            found[key] = max(found.get(key, 0), one.clients)
+    return dict(sorted(found.items()))
 
 
 def _running_embedded_pool() -> Pool:
@@ -119,6 +149,7 @@ def _show_rates(output: Output, rates: list[Rates]) -> None:
                 ">to storage",
                 ">requests",
                 ">evicted",
+                ">hedged",
             ),
             [
                 (
@@ -130,6 +161,7 @@ def _show_rates(output: Output, rates: list[Rates]) -> None:
                     each_s(rate.to_storage_bytes),
                     f"{rate.requests:.0f}/s",
                     f"{rate.evicted_chunks:.0f}/s",
+                    f"{rate.hedged_calls:.1f}/s",
                 )
                 for rate in rates
             ],
@@ -137,10 +169,15 @@ def _show_rates(output: Output, rates: list[Rates]) -> None:
 
 
 def _show_servers(output: Output, servers: list[ServerStatus]) -> None:
+    from torchcache.placement import Placement
+
+    placement = Placement([s.server_id for s in servers], {s.server_id: s.weight for s in servers})
+    shares = dict(zip(placement.members, map(float, placement.shares()), strict=True))
     output.table(
         (
             "server",
             "up",
+            ">share",
             ">used",
             ">capacity",
             ">hits",
@@ -154,6 +191,7 @@ def _show_servers(output: Output, servers: list[ServerStatus]) -> None:
             (
                 s.address,
                 duration_text(s.uptime_s),
+                percent_text(shares[s.server_id]),
                 size_text(s.used_bytes),
                 size_text(s.capacity_bytes),
                 f"{s.hits:,}",

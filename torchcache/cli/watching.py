@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a server did in a while. Bytes are a second; `hit_rate` is None if nothing was looked up."""
+    """What a server did in a while, a second. `hit_rate` is None if nothing was looked up.
+
+    `hedged_calls` are reads that it was asked for because another server was late.
+    """
 
     address: str
     flight_bytes: float
@@ -28,6 +31,7 @@ class Rates:
     to_storage_bytes: float
     requests: float
     evicted_chunks: float
+    hedged_calls: float
 
 
 def rates(before: Sequence[ServerStatus], after: Sequence[ServerStatus], seconds: float) -> list[Rates]:
@@ -53,6 +57,7 @@ def _rates(before: ServerStatus | None, after: ServerStatus, seconds: float) -> 
         )
         / seconds,
         evicted_chunks=grew(lambda s: s.evicted_chunks) / seconds,
+        hedged_calls=grew(lambda s: s.hedged_calls) / seconds,
     )
 
 

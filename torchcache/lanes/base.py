@@ -55,7 +55,8 @@ class ReadOptions:
 
     `as_bytes`: the reader makes `bytes` of every view. A lane may do it, more cheaply: then the view is of all of a
     `bytes`, its `obj`. `lend`: where a buffer was given, a lane may return a read-only view of its own memory instead
-    of filling it, and leaves it to the caller to verify that.
+    of filling it, and leaves it to the caller to verify that. `hedge`: another server is late with the same.
+    `passed_over` are ids of servers that are asked last, and why: the server tells people.
     """
 
     namespace: str = ""
@@ -63,6 +64,8 @@ class ReadOptions:
     suspect: bool = False
     as_bytes: bool = False
     lend: bool = False
+    hedge: bool = False
+    passed_over: tuple[tuple[str, str], ...] = ()
 
 
 class Lane(Protocol):

@@ -198,6 +198,8 @@ def read_request(extents: Sequence[Extent], options: ReadOptions, deadline: floa
         length=[e.length for e in extents],
         resident_only=options.resident_only,
         suspect=options.suspect,
+        hedge=options.hedge,
+        passed_over=[cache_pb2.PassedOver(server_id=id_, reason=why) for id_, why in options.passed_over],
         timeout_s=max(0.001, deadline - time.monotonic()),
     )
 

@@ -4,6 +4,7 @@ from torchcache.lanes.access import TlsConfig
 from torchcache.pool.client import Pool
 from torchcache.pool.reports import (
     NamespaceStatus,
+    PassedOver,
     PoolStatistics,
     Residency,
     SaveInfo,
@@ -14,6 +15,7 @@ from torchcache.pool.reports import (
 
 __all__ = [
     "NamespaceStatus",
+    "PassedOver",
     "Pool",
     "PoolStatistics",
     "Residency",

@@ -187,6 +187,13 @@ class Health:
             else:
                 self._leave_alone(known, 2 * known.pause_s)
 
+    def reasons(self) -> tuple[tuple[str, Reason], ...]:
+        """Each server that is out, and the word for why."""
+        if not self.anyone_out:
+            return ()
+        with self._lock:
+            return tuple((server, known.out) for server, known in self._servers.items() if known.out)
+
     def out(self) -> dict[str, str]:
         """Why, for each server that is out."""
         with self._lock:

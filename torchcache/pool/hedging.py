@@ -32,6 +32,9 @@ HEDGED_BYTES: Final = 64 * 1024 * 1024
 BEAT_LIMIT_S: Final = 2.5 * HEARTBEAT_S
 """How long a server that has spoken may be silent."""
 
+MOST_TOLD: Final = 64
+"""Servers that are passed over, of which another is told: the most that it takes."""
+
 GRACE_S: Final = 0.1
 """Silence has to go on for so long after it was noticed: it may have been us who slept."""
 
@@ -118,7 +121,8 @@ class Calls:
     def __init__(self, session: Session, members: Members, options: ReadOptions, deadline: float) -> None:
         self._session = session
         self._members = members
-        self._options = options
+        passed_over = session.health.reasons()[:MOST_TOLD]
+        self._options = replace(options, passed_over=passed_over) if passed_over else options
         self._deadline = deadline
         self._ended: SimpleQueue[tuple[Call, Attempt, list[Outcome] | BaseException]] = SimpleQueue()
 
@@ -279,6 +283,7 @@ class Calls:
                 return
             places.setdefault(following[0], []).append(place)
         if not self._session.hedges.spend(len(call.parts)):
+            self._session.count(hedges_refused=1)
             return
         self._session.count(hedges=1, hedged_extents=len(call.parts))
         call.hedges = [self._second(first, server, where) for server, where in places.items()]
@@ -288,5 +293,5 @@ class Calls:
     def _second(self, first: Attempt, server: str, places: Sequence[int]) -> Attempt:
         extents = [first.extents[place] for place in places]
         watch = Watch() if isinstance(self._members.by_id[server].lane, FlightLane) else None
-        options = replace(first.options, lend=False)
+        options = replace(first.options, lend=False, hedge=True)
         return Attempt(server, places, extents, [None] * len(places), options, watch)

@@ -64,6 +64,18 @@ class OrderStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PassedOver:
+    """A server that `clients` processes, as they told another lately, ask after all others.
+
+    `reason`: it is "unreachable", "silent", or "slow", far slower than the others.
+    """
+
+    server_id: str
+    reason: str
+    clients: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStatus:
     """One server, as it sees itself. Counters run since it started.
 
@@ -72,7 +84,8 @@ class ServerStatus:
     counts damaged chunks that stay because there is no other copy. `out_of_service` says why the disk is not used any
     more; empty while it is. `served_bytes` travelled by the flight lane; `local_chunks` and `local_bytes` clients read
     from the store's files themselves, by what they say. `weight` is how much of the pool it takes, beside the
-    others' weights; 0.0 of a version that has none.
+    others' weights; 0.0 of a version that has none. `hedged_calls` are of `read_calls` those that another server was
+    late for; `passed_over` other servers, by what clients told this one within a minute.
     """
 
     address: str
@@ -114,6 +127,8 @@ class ServerStatus:
     namespaces: tuple[NamespaceStatus, ...]
     orders: tuple[OrderStatus, ...] = ()
     weight: float = 0.0
+    hedged_calls: int = 0
+    passed_over: tuple[PassedOver, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,11 +159,13 @@ class PoolStatistics:
     empty if it is. `local_extents` and `local_bytes` of `extents` and `read_bytes` this process read from a server's
     files itself, and `local_writes` of `write_calls` it wrote into them; the others came by the flight lane.
     `read_calls` and `write_calls` count calls to a server (do_get, do_put), not samples; `extents` and `read_bytes`
-    what they delivered, `written_bytes` what was acknowledged; `retries` calls made again.
+    what they delivered, `written_bytes` what was acknowledged; `retries` calls made again, and `retries_refused` those
+    that were not, because a tenth of all calls is the most that is made again.
 
     `out` maps the addresses of servers that reads pass over to the reason, `put_out` counts how often that began, and
     `probes` how often one was tried. `hedges` are calls that were late and asked of the next server too, with
-    `hedged_extents` in them; `hedges_won` those that it answered first.
+    `hedged_extents` in them; `hedges_won` those that it answered first; `hedges_refused` those that were not made,
+    because a twentieth of all extents is the most that is asked for twice.
     """
 
     lanes: dict[str, str]
@@ -163,6 +180,7 @@ class PoolStatistics:
     read_bytes: int = 0
     written_bytes: int = 0
     retries: int = 0
+    retries_refused: int = 0
     suspects: int = 0
     out: dict[str, str] = field(default_factory=dict)
     put_out: int = 0
@@ -170,6 +188,7 @@ class PoolStatistics:
     hedges: int = 0
     hedged_extents: int = 0
     hedges_won: int = 0
+    hedges_refused: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +257,10 @@ def server_status(reply: cache_pb2.StatusReply, address: str) -> ServerStatus:
         namespaces=namespaces,
         orders=tuple(map(_order_status, reply.orders)),
         weight=reply.info.weight,
+        passed_over=tuple(
+            PassedOver(server_id=one.server_id, reason=one.reason, clients=one.clients)
+            for one in reply.passed_over
+        ),
         **same,
     )
 
@@ -264,5 +287,5 @@ _SAME = tuple(
     one.name
     for one in fields(ServerStatus)
     if one.name in cache_pb2.StatusReply.DESCRIPTOR.fields_by_name
-    and one.name not in ("under_stores", "namespaces", "orders")
+    and one.name not in ("under_stores", "namespaces", "orders", "passed_over")
 )

@@ -67,6 +67,7 @@ class Retry:
     """The tries of one call. `again` pauses and says whether to make another.
 
     A server that says it is overloaded is alive, and its turn for us will come: only the deadline ends that wait.
+    `refused`: the budget was spent.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Retry:
         self._chance = chance
         self._tries = 0
         self._failed = 0  # of them those that met more than a busy server
+        self.refused = False
 
     def again(self, error: TorchCacheError) -> bool:
         """After a try that failed with `error`. False: raise it."""
@@ -98,7 +100,10 @@ class Retry:
             return False
         if not isinstance(error, Overloaded):
             self._failed += 1
-            if self._failed >= self._policy.attempts or not self._budget.spend():
+            if self._failed >= self._policy.attempts:
+                return False
+            if not self._budget.spend():
+                self.refused = True
                 return False
         self._sleep(pause)
         return True

@@ -210,6 +210,7 @@ class Session:
     def wait(self, retry: Retry, error: TorchCacheError, members: Members | None, deadline: float) -> bool:
         """Whether to try again after `error`; if so it has paused, and looked anew who serves."""
         if not retry.again(error):
+            self.count(retries_refused=retry.refused)
             return False
         self.count(retries=1)
         if isinstance(error, ServerUnavailable) and members is not None:

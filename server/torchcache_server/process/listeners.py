@@ -19,6 +19,7 @@ from torchcache_server.service.admission import Admission
 from torchcache_server.service.control import ControlService
 from torchcache_server.service.data import DataServer
 from torchcache_server.service.interceptors import ControlInterceptor
+from torchcache_server.service.latencies import Latencies
 from torchcache_server.service.scopes import Tokens
 
 from .config import ServerConfig
@@ -43,12 +44,17 @@ class ControlListener:
     """The control service and the health service on one port. Serves after `start`."""
 
     def __init__(
-        self, config: ServerConfig, tokens: Tokens, admission: Admission, tls: TlsContents | None
+        self,
+        config: ServerConfig,
+        tokens: Tokens,
+        admission: Admission,
+        latencies: Latencies,
+        tls: TlsContents | None,
     ) -> None:
         """Binds the port. Raises ConfigurationError if that can't be."""
         self._server = grpc.server(
             ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control"),
-            interceptors=[ControlInterceptor(tokens, admission)],
+            interceptors=[ControlInterceptor(tokens, admission, latencies)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=2 * CONTROL_THREADS,
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from torchcache.errors import ConfigurationError
@@ -15,10 +17,13 @@ from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.counters import ServiceCounters
+from torchcache_server.service.latencies import BOUNDS_S, Latencies
+from torchcache_server.service.passed_over import PassedOver
+from torchcache_server.service.requests import REASONS
 from torchcache_server.store import Store, StoreUsage
 from torchcache_server.understore.base import UnderStore
 
-Family = CounterMetricFamily | GaugeMetricFamily
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
 class ServerCollector(Collector):
@@ -42,6 +47,7 @@ class ServerCollector(Collector):
         self._counters = counters
         self._admission = admission
         self._ahead = ahead
+        self._pending_since = time.monotonic()
 
     def collect(self) -> Iterator[Family]:
         """The families of one scrape."""
@@ -62,17 +68,33 @@ class ServerCollector(Collector):
         yield _counter("filled_chunks", "Chunks fetched for readers", self._read_through.filled_chunks)
         yield _counter("filled_bytes", "Bytes fetched for readers", self._read_through.filled_bytes)
         yield _counter("read_calls", "do_get calls", served.read_calls)
+        yield _counter(
+            "hedged_read_calls", "do_get calls that another server was late for", served.hedged_calls
+        )
         yield _counter("write_calls", "calls that wrote, by either lane", served.write_calls)
         yield _counter("served_bytes", "Bytes served by do_get", served.served_bytes)
         yield _counter("written_bytes", "Bytes taken in by do_put", served.written_bytes)
         yield from _lane_families(served)
+        yield _call_family(served.latencies)
+        yield _passed_over_family(served.passed_over)
         yield _gauge("data_streams", "Data streams that run now", self._admission.streams)
+        refused = self._admission.refused_streams
+        yield _counter("refused_streams", "Data streams refused because too many ran", refused)
+        yield _gauge("upload_pending_bytes", "Bytes not yet in the under-store", self._pending_bytes())
         yield _gauge(
-            "upload_pending_bytes", "Bytes not yet in the under-store", self._write_back.pending_bytes
+            "upload_pending_seconds",
+            "How long there have been such bytes at every scrape",
+            time.monotonic() - self._pending_since,
         )
         yield self._saves()
         yield from _order_families(self._ahead.standings())
         yield from self._under_store_families()
+
+    def _pending_bytes(self) -> int:
+        pending_bytes = self._write_back.pending_bytes
+        if not pending_bytes:
+            self._pending_since = time.monotonic()
+        return pending_bytes
 
     def _saves(self) -> GaugeMetricFamily:
         family = GaugeMetricFamily(
@@ -104,6 +126,26 @@ def _lane_families(served: ServiceCounters) -> Iterator[Family]:
     family.add_metric(["local"], served.local_bytes)
     yield family
     yield _counter("local_chunks", "Chunks read by clients from the store's files", served.local_chunks)
+
+
+def _call_family(latencies: Latencies) -> HistogramMetricFamily:
+    """From begin to end, which is when the client has taken all of it; "read_filled" waited for an under-store."""
+    family = HistogramMetricFamily("torchcache_call_seconds", "How long calls took, by kind", labels=["call"])
+    for kind, one in latencies.read().items():
+        counts = accumulate(one.counts)
+        bounds = [*(f"{bound_s:g}" for bound_s in BOUNDS_S), "+Inf"]
+        family.add_metric([kind], list(zip(bounds, map(float, counts), strict=True)), one.total_s)
+    return family
+
+
+def _passed_over_family(passed_over: PassedOver) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "torchcache_passed_over_servers", "Other servers that clients of this one ask last", labels=["reason"]
+    )
+    told = {server: reason for server, reason in passed_over.counts()}
+    for reason in sorted(REASONS):
+        family.add_metric([reason], sum(each == reason for each in told.values()))
+    return family
 
 
 def _order_families(orders: Sequence[Ahead]) -> Iterator[Family]:

@@ -121,7 +121,7 @@ class Server:
     def _listen(self, parts: _Parts, tokens: Tokens, tls: TlsContents | None) -> None:
         """Takes the ports. Data is served from here on, control not yet."""
         config, closing = self.config, self._stack
-        self._control = ControlListener(config, tokens, self._admission, tls)
+        self._control = ControlListener(config, tokens, self._admission, parts.counters.latencies, tls)
         closing.callback(self._control.stop, 0)
         self._data = listen_data(
             config,

@@ -23,6 +23,8 @@ class Admission:
         self._max_streams = max_streams
         self._streams = 0
         self._calls = 0
+        self.refused_streams = 0
+        """Told to come again, because there were as many as there may be."""
         self._changed = threading.Condition()
         self._state: Literal["open", "draining", "closed"] = "open"
 
@@ -37,6 +39,7 @@ class Admission:
         with self._changed:
             self._check_open()
             if self._streams >= self._max_streams:
+                self.refused_streams += 1
                 raise Overloaded(f"the server has {self._streams} streams open, as many as it may: try again")
             self._streams += 1
         try:

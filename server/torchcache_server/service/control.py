@@ -147,6 +147,11 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             disk_errors=usage.disk_errors,
             out_of_service=usage.out_of_service,
             orders=map(_order_status, self._ahead.standings()),
+            hedged_calls=served.hedged_calls,
+            passed_over=[
+                pb.PassedOver(server_id=server_id, reason=reason, clients=clients)
+                for (server_id, reason), clients in sorted(served.passed_over.counts().items())
+            ],
         )
 
     def SetCredentials(

@@ -1,14 +1,21 @@
-"""What the data lane served since start."""
+"""What was served since start, and how fast."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import Final
+
+from .latencies import Latencies
+from .passed_over import PassedOver
+
+DATA_CALLS: Final = ("read", "read_filled", "write")
+"""By Flight. "read_filled" had to wait for an under-store."""
 
 
 @dataclass
 class ServiceCounters:
-    """Calls and bytes of the data lane, and what clients say they read themselves.
+    """Calls and bytes of the data lane, and what clients say: what they read themselves, and whom they pass over.
 
     Thread-safe to add to; reading one field needs no lock.
     """
@@ -19,6 +26,9 @@ class ServiceCounters:
     written_bytes: int = 0
     local_chunks: int = 0
     local_bytes: int = 0
+    hedged_calls: int = 0
+    latencies: Latencies = field(default_factory=lambda: Latencies(DATA_CALLS))
+    passed_over: PassedOver = field(default_factory=PassedOver)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(
@@ -30,6 +40,7 @@ class ServiceCounters:
         written_bytes: int = 0,
         local_chunks: int = 0,
         local_bytes: int = 0,
+        hedged_calls: int = 0,
     ) -> None:
         """Adds to several counters at once."""
         with self._lock:
@@ -39,3 +50,4 @@ class ServiceCounters:
             self.written_bytes += written_bytes
             self.local_chunks += local_chunks
             self.local_bytes += local_bytes
+            self.hedged_calls += hedged_calls

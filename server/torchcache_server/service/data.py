@@ -6,6 +6,7 @@ Only translation: tickets become plans, plans become batches, errors become Flig
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -66,7 +67,7 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         """Stores the chunks of a WriteRequest; answers with a WriteReply once they have the durability asked for."""
-        with flight_errors("do_put"), self._admission.stream():
+        with flight_errors("do_put"), self._admission.stream(), self._counters.latencies.timed("write"):
             self._counters.add(write_calls=1)
             if descriptor.command is None:
                 raise ConfigurationError("a write needs a descriptor with a WriteRequest as its command")
@@ -87,7 +88,8 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
     def _batches(self, plan: ReadPlan, context: Any) -> Iterator[pa.RecordBatch]:
         # The slot is taken here and not in do_get: a generator that never starts is never closed either.
         with flight_errors("do_get"), self._admission.stream():
-            read = Read(plan, self._read_through)
+            self._counters.passed_over.heard(context.peer(), plan.passed_over)
+            read, began = Read(plan, self._read_through), time.perf_counter()
             try:
                 for batch in read.batches():
                     self._admission.check_running()
@@ -95,7 +97,9 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
                     if context.is_cancelled():
                         return
             finally:
-                self._counters.add(read_calls=1, served_bytes=read.sent_bytes)
+                self._counters.add(read_calls=1, served_bytes=read.sent_bytes, hedged_calls=int(plan.hedge))
+                kind = "read_filled" if read.has_waited else "read"
+                self._counters.latencies.add(kind, time.perf_counter() - began)
 
     def _groups(self, plan: WritePlan, reader: Any) -> Iterator[list[Row]]:
         group: list[Row] = []

@@ -15,6 +15,7 @@ from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.wire.status import REFUSED_CALLER, encode_error, status_code
 
 from .admission import Admission
+from .latencies import Latencies
 from .scopes import CONTROL, FLIGHT, HEALTH_CHECK, NEEDED, Tokens, denied
 
 UNEXPECTED: Final = "the server met an unexpected error; its log says more"
@@ -37,9 +38,10 @@ was begun may be ended."""
 class ControlInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs only
     """Refuses calls without a token, or of no scope for their method; turns errors of the others into status."""
 
-    def __init__(self, tokens: Tokens, admission: Admission) -> None:
+    def __init__(self, tokens: Tokens, admission: Admission, latencies: Latencies) -> None:
         self._tokens = tokens
         self._admission = admission
+        self._latencies = latencies
 
     def intercept_service(
         self,
@@ -71,9 +73,14 @@ class ControlInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # g
         behaviour: Callable[[Any, grpc.ServicerContext], Any],
         parse: Callable[[bytes], Any] | None,
     ) -> Callable[[bytes, grpc.ServicerContext], Any]:
+        kind = method.rpartition("/")[2]
+
         def call(request: bytes, context: grpc.ServicerContext) -> Any:
             try:
-                with nullcontext() if method in ALWAYS else self._admission.call():
+                with (
+                    self._latencies.timed(kind),
+                    nullcontext() if method in ALWAYS else self._admission.call(),
+                ):
                     return behaviour(_parsed(request, parse), context)
             except TorchCacheError as error:
                 context.abort(status_code(error), encode_error(error))

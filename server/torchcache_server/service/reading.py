@@ -83,6 +83,8 @@ class Read:
         self._failed: set[int] = set()
         self.sent_bytes = 0
         """Of payload, in the batches taken so far."""
+        self.has_waited = False
+        """Whether something had to come from an under-store before it could go out."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The stream's batches. An extent that fails has a row that says so; nothing is raised for it.
@@ -107,6 +109,7 @@ class Read:
             is_slow = time.monotonic() - started > SLOW_S
             window_bytes = BATCH_BYTES if is_slow else min(2 * window_bytes, WINDOW_BYTES)
             if not pieces and self._waiting:
+                self.has_waited = True
                 if not has_said and not self._has_come(0.0):
                     has_said = True
                     yield []

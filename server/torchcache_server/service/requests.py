@@ -50,11 +50,18 @@ MAX_AHEAD: Final = 4096
 
 MAX_NAMESPACE_BYTES: Final = MAX_KEY_BYTES + 2 * MAX_NAME_BYTES
 
+MAX_PASSED_OVER: Final = 64
+"""Servers that one read tells of."""
+
+REASONS: Final = frozenset(("unreachable", "silent", "slow"))
+"""For passing one over."""
+
 MAX_CALL_S: Final = 120.0
 DEFAULT_CALL_S: Final = 60.0
 """Where the caller sets no deadline."""
 
 _SAVE_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
+_SERVER_ID: Final = _SAVE_ID
 
 
 Number = TypeVar("Number", np.uint64, np.uint32)
@@ -85,6 +92,8 @@ class ReadPlan:
     resident_only: bool
     suspect: bool
     timeout_s: float
+    hedge: bool = False
+    passed_over: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +149,21 @@ def read_plan(ticket: bytes) -> ReadPlan:
         resident_only=request.resident_only,
         suspect=request.suspect,
         timeout_s=timeout(request.timeout_s),
+        hedge=request.hedge,
+        passed_over=_passed_over(request.passed_over),
     )
+
+
+def _passed_over(told: Sequence[cache_pb2.PassedOver]) -> list[tuple[str, str]]:
+    """Ids of servers, and why they are passed over; without reasons that only a later version knows."""
+    if len(told) > MAX_PASSED_OVER:
+        raise ConfigurationError(f"a read tells of {len(told)} servers: {MAX_PASSED_OVER} are allowed")
+    for one in told:
+        if not _SERVER_ID.fullmatch(one.server_id):
+            raise ConfigurationError(
+                f"a server's id is 1 to 64 letters, digits, - and _, not {one.server_id[:80]!r}"
+            )
+    return [(one.server_id, one.reason) for one in told if one.reason in REASONS]
 
 
 def write_plan(command: bytes) -> WritePlan:
