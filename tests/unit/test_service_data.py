@@ -91,9 +91,9 @@ def ref(info: ObjectInfo) -> pb.ObjectRef:
     return pb.ObjectRef(store=info.id.store, key=info.id.key, version=info.id.version, size=info.size)
 
 
-def read_request(extents: Sequence[tuple[ObjectInfo, int, int]], **more: Any) -> bytes:
+def read_request(extents: Sequence[tuple[ObjectInfo, int, int]], namespace: str = "n", **more: Any) -> bytes:
     request = pb.ReadRequest(
-        namespace="n",
+        namespace=namespace,
         objects=[ref(e[0]) for e in extents],
         object=range(len(extents)),
         offset=[e[1] for e in extents],
@@ -200,14 +200,32 @@ def test_an_extent_outside_its_object_is_refused(lane: Lane) -> None:
 
 def test_streams_are_bounded(lane: Lane) -> None:
     cold = file_object("cold", 10)
-    readers = [lane.get([(cold, 0, 10)]) for _ in range(8)]
+    readers = [lane.get([(cold, 0, 10)], namespace="n") for _ in range(6)]
+    readers += [lane.get([(cold, 0, 10)], namespace="other") for _ in range(2)]
     with lane.source.filling:
         assert lane.source.filling.wait_for(lambda: len(lane.source.asked) == 8, 60)
-    error = refusal(lambda: lane.get([(cold, 0, 10)]).read_all())
+    error = refusal(lambda: lane.get([(cold, 0, 10)], namespace="third").read_all())
     assert isinstance(error, Overloaded)
+    assert lane.admission.refused_streams == 1
     lane.source.fill(cold, 0, content(10))
     assert [r.read_all().num_rows for r in readers] == [1] * 8
     assert lane.get([(cold, 0, 10)]).read_all().num_rows == 1
+    assert lane.admission.wait_until_idle(60)
+
+
+def test_a_dataset_that_is_much_read_leaves_a_quarter_to_others(lane: Lane) -> None:
+    cold = file_object("cold", 10)
+    readers = [lane.get([(cold, 0, 10)], namespace="greedy") for _ in range(6)]
+    with lane.source.filling:
+        assert lane.source.filling.wait_for(lambda: len(lane.source.asked) == 6, 60)
+    error = refusal(lambda: lane.get([(cold, 0, 10)], namespace="greedy").read_all())
+    assert isinstance(error, Overloaded)
+    assert "6 streams open, 6 of them for greedy" in str(error)
+    info = file_object("k", 100)
+    lane.store.add(info, content(100))
+    assert lane.get([(info, 0, -1)], namespace="modest").read_all().num_rows == 1
+    lane.source.fill(cold, 0, content(10))
+    assert [r.read_all().num_rows for r in readers] == [1] * 6
     assert lane.admission.wait_until_idle(60)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, Literal
@@ -11,6 +12,9 @@ from torchcache.errors import Overloaded, ServerUnavailable
 
 MAX_STREAMS: Final = 64
 """Data streams at a time. More would share the same two cores and disk, and hold buffers meanwhile."""
+
+MOST_OF_THEM: Final = 3, 4
+"""Three in four, rounded up: as many may be of one dataset, or one save. The others are left to other jobs."""
 
 
 class Admission:
@@ -21,7 +25,9 @@ class Admission:
 
     def __init__(self, max_streams: int = MAX_STREAMS) -> None:
         self._max_streams = max_streams
+        self._max_of_one = -(-max_streams * MOST_OF_THEM[0] // MOST_OF_THEM[1])
         self._streams = 0
+        self._of: Counter[str] = Counter()  # streams by namespace
         self._calls = 0
         self.refused_streams = 0
         """Told to come again, because there were as many as there may be."""
@@ -34,19 +40,27 @@ class Admission:
         return self._streams
 
     @contextmanager
-    def stream(self) -> Iterator[None]:
-        """Around one data stream. Raises Overloaded above the bound, ServerUnavailable when draining."""
+    def stream(self, namespace: str) -> Iterator[None]:
+        """Around one data stream of a namespace. Raises Overloaded above a bound, ServerUnavailable when draining."""
         with self._changed:
             self._check_open()
-            if self._streams >= self._max_streams:
+            mine = self._of[namespace]
+            if self._streams >= self._max_streams or mine >= self._max_of_one:
                 self.refused_streams += 1
-                raise Overloaded(f"the server has {self._streams} streams open, as many as it may: try again")
+                raise Overloaded(
+                    f"the server has {self._streams} streams open, {mine} of them for {namespace[:200]}, as many as it "
+                    "may: try again"
+                )
             self._streams += 1
+            self._of[namespace] += 1
         try:
             yield
         finally:
             with self._changed:
                 self._streams -= 1
+                self._of[namespace] -= 1
+                if not self._of[namespace]:
+                    del self._of[namespace]
                 self._changed.notify_all()
 
     @contextmanager

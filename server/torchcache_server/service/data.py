@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import pyarrow as pa
@@ -67,11 +67,14 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         """Stores the chunks of a WriteRequest; answers with a WriteReply once they have the durability asked for."""
-        with flight_errors("do_put"), self._admission.stream(), self._counters.latencies.timed("write"):
-            self._counters.add(write_calls=1)
+        with ExitStack() as running:
+            running.enter_context(flight_errors("do_put"))
             if descriptor.command is None:
                 raise ConfigurationError("a write needs a descriptor with a WriteRequest as its command")
             plan = write_plan(descriptor.command)
+            running.enter_context(self._admission.stream(plan.namespace))
+            running.enter_context(self._counters.latencies.timed("write"))
+            self._counters.add(write_calls=1)
             if reader.schema != WRITE_SCHEMA:
                 raise ConfigurationError(f"a write came with another schema: {reader.schema}")
             with heartbeats(writer):
@@ -87,7 +90,7 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
 
     def _batches(self, plan: ReadPlan, context: Any) -> Iterator[pa.RecordBatch]:
         # The slot is taken here and not in do_get: a generator that never starts is never closed either.
-        with flight_errors("do_get"), self._admission.stream():
+        with flight_errors("do_get"), self._admission.stream(plan.namespace):
             self._counters.passed_over.heard(context.peer(), plan.passed_over)
             read, began = Read(plan, self._read_through), time.perf_counter()
             try:
