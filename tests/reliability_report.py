@@ -92,6 +92,9 @@ HOSTILE: Final = {
 }
 """The groups of the hostile suite: what they bring, and of how many cases at least."""
 
+FUZZ: Final = "fuzz-"
+"""What the names of the fuzz targets' figures begin with: they have a table of their own, and may be run alone."""
+
 _NAMED: Final = 6  # tests by name in a row; more are counted
 
 
@@ -159,6 +162,15 @@ def proofs_in(tests: Path) -> dict[str, str]:
         for file in sorted(tests.rglob("*.py"))
         for name in re.findall(r'\bproof\(\s*f?"([\w-]+)"', file.read_text())
     }
+
+
+def fuzz_table(proofs: Iterable[Proof], ran: str) -> str:
+    """Markdown: the fuzz targets with what was played against each. `ran`: when and on what."""
+    rows = ["| parser | inputs | by | wall time |", "|---|---|---|---|"]
+    for proof in proofs:
+        name, by = proof.name.removeprefix(FUZZ).replace("-", " "), ", ".join(proof.facts.get("by", []))
+        rows.append(f"| {name} | {_number(proof.counts['executions'])} | {by} | {_time(proof.wall_s)} |")
+    return "\n".join([*rows, "", f"None failed. {ran}"])
 
 
 def marked_tests(tests: Path) -> dict[str, list[tuple[str, str]]]:
@@ -260,11 +272,16 @@ def main(folder: Path | None) -> None:
     document = replace_part(document, "faults", marks_table("fault", FAULTS, marks))
     document = replace_part(document, "hostile", hostile_table(counting.count()))
     if folder is not None:
-        proofs = read_proofs(folder)
-        if not proofs:
+        found = read_proofs(folder)
+        if not found:
             raise SystemExit(f"{folder} holds no proofs: run the tests with TORCHCACHE_PROOFS={folder}")
         ran = ran_on(datetime.datetime.now(datetime.UTC).date())
-        document = replace_part(document, "proofs", proofs_table(proofs, proofs_in(tests), ran))
+        fuzzed = [proof for proof in found if proof.name.startswith(FUZZ)]
+        proofs = [proof for proof in found if proof not in fuzzed]
+        if proofs:
+            document = replace_part(document, "proofs", proofs_table(proofs, proofs_in(tests), ran))
+        if fuzzed:
+            document = replace_part(document, "fuzz", fuzz_table(fuzzed, ran))
     DOCUMENT.write_text(document)
 
 

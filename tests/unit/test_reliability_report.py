@@ -14,6 +14,7 @@ from tests.reliability_report import (
     HOSTILE,
     INVARIANTS,
     ROOT,
+    fuzz_table,
     hostile_table,
     marked_tests,
     marks_table,
@@ -82,6 +83,17 @@ def test_the_table_of_proofs(tmp_path: Path, tests_folder: Path) -> None:
     for name, lines in PROOFS.items():
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert proofs_table(read_proofs(tmp_path), proofs_in(tests_folder), "On a day.") == TABLE
+
+
+def test_the_table_of_what_was_fuzzed(tmp_path: Path) -> None:
+    line = {"proof": "fuzz-a-parser", "executions": 500_000, "seed": 1, "by": "Atheris", "wall_s": 61.2}
+    (tmp_path / "fuzz-a-parser.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(line | {'seed': 2})}\n")
+    table = fuzz_table(read_proofs(tmp_path), "On a day.")
+    assert table.splitlines()[2:] == [
+        "| a parser | 1,000,000 | Atheris | 2 min |",
+        "",
+        "None failed. On a day.",
+    ]
 
 
 def test_the_lists_of_tests(tests_folder: Path) -> None:
