@@ -23,6 +23,7 @@ from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.store import Store
 
 from .admission import Admission
+from .ahead_shares import AheadShares
 from .counters import ServiceCounters
 from .interceptors import DataAuthentication, flight_errors
 from .reading import Read
@@ -54,6 +55,7 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
         """`tls` is how Flight has it: tls_certificates, verify_client, root_certificates."""
         self._admission = admission
         self._counters = counters
+        self._shares = AheadShares()
         self._store = store
         self._schema = READ_SCHEMA.with_metadata({SERVER_ID: store.server_id})
         self._read_through = read_through
@@ -92,7 +94,8 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
         # The slot is taken here and not in do_get: a generator that never starts is never closed either.
         with flight_errors("do_get"), self._admission.stream(plan.namespace):
             self._counters.passed_over.heard(context.peer(), plan.passed_over)
-            read, began = Read(plan, self._read_through), time.perf_counter()
+            share = self._shares.begin(plan.namespace)
+            read, began = Read(plan, self._read_through, share), time.perf_counter()
             try:
                 for batch in read.batches():
                     self._admission.check_running()
@@ -100,6 +103,7 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
                     if context.is_cancelled():
                         return
             finally:
+                share.close()
                 self._counters.add(read_calls=1, served_bytes=read.sent_bytes, hedged_calls=int(plan.hedge))
                 kind = "read_filled" if read.has_waited else "read"
                 self._counters.latencies.add(kind, time.perf_counter() - began)

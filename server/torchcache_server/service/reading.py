@@ -27,6 +27,7 @@ from torchcache.wire.status import encode_error
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.store import StoredChunk
 
+from .ahead_shares import AheadShare, AheadShares
 from .interceptors import UNEXPECTED
 from .requests import ReadPlan
 
@@ -39,7 +40,9 @@ GUESSED_BYTES: Final = 128 * 1024
 """What a chunk of an object of unknown size is taken for until it is looked up."""
 
 AHEAD_BYTES: Final = 32 * CHUNK_BYTES
-"""Bytes of one request that may be on their way from the under-store, or wait for the client, at a time."""
+"""Bytes of one request that may be on their way from the under-store, or wait for the client, at a time. Less where
+other requests of the same dataset have much of that: see ahead_shares.py.
+"""
 
 _LOG = logging.getLogger(__name__)
 _DIGEST: Final = struct.Struct("<Q")
@@ -74,9 +77,11 @@ class _Part(NamedTuple):
 class Read:
     """The pieces of one request. `batches` may be taken once."""
 
-    def __init__(self, plan: ReadPlan, read_through: ReadThrough) -> None:
+    def __init__(self, plan: ReadPlan, read_through: ReadThrough, share: AheadShare | None = None) -> None:
+        """`share` is of what all reads of the dataset may have on its way; None: it is the only one."""
         self._plan = plan
         self._read_through = read_through
+        self._share = share if share is not None else AheadShares().begin(plan.namespace)
         self._deadline = time.monotonic() + plan.timeout_s
         self._parts = self._all_parts()
         self._waiting: deque[tuple[_Part, Answer]] = deque()
@@ -127,21 +132,21 @@ class Read:
         """
         ready: list[Piece] = []
         ready_bytes = 0
-        filling_bytes = sum(part.length for part, answer in self._waiting if isinstance(answer, Future))
+        self._share.bytes = sum(part.length for part, answer in self._waiting if isinstance(answer, Future))
         slow_from = time.monotonic() + SLOW_S
         while len(ready) + len(self._waiting) < AHEAD_CHUNKS:
             if (ready or self._waiting) and time.monotonic() > slow_from:
                 break
-            budget_bytes = AHEAD_BYTES - filling_bytes
-            if not self._waiting:
-                budget_bytes = min(budget_bytes, window_bytes - ready_bytes)
+            budget_bytes = min(AHEAD_BYTES, window_bytes - ready_bytes)
+            if self._waiting:
+                budget_bytes = self._share.left(AHEAD_BYTES)
             parts = self._next_parts(min(budget_bytes, WINDOW_BYTES))
             if not parts:
                 break
             for part, answer in self._answered(parts):
                 if isinstance(answer, Future):
                     self._waiting.append((part, answer))
-                    filling_bytes += part.length
+                    self._share.bytes += part.length
                 elif self._waiting and self._waiting[-1][0].extent == part.extent:
                     self._waiting.append((part, answer))  # the rows of an extent come in order
                 elif part.extent not in self._failed:
