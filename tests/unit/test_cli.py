@@ -28,6 +28,7 @@ from torchcache.errors import (
 )
 from torchcache.model import ObjectId
 from torchcache.pool import PassedOver, SaveInfo
+from torchcache.pool.reports import OrderStatus
 
 RUN = "s3://b/run/step-1"
 
@@ -145,6 +146,28 @@ def test_status_names_a_server_that_clients_pass_over(
         {"server": "127.0.0.1:7440", "reason": "slow", "clients": 3},
         {"server": "e", "reason": "new", "clients": 1},
     ]
+
+
+def test_status_shows_the_orders_of_reading_that_were_told(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = OrderStatus(
+        namespace="s3://b/data",
+        order="0123456789",
+        epoch=2,
+        position=30,
+        length=4000,
+        chunks=500,
+        ahead_bytes=7_000_000,
+        coming_chunks=8,
+        fetched_bytes=9_000_000,
+        left_s=60.0,
+    )
+    pool.disk = {"orders": (order, dataclasses.replace(order, order="f", position=-1))}
+    assert run(["status"]) == 0
+    out = capsys.readouterr().out
+    for part in ("read by order", "30 of 4,000", "not begun", "7.0 MB", "9.0 MB", "01234567"):
+        assert part in out
 
 
 def test_status_shows_the_lane_to_each_server_and_what_was_read_by_it(
