@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import pickle
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
+from tests.collected import until_collected
 from tests.unit.checkpoint_pool import CheckpointPool
 from tests.unit.checkpoint_states import KEY, URI, assert_same, blank, folder_of, reader, state, writer
 from torchcache.checkpoint import CacheStorageWriter
@@ -461,8 +461,15 @@ def test_a_writer_that_is_dropped_gives_back_what_its_save_left(pool: Checkpoint
         dcp.save({"a": torch.ones(2)}, storage_writer=writer(pool), planner=Failing())
     except dcp.CheckpointException:
         pass
-    gc.collect()
-    wait_for(lambda: not pool.reserved)
+    assert until_collected(lambda: not pool.reserved)
+
+
+def test_what_a_dropped_writer_left_is_given_back_before_its_thread_saves_again(pool: CheckpointPool) -> None:
+    with pytest.raises(dcp.CheckpointException):
+        dcp.save({"a": torch.ones(2)}, storage_writer=(one := writer(pool)), planner=Failing())
+    one._local.save.release()  # as when nothing refers to it any more: the thread of the lease is told, and may be late
+    end_lease_of_thread()
+    assert not pool.reserved
 
 
 def test_a_thread_that_ended_gives_back_what_its_save_left(pool: CheckpointPool) -> None:

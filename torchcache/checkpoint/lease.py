@@ -47,14 +47,15 @@ class Lease:
 
     def abandon(self) -> None:
         """Stops renewing and gives the path back, unless stopped before. Only for a save that no rank still writes."""
-        if self.release() and self._pid == os.getpid():
+        self.release()
+        if self._abandoned and self._pid == os.getpid():
             self._thread.join()
 
-    def release(self) -> bool:
-        """As `abandon`, but leaves it to the thread; returns whether there was anything to give back."""
-        self._abandoned = not self._ended.is_set()
-        self._ended.set()
-        return self._abandoned
+    def release(self) -> None:
+        """As `abandon`, but leaves it to the thread."""
+        if not self._ended.is_set():
+            self._abandoned = True  # and stays so, however often it is told before the thread looks
+            self._ended.set()
 
     def _renew(self) -> None:
         while not self._ended.wait(self._pause_s) and self._owner.is_alive():
