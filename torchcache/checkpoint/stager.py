@@ -49,15 +49,16 @@ class StagedSave:
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it is over, within the time."""
-        deadline, collected = time.monotonic() + timeout_s, False
         start_s = time.monotonic()
+        deadline, collect_s = start_s + timeout_s, start_s + _GARBAGE_S
         while not self.is_over:
             now_s = time.monotonic()
             if self._thread is None and now_s >= deadline:
                 return False
-            if not collected and now_s - start_s >= _GARBAGE_S:
-                collected = True
-                gc.collect()  # a cycle may be all that refers to it
+            if now_s >= collect_s:
+                # A cycle may be all that refers to it. Ever later again: while another thread collects, nothing goes.
+                collect_s += 2 * (collect_s - start_s)
+                gc.collect()
             self._over.wait(_POLL_S)
         return True
 

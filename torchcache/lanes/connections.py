@@ -30,6 +30,9 @@ CALL_WAIT_S: Final = 30.0
 THREAD_WAIT_S: Final = 1.0
 """How long a fork waits for gRPC's threads to end, once every channel is closed."""
 
+_GARBAGE_S: Final = 0.25
+"""After how much of that the garbage is collected."""
+
 _GRPC_THREADS: Final = ("event_engine", "grpc_", "lifeguard")
 """How the names of gRPC's threads begin. The last to go may be `_SHUTDOWN`, which holds the lock of grpc_init."""
 
@@ -153,14 +156,16 @@ class Connections:
         A gRPC that is shutting down is waited for, whoever used it: halfway it does the most harm.
         """
         start = time.monotonic()
-        collected = False
+        collect_s = _GARBAGE_S
         while (left := self._threads()) and time.monotonic() - start < THREAD_WAIT_S:
             ours = wait_for_ours and left.keys() - self._foreign
             if not ours and _SHUTDOWN not in left.values():
                 break
-            if not collected and time.monotonic() - start > THREAD_WAIT_S / 4:
-                collected = True
-                gc.collect()  # an error kept in a reference cycle may hold a call's frames, and they a channel
+            if time.monotonic() - start > collect_s:
+                # An error kept in a reference cycle may hold a call's frames, and they a channel. Once may not do:
+                # while another thread collects, or holds a last reference, nothing goes.
+                collect_s *= 2
+                gc.collect()
             time.sleep(0.0005)
         return sorted(set(left.values()))
 
