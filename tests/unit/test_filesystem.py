@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import pickle
 from pathlib import Path
@@ -11,6 +10,7 @@ import fsspec
 import pytest
 from fsspec.utils import get_protocol
 
+from tests.collected import until_collected
 from tests.unit.memory_pool import MemoryPool
 from torchcache.errors import ConfigurationError, ObjectChanged, ObjectNotFound, ServerUnavailable
 from torchcache.filesystem import TorchCacheFileSystem
@@ -221,9 +221,9 @@ class TestWriting:
     def test_a_file_that_was_lost_is_discarded_with_a_warning(self, fs: TorchCacheFileSystem) -> None:
         file = fs.open("s3/b/new", "wb")
         file.write(b"1")
-        with pytest.warns(ResourceWarning, match="not closed"):
+        with pytest.warns(ResourceWarning, match="not closed") as warned:
             del file
-            gc.collect()
+            assert until_collected(lambda: bool(warned.list))
         assert not fs.exists("s3/b/new")
 
     def test_closing_twice_publishes_once(self, fs: TorchCacheFileSystem, pool: MemoryPool) -> None:

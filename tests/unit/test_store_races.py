@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +13,7 @@ import lmdb
 import pytest
 from torchcache_server.store import DiskCalls, Store
 
+from tests.collected import until_collected
 from tests.unit.store_parts import (
     CAPACITY,
     MIB,
@@ -207,10 +208,12 @@ def test_close_waits_for_calls_under_way(store: Store, disk: Hooked, tmp_path: P
 
     def meanwhile() -> None:
         closing.start()
+        deadline = time.monotonic() + 60
+        with pytest.raises(ServerUnavailable):
+            while time.monotonic() < deadline:  # until it has begun to close
+                store.usage()
         closing.join(0.2)
         assert closing.is_alive()
-        with pytest.raises(ServerUnavailable):
-            store.usage()
 
     disk.before_write = meanwhile
     put = store.put("a", chunk(1), 1000, payload(1))
@@ -227,7 +230,6 @@ def test_descriptors_and_mappings_return_to_baseline(tmp_path: Path) -> None:
     def mappings() -> int:
         return Path("/proc/self/maps").read_text().count(f"{tmp_path}/s")
 
-    gc.collect()
     before = descriptors(tmp_path)
     for reopened in (False, True):
         store = Store(tmp_path, capacity_bytes=CAPACITY)
@@ -241,8 +243,7 @@ def test_descriptors_and_mappings_return_to_baseline(tmp_path: Path) -> None:
             store.close()
     view = store.lookup(chunk(0))
     store.drop("a")
-    gc.collect()
-    assert (descriptors(tmp_path), mappings()) == (idle, 1)
+    assert until_collected(lambda: (descriptors(tmp_path), mappings()) == (idle, 1))
     del view
     assert mappings() == 0
     store.close()
