@@ -49,6 +49,11 @@ def soon() -> float:
 
 
 def get(reads: ReadThrough, object: ObjectInfo, index: int = 0, *, suspect: bool = False) -> StoredChunk:
+    """Once no flight of before can be joined any more: who waited for one may go on before it is forgotten."""
+    until = time.monotonic() + 60
+    while reads._flights:
+        assert time.monotonic() < until
+        time.sleep(0.001)
     answer = reads.get("data", object, index, deadline=soon(), suspect=suspect)
     return answer.result(30) if isinstance(answer, Future) else answer
 
@@ -139,7 +144,9 @@ def test_many_stampedes_make_one_fetch_each(reads: ReadThrough, source: Scripted
     def read(_: int) -> None:
         for number in range(100):
             together.wait(60)
-            get(reads, object_of(10, f"key-{number}"))
+            answer = reads.get("data", object_of(10, f"key-{number}"), 0, deadline=soon())
+            if isinstance(answer, Future):
+                answer.result(30)
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(read, range(8)))
@@ -198,6 +205,7 @@ def test_what_passes_through_is_bounded_by_its_readers(
     gc.disable()
     request.addfinalizer(gc.enable)
     reads = ReadThrough(store, {"s3": source}, fill_threads=4, inflight_bytes=8 * MIB)  # type: ignore[dict-item]
+    request.addfinalizer(reads.close)
     answers = [reads.get("data", object_of(4 * MIB, f"key-{n}"), 0, deadline=soon()) for n in range(3)]
     held = [answers[n].result(30) for n in range(2)]  # type: ignore[union-attr]
     third = answers[2]
@@ -207,11 +215,14 @@ def test_what_passes_through_is_bounded_by_its_readers(
     held.clear()
     answers.clear()
     assert third.result(30).payload.size == 4 * MIB
-    reads.close()
 
 
-def test_bytes_under_way_are_bounded(store: Store, source: ScriptedUnderStore) -> None:
+def test_bytes_under_way_are_bounded(
+    store: Store, source: ScriptedUnderStore, request: pytest.FixtureRequest
+) -> None:
     reads = ReadThrough(store, {"s3": source}, fill_threads=8, inflight_bytes=2 * MIB)  # type: ignore[dict-item]
+    request.addfinalizer(reads.close)
+    request.addfinalizer(source.answer.set)
     source.answer.clear()
     answers = [reads.get("data", object_of(MIB, f"key-{n}"), 0, deadline=soon()) for n in range(8)]
     source.wait_for_reads(2)
@@ -220,7 +231,6 @@ def test_bytes_under_way_are_bounded(store: Store, source: ScriptedUnderStore) -
         assert isinstance(answer, Future)
         answer.result(30)
     assert source.most_under_way == 2
-    reads.close()
 
 
 @pytest.mark.parametrize(

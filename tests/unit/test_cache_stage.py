@@ -20,6 +20,7 @@ from torchcache.errors import (
 from torchcache.model import CHUNK_BYTES, ChunkId, ObjectId, ObjectInfo
 
 MIB = 1024 * 1024
+FILL_THREADS = 16
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def source() -> ScriptedUnderStore:
 
 @pytest.fixture
 def reads(store: Store, source: ScriptedUnderStore) -> Iterator[ReadThrough]:
-    read_through = ReadThrough(store, {"s3": source})  # type: ignore[dict-item]
+    read_through = ReadThrough(store, {"s3": source}, fill_threads=FILL_THREADS)  # type: ignore[dict-item]
     yield read_through
     source.answer.set()
     read_through.close()
@@ -100,6 +101,10 @@ def test_says_that_there_was_no_room(reads: ReadThrough, store: Store) -> None:
 
 def test_ends_by_its_deadline(reads: ReadThrough, source: ScriptedUnderStore) -> None:
     source.answer.clear()
+    # While all threads wait, none takes what is too late by then, and says so before who waits for it.
+    for number in range(FILL_THREADS):
+        reads.get("data", object_of(10, f"held-{number}"), 0, deadline=soon())
+    source.wait_for_reads(FILL_THREADS)
     objects = [object_of(10, f"key-{number}") for number in range(100)]
     errors = stage(reads, "data", objects, deadline=time.monotonic() + 0.05)
     assert {type(error) for error in errors} == {DeadlineExceeded}

@@ -177,7 +177,7 @@ def test_the_thread_works_and_ends() -> None:
         assert store.changed.wait_for(lambda: store.tidied >= 2, 30)
     maintenance.close()
     maintenance.close()
-    assert "maintenance" not in [thread.name for thread in threading.enumerate()]
+    assert not maintenance._thread.is_alive()
     assert store.asked, "nor the other chore"
 
 
@@ -188,12 +188,18 @@ def test_close_waits_for_what_runs() -> None:
     class Slow(Scripted):
         def tidy(self) -> None:
             entered.set()
-            release.wait(30)
+            assert release.wait(60)
             super().tidy()
 
     store = Slow()
     maintenance = Maintenance(store, scrub_bytes_s=0, busy=lambda: False)
-    assert entered.wait(30)
-    threading.Timer(0.2, release.set).start()
-    maintenance.close()
-    assert (release.is_set(), store.tidied) == (True, 1)
+    assert entered.wait(60)
+    closing = threading.Thread(target=maintenance.close)
+    closing.start()
+    assert maintenance._closed.wait(60)
+    closing.join(0.2)
+    assert closing.is_alive()
+    release.set()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert store.tidied == 1
