@@ -72,6 +72,14 @@ def no_account() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patient_forks() -> Iterator[None]:
+    """gRPC's threads may be kept from ending for longer than who trains would wait for a fork."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchcache.lanes.connections.THREAD_WAIT_S", GRPC_ENDS_S)
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
     """One SeaweedFS for the whole run."""

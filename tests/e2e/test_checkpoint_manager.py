@@ -460,10 +460,12 @@ def test_a_checkpoint_that_goes_while_others_load_the_next(pool: tc.Pool, root: 
 
     thread = threading.Thread(target=evaluate)
     thread.start()
-    for step in range(1, 12):
-        manager.save(step, {"a": torch.full((50_000,), step)})
-    done.set()
-    thread.join()
+    try:
+        for step in range(1, 12):
+            manager.save(step, {"a": torch.full((50_000,), step)})
+    finally:
+        done.set()
+        thread.join()
     assert not problems, problems
     assert seen == sorted(seen)
 

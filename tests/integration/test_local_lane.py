@@ -380,22 +380,22 @@ def test_reads_go_on_while_the_server_is_killed_and_started_again(tmp_path: Path
         readers = [threading.Thread(target=keep_reading, args=(who,)) for who in range(len(turns))]
         for reader in readers:
             reader.start()
-        for _ in range(2):
+
+        def read_on() -> None:
             reached = [turn + 2 for turn in turns]
-            until(
-                lambda reached=reached: (
-                    bool(failed) or all(t >= r for t, r in zip(turns, reached, strict=True))
-                ),
-                "reads",
-            )
-            server.life.end(signal.SIGKILL)
-            server.start()
-            # Not yet in the index, while it is made anew, is a miss like any other: these are computed samples.
-        reached = [turn + 2 for turn in turns]
-        until(lambda: bool(failed) or all(t >= r for t, r in zip(turns, reached, strict=True)), "reads")
-        stop.set()
-        for reader in readers:
-            reader.join()
+            until(lambda: bool(failed) or all(t >= r for t, r in zip(turns, reached, strict=True)), "reads")
+
+        try:
+            for _ in range(2):
+                read_on()
+                server.life.end(signal.SIGKILL)
+                server.start()
+                # Not yet in the index, while it is made anew, is a miss like any other: these are computed samples.
+            read_on()
+        finally:
+            stop.set()
+            for reader in readers:
+                reader.join()
         pool.close()
         assert not failed, failed
 

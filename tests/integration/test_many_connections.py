@@ -64,8 +64,10 @@ def descriptors(count: int) -> Iterator[None]:
     if hard < count:
         pytest.skip(f"this process may open {hard} files, of {count} needed")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize(

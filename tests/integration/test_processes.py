@@ -176,7 +176,9 @@ def test_grpcs_threads_are_gone_before_a_fork(pool: Pool) -> None:
 
 
 @pytest.mark.forks
-def test_a_child_beside_foreign_flight_is_told_and_does_not_hang(root: Path, pool: Pool) -> None:
+def test_a_child_beside_foreign_flight_is_told_and_does_not_hang(
+    root: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A Flight client of somebody else, alive at the fork, makes every later one in the child hang."""
     fill(pool)
     fields = read_endpoint(root / "server-0")
@@ -184,7 +186,9 @@ def test_a_child_beside_foreign_flight_is_told_and_does_not_hang(root: Path, poo
     foreign = fl.FlightClient(f"grpc://127.0.0.1:{fields['data_port']}")
     with pytest.raises(fl.FlightUnauthenticatedError):
         foreign.do_get(fl.Ticket(b"")).read_all()
-    answer = read_in_child("fork", pool)
+    with monkeypatch.context() as patch:
+        patch.setattr("torchcache.lanes.connections.THREAD_WAIT_S", 0.5)  # it doesn't go
+        answer = read_in_child("fork", pool)
     assert isinstance(answer, ConfigurationError)
     assert "spawn or forkserver" in str(answer)
     foreign.close()
@@ -284,15 +288,17 @@ def test_a_server_killed_amid_reads_is_not_noticed(root: Path) -> None:
     readers = [threading.Thread(target=keep_reading) for _ in range(2)]
     for reader in readers:
         reader.start()
-    for _ in range(2):
+    try:
+        for _ in range(2):
+            reached = turns + 3
+            until(lambda reached=reached: turns >= reached or bool(failed), "reads")
+            os.kill(server_pids(root)[0], signal.SIGKILL)
         reached = turns + 3
-        until(lambda reached=reached: turns >= reached or bool(failed), "reads")
-        os.kill(server_pids(root)[0], signal.SIGKILL)
-    reached = turns + 3
-    until(lambda: turns >= reached or bool(failed), "reads after the last kill")
-    stop.set()
-    for reader in readers:
-        reader.join()
+        until(lambda: turns >= reached or bool(failed), "reads after the last kill")
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
     assert not failed
 
 

@@ -393,7 +393,7 @@ def test_an_object_is_published_and_deleted(start: Callable[..., ServerProcess],
     with start() as server:
         info = ObjectInfo(ObjectId("file", "new/object", "save:w1"), 5)
         server.client.put("put:file/new/object@w1", info, b"hello")
-        request = pb.PublishRequest(store="file", key="new/object", write_id="w1", size=5, wait_s=10)
+        request = pb.PublishRequest(store="file", key="new/object", write_id="w1", size=5, wait_s=30)
         reply = server.client.call("PublishObject", request)
         assert reply.done
         assert (source / "new/object").read_bytes() == b"hello"

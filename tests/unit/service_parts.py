@@ -131,7 +131,7 @@ class ScriptedReadThrough:
         """Ends a fill, with the object's bytes of which the chunk is cut, or an error."""
         with self.filling:
             chunk = ChunkId(info.id, index)
-            self.filling.wait_for(lambda: chunk in self.fills, 10)
+            self.filling.wait_for(lambda: chunk in self.fills, 60)
         if isinstance(outcome, bytes):
             part = outcome[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
             self.fills[chunk].set_result(StoredChunk.of(part, len(outcome)))

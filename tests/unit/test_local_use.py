@@ -64,6 +64,7 @@ def server() -> Server:
 def reports(store: Store, server: Server, monkeypatch: pytest.MonkeyPatch) -> UseReports:
     """Due when the test says so, however long it takes."""
     monkeypatch.setattr(local_use, "EVERY_S", 3600.0)
+    monkeypatch.setattr(local_use, "CALL_S", 60.0)
     return UseReports(cast(LocalStore, store), server)
 
 

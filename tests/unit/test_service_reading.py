@@ -41,7 +41,7 @@ def plan(extents: Sequence[Wanted], **changed: Any) -> ReadPlan:
         "end": [e[2] for e in extents],
         "resident_only": False,
         "suspect": False,
-        "timeout_s": 10.0,
+        "timeout_s": 60.0,
     }
     return ReadPlan(**(fields | changed))
 
@@ -231,7 +231,7 @@ def test_fills_ahead_are_bounded(source: ScriptedReadThrough, monkeypatch: pytes
     for i, info in enumerate(objects):
         source.fill(info, 0, content(10, i))
         most = max(most, len(source.fills) - i)
-    worker.join(10)
+    worker.join(60)
     assert [client.result(i) for i in range(10)] == [content(10, i) for i in range(10)]
     assert 1 <= most <= 4
 
@@ -266,7 +266,7 @@ def test_a_fill_that_fails_fails_its_extent_alone(
     worker.start()
     source.fill(cold, 0, error)
     source.fill(cold, 1, content(2 * CHUNK_BYTES))
-    worker.join(10)
+    worker.join(60)
     got = client.result(0)
     assert type(got) is type(error)
     assert str(got) == str(error)

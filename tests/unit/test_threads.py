@@ -17,7 +17,7 @@ def test_results_errors_and_order() -> None:
     with Threads(1, name="t") as threads:
         futures = [threads.submit(ran.append, i) for i in range(50)]
         failed = threads.submit(int, "x")
-        assert threads.submit(int, "7", base=8).result(10) == 7
+        assert threads.submit(int, "7", base=8).result(60) == 7
     assert ran == list(range(50))
     assert all(future.done() for future in futures)
     with pytest.raises(ValueError, match="'x'"):

@@ -21,7 +21,7 @@ from torchcache.errors import AlreadyExists, CheckpointError, DeadlineExceeded, 
 
 
 def test_a_live_writer_keeps_its_path() -> None:
-    server = Server(Bucket(), "a", lease_s=5.0)
+    server = Server(Bucket(), "a", lease_s=20.0)  # longer than a thread may be kept from renewing it
     server.reserve("first")
     stop = threading.Event()
 

@@ -69,7 +69,7 @@ def test_saves_go_on_and_are_uploaded_when_the_under_store_comes_back() -> None:
         with pytest.raises(ServerUnavailable):
             server.reserve("other", SaveKey("s3", "run/step-2"))
         server.under_store.fail = reachable
-        assert server.write_back.drain(5.0) == []
+        assert server.write_back.drain(60.0) == []
         assert server.state() == "durable first"
         assert server.write_back.pending_bytes == 0
         assert not server.store.kept
@@ -89,7 +89,7 @@ def test_a_backlog_survives_the_stop_of_the_server() -> None:
             server.commit(f"save {i}", key)
         assert server.write_back.drain(0.1) == [f"s3://bucket/{key.path}" for key in keys]
         server.restart()
-        assert server.write_back.drain(5.0) == []
+        assert server.write_back.drain(60.0) == []
         for i, key in enumerate(keys):
             assert published(bucket, key) == f"save {i}"
 
@@ -101,7 +101,7 @@ def test_what_the_under_store_refuses_is_kept_told_and_mended() -> None:
         server.put("first")
         server.under_store.fail = refused
         server.commit("first")
-        assert server.write_back.drain(5.0) == ["s3://bucket/run/step-1"]
+        assert server.write_back.drain(60.0) == ["s3://bucket/run/step-1"]
         status = server.write_back.get(KEY, deadline=soon())
         assert status.state == "failed"
         assert isinstance(status.error, ConfigurationError)
@@ -227,7 +227,7 @@ def test_an_error_nobody_foresaw_doesnt_end_the_upload() -> None:
 
         server.under_store.fail = fail
         server.commit("first")
-        assert server.write_back.drain(5.0) == []
+        assert server.write_back.drain(60.0) == []
         assert met.is_set()
         assert_settled(bucket, "first")
 
