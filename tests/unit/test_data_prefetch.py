@@ -16,6 +16,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from tests.unit.sample_pool import SamplePool, pool
 from torchcache.data import CachedDataset
+from torchcache.data.foretelling import OrderedPrefetch
 from torchcache.data.prefetch import ComputedPrefetch, epoch_order
 from torchcache.errors import ConfigurationError, ObjectNotFound, ServerUnavailable, TorchCacheError
 from torchcache.marks import marks
@@ -239,6 +240,40 @@ def test_an_order_that_is_refused_ends_the_prefetch(pool: SamplePool) -> None:
     pool.order_error = ConfigurationError("no such namespace")
     with pytest.raises(ConfigurationError, match="no such namespace"):
         dataset.prefetch(SequentialSampler(dataset), 0).wait(60)
+
+
+def test_one_that_comes_while_the_thread_of_the_last_ends_does_not_end_with_it(pool: SamplePool) -> None:
+    dataset = files(pool, 5)
+    first = dataset.prefetch(SequentialSampler(dataset), 0)
+    assert first.wait(60)
+    foreteller = dataset._foreteller
+    assert foreteller is not None and foreteller._thread is not None
+    thread, lock = foreteller._thread, foreteller._lock
+    leaving, next_one = threading.Event(), threading.Event()
+
+    class HoldsUp:
+        """The thread, once it has said under the lock that it leaves."""
+
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            leaves = foreteller._thread is None
+            lock.release()
+            if leaves and threading.current_thread() is thread:
+                leaving.set()
+                next_one.wait(60)
+
+    foreteller._lock = HoldsUp()  # type: ignore[assignment]
+    first.cancel()
+    assert leaving.wait(60)
+    second = dataset.prefetch(SequentialSampler(dataset), 1)
+    next_one.set()
+    thread.join(60)
+    assert isinstance(second, OrderedPrefetch) and second.is_wanted
+    assert second.wait(60)
+    assert second.staged == 5
+    second.cancel()
 
 
 def test_an_unforeseeable_sampler_has_one_epoch(pool: SamplePool) -> None:

@@ -212,7 +212,7 @@ class Foreteller:
                 with self._lock:
                     self._prefetches = [p for p in self._prefetches if p.is_wanted]
                     if not self._prefetches:
-                        self._thread = None  # under the lock: who adds one starts another
+                        self._left()
                         break
                     prefetches = list(self._prefetches)
                 pause_s = self._round(prefetches)
@@ -222,10 +222,21 @@ class Foreteller:
             _log.warning("%s", failure, exc_info=error)
             self._end_all(failure)
         finally:
-            atexit.unregister(self.stop)
-            for prefetch in self._prefetches:
+            with self._lock:
+                undone = self._left()
+            for prefetch in undone:
                 prefetch.cancel()
-            self._forget()
+            if self._thread is None:
+                self._forget()
+
+    def _left(self) -> list[OrderedPrefetch]:
+        """What the thread leaves undone. Under the lock: whoever adds one from then on starts another thread."""
+        if self._thread is not threading.current_thread():
+            return []  # it left before, and what there is now is of the next
+        atexit.unregister(self.stop)
+        self._thread = None
+        undone, self._prefetches = self._prefetches, []
+        return undone
 
     def _end_all(self, error: TorchCacheError) -> None:
         for prefetch in self._prefetches:
