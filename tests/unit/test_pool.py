@@ -598,6 +598,19 @@ def test_a_lane_is_closed_while_its_server_can_still_be_told_something() -> None
     assert closed == ["lane", "control"]
 
 
+def test_a_pool_that_is_used_again_after_its_close_stays_open(server: StandIn, pool: Pool) -> None:
+    server.put(sample(1), b"right")
+    pool.read([whole(sample(1))])
+    pool.close()
+    pool.read([whole(sample(1))])
+    roster = pool._session()._roster
+    roster.meet_again()
+    for thread in threading.enumerate():
+        if thread.name == "torchcache-members":
+            thread.join(60)
+    assert roster.current is not None
+
+
 def test_servers_are_asked_side_by_side_who_they_are(
     servers: dict[str, StandIn], wide: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ class Roster:
         """The servers, found out at first use. Raises ServerUnavailable if none answers."""
         found = self._members
         if found is None:
+            self._closed = False  # it is used again, and not to be closed behind a look that was under way
             return self.refresh(found, deadline)
         holds_s = LOOK_AGAIN_S if found.missing else self._source.holds_s
         if holds_s is not None and time.monotonic() - found.seen_at > holds_s:
