@@ -297,8 +297,8 @@ def test_one_that_is_being_read_stays_until_it_is_not(pool: tc.Pool, root: str) 
     manager.save(1, {"a": 1})
     manager.wait_durable()
     hold = Hold(pool, pool.get_save(*pool.resolve(f"{root}/step-1")))
+    hold.take()
     with hold.kept():
-        hold.take()
         manager.save(2, {"a": 2})
         manager.wait_durable()
         assert list(states(manager)) == [1, 2]
