@@ -278,12 +278,12 @@ class MemoryPool:
     def forget_order(self, server: str, key: OrderKey) -> None:
         self.told.clear()
 
-    def servers(self) -> dict[str, str]:
+    def servers(self, *, opens: bool = True) -> dict[str, str]:
         if isinstance(self.addresses, TorchCacheError):
             raise self.addresses
         return self.addresses
 
-    def placement(self, servers: Iterable[str]) -> Placement:
+    def placement(self, servers: Iterable[str], *, opens: bool = True) -> Placement:
         return Placement(servers)
 
     def statistics(self) -> PoolStatistics:

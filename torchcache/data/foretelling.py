@@ -248,8 +248,9 @@ class Foreteller:
             self._end_all(ServerUnavailable("the pool was closed, and the prefetch ends with it"))
             return 0.0
         try:
-            servers = self._pool.servers()
-            placement = self._pool.placement(servers)
+            # Once it was open it isn't opened again from here: whoever closes an embedded pool ends its servers.
+            servers = self._pool.servers(opens=not self._servers)
+            placement = self._pool.placement(servers, opens=False)
             if servers != self._servers or placement != self._placement:
                 self._servers, self._placement, self._table = servers, placement, None
                 for prefetch in prefetches:

@@ -364,16 +364,17 @@ class Pool:
         asked = self._session().ask_each("GetStatus", cache_pb2.StatusRequest(), timeout_s=STATUS_S)
         return [server_status(one.reply, one.member.address) for one in asked]
 
-    def servers(self) -> dict[str, str]:
+    def servers(self, *, opens: bool = True) -> dict[str, str]:
         """All servers: their addresses by their ids, which placement goes by. In the order of the pool's address.
 
-        Raises ServerUnavailable if there is one that hasn't said its id.
+        Raises ServerUnavailable if there is one that hasn't said its id. And, unless it `opens` the pool, if that was
+        closed.
         """
-        return self._session().addresses(STATUS_S)
+        return self._session().addresses(STATUS_S, opens=opens)
 
-    def placement(self, servers: Iterable[str]) -> Placement:
+    def placement(self, servers: Iterable[str], *, opens: bool = True) -> Placement:
         """Which of `servers`, ids that `servers()` gave, owns what. Raises ServerUnavailable if none answers."""
-        return self._session().placement(servers, STATUS_S)
+        return self._session().placement(servers, STATUS_S, opens=opens)
 
     @property
     def is_open(self) -> bool:

@@ -64,10 +64,21 @@ class Roster:
         if found is None:
             self._closed = False  # it is used again, and not to be closed behind a look that was under way
             return self.refresh(found, deadline)
+        self._look_in_time(found)
+        return found
+
+    def known(self) -> Members:
+        """The servers as last seen. Raises ServerUnavailable if the pool isn't open, and leaves it so."""
+        found = self._members
+        if found is None:
+            raise ServerUnavailable("the pool was closed")
+        self._look_in_time(found)
+        return found
+
+    def _look_in_time(self, found: Members) -> None:
         holds_s = LOOK_AGAIN_S if found.missing else self._source.holds_s
         if holds_s is not None and time.monotonic() - found.seen_at > holds_s:
             self._look_behind(found, self._look)
-        return found
 
     def meet_again(self) -> None:
         """A server isn't the one it was: it has started on other data, or its address was given to another."""

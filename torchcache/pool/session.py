@@ -99,10 +99,12 @@ class Session:
         """The servers, found out at first use. Raises ServerUnavailable if none answers."""
         return self._roster.members(deadline)
 
-    def addresses(self, timeout_s: float) -> dict[str, str]:
-        """All servers' addresses by their ids. Raises ServerUnavailable if there is one that hasn't said its id."""
-        deadline = time.monotonic() + timeout_s
-        members = self.first_members(Retry(self.budget, deadline), deadline)
+    def addresses(self, timeout_s: float, *, opens: bool = True) -> dict[str, str]:
+        """All servers' addresses by their ids. Raises ServerUnavailable if there is one that hasn't said its id.
+
+        And, unless it `opens` the pool, if that is closed.
+        """
+        members = self._members(timeout_s, opens=opens)
         found = {server_id: member.address for server_id, member in members.by_id.items()}
         if strangers := sorted(set(members.missing) - set(found.values())):
             raise ServerUnavailable(
@@ -111,11 +113,16 @@ class Session:
             )
         return found
 
-    def placement(self, servers: Iterable[str], timeout_s: float) -> Placement:
-        """Which of `servers`, by their ids, owns what. Raises ServerUnavailable if none answers."""
-        deadline = time.monotonic() + timeout_s
-        members = self.first_members(Retry(self.budget, deadline), deadline)
+    def placement(self, servers: Iterable[str], timeout_s: float, *, opens: bool = True) -> Placement:
+        """Which of `servers`, by their ids, owns what. Raises ServerUnavailable if none answers; `opens` as above."""
+        members = self._members(timeout_s, opens=opens)
         return Placement(servers, {id_: member.weight for id_, member in members.by_id.items()})
+
+    def _members(self, timeout_s: float, *, opens: bool) -> Members:
+        if not opens:
+            return self._roster.known()
+        deadline = time.monotonic() + timeout_s
+        return self.first_members(Retry(self.budget, deadline), deadline)
 
     @property
     def current(self) -> Members | None:
