@@ -293,13 +293,44 @@ def test_batches_of_workers_stay_what_they_are(method: str, persistent: bool) ->
 def test_a_loaders_batches_go_back_to_its_workers() -> None:
     """As many pieces of memory as are in flight, and not one a batch."""
     loader = DataLoader(Numbered(), batch_size=4, num_workers=1, collate_fn=tc.collate)
-    pieces = set()
+    before, pieces = mapped_pieces(), set()
     for batch in loader:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        pieces |= {line.split()[4] for line in lines if "memfd:torchcache" in line}
+        pieces |= mapped_pieces() - before
         del batch
     assert 1 <= len(pieces) <= 8  # of 24
-    assert not sharing._received._pieces
+    assert not sharing._received._in_use
+
+
+def mapped_pieces() -> set[str]:
+    """Inodes of the pieces of memory that are mapped here."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "memfd:torchcache" in line}
+
+
+@pytest.mark.forks
+def test_the_memory_of_workers_that_are_gone_goes_with_the_next_ones() -> None:
+    before = mapped_pieces()
+    for batch in DataLoader(Numbered(), batch_size=4, num_workers=1, collate_fn=tc.collate):
+        del batch
+    first = mapped_pieces() - before
+    assert first
+    for batch in DataLoader(Numbered(), batch_size=4, num_workers=1, collate_fn=tc.collate):
+        assert not mapped_pieces() & first
+        del batch
+
+
+def test_mappings_are_kept_up_to_a_bound(pool: tc.BufferPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_KEPT_BYTES", 3 * MIB)
+    seen = []
+    for _ in range(6):
+        batch = tc.collate(rows(tc.BufferPool(4 * MIB)))
+        sent(batch)
+        seen.append(sum(place.map_bytes for place in sharing._received._idle))
+    assert max(seen) <= 3 * MIB
+    assert seen[-1] > MIB
+    kept = [*sharing._received._idle]
+    assert torch.equal(sent(batch), batch)
+    assert [*sharing._received._idle] == kept  # mapped once, used twice
 
 
 @pytest.mark.forks
