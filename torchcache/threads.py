@@ -5,12 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+
+
+def _run(future: Future[_Result], work: Callable[[], _Result]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = work()
+    except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+    finally:
+        del future  # the error holds this frame: what both hold would be there until a collection
 
 
 class Threads:
@@ -31,17 +45,7 @@ class Threads:
     ) -> Future[_Result]:
         """Runs `function` in one of the threads, the earliest submitted first."""
         future: Future[_Result] = Future()
-
-        def task() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = function(*args, **kwargs)
-            except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
+        task = partial(_run, future, partial(function, *args, **kwargs))
         if len(self._threads) < self._most:
             name = f"{self._name}-{len(self._threads)}"
             thread = threading.Thread(target=self._work, name=name, daemon=True)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from examples.ports import free_port
 from tests.integration.server_process import ServerProcess
 from torchcache import Pool, connect
-from torchcache.errors import ServerUnavailable
-from torchcache.model import Extent
+from torchcache.errors import ServerUnavailable, TransientError
+from torchcache.model import Extent, ObjectId, ObjectInfo
 
 DEADLINE_S = 60.0
 """Of a read. A server that doesn't answer would use it up, were it not found out."""
@@ -105,3 +108,27 @@ def test_a_pool_is_of_use_with_an_address_that_swallows(two: Servers, swallowing
     nobody = two.connect(swallowing)
     with pytest.raises(ServerUnavailable, match="can be reached"):
         nobody.status()
+
+
+def test_a_pool_that_is_away_keeps_nothing_of_its_callers_alive() -> None:
+    """A read that fails holds no views for the collector to find: some who train have put it off."""
+
+    class Kept:
+        pass
+
+    def ask() -> weakref.ref[Kept]:
+        kept = Kept()
+        info = ObjectInfo(ObjectId("file", "absent", "0"), 1)
+        try:
+            pool.read([Extent(info)], timeout_s=1.0)
+        except TransientError:
+            return weakref.ref(kept)
+        raise AssertionError("somebody answered")
+
+    pool = connect(f"127.0.0.1:{free_port(beside=1)}", token="absent")
+    gc.disable()
+    try:
+        assert ask()() is None
+    finally:
+        gc.enable()
+        pool.close()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -51,6 +54,33 @@ def test_what_is_cancelled_does_not_run_and_what_ran_is_let_go() -> None:
         assert waiting.cancel()
         going.set()
     assert let_go.is_set()
+
+
+def test_an_error_keeps_nothing_alive_once_it_is_gone() -> None:
+    class Argument:
+        pass
+
+    def fail(argument: Argument) -> None:
+        raise ValueError("no")
+
+    argument = Argument()
+    gone = weakref.ref(argument)
+    with gc_off():
+        with Threads(1, name="t") as threads:
+            failed = threads.submit(fail, argument)
+        del argument
+        assert isinstance(failed.exception(10), ValueError)
+        del failed
+        assert gone() is None
+
+
+@contextmanager
+def gc_off() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def test_they_start_when_the_main_thread_is_done() -> None:

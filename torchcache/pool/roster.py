@@ -141,19 +141,20 @@ class Roster:
         known = {member.address: member for member in before.by_id.values()} if before else {}
         by_id: dict[str, Member] = {}
         missing: list[str] = []
-        failure: TransientError | None = None
+        reason = ""
         for endpoint, asked in self._ask_who(self._source.resolve(deadline=deadline), deadline):
             try:
                 member = self._member(endpoint, *asked.result(), known.get(endpoint.address))
                 by_id[member.server_id] = member
             except TransientError as error:
                 missing.append(endpoint.address)
-                failure = error
+                reason = f": {error.message}"
                 if member_before := known.get(endpoint.address):
                     by_id[member_before.server_id] = member_before
                     self._health.failed(member_before.server_id)
+            finally:
+                del asked  # it holds the error, that holds this frame, and that all who called
         if not by_id:
-            reason = f": {failure.message}" if failure else ""
             advice = (
                 "" if self._source.embedded else "; is this the address of a `torchcache serve` that runs?"
             )
