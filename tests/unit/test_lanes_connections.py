@@ -171,6 +171,45 @@ def test_a_fork_waits_for_its_own_threads_only(monkeypatch: pytest.MonkeyPatch) 
     assert not forker.is_alive()
 
 
+def test_a_fork_waits_for_the_threads_of_channels_that_were_closed_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that is away: its channel is dropped, another is opened and dropped, and gRPC is still at work."""
+    monkeypatch.setattr(module, "THREAD_WAIT_S", 60.0)
+    threads: dict[str, str] = {}
+    registry = Connections(lambda: dict(threads), works=lambda: True)
+    for key in ("a", "b"):
+        with registry.call():
+            registry.channel(key, Channel)
+        threads["17"] = "event_engine"
+        registry.drop(key)
+    forker = in_thread(registry.before_fork)
+    forker.join(0.05)
+    assert forker.is_alive()
+    threads.clear()
+    forker.join(60)
+    assert not forker.is_alive()
+
+
+def test_what_outlives_one_wait_is_not_waited_for_as_long_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC of somebody else who came after us: its threads can't be told from ours."""
+    monkeypatch.setattr(module, "THREAD_WAIT_S", 0.02)
+    monkeypatch.setattr(module, "_SHORT_WAIT_S", 0.01)
+    threads: dict[str, str] = {}
+    registry = Connections(lambda: dict(threads), works=lambda: True)
+    with registry.call():
+        registry.channel("a", Channel)
+    threads["17"] = "event_engine"
+    registry.before_fork()
+    assert registry._left == ["event_engine"]
+    assert registry._patience_s == 0.01
+    registry.after_fork_in_parent()
+    threads.clear()
+    registry.before_fork()
+    assert registry._left == []
+    assert registry._patience_s == 0.02
+
+
 def test_a_call_that_does_not_end_does_not_hold_the_fork_for_ever(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

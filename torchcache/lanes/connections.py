@@ -27,10 +27,16 @@ _log = logging.getLogger(__name__)
 CALL_WAIT_S: Final = 30.0
 """How long a fork waits for calls in flight."""
 
-THREAD_WAIT_S: Final = 1.0
-"""How long a fork waits for gRPC's threads to end, once every channel is closed."""
+THREAD_WAIT_S: Final = 5.0
+"""How long a fork waits for gRPC's threads to end, once every channel is closed. A busy machine takes a second."""
 
-_GARBAGE_S: Final = 0.25
+_SHORT_WAIT_S: Final = 0.5
+"""How long the next ones wait, where one has waited in vain: for another user's threads, it seems."""
+
+_PAUSE_S: Final = (0.0005, 0.02)
+"""Between two looks at them, first and at most."""
+
+_GARBAGE_S: Final = 0.5
 """After how much of that the garbage is collected."""
 
 _GRPC_THREADS: Final = ("event_engine", "grpc_", "lifeguard")
@@ -80,7 +86,9 @@ class Connections:
         self._open: dict[Hashable, Closable] = {}
         self._calls = 0
         self._forking = False
+        self._used = False  # since gRPC's threads were last seen to be none of ours
         self._foreign: frozenset[str] = frozenset()
+        self._patience_s = THREAD_WAIT_S
         self._left: list[str] = []
         self._doubt: list[str] = []
         self._unusable: str | None = None
@@ -112,8 +120,9 @@ class Connections:
         with self._changed:
             found = self._open.get(key)
             if found is None:
-                if not self._open:
+                if not self._used:
                     self._foreign = frozenset(self._threads())
+                    self._used = True
                 found = self._open[key] = open_channel()
             return cast(C, found)
 
@@ -144,29 +153,37 @@ class Connections:
             self._forking = True
             idle = self._changed.wait_for(lambda: self._calls <= own, CALL_WAIT_S)
         if idle:
-            ours = bool(self._open)
             self.close()
-            self._left = self._wait_for_threads(wait_for_ours=ours)
+            self._left = self._wait_for_threads()
         else:
             self._left = [_IN_FLIGHT]
 
-    def _wait_for_threads(self, *, wait_for_ours: bool) -> list[str]:
-        """Names of gRPC's threads that are left, once ours have ended or `THREAD_WAIT_S` has passed.
+    def _wait_for_threads(self) -> list[str]:
+        """Names of gRPC's threads that are left, once ours have ended or the wait was in vain.
 
-        A gRPC that is shutting down is waited for, whoever used it: halfway it does the most harm.
+        Those of channels that were closed long ago may be among ours. A gRPC that is shutting down is waited for,
+        whoever used it: halfway it does the most harm.
         """
         start = time.monotonic()
+        pause_s, most_s = _PAUSE_S
         collect_s = _GARBAGE_S
-        while (left := self._threads()) and time.monotonic() - start < THREAD_WAIT_S:
-            ours = wait_for_ours and left.keys() - self._foreign
+        while left := self._threads():
+            ours = self._used and left.keys() - self._foreign
             if not ours and _SHUTDOWN not in left.values():
                 break
-            if time.monotonic() - start > collect_s:
+            waited_s = time.monotonic() - start
+            if waited_s >= self._patience_s:
+                self._patience_s = _SHORT_WAIT_S
+                return sorted(set(left.values()))
+            if waited_s >= collect_s:
                 # An error kept in a reference cycle may hold a call's frames, and they a channel. Once may not do:
                 # while another thread collects, or holds a last reference, nothing goes.
                 collect_s *= 2
                 gc.collect()
-            time.sleep(0.0005)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, most_s)
+        self._used = False
+        self._patience_s = THREAD_WAIT_S
         return sorted(set(left.values()))
 
     def after_fork_in_parent(self) -> None:
