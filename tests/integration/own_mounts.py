@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -47,3 +48,18 @@ class OwnMount:
     def run(self, *command: str) -> None:
         """Runs a command in the namespace; it must succeed."""
         subprocess.run([*self.through, *command], check=True, timeout=60)
+
+
+def free_bytes(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def fill_up(path: Path, *, leave: int = 0) -> None:
+    """Somebody else's file takes all the room there is, to the last page, but for `leave` bytes."""
+    with path.open("ab", buffering=0) as file:
+        while (room := free_bytes(path.parent) - leave) > 0:
+            try:
+                file.write(bytes(min(room, 1 << 20)))
+            except OSError:
+                return

@@ -148,8 +148,8 @@ def wait_for_save(pool: Pool, uri: str, what: Callable[[SaveInfo], bool]) -> Sav
     return info
 
 
-def wait_until(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
+def wait_until(what: Callable[[], object], *, wait_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + wait_s
     while not what():
         assert time.monotonic() < deadline, "it doesn't come about"
         time.sleep(0.05)

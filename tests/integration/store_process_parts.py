@@ -156,12 +156,12 @@ class Child:
         self._buffer = b""
         self._send(job)
 
-    def ask(self, order: str, timeout_s: float) -> dict[str, object]:
+    def ask(self, order: object, timeout_s: float) -> dict[str, object]:
         """Sends an order and waits for the answer. A child that takes longer is a failure: I4."""
         self._send(order)
         return self.answer(timeout_s, order)
 
-    def answer(self, timeout_s: float, order: str) -> dict[str, object]:
+    def answer(self, timeout_s: float, order: object) -> dict[str, object]:
         stdout = _pipe(self.process.stdout)
         while b"\n" not in self._buffer:
             readable, _, _ = select.select([stdout], [], [], timeout_s)
@@ -177,6 +177,13 @@ class Child:
         stdin = _pipe(self.process.stdin)
         stdin.write(json.dumps(order).encode() + b"\n")
         stdin.flush()
+
+    def end(self) -> None:
+        """Lets it end in good order, as it does when there are no more orders."""
+        try:
+            self.process.communicate(timeout=START_S)
+        except subprocess.TimeoutExpired:
+            self.close()
 
     def close(self) -> None:
         self.process.kill()

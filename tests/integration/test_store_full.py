@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.own_mounts import OwnMount
+from tests.integration.own_mounts import OwnMount, fill_up
 from tests.integration.pool_server import Dataset, PoolServer
 from tests.integration.store_process_parts import PlainStarter
 from torchcache.errors import NotCommitted, OutOfSpace
@@ -30,21 +29,6 @@ def server(tmp_path: Path, disk: OwnMount) -> Iterator[PoolServer]:
     starter = PlainStarter(through=disk.through)
     with PoolServer(tmp_path, store=disk.folder / "store", starter=starter) as server:
         yield server
-
-
-def free_bytes(folder: Path) -> int:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
-
-
-def fill_up(path: Path, *, leave: int = 0) -> None:
-    """Somebody else's file takes all the room there is, to the last page, but for `leave` bytes."""
-    with path.open("ab", buffering=0) as file:
-        while (room := free_bytes(path.parent) - leave) > 0:
-            try:
-                file.write(bytes(min(room, MIB)))
-            except OSError:
-                return
 
 
 def test_a_dataset_larger_than_the_disk_is_read_right(server: PoolServer, disk: OwnMount) -> None:
