@@ -56,6 +56,8 @@ class Job:
     sets: dict[str, dict[str, int]]
     checkpoints: list[int]  # bytes of the state saved at each path, over and over
     seed: int
+    publishes: float = 0.03  # of the steps of readers
+    pause_s: float = 0.0  # between the steps of each thread
 
 
 class Tally:
@@ -115,10 +117,13 @@ class File:
 class DatasetReader:
     """Reads the objects of one dataset, and now and then publishes one anew."""
 
-    def __init__(self, pool: Pool, tally: Tally, uri: str, sizes: dict[str, int], seed: int) -> None:
+    def __init__(
+        self, pool: Pool, tally: Tally, uri: str, sizes: dict[str, int], seed: int, publishes: float
+    ) -> None:
         self._pool = pool
         self._tally = tally
         self._uri = uri
+        self._publishes = publishes
         self._chance = random.Random(seed)
         self._files: list[File] = []
         for name, size in sizes.items():
@@ -128,7 +133,7 @@ class DatasetReader:
 
     def step(self) -> None:
         """One call, or a few. Raises nothing that is allowed to happen."""
-        if self._chance.random() < 0.03:
+        if self._chance.random() < self._publishes:
             small = [f for f in self._files if f.info.size < 1 << 20]
             self._publish(self._chance.choice(small if self._chance.random() < 0.9 else self._files))
         wanted = [self._wish() for _ in range(self._chance.randrange(1, 24))]
@@ -325,8 +330,9 @@ class Checkpoints:
 class Workers:
     """Threads that repeat their step between "go" and "stop"."""
 
-    def __init__(self, tally: Tally, steps: dict[str, Callable[[], None]]) -> None:
+    def __init__(self, tally: Tally, steps: dict[str, Callable[[], None]], pause_s: float) -> None:
         self._tally = tally
+        self._pause_s = pause_s
         self._changed = threading.Condition()
         self._going = False
         self._busy: dict[str, float] = {}  # name -> when its step began
@@ -362,6 +368,7 @@ class Workers:
                 self._tally.wrong(f"{name}:\n{traceback.format_exc()}")
                 with self._changed:
                     self._going = False
+            time.sleep(self._pause_s)
 
 
 def meet_server(pool: Pool) -> None:
@@ -390,12 +397,14 @@ def main() -> None:
     tally = Tally()
     pool = connect(job.address, token=job.token)
     readers = [
-        DatasetReader(pool, tally, f"{job.root}/{name}", sizes, job.seed + i)
+        DatasetReader(pool, tally, f"{job.root}/{name}", sizes, job.seed + i, job.publishes)
         for i, (name, sizes) in enumerate(job.sets.items())
     ]
     checkpoints = Checkpoints(pool, tally, f"{job.root}/run", job.checkpoints, job.seed)
     steps = {f"reader {i}": reader.step for i, reader in enumerate(readers)}
-    workers = Workers(tally, {**steps, "saver": checkpoints.step_save, "loader": checkpoints.step_load})
+    workers = Workers(
+        tally, {**steps, "saver": checkpoints.step_save, "loader": checkpoints.step_load}, job.pause_s
+    )
     print(json.dumps(tally.answer()), flush=True)
     for line in sys.stdin:
         more: dict[str, object] = {}

@@ -1,0 +1,108 @@
+"""An hour in the life of a pool on hosts of its own: faults of every kind, one after the other, under load.
+
+I1 to I5 are held against it all along. `TORCHCACHE_SOAK_MINUTES` makes it shorter or longer, `TORCHCACHE_SOAK_SEED`
+repeats the faults of a run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from examples.etcd import Etcd
+from tests.e2e.hosts import Cluster, ServerHost
+from tests.e2e.soaking import CAPACITY, Soak
+from tests.integration.own_network import why_no_networks
+from tests.integration.replica_servers import wait_until
+from tests.proofs import proof
+
+# Read at import: tests run without any TORCHCACHE_ variable.
+_MINUTES: Final = float(os.environ.get("TORCHCACHE_SOAK_MINUTES", "60"))
+_SEED: Final = os.environ.get("TORCHCACHE_SOAK_SEED")
+
+SHIFTS: Final = 4
+"""After the first, which warms up: each kind of fault once."""
+
+SETTLES_S: Final = 10.0
+MOST_MEMORY: Final = 1.05
+LONG_MINUTES: Final = 30.0
+"""From this length on memory is judged: before that it is still on its way to what it will be."""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(int(60 * _MINUTES * 3) + 1800)
+@pytest.mark.skipif(bool(why_no_networks()), reason=why_no_networks())
+@pytest.mark.skipif(not Etcd.installed(), reason="no etcd here: apt-get install etcd-server")
+def test_a_pool_under_faults_of_every_kind(tmp_path: Path) -> None:
+    """F1, F2, F5, F10, F11, F16, F17, F18, F21, F24, F36, F38; I1, I2, I3, I4, I5."""
+    seed = int(_SEED) if _SEED else random.SystemRandom().randrange(1 << 32)
+    print(f"TORCHCACHE_SOAK_SEED={seed}")
+    with (
+        proof("soak") as figures,
+        Cluster(tmp_path, arguments=("--capacity", CAPACITY)) as cluster,
+        closing(Soak(cluster, seed)) as soak,
+    ):
+        chance = random.Random(seed)
+        kinds = sorted(soak.kinds)
+        soak.begin_shift()
+        for kind in chance.sample(kinds, len(kinds)):
+            soak.meet(kind)
+        soak.end_shift()
+        before = [Quiet(server) for server in soak.steady]
+        began = time.monotonic()
+        for shift in range(SHIFTS):
+            soak.begin_shift()
+            while True:
+                soak.meet(chance.choice(kinds))
+                if time.monotonic() - began > 60 * _MINUTES * (shift + 1) / SHIFTS:
+                    break
+            soak.end_shift()
+        after = [
+            Quiet(server, at_most=was.descriptors + 1)
+            for server, was in zip(soak.steady, before, strict=True)
+        ]
+        soak.begin_shift()
+        soak.meet("kills")
+        soak.end_shift(from_storage=True)
+
+        more = [now.descriptors - was.descriptors for now, was in zip(after, before, strict=True)]
+        growth = [now.memory_bytes / was.memory_bytes for now, was in zip(after, before, strict=True)]
+        figures.update(
+            {
+                "minutes": round((time.monotonic() - began) / 60),
+                "faults": sum(soak.faults.values()),
+                **dict(sorted(soak.faults.items())),
+                "reads": soak.counts["reads"],
+                "GB read": round(soak.counts["read bytes"] / 1e9, 1),
+                "saves acknowledged": soak.counts["saves acknowledged"],
+                "loads of saves": soak.counts["loads"],
+                "violations": 0,
+                "more descriptors at most": max(more),
+                "% more memory at most": round(100 * (max(growth) - 1), 1),
+                "seed": seed,
+            }
+        )
+        print(figures)
+        assert max(more) <= 1
+        assert _MINUTES < LONG_MINUTES or max(growth) <= MOST_MEMORY
+
+
+class Quiet:
+    """What a server takes while nobody asks anything of it: the least within a while."""
+
+    def __init__(self, server: ServerHost, *, at_most: int | None = None) -> None:
+        """Waits until it has `at_most` descriptors: connections end when they are noticed to be idle."""
+        if at_most is not None:
+            wait_until(lambda: server.descriptors <= at_most)
+        self.descriptors, self.memory_bytes = server.descriptors, server.memory_bytes
+        until = time.monotonic() + SETTLES_S
+        while time.monotonic() < until:
+            time.sleep(0.5)
+            self.descriptors = min(self.descriptors, server.descriptors)
+            self.memory_bytes = min(self.memory_bytes, server.memory_bytes)
