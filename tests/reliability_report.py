@@ -1,7 +1,7 @@
 """Writes the generated parts of docs/reliability.md: what the last run proved, and which test shows what.
 
 `python -m tests.reliability_report [FOLDER]`: with the folder that `TORCHCACHE_PROOFS` named (see proofs.py) it
-rewrites the table of proofs too, else only the lists of tests. `make reliability` does all of it.
+rewrites the tables of the proofs there, too, else only the lists of tests. `make reliability` does all of it.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ HOSTILE: Final = {
 
 FUZZ: Final = "fuzz-"
 """What the names of the fuzz targets' figures begin with: they have a table of their own, and may be run alone."""
+PARTS: Final = {"hosts": ("tests/e2e/test_hosts.py", "tests/e2e/test_soak.py")}
+"""Proofs of these files have a table of their own, which may be of another run than "proofs", that of all others."""
 
 _NAMED: Final = 6  # tests by name in a row; more are counted
 
@@ -134,6 +136,16 @@ def read_proofs(folder: Path) -> list[Proof]:
             name = str(line["proof"])
             found.setdefault(name, Proof(name)).add(line)
     return [found[name] for name in sorted(found)]
+
+
+def by_part(proofs: Iterable[Proof], where: Mapping[str, str]) -> dict[str, list[Proof]]:
+    """The proofs of each part of the document that has any. `where`: the test file of each proof."""
+    found: dict[str, list[Proof]] = defaultdict(list)
+    for proof in proofs:
+        parts = [name for name, files in PARTS.items() if where.get(proof.name) in files]
+        parts += ["fuzz" if proof.name.startswith(FUZZ) else "proofs"]
+        found[parts[0]].append(proof)
+    return found
 
 
 def proofs_table(proofs: Iterable[Proof], where: Mapping[str, str], ran: str) -> str:
@@ -276,12 +288,10 @@ def main(folder: Path | None) -> None:
         if not found:
             raise SystemExit(f"{folder} holds no proofs: run the tests with TORCHCACHE_PROOFS={folder}")
         ran = ran_on(datetime.datetime.now(datetime.UTC).date())
-        fuzzed = [proof for proof in found if proof.name.startswith(FUZZ)]
-        proofs = [proof for proof in found if proof not in fuzzed]
-        if proofs:
-            document = replace_part(document, "proofs", proofs_table(proofs, proofs_in(tests), ran))
-        if fuzzed:
-            document = replace_part(document, "fuzz", fuzz_table(fuzzed, ran))
+        where = proofs_in(tests)
+        for part, some in by_part(found, where).items():
+            table = fuzz_table(some, ran) if part == "fuzz" else proofs_table(some, where, ran)
+            document = replace_part(document, part, table)
     DOCUMENT.write_text(document)
 
 

@@ -14,6 +14,7 @@ from tests.reliability_report import (
     HOSTILE,
     INVARIANTS,
     ROOT,
+    by_part,
     fuzz_table,
     hostile_table,
     marked_tests,
@@ -96,6 +97,16 @@ def test_the_table_of_what_was_fuzzed(tmp_path: Path) -> None:
     ]
 
 
+def test_proofs_of_hosts_have_a_table_of_their_own(tmp_path: Path) -> None:
+    for name, lines in PROOFS.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parts = by_part(read_proofs(tmp_path), {"bad-luck": "tests/e2e/test_soak.py"})
+    assert {part: [proof.name for proof in some] for part, some in parts.items()} == {
+        "hosts": ["bad-luck"],
+        "proofs": ["crash-states"],
+    }
+
+
 def test_the_lists_of_tests(tests_folder: Path) -> None:
     meanings = {"F1": "killed", "F2": "torn", "F3": "lost", "F4": "never", "F12": "EIO"}
     found = marked_tests(tests_folder)
@@ -125,12 +136,12 @@ def test_only_the_part_between_the_markers_changes() -> None:
 # ---- the document itself ----
 
 
-@pytest.mark.parametrize("part", ["proofs", "invariants", "faults"])
+@pytest.mark.parametrize("part", ["proofs", "hosts", "invariants", "faults"])
 def test_the_documents_tables_are_tables(part: str) -> None:
     document = DOCUMENT.read_text()
     [content] = re.findall(rf"<!-- {part}: generated -->\n(.*?)<!-- end of {part} -->", document, re.DOTALL)
     lines = [line for line in content.splitlines() if line.startswith("|")]
-    assert len(lines) >= (2 if part == "proofs" else 8), "proofs come with the first run"
+    assert len(lines) >= (2 if part in ("proofs", "hosts") else 8), "proofs come with the first run"
     assert set(lines[1]) == {"|", "-"}
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
 
