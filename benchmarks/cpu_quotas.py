@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-PERIOD_US: Final = 20_000
-"""Short, so that a process that has used up its share waits for milliseconds only."""
+PERIOD_US: Final = 100_000
+"""The kernel's own, and that of containers. Shorter ones cost more: each start finds the processor's caches cold."""
 
 
 class NoQuotas(Exception):
