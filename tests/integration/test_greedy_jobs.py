@@ -99,8 +99,8 @@ def test_memory_keeps_its_bound_while_more_is_asked_for_than_there_is_room(serve
                 pass  # too many at once
         return taken
 
-    with ThreadPoolExecutor(2 * MAX_STREAMS) as threads:
-        floods = [threads.submit(flood, number) for number in range(2 * MAX_STREAMS)]
+    with ThreadPoolExecutor(MAX_STREAMS + 8) as threads:
+        floods = [threads.submit(flood, number) for number in range(MAX_STREAMS + 8)]
         try:
             served = 0
             while served < 20:

@@ -13,8 +13,10 @@ from torchcache.errors import Overloaded, ServerUnavailable
 MAX_STREAMS: Final = 64
 """Data streams at a time. More would share the same two cores and disk, and hold buffers meanwhile."""
 
-MOST_OF_THEM: Final = 3, 4
-"""Three in four, rounded up: as many may be of one dataset, or one save. The others are left to other jobs."""
+TIMES_THE_FREE: Final = 3
+"""A dataset, or a save, may have so many times the streams that nobody has: three quarters, if it is the only one.
+Others find room; see ahead_shares.py.
+"""
 
 
 class Admission:
@@ -25,7 +27,6 @@ class Admission:
 
     def __init__(self, max_streams: int = MAX_STREAMS) -> None:
         self._max_streams = max_streams
-        self._max_of_one = -(-max_streams * MOST_OF_THEM[0] // MOST_OF_THEM[1])
         self._streams = 0
         self._of: Counter[str] = Counter()  # streams by namespace
         self._calls = 0
@@ -45,7 +46,8 @@ class Admission:
         with self._changed:
             self._check_open()
             mine = self._of[namespace]
-            if self._streams >= self._max_streams or mine >= self._max_of_one:
+            free = self._max_streams - self._streams
+            if free <= 0 or mine >= TIMES_THE_FREE * free:
                 self.refused_streams += 1
                 raise Overloaded(
                     f"the server has {self._streams} streams open, {mine} of them for {namespace[:200]}, as many as it "
