@@ -20,8 +20,8 @@ from torchcache.wire.v1 import cache_pb2 as pb
 FILES = 12
 FILE_BYTES = 256 * 1024 * 1024
 SMALL_BYTES = 5_000_000
-MEMORY_BYTES = 1 << 30
-"""512 MiB of fills, 64 streams with what each has encoded, and the process itself."""
+MEMORY_BYTES = 1280 * 1024 * 1024
+"""512 MiB of fills, 64 streams with what each has encoded and sent, and the process itself."""
 
 PATIENT_S = 60.0
 GREEDY_S = 110.0
