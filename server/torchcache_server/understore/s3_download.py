@@ -7,7 +7,6 @@ import hashlib
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from email.message import Message
 from typing import TYPE_CHECKING, Any
 
 from torchcache.errors import IntegrityError, ServerUnavailable, TorchCacheError
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
     from torchcache_server.understore.s3_plain import PlainGets, Reply, Way
 
-_PIECE_BYTES = 256 * 1024
+_PIECE_BYTES = 1024 * 1024
 """The most between two looks at the clock."""
 
 _SMALL_PIECE_BYTES = 64 * 1024
@@ -84,12 +83,7 @@ class Download:
     def _take_plain(self, reply: Reply, deadline: float) -> None:
         headers = reply.headers
         try:
-            length = headers.get("Content-Length", "")
-            self._check(
-                headers.get("ETag", ""),
-                int(length) if length.isdecimal() else None,
-                headers.get("Content-Range", ""),
-            )
+            self._check(headers.get("etag", ""), reply.length, headers.get("content-range", ""))
             self._receive(reply.readinto, deadline)
             if self._whole:
                 self._compare(headers)
@@ -147,7 +141,7 @@ class Download:
             self._filled += count
             self._counters.add("read", requests=0, bytes=count)
 
-    def _compare(self, headers: Message) -> None:
+    def _compare(self, headers: Mapping[str, str]) -> None:
         """The checksum of a whole object, where S3 has one; of an upload in parts it may be of another kind: a-b."""
         for name, digest in _DIGESTS.items():
             told = headers.get(f"x-amz-checksum-{name}", "")

@@ -7,7 +7,6 @@ signed. What isn't as simple as that (no signature, another algorithm, a proxy) 
 from __future__ import annotations
 
 import http.client
-import select
 import ssl
 import threading
 from collections import defaultdict, deque
@@ -15,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.message import Message
 from functools import partial
 from typing import Any, Final
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -24,6 +24,7 @@ from xml.etree import ElementTree
 from botocore.exceptions import ClientError, EndpointConnectionError, SSLError
 from urllib3.exceptions import ProtocolError
 
+from torchcache_server.understore.s3_connection import Connection, Head
 from torchcache_server.understore.s3_signing import ALGORITHM, Keys, Scope, escaped, signed
 
 _ERROR_BYTES: Final = 64 * 1024
@@ -72,41 +73,51 @@ def _proxied(parts: SplitResult) -> bool:
 
 
 class Reply:
-    """An answer of 200 or 206. Read all of it and `finish`, or `close`."""
+    """An answer of 200 or 206. Read all of it and `finish`, or `close`. Names of `headers` are lower-case."""
 
     def __init__(
         self,
-        connection: http.client.HTTPConnection,
-        response: http.client.HTTPResponse,
-        keep: Callable[[http.client.HTTPConnection], None],
+        connection: Connection,
+        answer: Head | http.client.HTTPResponse,
+        keep: Callable[[Connection], None],
     ) -> None:
         self._connection = connection
-        self._response = response
         self._keep = keep
-        self._left = response.length or 0
-        self.headers = response.headers
+        self._response = answer if isinstance(answer, http.client.HTTPResponse) else None
+        self.length = answer.length or 0
+        """Bytes of the body."""
+        self._left = self.length
+        self.headers: Mapping[str, str] = (
+            answer.headers if isinstance(answer, Head) else _lowered(answer.headers)
+        )
 
     def readinto(self, view: memoryview) -> int:
-        """Fills the front of `view` with what has come; waits for something to come. 0 at the answer's end."""
+        """Fills the front of `view`, as far as the answer goes and comes in time. 0 at the answer's end."""
         if not self._left:
             return 0
-        count = self._response.fp.readinto1(view[: self._left])
+        receive = self._connection.readinto if self._response is None else self._response.fp.readinto1
+        count = receive(view[: self._left])
         if not count:
             raise ProtocolError(f"the answer ended {self._left} bytes too early")
         self._left -= count
         return count
 
     def finish(self) -> None:
-        """The connection can be used again, if nothing is left of the answer."""
-        if self._left or self._response.will_close:
+        """The connection can be used again, if nothing is left of the answer, and nothing was odd about it."""
+        if self._left or self._response is not None:
             self.close()
         else:
-            self._response.close()
             self._keep(self._connection)
 
     def close(self) -> None:
-        self._response.close()
+        if self._response is not None:
+            self._response.close()
         self._connection.close()
+
+
+def _lowered(headers: Message) -> dict[str, str]:
+    """Of a name that comes twice the first value."""
+    return {name.lower(): value for name, value in reversed(headers.items())}
 
 
 class PlainGets:
@@ -121,7 +132,7 @@ class PlainGets:
         self._patience_s = patience_s
         self._connect_s = connect_s
         self._ways: dict[str, Way] = {}
-        self._idle: defaultdict[tuple[str, str], deque[http.client.HTTPConnection]] = defaultdict(deque)
+        self._idle: defaultdict[tuple[str, str], deque[Connection]] = defaultdict(deque)
         self._tls: ssl.SSLContext | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -151,14 +162,10 @@ class PlainGets:
         sent = signed(path, told, keys, way.scope, datetime.now(UTC))
         connection = self._connection(way)
         try:
-            connection.putrequest("GET", path, skip_host=True, skip_accept_encoding=True)
-            for name, value in sent.items():
-                connection.putheader(name, value)
-            connection.endheaders()
-            response = connection.getresponse()
-            if response.status in (200, 206) and response.length is not None:
-                return Reply(connection, response, partial(self._keep, way))
-            refusal = _refusal(response) if response.status >= 300 else None
+            answer = connection.ask(path, sent)
+            if isinstance(answer, Head) or (answer.status in (200, 206) and answer.length is not None):
+                return Reply(connection, answer, partial(self._keep, way))
+            refusal = _refusal(answer) if answer.status >= 300 else None
             connection.close()
         except http.client.HTTPException as error:
             connection.close()
@@ -183,49 +190,35 @@ class PlainGets:
             for connection in connections:
                 connection.close()
 
-    def _connection(self, way: Way) -> http.client.HTTPConnection:
+    def _connection(self, way: Way) -> Connection:
         while True:
             with self._lock:
                 idle = self._idle[way.scheme, way.netloc]
                 connection = idle.pop() if idle else None
             if connection is None:
                 return self._connected(way)
-            if not _spoiled(connection):
+            if not connection.is_spoiled:
                 return connection
             connection.close()
 
-    def _connected(self, way: Way) -> http.client.HTTPConnection:
-        if way.scheme == "https":
-            if self._tls is None:
-                self._tls = ssl.create_default_context(cafile=self._authorities)
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                way.netloc, timeout=self._connect_s, context=self._tls
-            )
-        else:
-            connection = http.client.HTTPConnection(way.netloc, timeout=self._connect_s)
+    def _connected(self, way: Way) -> Connection:
+        if way.scheme == "https" and self._tls is None:
+            self._tls = ssl.create_default_context(cafile=self._authorities)
+        tls = self._tls if way.scheme == "https" else None
         endpoint = f"{way.scheme}://{way.netloc}"
         try:
-            connection.connect()
-            connection.sock.settimeout(self._patience_s)
+            return Connection(way.netloc, tls=tls, connect_s=self._connect_s, patience_s=self._patience_s)
         except ssl.SSLError as error:
             raise SSLError(endpoint_url=endpoint, error=error) from error
         except OSError as error:
             raise EndpointConnectionError(endpoint_url=endpoint, error=error) from error
-        return connection
 
-    def _keep(self, way: Way, connection: http.client.HTTPConnection) -> None:
+    def _keep(self, way: Way, connection: Connection) -> None:
         with self._lock:
             if not self._closed:
                 self._idle[way.scheme, way.netloc].append(connection)
                 return
         connection.close()
-
-
-def _spoiled(connection: http.client.HTTPConnection) -> bool:
-    """Whether an idle connection was closed, or says what nobody asked for."""
-    poll = select.poll()
-    poll.register(connection.sock, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def _refusal(response: http.client.HTTPResponse) -> ClientError | None:
