@@ -240,8 +240,8 @@ def test_a_swap_amid_a_read_is_noticed(s3: S3UnderStore, fake: ScriptedS3) -> No
     """F26."""
 
     def swap(request: Request) -> bool:
-        broken_off_after(300_000)(request)
-        fake.objects["bucket/key"] = Held(DATA[::-1])
+        held, fake.objects["bucket/key"] = fake.objects["bucket/key"], Held(DATA[::-1])
+        request.send_object(held, body=held.data[PART.start :][:300_000], then=request.reset)
         return True
 
     fake.script = [swap]
