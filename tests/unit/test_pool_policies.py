@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from examples.ports import free_port
 from tests.conformance.standin import Script, StandIn
 from torchcache.connecting import connect
 from torchcache.errors import ConfigurationError, OutOfSpace, Overloaded, ServerUnavailable
@@ -17,7 +18,11 @@ from torchcache.wire.v1 import cache_pb2
 @pytest.fixture
 def servers() -> Iterator[dict[str, StandIn]]:
     with ExitStack() as stack:
-        yield {name: stack.enter_context(StandIn(Script(server_id=name))) for name in ("a", "b", "c")}
+        # On ports that the kernel gives to nobody while a server is away.
+        yield {
+            name: stack.enter_context(StandIn(Script(server_id=name), port=free_port(beside=1)))
+            for name in ("a", "b", "c")
+        }
 
 
 @pytest.fixture
