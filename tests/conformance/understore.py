@@ -13,6 +13,7 @@ from torchcache_server.understore import UnderStore
 
 from torchcache.errors import AlreadyExists, ConfigurationError, ObjectChanged, ObjectNotFound
 from torchcache.model import ByteRange, ObjectInfo
+from torchcache.pool.folder_listing import FolderListing, FolderPart
 
 DATA = b"the quick brown fox jumps over the lazy dog"
 
@@ -74,6 +75,46 @@ class UnderStoreConformance:
                 folders.append((prefix, page.token))
         assert sorted(found, key=str) == sorted(list_all(under_store, folder), key=str)
         assert len(found) == 6
+
+    def test_lists_a_folder_from_any_key_on(
+        self, under_store: UnderStore, folder: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """If at all: the objects behind the key, by key, part after part; no folder behind it is missing."""
+        monkeypatch.setattr("torchcache_server.understore.s3._PAGE", 4)
+        if under_store.list_folder(folder, token="", deadline=soon()) is None:
+            return
+        names = [*(f"{n:02d}" for n in range(10)), "05-", "b-", "ü"]
+        for name in (*names, "05.d/x", "b/1", "c/1"):
+            put(under_store, f"{folder}{name}", DATA)
+        for start in ("0", "03", "04x", "05", "05-", "b", "b-", "b.", "zz", "ü", "."):
+            found, folders, token, behind = list[str](), set[str](), "", folder + start
+            while True:
+                page = under_store.list_folder(folder, token=token, start_after=behind, deadline=soon())
+                assert page is not None
+                found += [info.id.key.removeprefix(folder) for info in page.objects]
+                folders |= {below.removeprefix(folder) for below in page.folders}
+                if not page.token:
+                    break
+                token, behind = page.token, ""
+            assert found == sorted(name for name in names if name > start), start
+            behind_it = {below for below in ("05.d/", "b/", "c/") if below.removesuffix("/") > start}
+            assert behind_it <= folders <= {"05.d/", "b/", "c/"}, start
+
+    def test_lists_a_folder_from_several_keys_on_at_once(
+        self, under_store: UnderStore, folder: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("torchcache_server.understore.s3._PAGE", 3)
+        keys = [f"{folder}{name}" for n in range(16) for name in (f"{n:03d}", f"{n:03d}-x")]
+        keys += [f"{folder}{n:03d}.d/{m}" for n in range(0, 16, 5) for m in range(2)]
+        for key in keys:
+            put(under_store, key, DATA)
+
+        def ask(prefix: str, token: str, behind: str) -> FolderPart | None:
+            page = under_store.list_folder(prefix, token=token, start_after=behind, deadline=soon())
+            return page and FolderPart(page.objects, page.folders, page.token, behind=True)
+
+        found = FolderListing(ask).objects(folder, otherwise=lambda: iter(list_all(under_store, folder)))
+        assert sorted(info.id.key for info in found) == sorted(keys)
 
     def test_gives_back_what_was_written(self, under_store: UnderStore, folder: str) -> None:
         info = put(under_store, f"{folder}a", DATA)

@@ -1,32 +1,97 @@
-"""A listing of all under a folder, folders side by side: S3 gives a thousand keys an answer, one after the other."""
+"""A listing of all under a folder, side by side: S3 gives a thousand keys an answer, one after the other.
+
+Folders are listed next to each other. One that turns out to be long is cut: at some key, from which on another thread
+lists, while the first goes on up to there. Where the cuts are is guessed, and what lies beyond a range's end is left to
+its neighbour, so that each key comes once, wherever they are.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Queue
 from typing import Final
 
+from torchcache.errors import IntegrityError
 from torchcache.model import ObjectInfo
+from torchcache.pool.key_space import KeySpace
 
 THREADS: Final = 8
+CUT_FROM: Final = 4
+"""Answers after which a folder is taken for a long one."""
+
+WORTH_PARTS: Final = 4
+"""What seems to have fewer left isn't cut."""
+
 _PARTS_AHEAD: Final = 32
 """Answers that wait for the reader: of a thousand objects each at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class FolderPart:
-    """Some of a folder's own objects and of the folders in it; `token` leads to the next, if not empty."""
+    """Some of a folder's own objects and of the folders in it; `token` leads to the next, if not empty.
+
+    `behind`: it can be asked for what comes behind a key.
+    """
 
     objects: Sequence[ObjectInfo]
     folders: Sequence[str]
     token: str
+    behind: bool = False
 
 
-Ask = Callable[[str, str], FolderPart | None]
-"""The part of (prefix, token); None where folders can't be listed."""
+Ask = Callable[[str, str, str], FolderPart | None]
+"""The part of (prefix, token, key): without a token the first, of what comes behind the key. None: it can't be told."""
+
+
+@dataclass(slots=True)
+class _Folder:
+    """A folder that is being listed. `space` is that of its names, once it is known to be long and can be cut."""
+
+    prefix: str
+    parts: int = 0
+    ordered: bool = True  # its objects came by key
+    folders: set[str] = field(default_factory=set)
+    space: KeySpace | None = None
+    cut: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Range:
+    """What of a folder comes behind the key `low`, up to `high` (None: to the end). `token` leads to the next part.
+
+    `width`: how much of the space of names the last part took; 0 if that isn't known.
+    """
+
+    folder: _Folder
+    low: str = ""
+    high: str | None = None
+    token: str = ""
+    width: int = 0
+
+    def parts_left(self) -> int:
+        """How many there would be if names lay evenly; 0 if that isn't known."""
+        space = self.folder.space
+        if space is None or not self.width:
+            return 0
+        end = space.end if self.high is None else space.number(self._name(self.high))
+        return max(0, end - space.number(self._name(self.low))) // self.width
+
+    def cut(self) -> _Range | None:
+        """Cuts it in two and returns the farther half; None if no cut is found."""
+        space = self.folder.space
+        high = None if self.high is None else self._name(self.high)
+        at = space.middle(self._name(self.low), high) if space is not None else None
+        if at is None:
+            return None
+        farther = _Range(self.folder, self.folder.prefix + at, self.high)
+        self.high, self.folder.cut = farther.low, True
+        return farther
+
+    def _name(self, key: str) -> str:
+        return key.removeprefix(self.folder.prefix)
 
 
 class FolderListing:
@@ -34,20 +99,23 @@ class FolderListing:
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
-        self._waiting: deque[tuple[str, str]] = deque()
+        self._waiting: deque[_Range] = deque()
+        self._long: list[_Range] = []  # those that may be cut
         self._busy = 0
         self._ended = False
         self._changed = threading.Condition()
         self._parts: Queue[Sequence[ObjectInfo] | BaseException | None] = Queue(_PARTS_AHEAD)
 
     def objects(self, folder: str, *, otherwise: Callable[[], Iterator[ObjectInfo]]) -> Iterator[ObjectInfo]:
-        """All objects under `folder`, in no order; what `otherwise` gives where folders can't be listed."""
-        first = self._ask(folder, "")
+        """All objects under `folder`, in no order; what `otherwise` gives where folders can't be listed.
+
+        Raises IntegrityError where a storage that listed by key doesn't go on so.
+        """
+        first = self._ask(folder, "", "")
         if first is None:
             yield from otherwise()
             return
-        yield from first.objects
-        self._add(folder, first)
+        yield from self._taken(_Range(_Folder(folder)), first)
         if not self._waiting:
             return
         threads = [
@@ -76,12 +144,11 @@ class FolderListing:
 
     def _work(self) -> None:
         try:
-            while (task := self._take()) is not None:
+            while (task := self._next()) is not None:
                 try:
-                    part = self._ask(*task) or FolderPart((), (), "")
-                    self._add(task[0], part)
-                    if part.objects:
-                        self._parts.put(part.objects)
+                    part = self._ask(task.folder.prefix, task.token, "" if task.token else task.low)
+                    if objects := self._taken(task, part or FolderPart((), (), "")):
+                        self._parts.put(objects)
                 finally:
                     self._done()
         except BaseException as error:  # noqa: BLE001 - the reader raises it
@@ -89,22 +156,69 @@ class FolderListing:
         finally:
             self._parts.put(None)
 
-    def _take(self) -> tuple[str, str] | None:
-        """A folder to ask for, once there is one; None when no more can come."""
+    def _next(self) -> _Range | None:
+        """What to ask for, once there is something; None when no more can come."""
         with self._changed:
-            while not self._waiting and self._busy and not self._ended:
+            while not self._ended:
+                task = self._waiting.pop() if self._waiting else self._cut()
+                if task is not None:
+                    self._busy += 1
+                    return task
+                if not self._busy:
+                    return None
                 self._changed.wait()
-            if self._ended or not self._waiting:
-                return None
-            self._busy += 1
-            return self._waiting.pop()
+            return None
 
-    def _add(self, folder: str, part: FolderPart) -> None:
+    def _taken(self, task: _Range, part: FolderPart) -> Sequence[ObjectInfo]:
+        """Takes in an answer; returns those of its objects that lie within the range."""
         with self._changed:
-            self._waiting.extend((found, "") for found in part.folders)
-            if part.token:
-                self._waiting.append((folder, part.token))
+            folder, keys = task.folder, [object.id.key for object in part.objects]
+            folder.parts += 1
+            if not all(map(str.__lt__, [task.low, *keys], keys)):
+                folder.ordered = False
+                if folder.cut:
+                    raise IntegrityError(f"the storage lists {folder.prefix} by key at first, and then not")
+            count = len(keys)
+            if task.high is not None:
+                count = next((at for at, key in enumerate(keys) if key > task.high), count)
+            if keys:
+                task.low = max(task.low, keys[-1])
+            task.token = part.token if count == len(keys) else ""
+            if task.token:
+                self._waiting.append(task)
+                self._look_at_length(task, part, keys)
+            elif task in self._long:
+                self._long.remove(task)
+            self._add_folders(folder, part)
             self._changed.notify_all()
+            return part.objects[:count]
+
+    def _look_at_length(self, task: _Range, part: FolderPart, keys: Sequence[str]) -> None:
+        """Learns by what to guess cuts. Under the lock."""
+        folder = task.folder
+        names = [key.removeprefix(folder.prefix) for key in keys]
+        if folder.space is None and folder.parts >= CUT_FROM and folder.ordered and part.behind and names:
+            folder.space = KeySpace(names)
+            self._long.append(task)
+        if folder.space is not None and names:
+            task.width = max(0, folder.space.number(names[-1]) - folder.space.number(names[0]))
+
+    def _add_folders(self, folder: _Folder, part: FolderPart) -> None:
+        """Under the lock. Which of two ranges shows a folder is the storage's choice, so both may."""
+        found = [name for name in part.folders if name not in folder.folders]
+        if part.behind:
+            folder.folders.update(found)
+        self._waiting.extend(_Range(_Folder(name)) for name in found)
+
+    def _cut(self) -> _Range | None:
+        """The farther half of the range that has most left, if it is worth a question. Under the lock."""
+        for longest in sorted(self._long, key=_Range.parts_left, reverse=True):
+            if longest.parts_left() < WORTH_PARTS:
+                return None
+            if (farther := longest.cut()) is not None:
+                self._long.append(farther)
+                return farther
+        return None
 
     def _done(self) -> None:
         with self._changed:

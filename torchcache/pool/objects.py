@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Final
 
 from torchcache.errors import ConfigurationError, DeadlineExceeded
@@ -96,16 +97,15 @@ class Objects:
         folder = key if not key or key.endswith("/") else key + "/"
         if not folder:
             return self.list(uri)  # of buckets there is no listing
-        return FolderListing(lambda prefix, token: self._folder(store, prefix, token)).objects(
-            folder, otherwise=lambda: self.list(uri)
-        )
+        return FolderListing(partial(self._folder, store)).objects(folder, otherwise=lambda: self.list(uri))
 
-    def _folder(self, store: str, prefix: str, token: str) -> FolderPart | None:
-        request = cache_pb2.ListFolderRequest(store=store, prefix=prefix, token=token)
+    def _folder(self, store: str, prefix: str, token: str, behind: str) -> FolderPart | None:
+        request = cache_pb2.ListFolderRequest(store=store, prefix=prefix, token=token, start_after=behind)
         reply = self._session.ask("ListFolder", request, key=prefix.encode(), timeout_s=LIST_S).reply
         if not reply.supported:
             return None
-        return FolderPart([*map(info_of, reply.objects)], [*reply.folders], reply.token)
+        objects = [*map(info_of, reply.objects)]
+        return FolderPart(objects, [*reply.folders], reply.token, behind=reply.starts_anywhere)
 
     def stat(self, uri: str) -> ObjectInfo:
         """See `Pool.stat`."""

@@ -225,12 +225,17 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
 
     def ListFolder(self, request: pb.ListFolderRequest, context: grpc.ServicerContext) -> pb.ListFolderReply:
         page = self._under_store(request.store).list_folder(
-            request.prefix, token=request.token, deadline=deadline_of(context)
+            request.prefix,
+            token=request.token,
+            start_after=request.start_after,
+            deadline=deadline_of(context),
         )
         if page is None:
             return pb.ListFolderReply(supported=False)
         objects = [_ref(o) for o in page.objects]
-        return pb.ListFolderReply(supported=True, objects=objects, folders=page.folders, token=page.token)
+        return pb.ListFolderReply(
+            supported=True, objects=objects, folders=page.folders, token=page.token, starts_anywhere=True
+        )
 
     def StatObject(self, request: pb.StatRequest, context: grpc.ServicerContext) -> pb.ObjectRef:
         under_store = self._under_store(request.store)

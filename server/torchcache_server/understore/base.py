@@ -124,8 +124,13 @@ class UnderStore(Protocol):
         Raises ObjectNotFound if the bucket or folder itself doesn't exist; nothing under a prefix is an empty page.
         """
 
-    def list_folder(self, prefix: str, *, token: str, deadline: float) -> FolderPage | None:
+    def list_folder(
+        self, prefix: str, *, token: str, deadline: float, start_after: str = ""
+    ) -> FolderPage | None:
         """What lies right under `prefix`, which ends in a slash, behind `token` (empty: from the first).
+
+        Without a token, and with a key to `start_after`, which lies under `prefix`: the objects behind that; of the
+        folders some before it may come too.
 
         None where folders listed side by side are no faster than `list`. Raises as `list`.
         """

@@ -68,7 +68,9 @@ class PosixUnderStore:
             raise translate(error, "list", uri) from error
         return Listing(objects[:limit], truncated=len(objects) > limit)
 
-    def list_folder(self, prefix: str, *, token: str, deadline: float) -> FolderPage | None:
+    def list_folder(
+        self, prefix: str, *, token: str, deadline: float, start_after: str = ""
+    ) -> FolderPage | None:
         return None
 
     def stat(self, key: str, *, deadline: float) -> ObjectInfo:

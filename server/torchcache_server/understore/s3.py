@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torchcache.errors import ObjectNotFound, TorchCacheError
+from torchcache.errors import ConfigurationError, ObjectNotFound, TorchCacheError
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
 from torchcache_server.understore.base import Counters, FolderPage, Listing, check_range
 from torchcache_server.understore.retry import RetryPolicy
@@ -74,11 +74,22 @@ class S3UnderStore:
                 return Listing(objects, bool(token))
             request["ContinuationToken"] = token
 
-    def list_folder(self, prefix: str, *, token: str, deadline: float) -> FolderPage | None:
+    def list_folder(
+        self, prefix: str, *, token: str, deadline: float, start_after: str = ""
+    ) -> FolderPage | None:
         target = self._root.locate_prefix(prefix)
-        request: dict[str, Any] = {"Bucket": target.bucket, "Prefix": target.key, "Delimiter": "/"}
+        request: dict[str, Any] = {
+            "Bucket": target.bucket,
+            "Prefix": target.key,
+            "Delimiter": "/",
+            "MaxKeys": _PAGE,
+        }
         if token:
             request["ContinuationToken"] = token
+        elif start_after:
+            if not start_after.startswith(prefix):
+                raise ConfigurationError(f"{start_after!r} doesn't lie under {target.uri}")
+            request["StartAfter"] = self._root.locate_prefix(start_after).key  # any text: it needn't be a key
         page = self._page(target, request, deadline)
         folders = [self._root.relative(found) for found in listed_folders(page, target, _PAGE)]
         return FolderPage(self._infos(target, page, _PAGE), folders, continuation(page, target))

@@ -422,26 +422,30 @@ class ListReply(_message.Message):
     def __init__(self, objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., truncated: bool = ...) -> None: ...
 
 class ListFolderRequest(_message.Message):
-    __slots__ = ("store", "prefix", "token")
+    __slots__ = ("store", "prefix", "token", "start_after")
     STORE_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    START_AFTER_FIELD_NUMBER: _ClassVar[int]
     store: str
     prefix: str
     token: str
-    def __init__(self, store: _Optional[str] = ..., prefix: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
+    start_after: str
+    def __init__(self, store: _Optional[str] = ..., prefix: _Optional[str] = ..., token: _Optional[str] = ..., start_after: _Optional[str] = ...) -> None: ...
 
 class ListFolderReply(_message.Message):
-    __slots__ = ("supported", "objects", "folders", "token")
+    __slots__ = ("supported", "objects", "folders", "token", "starts_anywhere")
     SUPPORTED_FIELD_NUMBER: _ClassVar[int]
     OBJECTS_FIELD_NUMBER: _ClassVar[int]
     FOLDERS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STARTS_ANYWHERE_FIELD_NUMBER: _ClassVar[int]
     supported: bool
     objects: _containers.RepeatedCompositeFieldContainer[ObjectRef]
     folders: _containers.RepeatedScalarFieldContainer[str]
     token: str
-    def __init__(self, supported: bool = ..., objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., folders: _Optional[_Iterable[str]] = ..., token: _Optional[str] = ...) -> None: ...
+    starts_anywhere: bool
+    def __init__(self, supported: bool = ..., objects: _Optional[_Iterable[_Union[ObjectRef, _Mapping]]] = ..., folders: _Optional[_Iterable[str]] = ..., token: _Optional[str] = ..., starts_anywhere: bool = ...) -> None: ...
 
 class StatRequest(_message.Message):
     __slots__ = ("store", "key")
