@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset, random_split
 
 from tests.unit.sample_pool import SamplePool, pool
 from torchcache.data import CachedDataset, progress
@@ -111,6 +111,25 @@ def test_decode_gets_a_read_only_view_and_transform_comes_last(filled: SamplePoo
 def test_a_data_loader_takes_it(filled: SamplePool) -> None:
     dataset = from_files(filled, decode=lambda data: torch.tensor(len(data)))
     assert [batch.tolist() for batch in DataLoader(dataset, batch_size=4)] == [[15, 15, 21, 24], [21, 15, 18]]
+
+
+def test_torchs_own_wrappers_go_around_it(filled: SamplePool) -> None:
+    """A batch stays one request where the wrapper hands batches on."""
+    dataset = from_files(filled, decode=len)
+    sizes = [dataset[i] for i in range(len(dataset))]
+    first, second = random_split(dataset, [4, 3], generator=torch.Generator().manual_seed(1))
+    filled.reads.clear()
+    assert sorted(flat(first, 4) + flat(second, 4)) == sorted(sizes)
+    assert len(filled.reads) == 2
+    filled.reads.clear()
+    assert flat(Subset(dataset, [6, 0, 3]), 3) == [sizes[6], sizes[0], sizes[3]]
+    assert flat(StackDataset(dataset, range(7)), 7) == [*zip(sizes, range(7), strict=True)]
+    assert len(filled.reads) == 2
+    assert flat(ConcatDataset([dataset, dataset]), 5) == sizes * 2
+
+
+def flat(dataset: Any, batch_size: int) -> list[Any]:
+    return [sample for batch in DataLoader(dataset, batch_size, collate_fn=list) for sample in batch]
 
 
 def test_it_pickles_small(filled: SamplePool) -> None:
