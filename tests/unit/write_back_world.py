@@ -252,7 +252,7 @@ class Server:
     # ---- a writer ----
 
     def reserve(
-        self, save_id: str, key: SaveKey = KEY, *, overwrite: bool = False, wait_s: float = 5.0
+        self, save_id: str, key: SaveKey = KEY, *, overwrite: bool = False, wait_s: float = 60.0
     ) -> None:
         self.write_back.reserve(
             key, save_id, writer=f"writer of {save_id}", overwrite=overwrite, deadline=soon(wait_s)
@@ -325,7 +325,7 @@ class Server:
         return [usage.name for usage in self.store.namespaces()]
 
 
-def soon(wait_s: float = 5.0) -> float:
+def soon(wait_s: float = 60.0) -> float:
     return time.monotonic() + wait_s
 
 
