@@ -110,7 +110,8 @@ def _ground(shape: Shape) -> Iterator[Ground]:
             server.client.put_object(Bucket=bucket, Key=key, Body=os.urandom(shape.size))
         capacity_bytes = 2 * shape.size * shape.count + (1 << 28)
         warm = closing.enter_context(local_pool(root / "pool", capacity_bytes=capacity_bytes, own=True))
-        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/cold", pool=warm.pool)
+        # obstore hands out buffers of its own, not `bytes`.
+        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/cold", output="view", pool=warm.pool)
         yield Ground(shape, server, bucket, keys, warm.pool, dataset)
 
 
