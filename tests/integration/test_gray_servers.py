@@ -175,6 +175,9 @@ def test_one_that_hangs_is_passed_over_and_comes_back(three: Servers, reads: Rea
         three.read_until_out(0)
         assert three.seen.hedges_won, "the first that met it had its answers from others"
         assert_only_probed(three, 0, reads)
+        for other in three.processes[1:]:
+            told = other.client.status().passed_over
+            assert {one.server_id for one in told} == {three.processes[0].server_id}, "for people to see"
     three.read_until_back(0)
     reads.clear()
     three.read()
