@@ -77,6 +77,7 @@ def patient_forks() -> Iterator[None]:
     """gRPC's threads may be kept from ending for longer than who trains would wait for a fork."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchcache.lanes.connections.THREAD_WAIT_S", GRPC_ENDS_S)
+        patch.setattr(connections, "_patience_s", GRPC_ENDS_S)
         yield
 
 

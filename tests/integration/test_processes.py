@@ -22,7 +22,7 @@ from torchcache import embedded
 from torchcache.connecting import connect
 from torchcache.embedded import read_endpoint
 from torchcache.errors import ConfigurationError, NotResident, ServerUnavailable
-from torchcache.lanes.connections import grpc_threads
+from torchcache.lanes.connections import connections, grpc_threads
 from torchcache.local_pool import LocalPool
 from torchcache.model import Extent, ObjectId, ObjectInfo
 from torchcache.pool import Pool
@@ -187,7 +187,7 @@ def test_a_child_beside_foreign_flight_is_told_and_does_not_hang(
     with pytest.raises(fl.FlightUnauthenticatedError):
         foreign.do_get(fl.Ticket(b"")).read_all()
     with monkeypatch.context() as patch:
-        patch.setattr("torchcache.lanes.connections.THREAD_WAIT_S", 0.5)  # it doesn't go
+        patch.setattr(connections, "_patience_s", 0.5)  # it doesn't go
         answer = read_in_child("fork", pool)
     assert isinstance(answer, ConfigurationError)
     assert "spawn or forkserver" in str(answer)
