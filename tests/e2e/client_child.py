@@ -7,7 +7,7 @@
     {"do": "count"}                                how many calls it has made since "go" or "mark"
     {"do": "mark"}                                 forgets the times so far
     {"do": "stop"}
-    {"do": "pool"}                                 who is in the pool, who is announced, who is passed over
+    {"do": "pool"}                                 who is in the pool, announced, passed over; what they evicted
     {"do": "save" | "load", "uri": URI, "number": N, "size": BYTES}
     {"do": "durable", "uri": URI}                  waits until all saves below are that have been committed
 
@@ -117,13 +117,20 @@ class Client:
 
     def pool(self) -> dict[str, Any]:
         seen = self._pool.statistics()
-        members = [one.address for one in self._pool.status()]
+        servers = self._pool.status()
+        members = [one.address for one in servers]
         address = self._pool.address
         announced = members
         if address.startswith("etcd://"):
             with closing(Registry(RegistryAddress.parse(address))) as registry:
                 announced = [one.address for one in registry.servers()]
-        return {"members": members, "announced": announced, "out": list(seen.out)}
+        return {
+            "members": members,
+            "announced": announced,
+            "out": list(seen.out),
+            "evicted": {one.address: one.evicted_chunks for one in servers},
+            "damaged": {one.address: one.corrupt for one in servers},
+        }
 
     def save(self, uri: str, number: int, size: int) -> dict[str, Any]:
         from tests.integration.described_saves import save

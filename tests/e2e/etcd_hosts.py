@@ -12,7 +12,7 @@ from typing import Final
 from tests.integration.own_network import Host
 from tests.integration.replica_servers import wait_until
 
-_PORT, _PEER_PORT = 2379, 2380
+ETCD_PORT, _PEER_PORT = 2379, 2380
 _ASK: Final = (
     "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], data=b'{}', timeout=5).read().decode())"
 )
@@ -28,7 +28,7 @@ class EtcdHosts:
 
     def address(self, pool: str) -> str:
         """What a pool of that name is connected to by."""
-        return f"etcd://{','.join(f'{host.address}:{_PORT}' for host in self._hosts)}/{pool}"
+        return f"etcd://{','.join(f'{host.address}:{ETCD_PORT}' for host in self._hosts)}/{pool}"
 
     def __enter__(self) -> EtcdHosts:
         try:
@@ -49,7 +49,7 @@ class EtcdHosts:
 
     def start(self, number: int) -> None:
         host = self._hosts[number]
-        url, peer = (f"http://{host.address}:{port}" for port in (_PORT, _PEER_PORT))
+        url, peer = (f"http://{host.address}:{port}" for port in (ETCD_PORT, _PEER_PORT))
         all_peers = (f"e{n}=http://{one.address}:{_PEER_PORT}" for n, one in enumerate(self._hosts))
         command = [
             *("etcd", "--name", f"e{number}", "--data-dir", str(host.disk / "data")),
@@ -83,7 +83,7 @@ class EtcdHosts:
     def _status(self, number: int) -> tuple[str, str]:
         """The ids of a member and of whom it takes for the leader; empty if it doesn't say."""
         host = self._hosts[number]
-        url = f"http://{host.address}:{_PORT}/v3/maintenance/status"
+        url = f"http://{host.address}:{ETCD_PORT}/v3/maintenance/status"
         try:
             said = json.loads(host.run(sys.executable, "-I", "-S", "-c", _ASK, url))
         except subprocess.CalledProcessError:

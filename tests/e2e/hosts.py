@@ -6,6 +6,7 @@ Server 0 is reached by way of a proxy on its host, which harms what passes when 
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
@@ -78,9 +79,23 @@ class ServerHost:
         finally:
             self.host.link("up")
 
-    @property
-    def descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self.life.pid}/fd").iterdir()))
+    def descriptors(self) -> Counter[str]:
+        """What it has open: files by their names, connections by the port at their other end."""
+        process = Path(f"/proc/{self.life.pid}")
+        ports = {}
+        for table in ("tcp", "tcp6"):
+            for line in (process / "net" / table).read_text().splitlines()[1:]:
+                fields = line.split()
+                ports[f"socket:[{fields[9]}]"] = int(fields[2].rpartition(":")[2], 16)
+        found: Counter[str] = Counter()
+        for entry in (process / "fd").iterdir():
+            try:
+                what = str(entry.readlink())
+            except FileNotFoundError:  # closed meanwhile
+                continue
+            port = ports.get(what)
+            found[f"connection to {port}" if port else what.partition(":[")[0].rpartition("/")[2]] += 1
+        return found
 
     @property
     def memory_bytes(self) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from examples.seaweedfs import environment
-from tests.e2e.hosts import DATA_PORT, S3_PORT, Cluster, ServerHost
+from tests.e2e.hosts import DATA_PORT, PORT, S3_PORT, Cluster, ServerHost
 from tests.integration.own_mounts import fill_up
 from tests.integration.store_load_child import PATIENCE_S, Job
 from tests.integration.store_process_parts import Child
@@ -93,6 +93,7 @@ class Soak:
         self._shifts = 0
         self.faults: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
+        self.steady_counts: Counter[str] = Counter()
         self.kinds: dict[str, Callable[[], AbstractContextManager[None]]] = {
             "kills": lambda: self._away(signal.SIGKILL),
             "restarts": lambda: self._away(signal.SIGTERM),
@@ -134,6 +135,10 @@ class Soak:
             for root in self._shift.roots:
                 states = client.tell("durable", uri=f"{root}/run")["states"]
                 assert not set(states.values()) & {"committed", "failed"}, states
+            seen = client.tell("pool")
+        for what in ("evicted", "damaged"):
+            told = [seen[what].get(f"{server.host.address}:{PORT}", 0) for server in self.steady]
+            self.steady_counts[what] = max(self.steady_counts[what], sum(told))
         self._shift.tell("check")
         if from_storage:
             self._lose_everything()
