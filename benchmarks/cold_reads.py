@@ -53,6 +53,8 @@ class Ground:
     keys: list[str]
     pool: tc.Pool
     dataset: tc.CachedDataset
+    storage_pids: tuple[int, ...]
+    cache_pids: tuple[int, ...]
 
     @property
     def uri(self) -> str:
@@ -67,12 +69,19 @@ def measure(scale: Scale) -> Findings:
     """Small objects and large ones."""
     rows: list[Row] = []
     contenders: dict[str, list[Result]] = {}
+    notes: list[str] = []
     for shape in TINY if scale.tiny else SHAPES:
         with _ground(shape) as found, ThreadPoolExecutor(_THREADS) as threads:
+            clients = _clients(found, threads)
             epochs = alternate(
-                {OURS: _epoch(found), **_clients(found, threads)},
+                {OURS: _epoch(found), **clients},
                 before={OURS: found.forget},
                 rounds=scale.rounds,
+                # Of the S3 server too: all share the machine's cores.
+                servers={
+                    OURS: found.storage_pids + found.cache_pids,
+                    **dict.fromkeys(clients, found.storage_pids),
+                },
             )
             firsts = alternate(
                 {OURS: lambda: len(found.dataset[0]), ONE_GET: _one_get(found)},
@@ -85,7 +94,14 @@ def measure(scale: Scale) -> Findings:
             _row(f"first of {shape.name}", firsts[OURS], firsts[ONE_GET], 0.5),
         ]
         contenders[f"cold epoch of {shape.name}"] = list(epochs.values())
-    return Findings(title="The first epoch, from S3", rows=rows, contenders=contenders)
+        notes += [_cpu(shape, epochs[OURS]), _cpu(shape, best)]
+    return Findings(title="The first epoch, from S3", rows=rows, contenders=contenders, note="; ".join(notes))
+
+
+def _cpu(shape: Shape, result: Result) -> str:
+    """What a round takes of all processes."""
+    took_s = (result.client_cpu_s + result.server_cpu_s) / result.rounds
+    return f"CPU of {shape.name}, S3's included: {result.name} {took_s / (result.bytes / 1e9):.2f} s/GB"
 
 
 def _row(what: str, ours: Result, other: Result, goal: float) -> Row:
@@ -112,7 +128,8 @@ def _ground(shape: Shape) -> Iterator[Ground]:
         warm = closing.enter_context(local_pool(root / "pool", capacity_bytes=capacity_bytes, own=True))
         # obstore hands out buffers of its own, not `bytes`.
         dataset = tc.CachedDataset.from_files(f"s3://{bucket}/cold", output="view", pool=warm.pool)
-        yield Ground(shape, server, bucket, keys, warm.pool, dataset)
+        storage_pids = (server.process.pid,) if server.process is not None else ()
+        yield Ground(shape, server, bucket, keys, warm.pool, dataset, storage_pids, warm.pids)
 
 
 def _epoch(found: Ground) -> Callable[[], int]:
