@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,7 +15,7 @@ from botocore.credentials import Credentials
 from hypothesis import given
 from hypothesis import strategies as st
 from torchcache_server.understore.s3 import S3UnderStore
-from torchcache_server.understore.s3_plain import Way
+from torchcache_server.understore.s3_plain import PlainGets, Way
 from torchcache_server.understore.s3_signing import Keys, Scope, escaped, signed
 
 from examples.seaweedfs import SeaweedFS
@@ -79,6 +80,38 @@ def test_a_simple_request_is_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_any_other_is_none(change: dict[str, Any]) -> None:
     assert model(**change) is None
+
+
+@dataclass
+class Idle:
+    """A connection that nobody uses."""
+
+    is_spoiled: bool = False
+    closed: bool = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_what_the_server_has_closed_is_not_kept() -> None:
+    """A burst leaves as many connections as it needed at once; a trickle behind it uses one of them."""
+    gets, way = PlainGets(lambda: None, None, 1.0, 1.0), model()
+    burst = [Idle() for _ in range(4)]
+    for one in burst:
+        gets._keep(way, one)  # type: ignore[arg-type]
+    assert not any(one.closed for one in burst)
+    for one in burst[:3]:
+        one.is_spoiled = True
+    assert gets._connection(way) is burst[3]  # type: ignore[arg-type, comparison-overlap]
+    gets._keep(way, burst[3])  # type: ignore[arg-type]
+    assert [one.closed for one in burst] == [True, True, True, False]
+    burst[3].is_spoiled = True
+    gets._keep(way, last := Idle(is_spoiled=True))  # type: ignore[arg-type]
+    assert burst[3].closed
+    assert last.closed
+    gets.close()
+    gets._keep(way, late := Idle())  # type: ignore[arg-type]
+    assert late.closed
 
 
 @pytest.fixture

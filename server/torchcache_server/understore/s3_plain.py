@@ -214,11 +214,15 @@ class PlainGets:
             raise EndpointConnectionError(endpoint_url=endpoint, error=error) from error
 
     def _keep(self, way: Way, connection: Connection) -> None:
+        """For the next GET. Those idle longest are closed here if the server has closed them; all, once closed."""
         with self._lock:
-            if not self._closed:
-                self._idle[way.scheme, way.netloc].append(connection)
-                return
-        connection.close()
+            idle = self._idle[way.scheme, way.netloc]
+            idle.append(connection)
+            ended = []
+            while idle and (self._closed or idle[0].is_spoiled):
+                ended.append(idle.popleft())
+        for one in ended:
+            one.close()
 
 
 def _refusal(response: http.client.HTTPResponse) -> ClientError | None:
