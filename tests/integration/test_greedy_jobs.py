@@ -21,7 +21,7 @@ FILES = 12
 FILE_BYTES = 256 * 1024 * 1024
 SMALL_BYTES = 5_000_000
 MEMORY_BYTES = 1280 * 1024 * 1024
-"""512 MiB of fills, 64 streams with what each has encoded and sent, and the process itself."""
+"""512 MiB of fills, 88 streams with what each has encoded and sent, and the process itself."""
 
 PATIENT_S = 60.0
 GREEDY_S = 110.0

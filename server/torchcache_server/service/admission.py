@@ -10,8 +10,9 @@ from typing import Final, Literal
 
 from torchcache.errors import Overloaded, ServerUnavailable
 
-MAX_STREAMS: Final = 64
-"""Data streams at a time. More would share the same two cores and disk, and hold buffers meanwhile."""
+MAX_STREAMS: Final = 88
+"""Data streams at a time, enough for one dataset to have 64. More would share the same two cores and disk, and hold
+buffers meanwhile."""
 
 TIMES_THE_FREE: Final = 3
 """A dataset, or a save, may have so many times the streams that nobody has: three quarters, if it is the only one.
