@@ -95,22 +95,23 @@ class Idle:
 
 def test_what_the_server_has_closed_is_not_kept() -> None:
     """A burst leaves as many connections as it needed at once; a trickle behind it uses one of them."""
-    gets, way = PlainGets(lambda: None, None, 1.0, 1.0), model()
+    gets: Any = PlainGets(lambda: None, None, 1.0, 1.0)  # any, for it is given connections that are none
+    way = model()
     burst = [Idle() for _ in range(4)]
     for one in burst:
-        gets._keep(way, one)  # type: ignore[arg-type]
+        gets._keep(way, one)
     assert not any(one.closed for one in burst)
     for one in burst[:3]:
         one.is_spoiled = True
-    assert gets._connection(way) is burst[3]  # type: ignore[arg-type, comparison-overlap]
-    gets._keep(way, burst[3])  # type: ignore[arg-type]
+    assert gets._connection(way) is burst[3]
+    gets._keep(way, burst[3])
     assert [one.closed for one in burst] == [True, True, True, False]
     burst[3].is_spoiled = True
-    gets._keep(way, last := Idle(is_spoiled=True))  # type: ignore[arg-type]
+    gets._keep(way, last := Idle(is_spoiled=True))
     assert burst[3].closed
     assert last.closed
     gets.close()
-    gets._keep(way, late := Idle())  # type: ignore[arg-type]
+    gets._keep(way, late := Idle())
     assert late.closed
 
 
