@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 import torchcache as tc
 from examples.seaweedfs import SeaweedFS, environment
@@ -232,6 +234,60 @@ def test_an_object_that_vanished_or_changed(s3: SeaweedFS, bucket: str) -> None:
         ):
             dataset[1]
         assert dataset[2] == kept  # what the pool holds is of the version listed
+
+
+def test_samples_that_vanished_are_left_out_and_hold_no_buffers(s3: SeaweedFS, bucket: str) -> None:
+    with tc.LocalPool() as pool:
+        buffers = tc.BufferPool("1MiB")
+        dataset = tc.CachedDataset.from_files(
+            f"s3://{bucket}/data", output="numpy", buffers=buffers, on_error="skip", pool=pool
+        )
+        s3.client.delete_object(Bucket=bucket, Key=f"data/{dataset.keys()[1]}")
+        gc.collect()
+        gc.disable()
+        try:
+            for epoch in (1, 2):
+                batch = dataset.__getitems__([0, 1, 2])
+                assert [sample.tobytes() for sample in batch] == [payload(ORDER[0]), payload(ORDER[2])]
+                assert dataset.skipped == epoch
+                del batch
+                assert buffers.lent_bytes == 0
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize(("method", "workers"), [("fork", 0), ("fork", 2), ("spawn", 2)])
+@pytest.mark.forks
+def test_bad_samples_are_counted_once_on_both_sides_of_a_stop(
+    tmp_path: Path, method: str, workers: int
+) -> None:
+    """A short batch is a batch: the rest after a stop is what it would have been, and ranks stay even."""
+    for number in range(FILES):
+        (tmp_path / f"{number:02d}").write_bytes(b"bad" if number % 7 == 0 else b"%d" % number)
+    settings: dict[str, Any] = {"multiprocessing_context": method} if workers else {}
+    with tc.LocalPool() as pool:
+
+        def make() -> tuple[tc.CachedDataset, StatefulDataLoader[Any]]:
+            dataset = tc.CachedDataset.from_files(tmp_path, decode=number_of, on_error="skip", pool=pool)
+            sampler = StatefulDistributedSampler(dataset, 1, 0, seed=3)
+            return dataset, StatefulDataLoader(dataset, 4, sampler=sampler, num_workers=workers, **settings)
+
+        dataset, loader = make()
+        iterator = iter(loader)
+        front = [next(iterator).tolist() for _ in range(5)]
+        state = pickle.loads(pickle.dumps(loader.state_dict()))
+        rest = [batch.tolist() for batch in iterator]
+        assert len(front + rest) == FILES // 4
+        assert sorted(n for batch in front + rest for n in batch) == [n for n in range(FILES) if n % 7]
+        assert dataset.skipped == len(range(0, FILES, 7))
+        second, resumed = make()
+        resumed.load_state_dict(state)
+        assert [batch.tolist() for batch in resumed] == rest
+        assert second.skipped == sum(4 - len(batch) for batch in rest)
+
+
+def number_of(data: memoryview) -> int:
+    return int(bytes(data))
 
 
 def test_an_error_in_a_worker_reaches_the_user_with_its_type(s3: SeaweedFS, bucket: str) -> None:

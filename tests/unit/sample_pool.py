@@ -23,6 +23,9 @@ class SamplePool(MemoryPool):
         self.read_error: TorchCacheError | None = None
         self.writes: list[list[ObjectId]] = []
 
+    def uri(self, object: ObjectId) -> str:
+        return f"samples/{object.key}" if object.is_sample else super().uri(object)
+
     def read_each(
         self,
         extents: Sequence[Extent],

@@ -114,7 +114,11 @@ class Stage:
         self.error = error
 
     def __call__(
-        self, indices: Sequence[int], advance: Callable[[int, int], None], cancelled: Callable[[], bool]
+        self,
+        indices: Sequence[int],
+        advance: Callable[[int, int], None],
+        cancelled: Callable[[], bool],
+        on_missing: object,
     ) -> None:
         for index in indices:
             self.steps.acquire()

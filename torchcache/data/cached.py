@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.utils.data import Dataset, IterableDataset
 
 from torchcache.connecting import connect
+from torchcache.data.bad_samples import OnError, Skips, Transform, skips_under, those_readable
 from torchcache.data.buffer_pool import BufferPool
 from torchcache.data.computed import ComputedSamples, Encoding
 from torchcache.data.file_records import FileRecords
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("torchcache")
 
-Transform = Callable[[Any], Any]
-
 
 class CachedDataset(Dataset[Any]):
     """A map-style dataset behind the cache. Give it to a DataLoader as any other.
@@ -55,6 +54,7 @@ class CachedDataset(Dataset[Any]):
         transform: Transform | None = None,
         encode: Callable[[Any], bytes | bytearray | memoryview] | None = None,
         decode: Callable[[memoryview], Any] | None = None,
+        on_error: OnError = "raise",
         pool: str | Pool | LocalPool | None = None,
     ) -> None:
         """Caches what `dataset[i]` returns: computed once, then read from the pool, by this job and later ones.
@@ -67,9 +67,13 @@ class CachedDataset(Dataset[Any]):
         another `version` when samples change for a reason that the fingerprint can't see. `pool` is what
         `torchcache.connect` takes.
 
+        With `on_error="skip"` a batch is short of the samples for which the dataset, `encode`, `decode` or `transform`
+        raises; they are logged, and counted in `skipped`. What is asked for alone, by `dataset[i]`, is raised still.
+
         Raises ConfigurationError: no map-style dataset; a name is needed. Raises TypeError for an IterableDataset.
         """
         length = _checked_length(dataset)
+        skips = skips_under(on_error)
         encoding = Encoding(encode=encode, decode=decode)
         if name is None and encode is not None:
             raise ConfigurationError(
@@ -85,7 +89,7 @@ class CachedDataset(Dataset[Any]):
                 f"version= must not be empty or start with {SAVE_PREFIX!r}, it is {label!r}"
             )
         connected = connect(pool)
-        self._set_up(connected, ComputedSamples(connected, dataset, name, label, encoding), transform)
+        self._set_up(connected, ComputedSamples(connected, dataset, name, label, encoding), transform, skips)
 
     @classmethod
     def from_files(
@@ -99,6 +103,7 @@ class CachedDataset(Dataset[Any]):
         buffers: BufferPool | None = None,
         record_bytes: int | None = None,
         on_change: OnChange = "raise",
+        on_error: OnError = "raise",
         pool: str | Pool | LocalPool | None = None,
     ) -> CachedDataset:
         """The objects under the folder `uri`, one a sample, ordered by key, bytewise; listed once, here.
@@ -121,10 +126,15 @@ class CachedDataset(Dataset[Any]):
         An object that is another now than when it was listed is ObjectChanged, naming it. `on_change="refresh"` reads
         it as it is now instead, under the same index; not with `record_bytes`. For new objects there is `refresh`.
 
+        With `on_error="skip"` a batch is short of the samples that are gone, changed or damaged, and of those for which
+        `decode` or `transform` raises; they are logged, and counted in `skipped`. What is asked for alone, by
+        `dataset[i]`, is raised still, and so is what is no matter of one sample, as a server that can't be reached.
+
         Raises ConfigurationError for a bad URI, wrong arguments or missing credentials, ObjectNotFound if the bucket
         doesn't exist or nothing matches.
         """
         dataset = cls.__new__(cls)
+        skips = skips_under(on_error)
         kind: Callable[..., FileSamples] = (
             FileSamples if record_bytes is None else partial(FileRecords, record_bytes=record_bytes)
         )
@@ -132,28 +142,38 @@ class CachedDataset(Dataset[Any]):
         samples = kind(
             connected, uri, pattern, decode=decode, output=output, buffers=buffers, on_change=on_change
         )
-        dataset._set_up(connected, samples, transform)
+        dataset._set_up(connected, samples, transform, skips)
         return dataset
 
-    def _set_up(self, pool: Pool, samples: Samples, transform: Transform | None) -> None:
+    def _set_up(self, pool: Pool, samples: Samples, transform: Transform | None, skips: Skips | None) -> None:
         self._pool = pool
         self._samples = samples
         self._foreteller: Foreteller | None = None
         self._transform = transform
+        self._skips = skips
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Any:
         """Sample `index`; negative ones count from the end. Raises IndexError beyond either."""
-        return self.__getitems__([index])[0]
+        return self._read(_positions([index], len(self)))[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The samples of `indices`, in order. What a DataLoader calls for a batch."""
-        count = len(self)
-        positions = _positions(indices, count)
+        """The samples of `indices`, in order, without those left out. What a DataLoader calls for a batch."""
+        positions = _positions(indices, len(self))
+        if self._skips is None:
+            return self._read(positions)
+        return those_readable(self._samples, positions, self._transform, self._skips)
+
+    def _read(self, positions: Sequence[int]) -> list[Any]:
         samples = self._samples.read(positions)
         return samples if self._transform is None else [self._transform(s) for s in samples]
+
+    @property
+    def skipped(self) -> int:
+        """Samples left out so far under `on_error="skip"`, by this process and its loader's workers."""
+        return 0 if self._skips is None else self._skips.total
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self._samples.describe()}"
@@ -212,9 +232,9 @@ class CachedDataset(Dataset[Any]):
         """Brings every sample into the pool before its use; says at the end whether all of it is there.
 
         With a progress bar on stderr, lines of the log "torchcache" where that is no terminal, unless told otherwise.
-        Computed samples are computed here, in this process. All are tried. If some can't be fetched or kept, the log
-        says how many, at which servers, and why, and the first error is raised; with `on_missing="report"` the report
-        that is returned lists them instead.
+        All are tried. If some can't be fetched or kept, the log says how many, at which servers, and why, and the first
+        error is raised; with `on_missing="report"` the report that is returned lists them instead. Computed samples
+        are computed here, in this process; the first one that can't be ends it, but for `on_missing="report"`.
         """
         missing = MissingList(lambda info: self._pool.uri(info.id))
         everything = range(len(self))
@@ -223,8 +243,12 @@ class CachedDataset(Dataset[Any]):
             if progress:
                 what = f"stage {len(self):,} samples"
                 advance = closing.enter_context(progress_bar(what, len(self), self._samples.total_bytes))
+            ends_at_first = self._samples.stored_under is None and on_missing == "raise"
             self._samples.stage(
-                everything, on_progress=advance, cancelled=lambda: False, on_missing=missing.add
+                everything,
+                on_progress=advance,
+                cancelled=lambda: False,
+                on_missing=None if ends_at_first else missing.add,
             )
         residency = self._samples.residency()
         if not missing.count and residency.resident_objects < residency.objects:
@@ -248,7 +272,8 @@ class CachedDataset(Dataset[Any]):
         The pool is told the order, and while it knows it evicts what this reader needs farthest in the future. Readers
         that wait come first. What doesn't fit is fetched as training makes room. With `epochs` the next ones follow as
         training gets there, None of them being the last: say `prefetch(sampler, first_epoch, epochs=None)` once.
-        Computed samples are computed here instead, those of `epoch` alone.
+        Computed samples are computed here instead, those of `epoch` alone; the first that can't be ends it, unless they
+        are skipped.
 
         Raises ConfigurationError: the sampler can't be copied, or has no `set_epoch` for several epochs.
         """
@@ -265,7 +290,11 @@ class CachedDataset(Dataset[Any]):
             positions = _positions(dict.fromkeys(orders.once(epoch)), count)
             stage = self._samples.stage
             return ComputedPrefetch(
-                lambda i, advance, stop: stage(i, on_progress=advance, cancelled=stop), positions, epoch
+                lambda i, advance, stop, missing: stage(
+                    i, on_progress=advance, cancelled=stop, on_missing=missing if self._skips else None
+                ),
+                positions,
+                epoch,
             )
         first = _positions(orders.once(epoch), count)
         runs_before = orders.epoch == epoch - 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchcache.data import codec
+from torchcache.data.bad_samples import is_of_one_sample
 from torchcache.data.samples import OnMissing, OnProgress, residency_of, windows
 from torchcache.errors import (
     ConfigurationError,
@@ -24,6 +25,15 @@ _log = logging.getLogger("torchcache")
 
 _STAGE_SAMPLES = 16
 """Samples computed before they are written when staging: bounds memory where samples are large."""
+
+
+def _told(error: Exception) -> TorchCacheError:
+    """What a dataset raised, as an error that pickles."""
+    if isinstance(error, TorchCacheError):
+        return error
+    told = TorchCacheError(f"{type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,13 +186,32 @@ class ComputedSamples:
             for error in failed.values():
                 if isinstance(error, TransientError):
                     raise error
-            records = self._compute(list(failed)) if failed else {}
+            records = self._compute_for_stage(list(failed), on_missing)
             if records:
                 self._write(records)
-            on_progress(len(window), sum(map(len, records.values())))
+            missed = len(failed) - len(records)
+            on_progress(len(window) - missed, sum(map(len, records.values())))
+
+    def _compute_for_stage(self, indices: list[int], on_missing: OnMissing | None) -> dict[int, memoryview]:
+        """As `_compute`; with `on_missing` what the dataset raises for a sample is no matter of the others."""
+        if not indices:
+            return {}
+        try:
+            return self._compute(indices)
+        except Exception as error:
+            if on_missing is None or not is_of_one_sample(error):
+                raise
+            if len(indices) == 1:
+                on_missing(self._object(indices[0]), _told(error))
+                return {}
+        each = [self._compute_for_stage([index], on_missing) for index in indices]
+        return {index: record for records in each for index, record in records.items()}
 
     def absent(self) -> Iterator[tuple[ObjectInfo, TorchCacheError]]:
-        return iter(())
+        for window in windows(range(self._length)):
+            _, failed = self._ask(window, whole=False)
+            for index, error in failed.items():
+                yield self._object(index), error
 
     def residency(self) -> Residency:
         return residency_of(self._pool, self._object, self._length)
@@ -192,6 +221,9 @@ class ComputedSamples:
 
     def keys(self) -> list[str]:
         raise ConfigurationError("computed samples have no keys; only a dataset made by from_files has")
+
+    def name(self, index: int) -> str:
+        return f"sample {index} of {self._name}@{self._version}"
 
     def describe(self) -> str:
         unkept = f", {self._unkept:,} could not be kept" if self._unkept else ""

@@ -9,6 +9,7 @@ import numpy as np
 
 from torchcache.data.buffer_pool import default_buffers
 from torchcache.data.files import FileSamples
+from torchcache.data.formats.base import place
 from torchcache.data.manifest import Manifest
 from torchcache.data.outputs import Landing
 from torchcache.data.samples import OnMissing, OnProgress, residency_of, windows
@@ -109,6 +110,10 @@ class FileRecords(FileSamples):
         """Of each record the key of its object."""
         counts = np.diff(self._firsts).tolist()
         return [key for key, count in zip(super().keys(), counts, strict=True) for _ in range(count)]
+
+    def name(self, index: int) -> str:
+        object, offset, _ = self.extents([index])[0]
+        return place(self._pool.uri(object.id), offset // self._record_bytes)
 
     def describe(self) -> str:
         return (

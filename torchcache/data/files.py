@@ -218,6 +218,9 @@ class FileSamples:
         """The objects' keys relative to the URI, in order."""
         return [key.removeprefix(self._prefix) for key in self._manifest.keys()]  # noqa: SIM118 - no mapping
 
+    def name(self, index: int) -> str:
+        return self._pool.uri(self.extents([index])[0].object.id)
+
     def describe(self) -> str:
         return (
             f".from_files({self.uri!r}, pattern={self._pattern!r}: "

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchcache.connecting import connect
+from torchcache.data.bad_samples import OnError, Sieve, Skips
 from torchcache.data.formats import Format
 from torchcache.data.iterable_course import Course
 from torchcache.data.iterable_order import Order, OrderKey
-from torchcache.data.iterable_pass import Epoch, OnError, Pass, Sieve
+from torchcache.data.iterable_pass import Epoch, Pass
 from torchcache.data.iterable_position import Rest, Split, Uneven
 from torchcache.data.iterable_reading import Records
 from torchcache.data.iterable_recording import Recorder, Recording, RecordingPass
@@ -95,6 +96,7 @@ class CachedIterableDataset(IterableDataset[Any]):
         self._recorder = self._set_up(source, format, connect(pool), name, version)
         self._shuffle = shuffle_of(shuffle, self._records.access if self._records else "records")
         self._course = Course()
+        self._skips = Skips()
         self._begun: Pass | RecordingPass | None = None
 
     def _set_up(
@@ -137,7 +139,7 @@ class CachedIterableDataset(IterableDataset[Any]):
     @property
     def skipped(self) -> int:
         """Samples left out so far under `on_error="skip"`, by this process and its loader's workers."""
-        return self._course.skipped
+        return self._skips.total
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch the next iteration is of: each has an order of its own. Persistent workers see it too.
@@ -173,7 +175,7 @@ class CachedIterableDataset(IterableDataset[Any]):
         epoch = loaded.number if isinstance(loaded, RecordingPass) else self._course.epoch
         begun = RecordingPass(number=epoch, split=self._split(workers), worker=worker, count=skip)
         self._begun = begun
-        sieve = self._sieve(worker, lambda number: f"sample {number} of {self._recorder}")
+        sieve = self._sieve(lambda number: f"sample {number} of {self._recorder}")
         for sample in self._recorder.samples(begun, self._where()[1]):
             begun.count += 1
             yield from sieve.passed(begun.count - 1, sample, self._transform)
@@ -183,12 +185,12 @@ class CachedIterableDataset(IterableDataset[Any]):
         epoch, records = begun.epoch, self._known()
         key = OrderKey(shuffle=self._shuffle, seed=epoch.seed, epoch=epoch.number, window=self._window)
         order = Order(records.blocks, key)
-        sieve = self._sieve(begun.worker, records.name)
+        sieve = self._sieve(records.name)
         for number, outcome in begun.samples(order, records.reading()):
             yield from sieve.passed(number, outcome, self._transform)
 
-    def _sieve(self, worker: int, name: Callable[[int], str]) -> Sieve:
-        return Sieve(self._on_error, self._course.skips_of(worker), name)
+    def _sieve(self, name: Callable[[int], str]) -> Sieve:
+        return Sieve(self._on_error, self._skips, name)
 
     def _known(self) -> Records:
         """The records there are. Raises ConfigurationError while nothing is recorded."""

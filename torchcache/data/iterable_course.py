@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
@@ -15,9 +15,8 @@ from torchcache.errors import ConfigurationError
 
 _log = logging.getLogger("torchcache")
 
-# Places in the memory that a dataset shares with its workers; the last are counts of what each worker skipped.
-_EPOCH, _SAID, _LOADS, _USED_BY, _WORKING, _SKIPPED = range(6)
-_SHARED: Final = 128
+# Places in the memory that a dataset shares with its workers.
+_EPOCH, _SAID, _LOADS, _USED_BY, _WORKING, _SHARED = range(6)
 
 Loaded = Left | Pass | RecordingPass | None
 """What the next iteration goes on with."""
@@ -37,16 +36,6 @@ class Course:
     def epoch(self) -> int:
         """The epoch that was said last, or whose state was loaded since."""
         return int(self._shared[_EPOCH])
-
-    @property
-    def skipped(self) -> int:
-        """Samples left out by this process and by workers."""
-        return int(self._shared[_SKIPPED:].sum())
-
-    def skips_of(self, worker: int) -> torch.Tensor:
-        """The number that `worker` counts what it skips in."""
-        place = _SKIPPED + worker % (_SHARED - _SKIPPED)
-        return self._shared[place : place + 1]
 
     @property
     def workers_know(self) -> bool:

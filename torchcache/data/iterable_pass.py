@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from torchcache.data.iterable_order import Ints, Order
 from torchcache.data.iterable_position import Rest, Split
 from torchcache.data.iterable_reading import Reading
-from torchcache.errors import TorchCacheError
 from torchcache.threads import Threads
-
-_log = logging.getLogger("torchcache")
-
-OnError = Literal["raise", "skip"]
 
 STATE: Final = 1
 """The version of states."""
@@ -91,26 +85,3 @@ class Pass:
             length = reading.cut(ids)
             yield ids[:length]
             at += length
-
-
-class Sieve:
-    """What becomes of samples that can't be had: raised, or counted, logged and left out."""
-
-    def __init__(self, on_error: OnError, count: Any, name: Callable[[int], str]) -> None:
-        """`count` is the one number of a tensor, `name` what a sample is called."""
-        self._on_error = on_error
-        self._count = count
-        self._name = name
-
-    def passed(self, number: int, outcome: Any, transform: Callable[[Any], Any] | None) -> tuple[Any, ...]:
-        """Sample `number`, transformed, as a tuple of one; none if it is left out. Raises what isn't to be skipped."""
-        try:
-            if isinstance(outcome, TorchCacheError):
-                raise outcome
-            return (outcome if transform is None else transform(outcome),)
-        except Exception as error:
-            if self._on_error == "raise":
-                raise
-            self._count += 1
-            _log.warning("%s is skipped: %s: %s", self._name(number), type(error).__name__, error)
-            return ()

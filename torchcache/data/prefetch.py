@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchcache.data.samples import OnProgress
+from torchcache.data.samples import OnMissing, OnProgress
 from torchcache.errors import ConfigurationError, TorchCacheError
+from torchcache.model import ObjectInfo
 
 _log = logging.getLogger("torchcache")
 
-Stage = Callable[[Sequence[int], OnProgress, Callable[[], bool]], None]
+Stage = Callable[[Sequence[int], OnProgress, Callable[[], bool], OnMissing], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,8 @@ class ComputedPrefetch(Prefetch):
         self._epoch = epoch
         self._began_s = time.monotonic()
         self._error: TorchCacheError | None = None
+        self._lacking = 0
+        self._why_lacking = ""
         self._cancelled = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(stage, indices), name="torchcache-prefetch", daemon=True
@@ -126,7 +129,7 @@ class ComputedPrefetch(Prefetch):
         self._cancelled.set()
 
     def progress(self) -> PrefetchProgress:
-        left = self.total - self.staged
+        left = self.total - self.staged - self._lacking
         took_s = time.monotonic() - self._began_s
         why = str(self._error) if self._error else "on its way"
         return PrefetchProgress(
@@ -137,7 +140,11 @@ class ComputedPrefetch(Prefetch):
             ahead_bytes=0,
             position=-1,
             eta_s=left * took_s / self.staged if self.staged else None,
-            missing=(Missing(server="this process", chunks=left, why=why),) if left else (),
+            missing=tuple(
+                Missing(server="this process", chunks=count, why=text)
+                for count, text in ((left, why), (self._lacking, self._why_lacking))
+                if count
+            ),
         )
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -148,7 +155,7 @@ class ComputedPrefetch(Prefetch):
 
     def _run(self, stage: Stage, indices: Sequence[int]) -> None:
         try:
-            stage(indices, self._advance, self._cancelled.is_set)
+            stage(indices, self._advance, self._cancelled.is_set, self._miss)
         except TorchCacheError as error:
             self._error = error
             _log.warning("prefetch stopped after %d of %d samples: %s", self.staged, self.total, error)
@@ -158,6 +165,10 @@ class ComputedPrefetch(Prefetch):
             _log.warning("%s", self._error, exc_info=error)
         finally:
             atexit.unregister(self._leave)
+
+    def _miss(self, _: ObjectInfo, error: TorchCacheError) -> None:
+        self._lacking += 1
+        self._why_lacking = self._why_lacking or str(error)
 
     def _advance(self, samples: int, size_bytes: int) -> None:
         self.staged += samples

@@ -47,12 +47,11 @@ class Samples(Protocol):
     ) -> None:
         """Brings what is missing of `indices` into the pool, in that order.
 
-        `on_missing` gets what can't be, and why; without it the first error is raised. Samples that are computed raise
-        always.
+        `on_missing` gets what can't be, and why; without it the first error is raised.
         """
 
     def absent(self) -> Iterator[tuple[ObjectInfo, TorchCacheError]]:
-        """What the pool doesn't hold now, as if it had been staged; nothing of samples that are computed."""
+        """What the pool doesn't hold now, as if it had been staged."""
 
     def residency(self) -> Residency:
         """How much of the samples the pool holds now."""
@@ -62,6 +61,9 @@ class Samples(Protocol):
 
     def keys(self) -> list[str]:
         """What each sample is called. Raises ConfigurationError if they have no names."""
+
+    def name(self, index: int) -> str:
+        """What a sample is called in errors and logs."""
 
     def describe(self) -> str:
         """For repr: what stands behind the class's name."""
