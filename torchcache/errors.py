@@ -30,28 +30,42 @@ __all__ = [
 class TorchCacheError(Exception):
     """Root of all errors of torchcache.
 
-    `object` is the URI or key the error speaks of, `server` the address of the server that met it; either may be None.
+    `object` is the URI or key the error speaks of, `server` the address of the server that met it, `request_id` what
+    that server's log calls the request. Any may be None.
     """
 
-    def __init__(self, message: str, *, object: str | None = None, server: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        object: str | None = None,
+        server: str | None = None,
+        request_id: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.object = object
         self.server = server
+        self.request_id = request_id
 
     def __str__(self) -> str:
         where = [f"object {self.object}"] if self.object and self.object not in self.message else []
         where += [f"server {self.server}"] if self.server and self.server not in self.message else []
+        where += [f"request {self.request_id}"] if self.request_id else []
         return f"{self.message} ({', '.join(where)})" if where else self.message
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.message, self.object, self.server))
+        return (_rebuild, (type(self), self.message, self.object, self.server, self.request_id))
 
 
 def _rebuild(
-    kind: type[TorchCacheError], message: str, object: str | None, server: str | None
+    kind: type[TorchCacheError],
+    message: str,
+    object: str | None,
+    server: str | None,
+    request_id: str | None,
 ) -> TorchCacheError:
-    return kind(message, object=object, server=server)
+    return kind(message, object=object, server=server, request_id=request_id)
 
 
 class TransientError(TorchCacheError):

@@ -84,6 +84,7 @@ class HostileServer:
             *("--listen", "127.0.0.1:0", "--store", self.store, "--capacity", "256MB"),
             *("--under-store", f"file=file://{self.source}", "--under-store", "s3=s3://"),
             *("--token-file", self.token_file, "--metrics-port", "0", "--drain-s", "0.2"),
+            *("--log-level", "debug"),  # what it tells then, it might tell otherwise
             token_file=self.token_file,
             environment={"AWS_ENDPOINT_URL": self.s3.endpoint_url, "AWS_REGION": "us-east-1", **STORAGE},
             log=self._log,

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.flight as fl
 import pytest
 from torchcache_server.process.config import from_settings
 from torchcache_server.process.tls import TlsContents
@@ -20,6 +22,7 @@ from torchcache import connect
 from torchcache.cli.app import run
 from torchcache.lanes.access import Access, TlsConfig
 from torchcache.tokens import parse_tokens
+from torchcache.wire.request_ids import HEADER
 from torchcache.wire.v1 import cache_pb2 as pb
 
 
@@ -81,6 +84,23 @@ def test_what_a_storage_tells_back_is_not_told_on(server: HostileServer, name: s
     ask = pb.ListRequest(store="s3", prefix="bucket/")
     request: Any = ask if call == "ListObjects" else pb.StatRequest(store="s3", key="bucket/key")
     assert_told_no_secret(str(outcome(lambda: server.client.call(call, request, timeout_s=2))))
+
+
+@pytest.mark.hostile("secrets")
+@pytest.mark.parametrize("call", ["GetInfo", "do_get"])
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_is_no_id_of_a_request(server: HostileServer, secret: str, call: str) -> None:
+    """Ids of requests are logged: what a client puts there by mistake must not be."""
+    if call == "GetInfo":
+        server.raw(call, b"", metadata=[*server.client.metadata, (HEADER, secret)])
+        return
+    headers = [
+        (b"authorization", f"Bearer {server.client.token}".encode()),
+        (HEADER.encode(), secret.encode()),
+    ]
+    with pytest.raises((fl.FlightError, pa.ArrowException)) as refused:
+        server.client.flight.do_get(fl.Ticket(b"\xff"), fl.FlightCallOptions(headers=headers)).read_all()
+    assert_told_no_secret(str(refused.value))
 
 
 @pytest.mark.hostile("secrets")

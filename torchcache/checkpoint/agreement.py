@@ -99,4 +99,5 @@ def plain_errors() -> Iterator[None]:
             f"rank {rank}: {error.message}" if len(gathered.failures) > 1 or rank else error.message,
             object=error.object,
             server=error.server,
+            request_id=error.request_id,
         ) from cause

@@ -168,6 +168,7 @@ class FileSamples:
             f"{uri} {happened} since this dataset was created: create it again or refresh() it, which lists anew",
             object=uri,
             server=error.server,
+            request_id=error.request_id,
         )
         explained.__cause__ = error
         return explained

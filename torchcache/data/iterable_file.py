@@ -61,4 +61,5 @@ def explained(pool: Pool, info: ObjectInfo, error: TorchCacheError) -> TorchCach
         f"the shard {uri} {happened} since this dataset was created: create it again, it lists the shards anew",
         object=uri,
         server=error.server,
+        request_id=error.request_id,
     )

@@ -21,12 +21,22 @@ from torchcache.wire.status import decode_error
 
 
 class Arrivals:
-    """What one call brings: an outcome for each of `extents`, in the memory of `into` where that has some."""
+    """What one call brings: an outcome for each of `extents`, in the memory of `into` where that has some.
 
-    def __init__(self, extents: Sequence[Extent], into: Sequence[memoryview | None], server: str) -> None:
+    Errors name the `server` and the call's `request_id`.
+    """
+
+    def __init__(
+        self,
+        extents: Sequence[Extent],
+        into: Sequence[memoryview | None],
+        server: str,
+        request_id: str | None = None,
+    ) -> None:
         self._extents = extents
         self._into = into
         self._server = server
+        self._request_id = request_id
         self._landed: list[memoryview | TorchCacheError | None] = [None] * len(extents)
         self._assemblies: dict[int, Assembly] = {}
 
@@ -74,14 +84,20 @@ class Arrivals:
             "more came of an object than it has",
             object=str(self._extents[number].object.id),
             server=self._server,
+            request_id=self._request_id,
         )
 
     def outcomes(self, failure: TorchCacheError | None) -> list[memoryview | TorchCacheError]:
         """Of each extent its bytes, or its own error, or what ended the stream (`failure`) before it was complete."""
         return [
-            self._assembly(number).outcome(failure, self._server) if found is None else found
+            self._named(self._assembly(number).outcome(failure, self._server)) if found is None else found
             for number, found in enumerate(self._landed)
         ]
+
+    def _named(self, outcome: memoryview | TorchCacheError) -> memoryview | TorchCacheError:
+        if isinstance(outcome, TorchCacheError):
+            outcome.request_id = self._request_id
+        return outcome
 
     def _assembly(self, number: int) -> Assembly:
         return self._assemblies.get(number) or Assembly(self._extents[number], self._into[number])

@@ -56,7 +56,8 @@ class ReadOptions:
     `as_bytes`: the reader makes `bytes` of every view. A lane may do it, more cheaply: then the view is of all of a
     `bytes`, its `obj`. `lend`: where a buffer was given, a lane may return a read-only view of its own memory instead
     of filling it, and leaves it to the caller to verify that. `hedge`: another server is late with the same.
-    `passed_over` are ids of servers that are asked last, and why: the server tells people.
+    `passed_over` are ids of servers that are asked last, and why: the server tells people. `request_id` is what its
+    log calls the read; "": the lane makes one up.
     """
 
     namespace: str = ""
@@ -66,6 +67,7 @@ class ReadOptions:
     lend: bool = False
     hedge: bool = False
     passed_over: tuple[tuple[str, str], ...] = ()
+    request_id: str = ""
 
 
 class Lane(Protocol):

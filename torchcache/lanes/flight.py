@@ -20,6 +20,7 @@ from torchcache.lanes.watch import Ended, Watch
 from torchcache.model import Extent, ObjectInfo, chunk_digest
 from torchcache.wire import liveness
 from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, SERVER_ID, WRITE_SCHEMA, encode_chunks
+from torchcache.wire.request_ids import HEADER, new_request_id
 from torchcache.wire.status import error_from_flight
 from torchcache.wire.v1 import cache_pb2
 
@@ -72,10 +73,12 @@ class FlightLane:
         watch: Watch | None = None,
     ) -> list[Outcome]:
         """See `Lane.read`. Once `watch` has ended it, what came is good, and the rest carries some error."""
-        arrivals = Arrivals(extents, into, self._server)
+        request_id = options.request_id or new_request_id()
+        arrivals = Arrivals(extents, into, self._server, request_id)
         failure: TorchCacheError | None = None
         try:
-            self._stream(arrivals, read_request(extents, options, deadline), deadline, watch or Watch())
+            request = read_request(extents, options, deadline)
+            self._stream(arrivals, request, self._options(deadline, request_id), watch or Watch())
         except TorchCacheError as error:
             failure = error
         except Ended:
@@ -85,7 +88,11 @@ class FlightLane:
         return arrivals.outcomes(failure)
 
     def _stream(
-        self, arrivals: Arrivals, request: cache_pb2.ReadRequest, deadline: float, watch: Watch
+        self,
+        arrivals: Arrivals,
+        request: cache_pb2.ReadRequest,
+        options: fl.FlightCallOptions,
+        watch: Watch,
     ) -> None:
         """One do_get. No reference to the client or the stream may outlive the call, not even in a traceback."""
         with self._connections.call():
@@ -93,7 +100,7 @@ class FlightLane:
             try:
                 client = self._connections.channel(self._key, self._open)
                 watch.asking()
-                reader = client.do_get(fl.Ticket(request.SerializeToString()), self._options(deadline))
+                reader = client.do_get(fl.Ticket(request.SerializeToString()), options)
                 if not watch.opened(reader):
                     raise Ended
                 self._meet(reader.schema.metadata or {})
@@ -125,18 +132,23 @@ class FlightLane:
         """See `Lane.write`."""
         refs, _ = object_refs(objects)
         request = cache_pb2.WriteRequest(namespace=namespace, objects=refs, durable=durable)
+        request_id = new_request_id()
         try:
-            sent, reply = self._put(request, rows, deadline)
+            sent, reply = self._put(request, rows, self._options(deadline, request_id))
         except (pa.ArrowException, OSError) as error:
-            raise foreign(error, self._server) from without_frames(error)
+            ours = foreign(error, self._server)
+            ours.request_id = request_id
+            raise ours from without_frames(error)
         if reply is None or reply.bytes != sent:
             raise IntegrityError(
-                f"a write of {sent} bytes to {namespace} was not acknowledged", server=self._server
+                f"a write of {sent} bytes to {namespace} was not acknowledged",
+                server=self._server,
+                request_id=request_id,
             )
         return sent
 
     def _put(
-        self, request: cache_pb2.WriteRequest, rows: Iterable[Row], deadline: float
+        self, request: cache_pb2.WriteRequest, rows: Iterable[Row], options: fl.FlightCallOptions
     ) -> tuple[int, cache_pb2.WriteReply | None]:
         """One do_put: the bytes sent, and the server's answer."""
         with self._connections.call():
@@ -144,7 +156,7 @@ class FlightLane:
             try:
                 client = self._connections.channel(self._key, self._open)
                 descriptor = fl.FlightDescriptor.for_command(request.SerializeToString())
-                writer, reader = client.do_put(descriptor, WRITE_SCHEMA, self._options(deadline))
+                writer, reader = client.do_put(descriptor, WRITE_SCHEMA, options)
                 sent = 0
                 try:
                     for batch, size in _batches(rows):
@@ -181,9 +193,11 @@ class FlightLane:
             generic_options=options,
         )
 
-    def _options(self, deadline: float) -> fl.FlightCallOptions:
+    def _options(self, deadline: float, request_id: str) -> fl.FlightCallOptions:
         bearer = self._access.bearer()
-        headers = [(b"authorization", bearer.encode())] if bearer else []
+        headers = [(HEADER.encode(), request_id.encode())]
+        if bearer:
+            headers.append((b"authorization", bearer.encode()))
         return fl.FlightCallOptions(timeout=remaining(deadline, self._server), headers=headers)
 
 

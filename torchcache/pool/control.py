@@ -10,6 +10,7 @@ import grpc
 from torchcache.lanes.access import Access
 from torchcache.lanes.connections import Connections, connections
 from torchcache.lanes.flight import CHANNEL_OPTIONS, remaining, without_frames
+from torchcache.wire.request_ids import HEADER, new_request_id
 from torchcache.wire.status import error_from_status
 from torchcache.wire.v1 import cache_pb2_grpc
 
@@ -49,9 +50,12 @@ class ControlClient:
         self._key = ("control", address, access)
 
     def call(self, method: str, request: Any, *, deadline: float) -> Any:
-        """The reply of `method` of the Control service. Raises the server's error, or what ended the call."""
-        bearer = self._access.bearer()
-        metadata = (("authorization", bearer),) if bearer else ()
+        """The reply of `method` of the Control service. Raises the server's error, or what ended the call.
+
+        The error names the call's request id.
+        """
+        bearer, request_id = self._access.bearer(), new_request_id()
+        metadata = [(HEADER, request_id), *([("authorization", bearer)] if bearer else [])]
         timeout_s = remaining(deadline, self.address)
         with self._connections.call():
             channel: _Channel | None = None
@@ -61,9 +65,9 @@ class ControlClient:
                 stub = getattr(channel.stub, method)
                 return stub(request, timeout=timeout_s, metadata=metadata)
             except grpc.RpcError as error:
-                raise error_from_status(
-                    error.code(), error.details(), server=self.address
-                ) from without_frames(error)
+                ours = error_from_status(error.code(), error.details(), server=self.address)
+                ours.request_id = request_id
+                raise ours from without_frames(error)
             finally:
                 del channel, stub
 

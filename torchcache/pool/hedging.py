@@ -266,7 +266,9 @@ class Calls:
             return
         attempt.end()
         address = self._members.by_id[attempt.server].address
-        error = ServerUnavailable("the server gives no sign of life", server=address)
+        error = ServerUnavailable(
+            "the server gives no sign of life", server=address, request_id=attempt.options.request_id or None
+        )
         attempt.outcomes = [error] * len(attempt.extents)
         self._settle(call)
 

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from torchcache.errors import IntegrityError, NotResident, TorchCacheError
@@ -18,6 +19,7 @@ from torchcache.pool.probing import probe_those_out
 from torchcache.pool.retry import Retry
 from torchcache.pool.routing import Part, advance, check_extents, next_step, placed, streams
 from torchcache.pool.session import Session
+from torchcache.wire.request_ids import new_request_id
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class Reading:
         self._session = session
         self._extents = extents
         self._into = targets(extents, into)
-        self._options = options
+        self._options = replace(options, request_id=new_request_id())  # whoever is asked, and however often
         self._deadline = deadline
         self._retry = Retry(session.budget, deadline)
         self._members = session.first_members(self._retry, deadline)
@@ -149,7 +151,12 @@ class Reading:
             step = next_step(part, outcome)
             if step == "next" and isinstance(outcome, IntegrityError):
                 address = self._members.by_id[part.server].address
-                _log.warning("%s is damaged at %s: another copy is read", part.extent.object.id, address)
+                _log.warning(
+                    "%s is damaged at %s: another copy is read (request %s)",
+                    part.extent.object.id,
+                    address,
+                    self._options.request_id,
+                )
             if step == "final" or time.monotonic() >= self._deadline:
                 absent = isinstance(outcome, NotResident)
                 self._outcomes[part.number] = part.damage if absent and part.damage else outcome

@@ -13,6 +13,7 @@ import grpc
 
 from torchcache import errors
 from torchcache.errors import TorchCacheError
+from torchcache.wire.request_ids import is_request_id
 
 # The first row of a status code is what a bare status of that code becomes. More than one error may share a code; the
 # name in the text tells them apart.
@@ -57,16 +58,18 @@ MAX_ERROR_CHARACTERS: Final = 4096
 """Of an encoded error: gRPC sends it as a header, and a client takes no more than 8 KiB of them for an answer."""
 
 
-def encode_error(error: TorchCacheError) -> str:
+def encode_error(error: TorchCacheError, *, request_id: str | None = None) -> str:
     """One line of JSON; `decode_error` gives an equal error of the same class back, its middle left out if it is long.
 
-    At most `MAX_ERROR_CHARACTERS`, all ASCII.
+    `request_id` is for an error among others in a reply. At most `MAX_ERROR_CHARACTERS`, all ASCII.
     """
     fields = {"error": type(error).__name__, "message": error.message}
     if error.object:
         fields["object"] = error.object
     if error.server:
         fields["server"] = error.server
+    if request_id := error.request_id or request_id:
+        fields["request"] = request_id
     text = json.dumps(fields)
     for characters in (600, 150):  # one may take six, as \uXXXX
         if len(text) <= MAX_ERROR_CHARACTERS:
@@ -85,8 +88,12 @@ def decode_error(text: str, *, server: str | None = None) -> TorchCacheError:
     try:
         fields = json.loads(text)
         kind = _BY_NAME.get(fields["error"], TorchCacheError)
+        said = fields.get("request")
         return kind(
-            str(fields["message"]), object=fields.get("object"), server=fields.get("server") or server
+            str(fields["message"]),
+            object=fields.get("object"),
+            server=fields.get("server") or server,
+            request_id=said if isinstance(said, str) and is_request_id(said) else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         return TorchCacheError(text, server=server)

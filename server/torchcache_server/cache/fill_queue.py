@@ -15,6 +15,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -53,7 +54,10 @@ class Loan:
 
 @dataclass(eq=False, slots=True)
 class Fill:
-    """One fill: queued, then running. `deadline` (time.monotonic()) is the latest of those who wait for it."""
+    """One fill: queued, then running. `deadline` (time.monotonic()) is the latest of those who wait for it.
+
+    What is logged of it is said in the `context` of who asked first.
+    """
 
     name: str
     bytes: int
@@ -61,6 +65,7 @@ class Fill:
     deadline: float
     future: Future[StoredChunk] = field(default_factory=Future)
     need: Need = "now"
+    context: Context = field(default_factory=copy_context)
 
 
 class FillQueue:
@@ -217,7 +222,7 @@ class FillQueue:
 
 def _run(fill: Fill, loan: Loan) -> None:
     try:
-        result = fill.work(fill, loan, fill.deadline)
+        result = fill.context.run(fill.work, fill, loan, fill.deadline)
     except BaseException as error:  # noqa: BLE001 - it is the waiters' to see
         loan.release()
         fill.future.set_exception(error)

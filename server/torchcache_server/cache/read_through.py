@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import Final
 
 from torchcache.errors import ConfigurationError, IntegrityError, NotResident, OutOfSpace, TorchCacheError
 from torchcache.model import ByteRange, ChunkId, ObjectInfo
@@ -19,6 +20,9 @@ _LOG = logging.getLogger(__name__)
 _MIB = 1024 * 1024
 _FILL_S = 30.0
 """What a fill may take once it has started, if those who wait have less patience: it is of use to the next."""
+
+SLOW_FETCH_S: Final = 5.0
+"""A fetch that takes longer is logged."""
 
 
 class ReadThrough:
@@ -205,13 +209,14 @@ class ReadThrough:
         deadline: float,
     ) -> StoredChunk:
         """Fetches a chunk and stores it; where there is no room for it, hands it on as it is."""
-        length = chunk.length(object.size)
+        length, began = chunk.length(object.size), time.monotonic()
         try:
             data = under_store.read(
                 object,
                 ByteRange(chunk.offset, chunk.offset + length),
-                deadline=max(deadline, time.monotonic() + _FILL_S),
+                deadline=max(deadline, began + _FILL_S),
             )
+            _tell_fetch(chunk, len(data), time.monotonic() - began)
             with self._lock:
                 self._filled_chunks += 1
                 self._filled_bytes += len(data)
@@ -257,6 +262,13 @@ class ReadThrough:
         if object.size < 0:
             raise ConfigurationError(f"the size of {object.id} is needed to read it", object=str(object.id))
         return under_store
+
+
+def _tell_fetch(chunk: ChunkId, size: int, took_s: float) -> None:
+    level = logging.INFO if took_s >= SLOW_FETCH_S else logging.DEBUG
+    if _LOG.isEnabledFor(level):
+        text = "chunk %d of %s, %d bytes, came from the under-store in %.3f s"
+        _LOG.log(level, text, chunk.index, chunk.object, size, took_s)
 
 
 def _not_resident(object: ObjectInfo) -> NotResident:

@@ -16,6 +16,8 @@ from torchcache.registry import RegistryAddress
 from torchcache.sizes import parse_size
 from torchcache_server.understore import check_name
 
+from .logs import DEFAULT_FORMAT, DEFAULT_LEVEL, LogFormat, check_format, check_level
+
 DEFAULT_LISTEN: Final = "127.0.0.1:7440"
 DEFAULT_METRICS_HOST: Final = "127.0.0.1"
 DEFAULT_DRAIN_S: Final = 60.0
@@ -75,6 +77,8 @@ class ServerConfig:
     join: RegistryAddress | None = None
     advertise: str | None = None  # the host by which others reach it; None: `host`
     weight: float = 1.0  # see pool_weight
+    log_format: LogFormat = DEFAULT_FORMAT
+    log_level: str = DEFAULT_LEVEL
     servers: int = 1  # more share the machine, each with a part of the capacity; see several.py
 
     def __post_init__(self) -> None:
@@ -155,8 +159,8 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
 
     listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, tls_client_ca, drain_s,
     metrics_port, metrics_host, scrub_rate (bytes a second), min_free, lease_s, max_pending, weight, join, advertise,
-    servers; an embedded server has embedded (its pool's folder), index and idle_s in place of listen, store, join and
-    servers.
+    log_format, log_level, servers; an embedded server has embedded (its pool's folder), index and idle_s in place of
+    listen, store, join and servers.
     None is the same as absent.
 
     Raises ConfigurationError, also for a setting that doesn't exist.
@@ -187,6 +191,8 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
         join=RegistryAddress.parse(_text(given, "join")) if "join" in given else None,
         advertise=_text(given, "advertise") if "advertise" in given else None,
         weight=_number(given, "weight", 1.0),
+        log_format=check_format(_text(given, "log_format", DEFAULT_FORMAT)),
+        log_level=check_level(_text(given, "log_level", DEFAULT_LEVEL)),
         servers=_whole(given, "servers", 1),
     )
 
@@ -234,6 +240,8 @@ _SETTINGS: Final = (
     "join",
     "advertise",
     "weight",
+    "log_format",
+    "log_level",
     "servers",
     "embedded",
     "index",

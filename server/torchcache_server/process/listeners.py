@@ -20,6 +20,7 @@ from torchcache_server.service.control import ControlService
 from torchcache_server.service.data import DataServer
 from torchcache_server.service.interceptors import ControlInterceptor
 from torchcache_server.service.latencies import Latencies
+from torchcache_server.service.request_log import RequestLog
 from torchcache_server.service.scopes import Tokens
 
 from .config import ServerConfig
@@ -50,11 +51,13 @@ class ControlListener:
         admission: Admission,
         latencies: Latencies,
         tls: TlsContents | None,
+        *,
+        log: RequestLog | None = None,
     ) -> None:
         """Binds the port. Raises ConfigurationError if that can't be."""
         self._server = grpc.server(
             ThreadPoolExecutor(CONTROL_THREADS, thread_name_prefix="control"),
-            interceptors=[ControlInterceptor(tokens, admission, latencies)],
+            interceptors=[ControlInterceptor(tokens, admission, latencies, log)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=2 * CONTROL_THREADS,
         )

@@ -21,8 +21,10 @@ from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.heap import keep_freed_memory
 from torchcache.locks import LockFile
 
+from . import logs
 from .config import Embedded, ServerConfig, from_settings, parse_under_stores, read_toml
 from .exit_codes import INCOMPLETE, OK, REFUSED
+from .logs import FORMATS, LEVELS
 from .presence import POLL_S, clients_present, wait_until_idle
 from .server import Server
 from .supervisor import supervise
@@ -129,6 +131,17 @@ _LOG = logging.getLogger(__name__)
     help="Servers to run on this machine, each with a folder of --store, a share of --capacity, and two ports counted "
     "up from --listen's. One that dies is started again. [1]",
 )
+@click.option(
+    "--log-format",
+    metavar="|".join(FORMATS),
+    help="What the log on stderr consists of: lines for people, or a JSON object a line. [text]",
+)
+@click.option(
+    "--log-level",
+    metavar="|".join(LEVELS),
+    help="What the log tells: debug, also each call and each fetch from an under-store; warning, only what may need "
+    "somebody. [info]",
+)
 @click.option("--supervised", is_flag=True, hidden=True, help="End when standard input does.")
 @click.option(
     "--embedded",
@@ -146,14 +159,19 @@ def main(*, config: Path | None, under_store: tuple[str, ...], supervised: bool,
     SIGTERM stops it: it finishes what runs and uploads what is not yet in the under-store, then says what is left.
     """
     os.umask(0o077)
+    settings: dict[str, Any] = {}
     try:
-        settings = read_toml(config) if config else {}
+        settings |= read_toml(config) if config else {}
         settings |= {name: value for name, value in options.items() if value is not None}
         if under_store:
             settings["under_stores"] = parse_under_stores(under_store)
         sys.exit(run(from_settings(settings), supervised=supervised))
     except (TorchCacheError, OSError) as error:
-        click.echo(f"torchcache server: {error}", err=True)
+        if settings.get("log_format") == "json":
+            logs.configure("json", logs.DEFAULT_LEVEL)
+            _LOG.error("can't start: %s", error)
+        else:
+            click.echo(f"torchcache server: {error}", err=True)
         sys.exit(REFUSED)
 
 
@@ -166,20 +184,20 @@ def run(config: ServerConfig, *, supervised: bool = False) -> int:
     if supervised:
         _stop_with_supervisor(stop)
     if config.servers > 1:
-        _log_to_stderr()
+        logs.configure(config.log_format, config.log_level)
         return supervise(config, stop)
     _raise_descriptor_limit()
     keep_freed_memory()
     if config.embedded is None:
-        _log_to_stderr()
         return _serve(config, stop)
     with _own_folder(config.embedded):
-        _log_to_stderr()
         return _serve(config, stop)
 
 
 def _serve(config: ServerConfig, stop: threading.Event) -> int:
+    log = logs.configure(config.log_format, config.log_level)
     server = Server(config)
+    log.server = server.server_id
     gc.collect()
     gc.freeze()  # what was imported stays: the collector need not walk it again and again while batches are made
     try:
@@ -199,9 +217,9 @@ def _serve(config: ServerConfig, stop: threading.Event) -> int:
         server.close()
         raise
     for uri in left:
-        print(f"not yet in the under-store: {uri}", file=sys.stderr)
+        _LOG.warning("not yet in the under-store: %s", uri)
     if left:
-        print(f"{len(left)} left; a server on the same store goes on with them", file=sys.stderr, flush=True)
+        _LOG.warning("%d left; a server on the same store goes on with them", len(left))
     code = INCOMPLETE if left else OK
     watchdog = threading.Timer(CLOSE_S, os._exit, (code,))
     watchdog.daemon = True
@@ -271,14 +289,3 @@ def _raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
-    for name in ("boto3", "botocore", "urllib3", "s3transfer"):
-        logging.getLogger(name).setLevel(logging.WARNING)

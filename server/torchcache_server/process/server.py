@@ -29,6 +29,7 @@ from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.control import ControlService, ServerFacts
 from torchcache_server.service.counters import ServiceCounters
+from torchcache_server.service.request_log import RequestLog
 from torchcache_server.service.scopes import Tokens
 from torchcache_server.store import OS, DiskCalls, Store
 from torchcache_server.understore.base import UnderStore
@@ -37,6 +38,7 @@ from torchcache_server.understore.s3 import S3UnderStore
 from .config import ServerConfig
 from .endpoint import EndpointFile
 from .listeners import ControlListener, listen_data, stop_data
+from .logs import hide_credentials
 from .membership import Membership
 from .metrics import ServerCollector, serve_metrics
 from .tls import TlsContents, read_tls
@@ -70,6 +72,7 @@ class Server:
         self._disk = disk
         self.instance = secrets.token_hex(8)
         self._admission = Admission()
+        self._log = RequestLog()
         self._stack = ExitStack()
         self._stuck = False
         self._membership: Membership | None = None
@@ -121,7 +124,8 @@ class Server:
     def _listen(self, parts: _Parts, tokens: Tokens, tls: TlsContents | None) -> None:
         """Takes the ports. Data is served from here on, control not yet."""
         config, closing = self.config, self._stack
-        self._control = ControlListener(config, tokens, self._admission, parts.counters.latencies, tls)
+        latencies = parts.counters.latencies
+        self._control = ControlListener(config, tokens, self._admission, latencies, tls, log=self._log)
         closing.callback(self._control.stop, 0)
         self._data = listen_data(
             config,
@@ -131,6 +135,7 @@ class Server:
             counters=parts.counters,
             store=parts.store,
             read_through=parts.read_through,
+            log=self._log,
         )
         closing.callback(self._stop_data)
         if config.metrics_port is not None:
@@ -171,6 +176,7 @@ class Server:
             store=parts.store,
             read_through=parts.read_through,
             counters=parts.counters,
+            log=self._log,
         )
         self._control.start(service)
         if config.join is not None:
@@ -243,6 +249,7 @@ class Server:
             raise ConfigurationError(
                 "only the servers of an embedded pool take credentials from their clients"
             )
+        hide_credentials(variables)
         for under_store in self._under_stores.values():
             if isinstance(under_store, S3UnderStore):
                 under_store.set_credentials(variables)

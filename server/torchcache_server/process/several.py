@@ -68,6 +68,7 @@ def arguments(config: ServerConfig) -> Iterator[str]:
     if config.max_pending_bytes is not None:
         yield from ("--max-pending", str(config.max_pending_bytes))
     yield from ("--scrub-rate", str(config.scrub_bytes_s))
+    yield from ("--log-format", config.log_format, "--log-level", config.log_level)
     if config.tls is not None:
         yield from ("--tls-cert", str(config.tls.certificate), "--tls-key", str(config.tls.key))
         if config.tls.client_ca is not None:

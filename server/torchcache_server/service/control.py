@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import grpc
 
 from torchcache.environment import CREDENTIAL_VARIABLES
-from torchcache.errors import ConfigurationError
+from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.model import ChunkId, ObjectInfo
 from torchcache.save_names import KEPT_PREFIXES
 from torchcache.wire.status import encode_error
@@ -29,6 +29,7 @@ from torchcache_server.understore import UnderStore
 
 from .calls import deadline_of, remaining_s
 from .counters import ServiceCounters
+from .request_log import RequestLog, current, level_of
 from .requests import (
     dataset_name,
     namespace_name,
@@ -83,6 +84,7 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
         ahead: StageAhead,
         counters: ServiceCounters,
         set_credentials: CredentialsSink,
+        log: RequestLog | None = None,
     ) -> None:
         self._facts = facts
         self._store = store
@@ -93,6 +95,7 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
         self._ahead = ahead
         self._counters = counters
         self._set_credentials = set_credentials
+        self._log = log or RequestLog()
 
     # ---- the server ----
 
@@ -193,7 +196,7 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             position=standing.position,
             ahead_bytes=ahead_bytes,
             state=[int(state) for state, _ in states],  # type: ignore[misc]  # an enum of the same numbers
-            errors=[encode_error(error) for _, error in states if error is not None],
+            errors=self._told([error for _, error in states if error is not None]),
         )
 
     def ForgetOrder(
@@ -201,6 +204,15 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
     ) -> pb.ForgetOrderReply:
         self._ahead.forget(dataset_name(request.namespace), save_id(request.order))
         return pb.ForgetOrderReply()
+
+    def _told(self, errors: Sequence[TorchCacheError | None]) -> list[str]:
+        """Errors of a reply, encoded, with the request's id; the gravest is logged."""
+        request, failures = current.get(), [error for error in errors if error is not None]
+        if failures:
+            gravest = max(failures, key=level_of)
+            self._log.failed("Stage", gravest, f" of {len(failures)} of {len(errors)}")
+        request_id = request.id if request is not None else None
+        return [encode_error(error, request_id=request_id) if error else "" for error in errors]
 
     # ---- policies ----
 
@@ -250,7 +262,7 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             raise ConfigurationError(f"objects can't be staged into the namespace {request.namespace!r}")
         objects = object_infos(request.objects)
         errors = stage(self._read_through, request.namespace, objects, deadline=deadline_of(context))
-        return pb.StageReply(errors=[encode_error(error) if error else "" for error in errors])
+        return pb.StageReply(errors=self._told(errors))
 
     def GetResidency(self, request: pb.ResidencyRequest, context: grpc.ServicerContext) -> pb.ResidencyReply:
         objects = [sized(self._store, info) for info in object_infos(request.objects)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from .ahead_shares import AheadShares
 from .counters import ServiceCounters
 from .interceptors import DataAuthentication, flight_errors
 from .reading import Read
+from .request_log import Request, RequestLog, served_stepwise, serving
 from .requests import ReadPlan, WritePlan, read_plan, write_plan
 from .scopes import Tokens
 
@@ -34,6 +35,9 @@ GROUP_BYTES: Final = 8 * 1024 * 1024
 """Written chunks are stored in groups of about this much: one index transaction each."""
 
 MAX_BATCH_BYTES: Final = 16 * 1024 * 1024
+
+CALLER: Final = "caller"
+"""The middleware that has seen a call's headers."""
 
 Row = tuple[ChunkId, int, pa.Buffer]
 
@@ -51,29 +55,37 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
         store: Store,
         read_through: ReadThrough,
         tls: Mapping[str, Any] | None = None,
+        log: RequestLog | None = None,
     ) -> None:
         """`tls` is how Flight has it: tls_certificates, verify_client, root_certificates."""
         self._admission = admission
+        self._log = log or RequestLog()
         self._counters = counters
         self._shares = AheadShares()
         self._store = store
         self._schema = READ_SCHEMA.with_metadata({SERVER_ID: store.server_id})
         self._read_through = read_through
-        super().__init__(location, middleware={"token": DataAuthentication(tokens)}, **(tls or {}))
+        super().__init__(location, middleware={CALLER: DataAuthentication(tokens, self._log)}, **(tls or {}))
 
     def do_get(self, context: Any, ticket: Any) -> Any:
         """Streams the pieces of a ReadRequest as batches of `codec.READ_SCHEMA`."""
-        with flight_errors("do_get"):
+        request = _request("do_get", context)
+        with serving(request), flight_errors("do_get", self._log):
             plan = read_plan(ticket.ticket)
-        return fl.GeneratorStream(self._schema, self._batches(plan, context))
+        request.is_about(plan.namespace)
+        return fl.GeneratorStream(self._schema, served_stepwise(request, self._batches(plan, context)))
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         """Stores the chunks of a WriteRequest; answers with a WriteReply once they have the durability asked for."""
+        request, began = _request("do_put", context), time.perf_counter()
         with ExitStack() as running:
-            running.enter_context(flight_errors("do_put"))
+            running.enter_context(serving(request))
+            running.callback(lambda: self._log.ended("do_put", time.perf_counter() - began))
+            running.enter_context(flight_errors("do_put", self._log))
             if descriptor.command is None:
                 raise ConfigurationError("a write needs a descriptor with a WriteRequest as its command")
             plan = write_plan(descriptor.command)
+            request.is_about(plan.namespace)
             running.enter_context(self._admission.stream(plan.namespace))
             running.enter_context(self._counters.latencies.timed("write"))
             self._counters.add(write_calls=1)
@@ -90,9 +102,9 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
             self._counters.add(written_bytes=written)
             writer.write(pa.py_buffer(cache_pb2.WriteReply(bytes=written).SerializeToString()))
 
-    def _batches(self, plan: ReadPlan, context: Any) -> Iterator[pa.RecordBatch]:
+    def _batches(self, plan: ReadPlan, context: Any) -> Generator[pa.RecordBatch, None, None]:
         # The slot is taken here and not in do_get: a generator that never starts is never closed either.
-        with flight_errors("do_get"), self._admission.stream(plan.namespace):
+        with flight_errors("do_get", self._log), self._admission.stream(plan.namespace):
             self._counters.passed_over.heard(context.peer(), plan.passed_over)
             share = self._shares.begin(plan.namespace)
             read, began = Read(plan, self._read_through, share), time.perf_counter()
@@ -105,8 +117,15 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
             finally:
                 share.close()
                 self._counters.add(read_calls=1, served_bytes=read.sent_bytes, hedged_calls=int(plan.hedge))
-                kind = "read_filled" if read.has_waited else "read"
-                self._counters.latencies.add(kind, time.perf_counter() - began)
+                kind, took_s = "read_filled" if read.has_waited else "read", time.perf_counter() - began
+                self._counters.latencies.add(kind, took_s)
+                if read.failure is not None:
+                    self._log.failed(
+                        "do_get", read.failure, f" of {read.failures} of {len(plan.object)} extents"
+                    )
+                self._log.ended(
+                    "do_get", took_s, lambda: f": {len(plan.object)} extents, {read.sent_bytes} bytes"
+                )
 
     def _groups(self, plan: WritePlan, reader: Any) -> Iterator[list[Row]]:
         group: list[Row] = []
@@ -130,6 +149,10 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
     def _store_group(self, namespace: str, group: list[Row]) -> int:
         self._store.put_many(namespace, group)
         return sum(row[2].size for row in group)
+
+
+def _request(call: str, context: Any) -> Request:
+    return Request(context.get_middleware(CALLER).request_id, call, context.peer())
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from torchcache_server.store import StoredChunk
 
 from .ahead_shares import AheadShare, AheadShares
 from .interceptors import UNEXPECTED
+from .request_log import level_of
 from .requests import ReadPlan
 
 AHEAD_CHUNKS: Final = 1024
@@ -90,6 +91,13 @@ class Read:
         """Of payload, in the batches taken so far."""
         self.has_waited = False
         """Whether something had to come from an under-store before it could go out."""
+        self.failure: TorchCacheError | None = None
+        """The first of the gravest of the extents' errors."""
+
+    @property
+    def failures(self) -> int:
+        """Extents that ended with an error, so far."""
+        return len(self._failed)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The stream's batches. An extent that fails has a row that says so; nothing is raised for it.
@@ -272,6 +280,8 @@ class Read:
             message = f"the object has {answer.object_size} bytes, not {part.object.size}"
             answer = ObjectChanged(message, object=str(part.object.id))
         self._failed.add(part.extent)
+        if self.failure is None or level_of(answer) > level_of(self.failure):
+            self.failure = answer
         return failed_piece(part.extent, encode_error(answer))
 
 
