@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -387,34 +384,6 @@ def test_a_damaged_shard_is_refused_when_it_is_indexed(pool: tc.Pool, tmp_path: 
     (tmp_path / "x.tar").write_bytes(shards.tar(range(5))[:3000])
     with pytest.raises(tc.IntegrityError, match=r"x.tar.* cut short"):
         tc.CachedIterableDataset(f"{tmp_path}/x.tar", pool=pool)
-
-
-_INTERRUPTED = """
-import os, signal, sys
-import torchcache as tc
-from torch.utils.data import DataLoader
-signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run
-dataset = tc.CachedIterableDataset(sys.argv[1], shuffle=True)
-for number, _ in enumerate(DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[2]))):
-    if number == 5:
-        os.killpg(0, signal.SIGINT)
-"""
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_ends_a_program_with_one_traceback(patterns: dict[str, str], workers: int) -> None:
-    arguments = [patterns["tar"].replace("{0..4}", "*"), str(workers)]
-    done = subprocess.run(
-        [sys.executable, "-c", _INTERRUPTED, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        start_new_session=True,
-    )
-    assert done.returncode == -signal.SIGINT
-    assert done.stderr.count("Traceback") == 1, done.stderr
-    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
 # ---- indices ----
