@@ -446,11 +446,25 @@ def test_settings_are_checked(pool: tc.Pool, patterns: dict[str, str]) -> None:
 def test_stage_and_residency(bucket: str) -> None:
     with tc.LocalPool() as own:
         dataset = tc.CachedIterableDataset(f"s3://{bucket}/data/a/*.jsonl", pool=own)
-        dataset.stage(progress=False)
+        report = dataset.stage()
+        assert (report.complete, report.residency.objects, str(report)) == (True, 4, "all 4 are in the pool")
         assert dataset.residency().fraction == 1.0
         assert "4 shards of jsonl under" in repr(dataset) and f"s3://{bucket}/data/a, 40 samples" in repr(
             dataset
         )
+
+
+def test_a_stage_lists_the_shards_that_are_missing(s3: SeaweedFS, bucket: str) -> None:
+    with tc.LocalPool() as own:
+        dataset = tc.CachedIterableDataset(f"s3://{bucket}/data/a/*.jsonl", pool=own)
+        own.evict(f"s3://{bucket}/data/a")
+        s3.client.delete_object(Bucket=bucket, Key="data/a/001.jsonl")
+        report = dataset.stage(progress=False, on_missing="report")
+        (missing,) = report.missing
+        assert (missing.uri, type(missing.error)) == (f"s3://{bucket}/data/a/001.jsonl", tc.ObjectNotFound)
+        assert str(report).startswith("3 of 4 are in the pool. Missing are 1 at ")
+        with pytest.raises(tc.ObjectNotFound, match="001"):
+            dataset.stage(progress=False)
 
 
 @KIND

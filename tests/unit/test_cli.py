@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from torchcache.errors import (
     ServerUnavailable,
     TorchCacheError,
 )
-from torchcache.model import ObjectId
+from torchcache.model import ObjectId, ObjectInfo
 from torchcache.pool import PassedOver, SaveInfo
 from torchcache.pool.reports import OrderStatus
 
@@ -379,6 +380,27 @@ def test_stage_reports_the_first_failure_after_all_were_tried(
     assert json.loads(out)["missing"][0] == {"uri": "s3://b/data/a", "server": None, "why": "bad bytes"}
     assert run(["stage", "s3://b/data", "--pattern", "*.png"]) == 1
     assert capsys.readouterr().err == "torchcache: there is nothing that matches '*.png' under s3://b/data\n"
+
+
+def test_stage_fails_where_not_all_has_room(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came later made the pool let go of what came before: nothing failed, and yet not all is there."""
+    stage = pool.stage
+
+    def stage_and_lose_one(objects: Sequence[ObjectInfo], **options: Any) -> None:
+        stage(objects, **options)
+        pool.resident.discard(objects[0].id)
+
+    monkeypatch.setattr(pool, "stage", stage_and_lose_one)
+    assert run(["stage", "s3://b/data"]) == 1
+    out, err = capsys.readouterr()
+    assert "1,000 of its 1,000 bytes had to go again" in err
+    assert "--capacity" in err
+    assert "s3://b/data/a" in out
+    assert run(["stage", "--json", "s3://b/data"]) == 1
+    (missing,) = json.loads(capsys.readouterr().out)["missing"]
+    assert (missing["uri"], missing["server"]) == ("s3://b/data/a", "127.0.0.1:7440")
 
 
 # ---- pin, unpin, evict, limit ----

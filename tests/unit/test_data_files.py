@@ -313,7 +313,7 @@ def test_stage_and_residency(
     dataset = from_files(filled)
     assert dataset.residency().fraction == 0.0
     report = dataset.stage(progress=False)
-    assert (report.complete, report.missing, str(report)) == (True, (), "all 7 samples are in the pool")
+    assert (report.complete, report.missing, str(report)) == (True, (), "all 7 are in the pool")
     assert capfd.readouterr() == ("", "")
     assert dataset.residency().fraction == 1.0
     dataset.stage()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,10 +21,9 @@ from torchcache.data.foretelling import Foreteller, OrderedPrefetch, foreteller_
 from torchcache.data.listing import Changes
 from torchcache.data.outputs import Output
 from torchcache.data.prefetch import ComputedPrefetch, Orders, Prefetch
-from torchcache.data.progress import progress_bar
-from torchcache.data.samples import OnProgress, Samples
-from torchcache.data.staged import MissingList, StageReport
-from torchcache.errors import ConfigurationError, OutOfSpace
+from torchcache.data.samples import Samples
+from torchcache.data.staged import StageReport, stage_all
+from torchcache.errors import ConfigurationError
 from torchcache.model import SAVE_PREFIX
 from torchcache.placement import Placement
 from torchcache.pool import Pool, Residency
@@ -34,8 +31,6 @@ from torchcache.pool.routing import main_owner
 
 if TYPE_CHECKING:
     from torchcache.local_pool import LocalPool
-
-_log = logging.getLogger("torchcache")
 
 
 class CachedDataset(Dataset[Any]):
@@ -236,31 +231,22 @@ class CachedDataset(Dataset[Any]):
         error is raised; with `on_missing="report"` the report that is returned lists them instead. Computed samples
         are computed here, in this process; the first one that can't be ends it, but for `on_missing="report"`.
         """
-        missing = MissingList(lambda info: self._pool.uri(info.id))
-        everything = range(len(self))
-        with ExitStack() as closing:
-            advance: OnProgress = lambda *_: None  # noqa: E731
-            if progress:
-                what = f"stage {len(self):,} samples"
-                advance = closing.enter_context(progress_bar(what, len(self), self._samples.total_bytes))
-            ends_at_first = self._samples.stored_under is None and on_missing == "raise"
-            self._samples.stage(
+        samples, everything = self._samples, range(len(self))
+        ends_at_first = samples.stored_under is None and on_missing == "raise"
+        return stage_all(
+            self._pool,
+            samples,
+            lambda advance, missing: samples.stage(
                 everything,
                 on_progress=advance,
                 cancelled=lambda: False,
-                on_missing=None if ends_at_first else missing.add,
-            )
-        residency = self._samples.residency()
-        if not missing.count and residency.resident_objects < residency.objects:
-            for info, error in self._samples.absent():
-                missing.add(info, error)
-        report = missing.report(residency)
-        if not report.complete and on_missing == "raise":
-            _log.warning("stage: %s", report)
-            if report.missing:
-                raise report.missing[0].error
-            raise OutOfSpace(f"stage: {report}")
-        return report
+                on_missing=None if ends_at_first else missing,
+            ),
+            count=len(self),
+            noun="samples",
+            progress=progress,
+            on_missing=on_missing,
+        )
 
     def prefetch(self, sampler: Iterable[Any], epoch: int, *, epochs: int | None = 1) -> Prefetch:
         """Stages in the background what `sampler` will give in `epoch`, in its order; returns at once.

@@ -19,13 +19,12 @@ from torchcache.errors import (
     ConfigurationError,
     ObjectChanged,
     ObjectNotFound,
-    OutOfSpace,
     TorchCacheError,
 )
 from torchcache.heap import keep_freed_memory
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, Residency
-from torchcache.pool.routing import main_owner
+from torchcache.pool.absent import absent
 
 _log = logging.getLogger("torchcache")
 
@@ -194,15 +193,8 @@ class FileSamples:
             )
 
     def absent(self) -> Iterator[tuple[ObjectInfo, TorchCacheError]]:
-        servers = self._pool.servers()
-        placement = self._pool.placement(servers)
         for window in windows(range(len(self._manifest))):
-            objects = self._objects(window)
-            for info, held in zip(objects, self._pool.resident_bytes(objects), strict=True):
-                if held < info.size:
-                    why = f"{info.size - held:,} of its {info.size:,} bytes had to go again: there is no room for all"
-                    server = servers[main_owner(Extent(info), placement)]
-                    yield info, OutOfSpace(why, object=self._pool.uri(info.id), server=server)
+            yield from absent(self._pool, self._objects(window))
 
     def residency(self) -> Residency:
         return residency_of(self._pool, lambda index: self._objects([index])[0], len(self))

@@ -28,7 +28,7 @@ from torchcache.data.iterable_settings import (
 from torchcache.data.iterable_shards import ShardRecords
 from torchcache.data.iterable_sources import Source
 from torchcache.data.iterable_state import Left, after_batches, left_of, of_loader, pass_of, recording_pass_of
-from torchcache.data.progress import progress_bar
+from torchcache.data.staged import StageReport, stage_all
 from torchcache.errors import ConfigurationError
 from torchcache.pool import Pool, Residency
 
@@ -319,23 +319,30 @@ class CachedIterableDataset(IterableDataset[Any]):
 
     # ---- the pool ----
 
-    def stage(self, *, progress: bool = True) -> None:
-        """Brings every shard into the pool before its use, with a progress bar on stderr unless told otherwise.
+    def stage(
+        self, *, progress: bool = True, on_missing: Literal["raise", "report"] = "raise"
+    ) -> StageReport:
+        """Brings every shard into the pool before its use; says at the end whether all of it is there.
 
-        Raises ConfigurationError for an IterableDataset, which only a pass records.
+        As `CachedDataset.stage` does, of shards. Raises ConfigurationError for an IterableDataset, which is recorded by
+        a pass.
         """
         records = self._records
         if not isinstance(records, ShardRecords):
             raise ConfigurationError(
                 "an IterableDataset is recorded by a full pass over it; only shards are staged"
             )
-        stage = records.pool.stage
-        if not progress:
-            stage(records.shards(), namespace=records.namespace)
-            return
-        what = f"stage {records.shard_count:,} shards"
-        with progress_bar(what, records.shard_count, records.total_bytes) as advance:
-            stage(records.shards(), namespace=records.namespace, on_progress=advance)
+        return stage_all(
+            records.pool,
+            records,
+            lambda advance, missing: records.pool.stage(
+                records.shards(), namespace=records.namespace, on_progress=advance, on_missing=missing
+            ),
+            count=records.shard_count,
+            noun="shards",
+            progress=progress,
+            on_missing=on_missing,
+        )
 
     def residency(self) -> Residency:
         """How much of the shards, or of what was recorded, the pool holds now."""

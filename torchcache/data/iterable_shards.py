@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from torchcache.data.iterable_order import Ints
 from torchcache.data.iterable_reading import BlockReading, Reading, RecordReading, StreamReading
 from torchcache.data.iterable_sources import Source, common_folder, find_shards
 from torchcache.data.manifest import Manifest
+from torchcache.errors import TorchCacheError
 from torchcache.model import ObjectInfo
 from torchcache.pool import Pool, Residency
+from torchcache.pool.absent import absent
 
 
 class ShardRecords:
@@ -71,6 +73,10 @@ class ShardRecords:
 
     def residency(self) -> Residency:
         return self.pool.residency(self.shards())
+
+    def absent(self) -> Iterator[tuple[ObjectInfo, TorchCacheError]]:
+        """The shards that the pool doesn't wholly hold now, and why."""
+        return absent(self.pool, self.shards())
 
     def shards(self) -> list[ObjectInfo]:
         """All shards, in order."""

@@ -19,13 +19,15 @@ LOGGED_EVERY_S: Final = 10.0
 
 
 @contextmanager
-def progress_bar(what: str, samples: int, total_bytes: int | None) -> Iterator[OnProgress]:
-    """A bar on stderr: of bytes if their total is known, else of samples with the bytes beside.
+def progress_bar(
+    what: str, total: int, total_bytes: int | None, noun: str = "samples"
+) -> Iterator[OnProgress]:
+    """A bar on stderr: of bytes if their total is known, else of the `total` samples, or `noun`, with bytes beside.
 
     Where stderr is no terminal, lines of the log "torchcache", at level INFO.
     """
     if not sys.stderr.isatty():
-        yield ProgressLines(what, samples, _log.info)
+        yield ProgressLines(what, total, _log.info)
         return
     from rich.console import Console
     from rich.filesize import decimal
@@ -34,13 +36,13 @@ def progress_bar(what: str, samples: int, total_bytes: int | None) -> Iterator[O
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}")]
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         of = f" of {decimal(total_bytes)}" if total_bytes is not None else ""
-        task = bar.add_task(what, total=samples if total_bytes is None else total_bytes, done="")
+        task = bar.add_task(what, total=total if total_bytes is None else total_bytes, done="")
         count = size = 0
 
         def advance(more_samples: int, more_bytes: int) -> None:
             nonlocal count, size
             count, size = count + more_samples, size + more_bytes
-            done = f"{count:,}/{samples:,} samples, {decimal(size)}{of}"
+            done = f"{count:,}/{total:,} {noun}, {decimal(size)}{of}"
             bar.update(task, completed=count if total_bytes is None else size, done=done)
 
         yield advance

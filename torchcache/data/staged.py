@@ -1,15 +1,21 @@
-"""What a stage comes to: all is in the pool, or what isn't, whose part that is, and why."""
+"""Staging all of a dataset, and what it comes to: all is in the pool, or what isn't, whose part that is, and why."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, Protocol
 
-from torchcache.errors import TorchCacheError
+from torchcache.data.progress import progress_bar
+from torchcache.data.samples import OnMissing, OnProgress
+from torchcache.errors import OutOfSpace, TorchCacheError
 from torchcache.model import ObjectInfo
-from torchcache.pool import Residency
+from torchcache.pool import Pool, Residency
+
+_log = logging.getLogger("torchcache")
 
 MAX_LISTED: Final = 10_000
 """Objects that a report names; more are counted."""
@@ -47,7 +53,7 @@ class StageReport:
     def __str__(self) -> str:
         held = self.residency
         if self.complete:
-            return f"all {held.objects:,} samples are in the pool"
+            return f"all {held.objects:,} are in the pool"
         return f"{held.resident_objects:,} of {held.objects:,} are in the pool. Missing are {self.reasons()}"
 
 
@@ -70,3 +76,49 @@ class MissingList:
     def report(self, residency: Residency) -> StageReport:
         """The report, with what was collected."""
         return StageReport(residency=residency, missing=tuple(self._found.values()), missing_count=self.count)
+
+
+class Stageable(Protocol):
+    """A dataset's objects, or computed samples."""
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Of all; None if not known beforehand."""
+
+    def residency(self) -> Residency:
+        """How much the pool holds now."""
+
+    def absent(self) -> Iterator[tuple[ObjectInfo, TorchCacheError]]:
+        """What the pool doesn't hold now, and why."""
+
+
+def stage_all(
+    pool: Pool,
+    parts: Stageable,
+    stage: Callable[[OnProgress, OnMissing], None],
+    *,
+    count: int,
+    noun: str,
+    progress: bool,
+    on_missing: Literal["raise", "report"],
+) -> StageReport:
+    """Runs `stage`, shows its progress, and then asks the pool what it holds. Raises as `CachedDataset.stage` says."""
+    missing = MissingList(lambda info: pool.uri(info.id))
+    with ExitStack() as closing:
+        advance: OnProgress = lambda *_: None  # noqa: E731
+        if progress:
+            advance = closing.enter_context(
+                progress_bar(f"stage {count:,} {noun}", count, parts.total_bytes, noun)
+            )
+        stage(advance, missing.add)
+    residency = parts.residency()
+    if not missing.count and residency.resident_objects < residency.objects:
+        for info, error in parts.absent():
+            missing.add(info, error)
+    report = missing.report(residency)
+    if not report.complete and on_missing == "raise":
+        _log.warning("stage: %s", report)
+        if report.missing:
+            raise report.missing[0].error
+        raise OutOfSpace(f"stage: {report}")
+    return report
