@@ -84,6 +84,7 @@ class ScriptedReadThrough:
         self.passed_through = 0
         self.filled_chunks = 0
         self.filled_bytes = 0
+        self.filling_bytes = 0
 
     def get(
         self,

@@ -54,6 +54,23 @@ def test_bounds_the_bytes_of_running_fills() -> None:
         assert queue.in_flight_bytes == 0
 
 
+def test_tells_the_bytes_of_running_fills_alone() -> None:
+    with queue_of(threads=2, limit_bytes=10) as queue:
+        passed, other = Held(6, passes_through=True), Held(4)
+        for held in (passed, other):
+            queue.submit(held.fill)
+            assert held.started.wait(30)
+        assert queue.running_bytes == 10
+        for held in (passed, other):
+            held.go.set()
+            held.fill.future.result(30)
+        deadline = time.monotonic() + 120
+        while queue.running_bytes and time.monotonic() < deadline:  # its thread comes to that after the result
+            time.sleep(0.001)
+        assert queue.running_bytes == 0
+        assert queue.in_flight_bytes == 6  # what was passed through is still held
+
+
 def test_is_first_come_first_served() -> None:
     """A small fill doesn't overtake a large one for ever."""
     with queue_of(threads=4, limit_bytes=10) as queue:

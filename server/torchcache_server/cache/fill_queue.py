@@ -76,6 +76,7 @@ class FillQueue:
             raise ConfigurationError(f"fills need threads and bytes, not {threads} and {limit_bytes}")
         self._limit_bytes = limit_bytes
         self._lent_bytes = 0
+        self._running_bytes = 0
         self._waiting: dict[Need, deque[Fill]] = {"now": deque(), "soon": deque(), "later": deque()}
         self._running: Counter[str] = Counter()  # by need
         self._quiet_from = float("-inf")
@@ -94,6 +95,11 @@ class FillQueue:
         with self._changed:
             self._settle()
             return self._lent_bytes
+
+    @property
+    def running_bytes(self) -> int:
+        """Bytes of the fills that run."""
+        return self._running_bytes
 
     def submit(self, fill: Fill) -> None:
         """Queues `fill`. Its future gets the result of its `work`, or Overloaded if its turn doesn't come.
@@ -170,6 +176,7 @@ class FillQueue:
                 if pause_s == 0:
                     fill = queue.popleft()
                     self._lent_bytes += fill.bytes
+                    self._running_bytes += fill.bytes
                     self._running[fill.need] += 1
                     self._changed.notify()  # There may be room for the next one too.
                     return fill, Loan(self, fill.bytes)
@@ -194,6 +201,7 @@ class FillQueue:
 
     def _ended(self, fill: Fill) -> None:
         with self._changed:
+            self._running_bytes -= fill.bytes
             self._running[fill.need] -= 1
             if fill.need == "now":
                 self._quiet_from = time.monotonic()

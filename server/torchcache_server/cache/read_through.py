@@ -60,6 +60,11 @@ class ReadThrough:
         """Bytes fetched from under-stores."""
         return self._filled_bytes
 
+    @property
+    def filling_bytes(self) -> int:
+        """Bytes being fetched from under-stores now."""
+        return self._queue.running_bytes
+
     def get(
         self,
         namespace: str,

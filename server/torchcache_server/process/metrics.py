@@ -67,6 +67,8 @@ class ServerCollector(Collector):
         )
         yield _counter("filled_chunks", "Chunks fetched for readers", self._read_through.filled_chunks)
         yield _counter("filled_bytes", "Bytes fetched for readers", self._read_through.filled_bytes)
+        filling = self._read_through.filling_bytes
+        yield _gauge("filling_bytes", "Bytes being fetched from under-stores now", filling)
         yield _counter("read_calls", "do_get calls", served.read_calls)
         yield _counter(
             "hedged_read_calls", "do_get calls that another server was late for", served.hedged_calls

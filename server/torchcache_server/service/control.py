@@ -129,6 +129,7 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             passed_through=self._read_through.passed_through,
             filled_chunks=self._read_through.filled_chunks,
             filled_bytes=self._read_through.filled_bytes,
+            filling_bytes=self._read_through.filling_bytes,
             served_bytes=served.served_bytes,
             local_chunks=served.local_chunks,
             local_bytes=served.local_bytes,
