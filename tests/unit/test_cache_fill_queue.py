@@ -65,7 +65,9 @@ def test_tells_the_bytes_of_running_fills_alone() -> None:
             held.go.set()
             held.fill.future.result(30)
         deadline = time.monotonic() + 120
-        while queue.running_bytes and time.monotonic() < deadline:  # its thread comes to that after the result
+        while (
+            queue.running_bytes and time.monotonic() < deadline
+        ):  # its thread comes to that after the result
             time.sleep(0.001)
         assert queue.running_bytes == 0
         assert queue.in_flight_bytes == 6  # what was passed through is still held

@@ -89,6 +89,7 @@ class Output:
                 "message": error.message,
                 "object": error.object,
                 "server": error.server,
+                "request_id": error.request_id,
             }
         )
 

@@ -59,6 +59,11 @@ class Pool:
         """What the pool was connected by: the servers' addresses, or the embedded pool's folder."""
         return self._source.description
 
+    @property
+    def source(self) -> MemberSource:
+        """Where its servers come from, and what opens their doors."""
+        return self._source
+
     def _session(self) -> Session:
         """This process's session. After a fork the parent's is left behind, with the locks its threads held."""
         pid = os.getpid()

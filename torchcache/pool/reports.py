@@ -85,7 +85,8 @@ class ServerStatus:
     more; empty while it is. `served_bytes` travelled by the flight lane; `local_chunks` and `local_bytes` clients read
     from the store's files themselves, by what they say. `weight` is how much of the pool it takes, beside the
     others' weights; 0.0 of a version that has none. `hedged_calls` are of `read_calls` those that another server was
-    late for; `filling_bytes` are being fetched from under-stores now; `passed_over` other servers, by what clients told this one within a minute.
+    late for; `filling_bytes` are being fetched from under-stores now; `passed_over` are other servers, by what clients
+    told this one within a minute.
     """
 
     address: str

@@ -109,6 +109,7 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             under_stores=[pb.UnderStoreInfo(name=u.name, uri=u.uri) for u in self._under_stores.values()],
             local_store=facts.local_store,
             weight=facts.weight,
+            unix_s=time.time(),
         )
 
     def GetStatus(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:

@@ -122,7 +122,7 @@ class LocalStore(_message.Message):
     def __init__(self, path: _Optional[str] = ..., kernel: _Optional[str] = ..., device: _Optional[int] = ..., inode: _Optional[int] = ...) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("server_id", "instance", "version", "data_port", "under_stores", "local_store", "weight")
+    __slots__ = ("server_id", "instance", "version", "data_port", "under_stores", "local_store", "weight", "unix_s")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +130,7 @@ class InfoReply(_message.Message):
     UNDER_STORES_FIELD_NUMBER: _ClassVar[int]
     LOCAL_STORE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     instance: str
     version: str
@@ -137,7 +138,8 @@ class InfoReply(_message.Message):
     under_stores: _containers.RepeatedCompositeFieldContainer[UnderStoreInfo]
     local_store: LocalStore
     weight: float
-    def __init__(self, server_id: _Optional[str] = ..., instance: _Optional[str] = ..., version: _Optional[str] = ..., data_port: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreInfo, _Mapping]]] = ..., local_store: _Optional[_Union[LocalStore, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
+    unix_s: float
+    def __init__(self, server_id: _Optional[str] = ..., instance: _Optional[str] = ..., version: _Optional[str] = ..., data_port: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreInfo, _Mapping]]] = ..., local_store: _Optional[_Union[LocalStore, _Mapping]] = ..., weight: _Optional[float] = ..., unix_s: _Optional[float] = ...) -> None: ...
 
 class UnderStoreCounters(_message.Message):
     __slots__ = ("name", "read_requests", "read_bytes", "write_requests", "write_bytes", "meta_requests", "retries")
