@@ -46,6 +46,7 @@ def test_bounds_the_bytes_of_running_fills() -> None:
         assert second.started.wait(30)
         assert queue.in_flight_bytes == 10
         assert not third.started.is_set()
+        assert queue.waiting == 1
         second.go.set()
         assert third.started.wait(30)
         for held in (first, third):

@@ -101,6 +101,11 @@ class FillQueue:
         """Bytes of the fills that run."""
         return self._running_bytes
 
+    @property
+    def waiting(self) -> int:
+        """Fills that wait for a thread, or for room."""
+        return sum(map(len, self._waiting.values()))
+
     def submit(self, fill: Fill) -> None:
         """Queues `fill`. Its future gets the result of its `work`, or Overloaded if its turn doesn't come.
 

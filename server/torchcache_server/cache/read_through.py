@@ -65,6 +65,11 @@ class ReadThrough:
         """Bytes being fetched from under-stores now."""
         return self._queue.running_bytes
 
+    @property
+    def waiting_fills(self) -> int:
+        """Chunks that are to be fetched from under-stores, and wait for their turn."""
+        return self._queue.waiting
+
     def get(
         self,
         namespace: str,

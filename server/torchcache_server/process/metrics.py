@@ -69,6 +69,8 @@ class ServerCollector(Collector):
         yield _counter("filled_bytes", "Bytes fetched for readers", self._read_through.filled_bytes)
         filling = self._read_through.filling_bytes
         yield _gauge("filling_bytes", "Bytes being fetched from under-stores now", filling)
+        waiting = self._read_through.waiting_fills
+        yield _gauge("waiting_fills", "Chunks to be fetched that wait for their turn", waiting)
         yield _counter("read_calls", "do_get calls", served.read_calls)
         yield _counter(
             "hedged_read_calls", "do_get calls that another server was late for", served.hedged_calls
