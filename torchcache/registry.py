@@ -26,6 +26,7 @@ TIMEOUT_S: Final = 2.0
 
 MAX_ENTRY_BYTES: Final = 4096
 MAX_SERVERS: Final = 10_000
+MOST_WEIGHT: Final = 1e30
 
 _SCHEME: Final = "etcd://"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -62,11 +63,16 @@ class RegistryAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """What a server says of itself: its id, `host:port` of its control door, and its life's own id."""
+    """What a server says of itself: its id, `host:port` of its control door, and its life's own id.
+
+    `weight` is how much of the pool it takes; 0.0: it doesn't say, or says what is none. Clients go by what it tells
+    them when they meet it, and by this they see that it would tell something else by now.
+    """
 
     server_id: str
     address: str
     instance: str
+    weight: float = 0.0
 
     def encode(self) -> str:
         """As it lies in etcd."""
@@ -77,9 +83,16 @@ class Announcement:
         """None if it is no announcement: others write to etcd, too."""
         try:
             fields: Any = json.loads(data) if len(data) <= MAX_ENTRY_BYTES else None
-            return Announcement(**{name: str(fields[name]) for name in Announcement.__dataclass_fields__})
-        except (ValueError, TypeError, KeyError, RecursionError):
+            texts = {name: str(fields[name]) for name in ("server_id", "address", "instance")}
+            return Announcement(**texts, weight=_weight(fields.get("weight")))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
+
+
+def _weight(said: object) -> float:
+    if isinstance(said, bool) or not isinstance(said, int | float):
+        return 0.0
+    return float(said) if 0 < said < MOST_WEIGHT else 0.0
 
 
 class Registry:

@@ -6,8 +6,10 @@ import os
 import pickle
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import pyarrow as pa
@@ -29,12 +31,13 @@ from torchcache.errors import (
     ServerUnavailable,
     TorchCacheError,
 )
+from torchcache.lanes.access import Access
 from torchcache.lanes.base import Lane
 from torchcache.model import CHUNK_BYTES, STRIPE_BYTES, Extent, ObjectId, ObjectInfo
 from torchcache.placement import Placement, placement_key
 from torchcache.pool import Pool, reads
 from torchcache.pool.control import ControlClient
-from torchcache.pool.members import Member
+from torchcache.pool.members import Endpoint, Member, parse_address
 from torchcache.pool.metrics import COUNTERS, PoolCollector
 from torchcache.wire.codec import Piece
 from torchcache.wire.v1 import cache_pb2
@@ -609,6 +612,41 @@ def test_a_pool_that_is_used_again_after_its_close_stays_open(server: StandIn, p
         if thread.name == "torchcache-members":
             thread.join(60)
     assert roster.current is not None
+
+
+class Announced:
+    """A source that tells weights, and is asked again before each read."""
+
+    access, embedded, holds_s, description = Access(token="secret"), False, 0.0, "announced"
+
+    def __init__(self, servers: dict[str, StandIn]) -> None:
+        self.servers = servers
+        self.weights = dict.fromkeys(servers, 1.0)
+
+    def resolve(self, *, deadline: float) -> list[Endpoint]:
+        return [
+            replace(parse_address(server.address)[0], weight=self.weights[name])
+            for name, server in self.servers.items()
+        ]
+
+
+def test_a_server_that_is_announced_with_another_weight_is_met_again(servers: dict[str, StandIn]) -> None:
+    for server in servers.values():
+        server.script.weight = 1.0
+    source = Announced(servers)
+    pool = Pool(source)
+    name, server = next(iter(servers.items()))
+    server.put(sample(1), b"right")
+    pool.servers()
+    server.script.weight = source.weights[name] = 6.0
+    deadline = time.monotonic() + 120
+    while pool.placement(servers) != Placement(servers, source.weights) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert pool.placement(servers) == Placement(servers, source.weights)
+    pool.close()
+    for thread in threading.enumerate():
+        if thread.name == "torchcache-members":
+            thread.join(60)
 
 
 def test_servers_are_asked_side_by_side_who_they_are(

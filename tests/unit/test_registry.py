@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -55,6 +56,23 @@ def test_pools_do_not_see_each_other() -> None:
 
 def test_an_announcement_comes_back() -> None:
     assert Announcement.decode(SERVER.encode().encode()) == SERVER
+    heavy = replace(SERVER, weight=0.1 * 7e12)
+    assert Announcement.decode(heavy.encode().encode()) == heavy
+
+
+@pytest.mark.parametrize(
+    "said", ["NaN", "Infinity", "-1", "0", '"7"', "true", "null", "[]", "1e31", "1" + "0" * 400]
+)
+def test_a_weight_that_is_none_is_not_said(said: str) -> None:
+    data = SERVER.encode().replace('"weight": 0.0', f'"weight": {said}')
+    assert said in data
+    assert Announcement.decode(data.encode()) == SERVER
+
+
+def test_an_announcement_of_a_version_without_weights() -> None:
+    fields = json.loads(SERVER.encode())
+    del fields["weight"]
+    assert Announcement.decode(json.dumps(fields).encode()) == SERVER
 
 
 @given(st.binary(max_size=60) | st.from_type(dict[str, str]).map(lambda d: json.dumps(d).encode()))

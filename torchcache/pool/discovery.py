@@ -59,7 +59,8 @@ class EtcdMembers:
             found = []
             for server in registry.servers():
                 try:
-                    found.append(parse_endpoint(server.address, self.description))
+                    endpoint = parse_endpoint(server.address, self.description)
+                    found.append(replace(endpoint, weight=server.weight))
                 except ConfigurationError as error:
                     _log.warning("an entry of %s is left out: %s", self.description, error)
             return found
@@ -141,13 +142,14 @@ def _remembered(pool: str) -> Path:
 
 
 def _remember(path: Path, endpoints: Sequence[Endpoint]) -> None:
-    if _recall(path) == endpoints:
+    places = [[endpoint.host, endpoint.port] for endpoint in endpoints]
+    if [[endpoint.host, endpoint.port] for endpoint in _recall(path)] == places:
         return
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(descriptor, "w") as file:
-            json.dump([[endpoint.host, endpoint.port] for endpoint in endpoints], file)
+            json.dump(places, file)
         Path(name).replace(path)
     except OSError as error:
         _log.info("what servers there are can't be remembered in %s: %s", path, error)

@@ -21,10 +21,11 @@ DEFAULT_PORT: Final = 7440
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """One server's control door."""
+    """One server's control door. `weight` is what it is announced with, 0.0 if that isn't told."""
 
     host: str
     port: int
+    weight: float = 0.0
 
     @property
     def address(self) -> str:

@@ -106,9 +106,13 @@ class Roster:
         threading.Thread(target=work, name="torchcache-members", daemon=True).start()
 
     def _look(self, seen: Members, deadline: float) -> None:
-        """Meets the servers again if there are others than those `seen`, or some of them were missing."""
-        known = {member.address for member in seen.by_id.values()}
-        if not seen.missing and known == {e.address for e in self._source.resolve(deadline=deadline)}:
+        """Meets the servers again if there are others than those `seen`, or of other weights, or some were missing."""
+        known = {member.address: member.weight for member in seen.by_id.values()}
+        announced = (
+            {} if seen.missing else {e.address: e.weight for e in self._source.resolve(deadline=deadline)}
+        )
+        same = known.keys() == announced.keys()
+        if same and all(weight in (0.0, known[address]) for address, weight in announced.items()):
             self._restamp(seen)
         else:
             self.refresh(seen, deadline)

@@ -229,7 +229,8 @@ class Server:
 
     def _announcement(self) -> Announcement:
         address = host_port(self.config.reached_at, self._control.port)
-        return Announcement(server_id=self.server_id, address=address, instance=self.instance)
+        weight = self.config.pool_weight
+        return Announcement(server_id=self.server_id, address=address, instance=self.instance, weight=weight)
 
     def _endpoint_file(self) -> EndpointFile | None:
         if self.config.embedded is None:
