@@ -17,7 +17,7 @@ from torchcache.data.computed import ComputedSamples, Encoding
 from torchcache.data.file_records import FileRecords
 from torchcache.data.files import FileSamples, OnChange
 from torchcache.data.fingerprint import fingerprint
-from torchcache.data.foretelling import Foreteller, OrderedPrefetch, foreteller_of
+from torchcache.data.foretelling import Foreteller, foreteller_of, ordered
 from torchcache.data.listing import Changes
 from torchcache.data.outputs import Output
 from torchcache.data.prefetch import ComputedPrefetch, Orders, Prefetch
@@ -283,13 +283,11 @@ class CachedDataset(Dataset[Any]):
                 epoch,
             )
         first = _positions(orders.once(epoch), count)
-        runs_before = orders.epoch == epoch - 1
-        prefetch = OrderedPrefetch(
+        prefetch = ordered(
             lambda number: first if number == epoch else _positions(orders.of(number), count),
-            told_from=epoch - 1 if runs_before else epoch,
-            first=epoch,
-            last=None if epochs is None else epoch + epochs - 1,
-            running=orders.epoch if orders.epoch in (epoch - 1, epoch) else None,
+            epoch=epoch,
+            epochs=epochs,
+            running=orders.epoch,
         )
         if self._foreteller is None or self._foreteller.pid != os.getpid():
             self._foreteller = foreteller_of(self, self._pool, namespace, self._samples)

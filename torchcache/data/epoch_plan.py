@@ -60,7 +60,7 @@ class EpochPlan:
         self,
         key: OrderKey,
         epoch: int,
-        order: Sequence[int],
+        order: Sequence[int] | Ints,
         table: ChunkTable,
         servers: Sequence[str],
         *,

@@ -12,10 +12,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from torchcache.data.chunk_table import ChunkTable
+from torchcache.data.chunk_table import ChunkTable, Ints
 from torchcache.data.epoch_plan import EpochPlan, Share
 from torchcache.data.prefetch import Missing, Prefetch, PrefetchProgress
-from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
+from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError, TransientError
 from torchcache.model import Extent
 from torchcache.placement import Placement
 from torchcache.pool import Pool
@@ -44,7 +44,7 @@ UNREAD_S: Final = 900.0
 
 _STOP_S: Final = 12.0
 
-OrderOf = Callable[[int], Sequence[int]]
+OrderOf = Callable[[int], Sequence[int] | Ints]
 """The samples read in an epoch, in their order."""
 
 
@@ -394,6 +394,22 @@ class Foreteller:
                 self._pool.forget_order(server, self.key)
             except TorchCacheError as error:
                 _log.debug("an order is left to be forgotten by itself: %s", error)
+
+
+def ordered(order_of: OrderOf, *, epoch: int, epochs: int | None, running: int | None) -> OrderedPrefetch:
+    """Of `epoch` and those behind it, `epochs` in all or without end. `running`: what the reader is set to, if known.
+
+    Raises ConfigurationError for a number of epochs that is none.
+    """
+    if epochs is not None and epochs < 1:
+        raise ConfigurationError(f"epochs={epochs}: it is a number above 0, or None for all that follow")
+    return OrderedPrefetch(
+        order_of,
+        told_from=epoch - 1 if running == epoch - 1 else epoch,
+        first=epoch,
+        last=None if epochs is None else epoch + epochs - 1,
+        running=running if running in (epoch - 1, epoch) else None,
+    )
 
 
 def foreteller_of(owner: object, pool: Pool, namespace: str, samples: Located) -> Foreteller:

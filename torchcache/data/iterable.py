@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -10,9 +11,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from torchcache.connecting import connect
 from torchcache.data.bad_samples import OnError, Sieve, Skips
+from torchcache.data.foretelling import Foreteller, foreteller_of, ordered
 from torchcache.data.formats import Format
 from torchcache.data.iterable_course import Course
-from torchcache.data.iterable_order import Order, OrderKey
+from torchcache.data.iterable_foretold import ShardParts, parts_in_order
+from torchcache.data.iterable_order import Ints, Order, OrderKey
 from torchcache.data.iterable_pass import Epoch, Pass
 from torchcache.data.iterable_position import Rest, Split, Uneven
 from torchcache.data.iterable_reading import Records
@@ -28,6 +31,7 @@ from torchcache.data.iterable_settings import (
 from torchcache.data.iterable_shards import ShardRecords
 from torchcache.data.iterable_sources import Source
 from torchcache.data.iterable_state import Left, after_batches, left_of, of_loader, pass_of, recording_pass_of
+from torchcache.data.prefetch import Prefetch
 from torchcache.data.staged import StageReport, stage_all
 from torchcache.errors import ConfigurationError
 from torchcache.pool import Pool, Residency
@@ -98,6 +102,7 @@ class CachedIterableDataset(IterableDataset[Any]):
         self._course = Course()
         self._skips = Skips()
         self._begun: Pass | RecordingPass | None = None
+        self._foreteller: Foreteller | None = None
 
     def _set_up(
         self,
@@ -183,11 +188,14 @@ class CachedIterableDataset(IterableDataset[Any]):
     def _samples(self, begun: Pass) -> Iterator[Any]:
         self._course.check_seen()
         epoch, records = begun.epoch, self._known()
-        key = OrderKey(shuffle=self._shuffle, seed=epoch.seed, epoch=epoch.number, window=self._window)
-        order = Order(records.blocks, key)
+        order = self._order(epoch, records)
         sieve = self._sieve(records.name)
         for number, outcome in begun.samples(order, records.reading()):
             yield from sieve.passed(number, outcome, self._transform)
+
+    def _order(self, epoch: Epoch, records: Records) -> Order:
+        key = OrderKey(shuffle=self._shuffle, seed=epoch.seed, epoch=epoch.number, window=self._window)
+        return Order(records.blocks, key)
 
     def _sieve(self, name: Callable[[int], str]) -> Sieve:
         return Sieve(self._on_error, self._skips, name)
@@ -344,6 +352,35 @@ class CachedIterableDataset(IterableDataset[Any]):
             on_missing=on_missing,
         )
 
+    def prefetch(self, epoch: int, *, epochs: int | None = 1, num_workers: int = 1) -> Prefetch:
+        """Stages in the background what this rank will read in `epoch`, in its order; returns at once.
+
+        As `CachedDataset.prefetch`, without a sampler: the order is the dataset's own. `epochs=None` goes on with all
+        that follow. `num_workers` is the loader's; it matters where each worker reads a piece of its own. Progress
+        counts what is read as one: records, row groups, or whole shards, of which all columns are fetched.
+
+        Raises ConfigurationError for an IterableDataset, whose samples no server can fetch.
+        """
+        records = self._records
+        if not isinstance(records, ShardRecords):
+            raise ConfigurationError("what is recorded of an IterableDataset is in the pool, or nowhere")
+        parts, begun = ShardParts(records), self._begin().epoch
+        split = self._split(whole_number(num_workers, "num_workers", 0) or 1)
+
+        def order_of(number: int) -> Ints:
+            rest, seed = (begun.rest, begun.seed) if number == begun.number else (Rest(), self._seed)
+            total = split.total(rest.left(records.count), self._uneven)
+            told = Epoch(number=number, seed=seed, rest=rest, total=total, split=split)
+            return parts_in_order(parts, self._order(told, records), told, self._where()[1])
+
+        prefetch = ordered(
+            order_of, epoch=whole_number(epoch, "epoch", 0), epochs=epochs, running=self._course.epoch
+        )
+        if self._foreteller is None or self._foreteller.pid != os.getpid():
+            self._foreteller = foreteller_of(self, records.pool, records.namespace, parts)
+        self._foreteller.add(prefetch)
+        return prefetch
+
     def residency(self) -> Residency:
         """How much of the shards, or of what was recorded, the pool holds now."""
         return self._known().residency()
@@ -352,4 +389,4 @@ class CachedIterableDataset(IterableDataset[Any]):
         # A spawned worker has no torch.distributed: it is told its rank.
         ranks, rank = self._where()
         replicas = (ranks, rank) if ranks > 1 else self._replicas
-        return {**self.__dict__, "_begun": None, "_replicas": replicas}
+        return {**self.__dict__, "_begun": None, "_foreteller": None, "_replicas": replicas}

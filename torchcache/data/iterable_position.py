@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -107,6 +107,10 @@ class Split:
     workers: int
     run: int = 1
     contiguous: bool = False
+
+    def with_workers(self, workers: int) -> Split:
+        """The same with another number of workers."""
+        return replace(self, workers=workers)
 
     def total(self, left: int, uneven: Uneven) -> int:
         """The places that are dealt out of `left`: all of them, or as many as `ranks` divides."""
