@@ -98,6 +98,36 @@ def test_others_are_copied(order: list[int]) -> None:
     assert stacked.data_ptr() not in [row.data_ptr() for row in batch]
 
 
+ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "transposed": lambda tensor: tensor.T,
+    "of another type": lambda tensor: tensor.view(torch.int32),
+    "negated when read": torch._neg_view,
+    "with a gradient": lambda tensor: tensor.requires_grad_(),
+    "of another shape": lambda tensor: tensor.view(-1, 2 * tensor.shape[1]),
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 7])
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_one_among_those_that_lie_end_to_end(kind: str, place: int) -> None:
+    """Its memory alone doesn't say what it is."""
+    batch = [
+        row.view(torch.float32).view(256, 256) for row in rows(tc.BufferPool(8 * MIB), size=256 * 256 * 4)
+    ]
+    for number, row in enumerate(batch):
+        row.copy_(torch.arange(256 * 256).view(256, 256) + number)
+    batch[place] = ODD[kind](batch[place])
+    try:
+        expected = default_collate(batch)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            tc.collate(batch)
+    else:
+        found = tc.collate(batch)
+        assert found.requires_grad == expected.requires_grad
+        assert same(found, expected)
+
+
 def test_a_tensor_of_the_users_own_is_copied() -> None:
     """Else a training loop that works in place would change the dataset."""
     dataset = torch.zeros(8, LEAST_BYTES, dtype=torch.uint8)

@@ -28,11 +28,11 @@ def collate(batch: Sequence[Any]) -> Any:
 
 
 def _collate_tensors(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
-    if not _fit_for_a_buffer(batch):
-        stacked: torch.Tensor = collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
-        return stacked
     joined = _joined(batch)
     if joined is None:
+        if not _fit_for_a_buffer(batch):
+            stacked: torch.Tensor = collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
+            return stacked
         first = batch[0]
         room = default_buffers.take(len(batch) * first.nbytes)
         joined = room.view(first.dtype).view(len(batch), *first.shape)
@@ -56,12 +56,25 @@ def _fit_for_a_buffer(batch: Sequence[torch.Tensor]) -> bool:
 def _joined(batch: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The batch as one tensor, if its tensors lie end to end in a buffer of a pool."""
     first = batch[0]
-    storage, start, step = first.untyped_storage().data_ptr(), first.data_ptr(), first.nbytes
-    if lease_at(storage) is None:
+    if first.layout is not torch.strided or first.is_nested or first.dtype.is_complex:
         return None
-    for number, tensor in enumerate(batch):
-        if tensor.data_ptr() != start + number * step or not tensor.is_contiguous():
+    shape, dtype, step, at = first.shape, first.dtype, first.nbytes, first.data_ptr()
+    buffer = lease_at(first.untyped_storage().data_ptr())
+    if buffer is None or len(batch) * step < LEAST_BYTES:
+        return None
+    if at - buffer.ctypes.data + len(batch) * step > len(buffer):
+        return None
+    for tensor in batch:  # what lies within the buffer is of the buffer
+        if (
+            tensor.layout is not torch.strided
+            or tensor.is_nested
+            or tensor.data_ptr() != at
+            or tensor.shape != shape
+            or tensor.dtype is not dtype
+            or not tensor.is_contiguous()
+            or tensor.requires_grad
+            or tensor.is_neg()
+        ):
             return None
-        if tensor.untyped_storage().data_ptr() != storage:
-            return None
-    return first.as_strided((len(batch), *first.shape), (first.numel(), *first.stride()))
+        at += step
+    return first.as_strided((len(batch), *shape), (first.numel(), *first.stride()))

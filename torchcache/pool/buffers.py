@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from torchcache.errors import ConfigurationError
 from torchcache.lanes.base import Buffer, Data, Row, Scattered
-from torchcache.model import CHUNK_BYTES, UNKNOWN_SIZE, Extent, ObjectId, ObjectInfo
+from torchcache.model import CHUNK_BYTES, Extent, ObjectId, ObjectInfo
 
 CALL_BYTES: Final = 256 * 1024 * 1024
 """Payload of one write call; the last chunk may exceed it. So much fills four segments of the store."""
@@ -41,21 +41,20 @@ def targets(extents: Sequence[Extent], into: Sequence[memoryview] | None) -> lis
         return [None] * len(extents)
     if len(into) != len(extents):
         raise ConfigurationError(f"{len(into)} buffers were given for {len(extents)} extents")
-    return [_target(extent, buffer) for extent, buffer in zip(extents, into, strict=True)]
-
-
-def _target(extent: Extent, buffer: memoryview) -> memoryview:
-    if buffer.readonly and buffer.nbytes:
-        raise ConfigurationError("a buffer to read into is read-only", object=str(extent.object.id))
-    view = flat(buffer)
-    if extent.length >= 0 or extent.object.size != UNKNOWN_SIZE:
-        length = extent.end - extent.offset
-        if len(view) < length:
+    views = [buffer if _is_flat(buffer) else flat(buffer) for buffer in into]
+    for ((id_, size), offset, length), view in zip(extents, views, strict=True):
+        needed = length if length >= 0 else size - offset  # below 0 where the size isn't known
+        if len(view) < needed:
             raise ConfigurationError(
-                f"{length} bytes don't fit the buffer of {len(view)} given for them",
-                object=str(extent.object.id),
+                f"{needed} bytes don't fit the buffer of {len(view)} given for them", object=str(id_)
             )
-    return view
+        if view.readonly and len(view):
+            raise ConfigurationError("a buffer to read into is read-only", object=str(id_))
+    return [*views]
+
+
+def _is_flat(buffer: Buffer) -> bool:
+    return type(buffer) is memoryview and buffer.format == "B" and buffer.ndim == 1 and buffer.c_contiguous
 
 
 def allocate(length: int) -> memoryview:
