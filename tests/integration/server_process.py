@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -56,28 +57,27 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
     ) -> None:
-        """What it says on stderr goes to `log`, or is kept in a pipe until it ends."""
+        """What it says on stderr goes to `log`, or to a file without a name. Never to a pipe, which would fill."""
         self._arguments = arguments
         self._token_file = token_file
         self._environment = environment or {}
         self._log = log
 
     def __enter__(self) -> ServerProcess:
-        stderr = subprocess.PIPE if self._log is None else self._log.open("w")
+        self._stderr = tempfile.TemporaryFile("w+") if self._log is None else self._log.open("w+")
         self.process = subprocess.Popen(
             command(*self._arguments),
             stdout=subprocess.PIPE,
-            stderr=stderr,
+            stderr=self._stderr,
             text=True,
             env=os.environ | self._environment,
         )
-        if not isinstance(stderr, int):
-            stderr.close()
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         match = READY.fullmatch(line)
         if match is None:
-            raise AssertionError(f"the server did not start: {line}{self.process.communicate()[1]}")
+            self.process.communicate()
+            raise AssertionError(f"the server did not start: {line}{self._said()}")
         self.server_id, self.address = match[1], match[2]
         self.data_port = int(match[3])
         self.client = PlainClient(self.address, self.data_port, read_tokens(self._token_file)[0].secret)
@@ -89,12 +89,17 @@ class ServerProcess:
         self.client.close()
         self.process.kill()
         self.process.communicate()
+        self._stderr.close()
+
+    def _said(self) -> str:
+        self._stderr.seek(0)
+        return self._stderr.read()
 
     def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 120) -> tuple[int, str]:
         """Signals the server and waits for its end: exit code and stderr."""
         self.process.send_signal(number)
-        _, stderr = self.process.communicate(timeout=timeout_s)
-        return self.process.returncode, stderr
+        self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, self._said()
 
 
 class PlainClient:

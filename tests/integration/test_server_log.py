@@ -110,6 +110,12 @@ def test_an_id_that_is_none_gets_into_no_line(server: LoggingServer, sent: list[
     assert not set(given) & set(sent)
 
 
+def test_a_status_has_its_counts(server: LoggingServer) -> None:
+    status = server.client.status()
+    assert status.filling_bytes == 0
+    assert set(status.saves) == {"saving", "cached", "replicated", "durable", "failed", "copy"}
+
+
 @pytest.mark.parametrize("lane", ["control", "flight"])
 def test_a_clients_own_id_is_taken(server: LoggingServer, lane: str) -> None:
     ask(server.client, lane, [f"mine-{lane}"])

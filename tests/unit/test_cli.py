@@ -273,6 +273,20 @@ def test_status_shows_the_disk(pool: MemoryPool, capsys: pytest.CaptureFixture[s
     assert err == ""
 
 
+def test_status_shows_how_far_checkpoints_are(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status"]) == 0
+    assert "checkpoints at" not in capsys.readouterr().out
+    pool.disk = {
+        "saves": {"saving": 0, "cached": 31, "replicated": 0, "durable": 32, "failed": 33, "copy": 34}
+    }
+    assert run(["status"]) == 0
+    _, said = capsys.readouterr().out.split("checkpoints at")
+    [line] = [line for line in said.splitlines() if "127.0.0.1:7440" in line]
+    assert line.split()[1:7] == ["0", "31", "0", "32", "33", "34"]
+    [server] = run_json(capsys, "status")["servers"]
+    assert server["saves"]["durable"] == 32
+
+
 def test_status_says_loudly_that_a_disk_is_out_of_service(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str]
 ) -> None:

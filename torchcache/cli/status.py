@@ -96,6 +96,7 @@ def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[R
         _show_disks(output, servers)
         _show_under_stores(output, servers)
         _show_namespaces(output, servers)
+        _show_saves(output, servers)
         _show_orders(output, servers)
 
 
@@ -305,6 +306,26 @@ def _show_namespaces(output: Output, servers: list[ServerStatus]) -> None:
     ]
     if held:
         output.table(("dataset or checkpoint", "server", ">bytes", ">chunks", "notes"), sorted(held))
+
+
+def _show_saves(output: Output, servers: list[ServerStatus]) -> None:
+    states = ("saving", "cached", "replicated", "durable", "failed", "copy")
+    rows = [
+        (
+            s.address,
+            *(f"{s.saves.get(state, 0):,}" for state in states[:-2]),
+            _alarming(s.saves.get("failed", 0)),
+            f"{s.saves.get('copy', 0):,}",
+            size_text(s.upload_pending_bytes),
+        )
+        for s in servers
+        if any(s.saves.values())
+    ]
+    if rows:
+        output.table(
+            ("checkpoints at", *(f">{state}" for state in states[:-1]), ">copies of others'", ">to upload"),
+            rows,
+        )
 
 
 def _show_orders(output: Output, servers: list[ServerStatus]) -> None:

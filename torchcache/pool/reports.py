@@ -86,7 +86,8 @@ class ServerStatus:
     from the store's files themselves, by what they say. `weight` is how much of the pool it takes, beside the
     others' weights; 0.0 of a version that has none. `hedged_calls` are of `read_calls` those that another server was
     late for; `filling_bytes` are being fetched from under-stores now; `passed_over` are other servers, by what clients
-    told this one within a minute.
+    told this one within a minute. `saves` counts the checkpoints that it holds by how far they are: "saving", "cached",
+    "replicated", "durable", "failed"; "copy" are those that another server owns.
     """
 
     address: str
@@ -131,6 +132,7 @@ class ServerStatus:
     hedged_calls: int = 0
     filling_bytes: int = 0
     passed_over: tuple[PassedOver, ...] = ()
+    saves: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +265,7 @@ def server_status(reply: cache_pb2.StatusReply, address: str) -> ServerStatus:
             PassedOver(server_id=one.server_id, reason=one.reason, clients=one.clients)
             for one in reply.passed_over
         ),
+        saves=dict(reply.saves),
         **same,
     )
 
@@ -289,5 +292,5 @@ _SAME = tuple(
     one.name
     for one in fields(ServerStatus)
     if one.name in cache_pb2.StatusReply.DESCRIPTOR.fields_by_name
-    and one.name not in ("under_stores", "namespaces", "orders", "passed_over")
+    and one.name not in ("under_stores", "namespaces", "orders", "passed_over", "saves")
 )

@@ -137,6 +137,7 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             read_calls=served.read_calls,
             write_calls=served.write_calls,
             upload_pending_bytes=self._write_back.pending_bytes,
+            saves=self._write_back.counts(),
             under_stores=[_counters(under_store) for under_store in self._under_stores.values()],
             namespaces=map(_namespace_status, self._store.namespaces()),
             spare_bytes=usage.spare_bytes,
