@@ -389,6 +389,23 @@ def test_a_damaged_shard_is_refused_when_it_is_indexed(pool: tc.Pool, tmp_path: 
 # ---- indices ----
 
 
+def test_what_was_indexed_before_a_damaged_shard_is_kept(
+    pool: tc.Pool, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And indexing shows how far it is, which may take long."""
+    paths = [str(tmp_path / f"{n}.tar") for n in range(3)]
+    for path, data in zip(paths, (shards.tar(range(5)), shards.tar(range(6)), b"none"), strict=True):
+        Path(path).write_bytes(data)
+    with pytest.raises(tc.IntegrityError, match=r"2\.tar"):
+        tc.CachedIterableDataset(paths, pool=pool)
+    assert tc.CachedIterableDataset(paths[:2], pool=pool)._records.made == 0  # type: ignore[union-attr]
+    Path(paths[2]).write_bytes(shards.tar(range(7)))
+    assert capfd.readouterr().err == "", "no terminal, no bar"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert len(tc.CachedIterableDataset(paths, pool=pool)) == 18
+    assert "1/1 shards" in capfd.readouterr().err
+
+
 def test_an_index_is_made_once_for_a_version(s3: SeaweedFS, bucket: str) -> None:
     with tc.LocalPool() as own:
         pattern = f"s3://{bucket}/data/a/*.jsonl"

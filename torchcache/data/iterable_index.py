@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, Literal
 
@@ -21,6 +22,7 @@ from torchcache.data.formats import Format, RecordFormat, codec_of
 from torchcache.data.formats.base import damaged
 from torchcache.data.formats.compression import held_whole, unpacked
 from torchcache.data.iterable_file import open_shard
+from torchcache.data.progress import progress_bar
 from torchcache.errors import (
     IntegrityError,
     ObjectNotFound,
@@ -38,6 +40,9 @@ NAME: Final = "torchcache-index"
 VERSION: Final = "1"
 NAMESPACE: Final = f"{SAMPLES}:{NAME}@{VERSION}"
 _THREADS: Final = 4
+_KEPT_TOGETHER: Final = 64
+"""Indices written at a time, while more are being made."""
+
 _LOCK_S: Final = 3600.0
 
 Access = Literal["records", "blocks", "stream"]
@@ -132,6 +137,8 @@ class Indexing:
     ) -> tuple[list[ShardIndex], int]:
         """The indices of `shards`, and how many had to be made. Raises the first error that a shard has.
 
+        Shows its progress by itself, unless `on_progress` is to do it.
+
         Of the processes of a host one makes them; the others wait for it.
         """
         found = self._kept(shards)
@@ -179,29 +186,42 @@ class Indexing:
         numbers: Sequence[int],
         on_progress: Callable[[int, int], None] | None,
     ) -> dict[int, ShardIndex]:
-        with Threads(_THREADS, name="torchcache-index") as threads:
+        made: dict[int, ShardIndex] = {}
+        with ExitStack() as closing:
+            if on_progress is None and numbers:
+                size = sum(shards[i].size for i in numbers)
+                what = f"index {len(numbers):,} shards"
+                on_progress = closing.enter_context(progress_bar(what, len(numbers), size, "shards"))
+            threads = closing.enter_context(Threads(_THREADS, name="torchcache-index"))
             futures = [(number, threads.submit(self._read, shards[number])) for number in numbers]
-            made = {}
+            kept = 0
             try:
                 for number, future in futures:
                     made[number] = future.result()
                     if on_progress is not None:
                         on_progress(1, shards[number].size)
+                    if len(made) - kept >= _KEPT_TOGETHER:
+                        self._keep(shards, numbers[kept : len(made)], made)
+                        kept = len(made)
             except BaseException:
                 for _, future in futures:
                     future.cancel()
                 raise
-        self._keep(shards, made)
+            finally:
+                # Also what was made before a shard that is damaged, or Ctrl-C: the next start goes on from there.
+                self._keep(shards, numbers[kept : len(made)], made)
         return made
 
     def _read(self, info: ObjectInfo) -> ShardIndex:
         where = self._pool.uri(info.id)
         return index_of(open_shard(self._pool, info, self._namespace), info, self._format, where)
 
-    def _keep(self, shards: Sequence[ObjectInfo], made: dict[int, ShardIndex]) -> None:
+    def _keep(
+        self, shards: Sequence[ObjectInfo], numbers: Sequence[int], made: Mapping[int, ShardIndex]
+    ) -> None:
         try:
             self._pool.write(
-                NAMESPACE, [(self._object(shards[i]).id, [index.to_record()]) for i, index in made.items()]
+                NAMESPACE, [(self._object(shards[i]).id, [made[i].to_record()]) for i in numbers]
             )
         except (OutOfSpace, TransientError, IntegrityError) as error:
             _log.warning(
