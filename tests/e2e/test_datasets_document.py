@@ -78,5 +78,7 @@ def test_the_documents_run(bucket: str, tmp_path: Path, monkeypatch: pytest.Monk
         assert len(found["left"]) == len(set(found["left"])) == 40 - 2 * 8
         assert sorted(torch.cat(found["token_batches"])[:, 0].tolist()) == list(range(24))
         assert found["folder"].__getitems__([0, 3]) == [(b"image", 0), (b"image", 1)]
+        assert (*found["image_bytes"], *found["first_labels"].tolist()) == (*[b"image"] * 4, 0, 0, 1, 1)
+        assert found["good"].skipped == 0
         assert found["first_row"] == {"n": 0, "text": "t0"}
     TorchCacheFileSystem.clear_instance_cache()
