@@ -68,14 +68,16 @@ def test_eight_workers(sources: dict[str, Path], pool: tc.Pool, kind: str) -> No
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["map", "tar"])
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-@pytest.mark.parametrize("workers", range(9))
+@pytest.mark.parametrize(
+    ("method", "workers"),
+    [*(("fork", workers) for workers in range(9)), ("spawn", 1), ("spawn", 8), ("forkserver", 8)],
+)
 @pytest.mark.forks
 def test_any_number_of_workers(
     sources: dict[str, Path], pool: tc.Pool, kind: str, workers: int, method: str
 ) -> None:
     settings: dict[str, Any] = {"multiprocessing_context": method} if workers else {}
-    for persistent in (False, True) if workers else (False,):
+    for persistent in {workers > 0, method != "fork"}:  # those that take long to start, once
         loader = DataLoader(
             make(kind, sources[kind], pool),
             batch_size=3,
