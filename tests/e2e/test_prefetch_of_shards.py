@@ -26,7 +26,7 @@ KINDS = ["tar", "parquet", "jsonl.zst"]  # records are read alone; blocks; shard
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tc.Pool]:
-    with tc.LocalPool(tmp_path_factory.mktemp("pool"), servers=2) as local_pool:
+    with tc.LocalPool(tmp_path_factory.mktemp("pool")) as local_pool:
         yield local_pool
 
 
