@@ -26,6 +26,8 @@ def moto() -> Iterator[str]:
 
 
 class TestPosix(UnderStoreConformance, WritersExcludeEachOther, RootsAreNotMade):
+    copies_itself = False
+
     @pytest.fixture
     def under_store(self, tmp_path: Path) -> UnderStore:
         return create("files", f"file://{tmp_path}")

@@ -47,6 +47,7 @@ class UnderStoreConformance:
     """The contract of `torchcache_server.understore.base.UnderStore`."""
 
     _folders = itertools.count()
+    copies_itself = True  # large objects, without their bytes passing through here
 
     @pytest.fixture
     def folder(self) -> str:
@@ -153,6 +154,25 @@ class UnderStoreConformance:
         assert get(under_store, info) == data
         middle = ByteRange(8_388_607, 8_388_700)
         assert under_store.read(info, middle, deadline=soon()) == data[middle.start : middle.end]
+
+    def test_a_copy_is_conditional_on_both_ends_or_none(self, under_store: UnderStore, folder: str) -> None:
+        data = os.urandom(9 * 1024 * 1024 + 3)
+        old = put(under_store, f"{folder}a", data[::-1])
+        info = put(under_store, f"{folder}a", data, replaces=old.id.version)
+        assert under_store.copy(old, f"{folder}b", replaces="", deadline=soon()) is None, "it was overwritten"
+        copied = under_store.copy(info, f"{folder}b", replaces="", deadline=soon())
+        assert (copied is not None) == self.copies_itself
+        if copied is not None:
+            assert under_store.stat(f"{folder}b", deadline=soon()) == copied
+            assert get(under_store, copied) == data
+            with pytest.raises(AlreadyExists, match=f"{folder}b exists already"):
+                under_store.copy(info, f"{folder}b", replaces="", deadline=soon())
+            again = under_store.copy(info, f"{folder}b", replaces=copied.id.version, deadline=soon())
+            assert again is not None
+            assert get(under_store, again) == data
+        under_store.delete(f"{folder}a", deadline=soon())
+        assert under_store.copy(info, f"{folder}c", replaces="", deadline=soon()) is None, "it is gone"
+        assert [found.id.key for found in list_all(under_store, f"{folder}c")] == []
 
     def test_an_overwritten_object_has_changed(self, under_store: UnderStore, folder: str) -> None:
         old = put(under_store, f"{folder}a", DATA)

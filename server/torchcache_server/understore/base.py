@@ -161,6 +161,14 @@ class UnderStore(Protocol):
         whether its own bytes are there.
         """
 
+    def copy(
+        self, source: ObjectInfo, key: str, *, replaces: str | None, deadline: float
+    ) -> ObjectInfo | None:
+        """As `write`, of the bytes of `source`, at its version, without their coming here.
+
+        None where that can't be had, or where the source isn't at that version any more: then they are to be written.
+        """
+
     def delete(self, key: str, *, deadline: float) -> None:
         """Removes `key`; absent is fine."""
 

@@ -14,7 +14,7 @@ from torchcache_server.understore.s3_client import S3Calls
 from torchcache_server.understore.s3_download import Download
 from torchcache_server.understore.s3_errors import no_such_bucket
 from torchcache_server.understore.s3_names import S3Object, S3Root
-from torchcache_server.understore.s3_upload import upload
+from torchcache_server.understore.s3_upload import copy, upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -143,6 +143,21 @@ class S3UnderStore:
         target = self._root.locate(key)
         etag = upload(self._calls, target, parts, size, replaces=replaces, deadline=deadline)
         return self._info(target, etag, size)
+
+    def copy(
+        self, source: ObjectInfo, key: str, *, replaces: str | None, deadline: float
+    ) -> ObjectInfo | None:
+        target = self._root.locate(key)
+        etag = copy(
+            self._calls,
+            self._root.locate(source.id.key),
+            source.id.version,
+            target,
+            source.size,
+            replaces=replaces,
+            deadline=deadline,
+        )
+        return None if etag is None else self._info(target, etag, source.size)
 
     def delete(self, key: str, *, deadline: float) -> None:
         target = self._root.locate(key)

@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PART_BYTES = 8 * 1024 * 1024
+COPIED_PART_BYTES = 128 * 1024 * 1024
+"""S3 says nothing while it copies a part: so much it has copied long before a call is given up."""
 _MOST_PARTS = 10_000
 _PARTS_AT_ONCE = 4
 _CLEANUP_S = 4.0
 
 _WRITE_ID = "torchcache-write"
 """Metadata key by which an object says which write made it: so a writer whose answer was lost finds out."""
+
+
+class _NotCopied(Exception):
+    """S3 refuses, or the source isn't what it was. Never leaves this module."""
 
 
 def part_bytes(size: int) -> int:
@@ -69,6 +75,25 @@ def upload(
     return _Upload(calls, target, replaces, deadline).run(pieces, size)
 
 
+def copy(
+    calls: S3Calls,
+    source: S3Object,
+    version: str,
+    target: S3Object,
+    size: int,
+    *,
+    replaces: str | None,
+    deadline: float,
+) -> str | None:
+    """As `upload`, of the `size` bytes of `source`, copied by S3 itself. None if it won't; then nothing has changed.
+
+    In parts, however few: what completes them can be conditional on every server where a write can.
+    """
+    if size <= PART_BYTES:  # as much work as to send them
+        return None
+    return _Upload(calls, target, replaces, deadline).copy(source, version, size)
+
+
 class _Upload:
     """One write: who it is, and what must hold for it to take place."""
 
@@ -83,7 +108,7 @@ class _Upload:
     def run(self, pieces: Iterable[memoryview], size: int) -> str:
         blocks = regroup(pieces, size, part_bytes(size))
         if size > PART_BYTES:
-            return self._in_parts(blocks)
+            return self._in_parts(lambda upload_id: self._send_parts(blocks, upload_id))
         body = b"".join(blocks)
 
         def put(client: S3Client) -> str:
@@ -94,12 +119,18 @@ class _Upload:
 
         return self._commit(put)
 
-    def _in_parts(self, blocks: Iterator[bytes]) -> str:
+    def copy(self, source: S3Object, version: str, size: int) -> str | None:
+        try:
+            return self._in_parts(lambda upload_id: self._copy_parts(source, version, size, upload_id))
+        except _NotCopied:
+            return None
+
+    def _in_parts(self, make_parts: Callable[[str], list[Any]]) -> str:
         upload_id = self._run(
             lambda client: client.create_multipart_upload(**self._where, Metadata=self._metadata)["UploadId"]
         )
         try:
-            parts = self._send_parts(blocks, upload_id)
+            parts = make_parts(upload_id)
             return self._commit(
                 lambda client: client.complete_multipart_upload(
                     **self._where, UploadId=upload_id, MultipartUpload={"Parts": parts}, **self._condition
@@ -136,6 +167,49 @@ class _Upload:
             return {"PartNumber": number, "ETag": reply["ETag"], **checksums}
 
         return self._run(send)
+
+    def _copy_parts(self, source: S3Object, version: str, size: int, upload_id: str) -> list[Any]:
+        """As `_send_parts`. Raises _NotCopied."""
+        parts: list[Any] = []
+        for number, start in enumerate(range(0, size, COPIED_PART_BYTES), 1):
+            last = min(start + COPIED_PART_BYTES, size) - 1
+
+            def send(client: S3Client, number: int = number, start: int = start, last: int = last) -> Any:
+                return client.upload_part_copy(
+                    **self._where,
+                    UploadId=upload_id,
+                    PartNumber=number,
+                    CopySource={"Bucket": source.bucket, "Key": source.key},
+                    CopySourceIfMatch=f'"{version}"',
+                    CopySourceRange=f"bytes={start}-{last}",
+                )["CopyPartResult"]
+
+            try:
+                copied = self._run(send)
+            except TransientError:
+                raise
+            except TorchCacheError as error:
+                raise _NotCopied from error
+            checksums = {name: value for name, value in copied.items() if name.startswith("Checksum")}
+            parts.append({"PartNumber": number, "ETag": copied["ETag"], **checksums})
+        self._require_version(source, version)
+        return parts
+
+    def _require_version(self, source: S3Object, version: str) -> None:
+        """What is at that version still was so all the while. Not every server looks at CopySourceIfMatch."""
+        try:
+            found = self._calls.run(
+                lambda client: client.head_object(Bucket=source.bucket, Key=source.key),
+                action="stat",
+                target=source,
+                deadline=self._deadline,
+            )
+        except TransientError:
+            raise
+        except TorchCacheError as error:
+            raise _NotCopied from error
+        if found["ETag"].strip('"') != version:
+            raise _NotCopied
 
     def _commit(self, send: Callable[[S3Client], str]) -> str:
         """Makes the object appear. A lost answer leaves a doubt: was that AlreadyExists our own first try?"""
