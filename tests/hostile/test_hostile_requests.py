@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +14,7 @@ import pyarrow.flight as fl
 import pytest
 
 from tests.hostile.hostile_server import CONTENT, HostileServer, outcome, refusal
-from torchcache.errors import ConfigurationError, IntegrityError, TorchCacheError
+from torchcache.errors import CheckpointError, ConfigurationError, IntegrityError, TorchCacheError
 from torchcache.model import CHUNK_BYTES, chunk_digest
 from torchcache.wire.codec import WRITE_SCHEMA, encode_chunks
 from torchcache.wire.v1 import cache_pb2 as pb
@@ -358,3 +359,43 @@ NUMBERS: dict[str, tuple[str, Any]] = {
 def test_numbers_that_make_no_sense_are_refused(server: HostileServer, name: str) -> None:
     error = outcome(lambda: server.client.call(*NUMBERS[name]))
     assert isinstance(error, TorchCacheError)
+
+
+@pytest.mark.hostile("wire")
+def test_a_save_borrows_nothing_that_it_may_not(server: HostileServer) -> None:
+    """Another run's files, those of a save it can only guess, what isn't a file, and what nobody lent it."""
+    put = partial(server.put, "save:file/run/step-1@base")
+    payload = b"frozen" * 1000
+    shard = pb.ObjectRef(store="file", key="run/step-1/__0_0.distcp", version="save:base", size=len(payload))
+    put([shard], [encode_chunks([(0, 0, chunk_digest(payload), pa.py_buffer(payload))])])
+    base = pb.SaveRef(store="file", path="run/step-1", save_id="base")
+    files = [pb.SavedFile(name="__0_0.distcp", size=len(payload))]
+    server.client.call("ReserveSave", pb.ReserveSaveRequest(save=base, writer="a test"))
+    server.client.call(
+        "CommitSave", pb.CommitSaveRequest(save=base, files=files, metadata=b"m", manifest=b"{}")
+    )
+    mine = pb.SaveRef(store="file", path="run/step-2", save_id="mine")
+    server.client.call("ReserveSave", pb.ReserveSaveRequest(save=mine, writer="a test"))
+
+    def borrow(save: pb.SaveRef, of: pb.SaveRef, *names: str) -> list[str]:
+        request = pb.BorrowFilesRequest(save=save, base=of, names=names)
+        return list(server.client.call("BorrowFiles", request).names)
+
+    for name in ("__9_0.distcp", ".metadata", "../step-1/__0_0.distcp", "a" * 4000):
+        assert borrow(mine, base, name) == []
+    guessed = pb.SaveRef(store="file", path="run/step-1", save_id="guessed")
+    assert borrow(mine, guessed, "__0_0.distcp") == []
+    elsewhere = pb.SaveRef(store="file", path="elsewhere/step-2", save_id="mine")
+    for save, of in ((elsewhere, base), (pb.SaveRef(store="s3", path="run/step-2", save_id="mine"), base)):
+        assert isinstance(refusal(partial(borrow, save, of, "__0_0.distcp")), ConfigurationError)
+    stolen = [pb.SavedFile(name="__0_0.distcp", size=len(payload), borrowed=True)]
+    commit = pb.CommitSaveRequest(save=mine, files=stolen, metadata=b"m", manifest=b"{}")
+    assert isinstance(refusal(partial(server.client.call, "CommitSave", commit)), CheckpointError)
+    assert borrow(mine, base, "__0_0.distcp") == ["__0_0.distcp"]
+    longer = [pb.SavedFile(name="__0_0.distcp", size=len(payload) + 1, borrowed=True)]
+    commit = pb.CommitSaveRequest(save=mine, files=longer, metadata=b"m", manifest=b"{}")
+    assert isinstance(refusal(partial(server.client.call, "CommitSave", commit)), CheckpointError)
+    server.client.call("AbandonSave", pb.AbandonSaveRequest(save=mine))
+    deleted = pb.DeleteSaveRequest(save=base, wait_s=20)
+    assert server.client.call("DeleteSave", deleted).done
+    shutil.rmtree(server.source / "run")  # what is left of the two is empty

@@ -36,6 +36,7 @@ def test_what_changes_something_is_not_for_readers() -> None:
         "Write",
         "Reserve",
         "Renew",
+        "Borrow",
         "Abandon",
         "Copy",
         "Policy",

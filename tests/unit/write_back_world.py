@@ -186,6 +186,15 @@ class MemoryUnderStore:
         self.gate.passing(f"have written {key}")
         return info
 
+    def copy(
+        self, source: ObjectInfo, key: str, *, replaces: str | None, deadline: float
+    ) -> ObjectInfo | None:
+        self._enter("copy", key)
+        if self.bucket.version(source.id.key) != source.id.version:
+            return None
+        data = self.bucket.objects[source.id.key]
+        return self.write(key, iter([memoryview(data)]), len(data), replaces=replaces, deadline=deadline)
+
     def delete(self, key: str, *, deadline: float) -> None:
         self._enter("delete", key)
         self.bucket.objects.pop(key, None)
@@ -266,7 +275,12 @@ class Server:
         self.store.kept.add(namespace)
 
     def commit(
-        self, save_id: str, key: SaveKey = KEY, *, files: Sequence[tuple[str, int]] | None = None
+        self,
+        save_id: str,
+        key: SaveKey = KEY,
+        *,
+        files: Sequence[tuple[str, int]] | None = None,
+        borrowed: Sequence[str] = (),
     ) -> str:
         files = [(name, len(data)) for name, data in parts_of(save_id).items()] if files is None else files
         status = self.write_back.commit(
@@ -275,6 +289,7 @@ class Server:
             files,
             metadata_of(save_id),
             manifest_of(save_id),
+            borrowed=borrowed,
             deadline=soon(),
         )
         return status.state
@@ -285,18 +300,27 @@ class Server:
         self.put(save_id, key)
         self.commit(save_id, key)
 
-    def hold_copy(self, save_id: str, key: SaveKey = KEY, *, owner: str) -> None:
+    def hold_copy(
+        self,
+        save_id: str,
+        key: SaveKey = KEY,
+        *,
+        owner: str,
+        files: Sequence[tuple[str, int]] | None = None,
+        borrowed: Sequence[str] = (),
+    ) -> None:
         """Of what was put here, of a save that `owner` is about to commit."""
         self.write_back.prepare_copy(
             key,
             save_id,
-            [(name, len(data)) for name, data in parts_of(save_id).items()],
+            [(name, len(data)) for name, data in parts_of(save_id).items()] if files is None else files,
             metadata_of(save_id),
             manifest_of(save_id),
             replaceable=(),
             overwrite=False,
             writer=f"writer of {save_id}",
             owner=owner,
+            borrowed=borrowed,
             deadline=soon(),
         )
 

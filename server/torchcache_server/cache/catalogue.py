@@ -33,6 +33,7 @@ def status_of(slot: Slot, save: Save) -> SaveStatus:
         committed_unix_s=save.committed_unix_s,
         durable_unix_s=save.durable_unix_s,
         replicas=save.replicas,
+        borrowed=save.borrowed,
     )
 
 
@@ -50,6 +51,7 @@ def status_of_copy(copy: Copy) -> SaveStatus:
         committed_unix_s=save.committed_unix_s,
         durable_unix_s=0.0,
         replicas=save.replicas,
+        borrowed=save.borrowed,
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torchcache.errors import AlreadyExists, CheckpointError, TorchCacheError
 from torchcache.model import SAVE_PREFIX, ObjectId
+from torchcache_server.cache.borrowing import origins
 from torchcache_server.cache.catalogue import status_of
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import Refuse, Take, Wait, already_there, decide_hold, taken_over
@@ -46,6 +47,13 @@ def require_whole(store: Store, save: Save) -> None:
             )
 
 
+def make_durable(store: Store, save: Save) -> None:
+    """Syncs the save's bytes, and has them stay: its own, and what it has borrowed."""
+    for namespace in sorted(save.namespaces):
+        store.sync(namespace)
+        store.keep(namespace, True)
+
+
 class Commits:
     """Commits reserved saves. Thread-safe."""
 
@@ -65,6 +73,7 @@ class Commits:
         metadata: bytes,
         manifest: bytes,
         replicas: int = 1,
+        borrowed: Collection[str] = (),
         deadline: float,
     ) -> SaveStatus:
         """See WriteBack.commit."""
@@ -84,10 +93,13 @@ class Commits:
             if not metadata and not manifest:
                 metadata, manifest = put_before(self._store, key, save_id)
             check_files(key, files, metadata, manifest)
-            save = replace(_save_of(slot, lease, files, metadata, manifest), replicas=replicas)
+            save = replace(
+                _save_of(slot, lease, files, metadata, manifest),
+                replicas=replicas,
+                borrowed=origins(slot, save_id, borrowed),
+            )
             require_whole(self._store, save)
-            self._store.sync(save.namespace)
-            self._store.keep(save.namespace, True)
+            make_durable(self._store, save)
             if lease.displaces or slot.copies:
                 self._claim_noted(under_store, slot, save, deadline)
             else:

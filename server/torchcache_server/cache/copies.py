@@ -10,14 +10,16 @@ Servers don't talk to each other. What they have to agree on, they do by the cla
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
 from torchcache.errors import AlreadyExists, CheckpointError, TorchCacheError
+from torchcache_server.cache.borrowing import origins
 from torchcache_server.cache.catalogue import status_of_copy
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import Sighting
-from torchcache_server.cache.commits import put_before, require_whole
+from torchcache_server.cache.commits import make_durable, put_before, require_whole
 from torchcache_server.cache.copy_plan import Verdict, decide_takeover, is_left_open, judge
 from torchcache_server.cache.saves import Copy, Save, SaveKey, SaveStatus, check_files, kind_of_manifest
 from torchcache_server.cache.slots import Slot, Slots
@@ -42,8 +44,11 @@ class Copies:
 
     # ---- the calls of a writer ----
 
-    def prepare(self, save: Save, owner: str, *, deadline: float) -> None:
-        """Makes this server hold the save, of which it has the bytes. May be repeated. See WriteBack.prepare_copy."""
+    def prepare(self, save: Save, owner: str, *, borrowed: Collection[str] = (), deadline: float) -> None:
+        """Makes this server hold the save, of which it has the bytes, its own or lent ones. May be repeated.
+
+        See WriteBack.prepare_copy.
+        """
         slot = self._slots.slot(save.key)
         with slot.exclusively(deadline):
             if save.save_id in slot.copies or (slot.save is not None and slot.save.save_id == save.save_id):
@@ -52,10 +57,11 @@ class Copies:
                 metadata, manifest = put_before(self._store, save.key, save.save_id)
                 save = replace(save, metadata=metadata, manifest=manifest)
             check_files(save.key, save.files, save.metadata, save.manifest)
+            save = replace(save, borrowed=origins(slot, save.save_id, borrowed))
             require_whole(self._store, save)
-            self._store.sync(save.namespace)
-            self._store.keep(save.namespace, True)
+            make_durable(self._store, save)
             self._slots.put_copy(slot, Copy(save, owner))
+            self._slots.end_loan(slot, save.save_id)
 
     def confirm(
         self, key: SaveKey, save_id: str, *, committed_unix_s: float, replicas: int, deadline: float
@@ -81,8 +87,22 @@ class Copies:
             for copy in tuple(slot.copies.values()):
                 if copy.save.save_id == save_id or (not save_id and copy.confirmed):
                     self._slots.end_copy(slot, copy.save.save_id)
+            self._forget_durable(slot, save_id)
+            for spent in tuple(slot.spent):
+                if not save_id or spent == save_id:
+                    self._slots.end_spent(slot, spent)
             if save_id:
                 self._slots.drop(slot, key.namespace(save_id))  # of one that was never prepared
+                self._slots.end_loan(slot, save_id)
+
+    def _forget_durable(self, slot: Slot, save_id: str) -> None:
+        """A save of this server's own, which another one was asked to delete: of one that is durable any can."""
+        save = slot.save
+        if save is None or save.state != "durable" or save.claimed or save_id not in ("", save.save_id):
+            return
+        self._slots.forget_save(slot)
+        for namespace in tuple(slot.garbage):
+            self._slots.drop(slot, namespace)
 
     # ---- the calls of a reader ----
 
@@ -126,7 +146,8 @@ class Copies:
                 with slot.exclusively(deadline):
                     if slot.copies.get(copy.save.save_id) is copy:  # it may have been confirmed meanwhile
                         _log.info("the copy of %s (save %s) goes: %s", slot.key, copy.save.save_id, verdict)
-                        self._slots.end_copy(slot, copy.save.save_id)
+                        end = self._slots.spend_copy if verdict == "durable" else self._slots.end_copy
+                        end(slot, copy.save.save_id)
             elif decide_takeover(copy, verdict, seen, server_id=self._claims.server_id, now_s=now_s):
                 return self._take_over(under_store, slot, copy.save.save_id, deadline)
         return False

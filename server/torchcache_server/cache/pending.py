@@ -6,6 +6,7 @@ import time
 from typing import Final
 
 from torchcache.errors import Overloaded
+from torchcache.model import ObjectId
 from torchcache_server.cache.saves import SaveKey
 from torchcache_server.cache.slots import Slots
 
@@ -32,8 +33,15 @@ class Pending:
     @property
     def held_bytes(self) -> int:
         """Bytes that may not be evicted before they are uploaded, from here or by their owner."""
-        copies = [copy for slot in self._slots.all() for copy in tuple(slot.copies.values())]
-        return self.bytes + sum(copy.save.total_bytes for copy in copies)
+        held: dict[ObjectId, int] = {}  # a file that several have borrowed is held once
+        for slot in self._slots.all():
+            save = slot.save
+            if save is not None and save.must_be_kept:
+                uploaded = frozenset(slot.uploaded)
+                held |= {one.id: one.size for name, one in save.objects.items() if name not in uploaded}
+            for copy in tuple(slot.copies.values()):
+                held |= {one.id: one.size for one in copy.save.objects.values()}
+        return sum(held.values())
 
     def wait_for_room(self, key: SaveKey, save_id: str, *, deadline: float) -> None:
         """Backpressure: raises Overloaded while too much waits for its upload. A save that is begun isn't held up."""

@@ -159,6 +159,7 @@ class Publisher:
             self._store,
             write.object,
             write.under_store,
+            write.object.id.key,
             replaces="" if write.create_only else None,
             deadline=write_deadline(write.object.size),
             check=self._check_running,

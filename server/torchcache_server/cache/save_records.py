@@ -15,6 +15,7 @@ from torchcache.errors import TorchCacheError
 from torchcache_server.cache.saves import Copy, Deletion, Save, SaveKey
 
 _FORMAT = 1
+_WITH_BORROWED = 2  # a version that can't read it must not take what is borrowed for nobody's
 
 SAVE = b"save/"
 LEASE = b"lease/"
@@ -27,7 +28,7 @@ COPY = b"copy/"
 def encode_save(save: Save) -> bytes:
     """The record of `save`, for `decode_save`."""
     header: dict[str, Any] = {
-        "format": _FORMAT,
+        "format": _WITH_BORROWED if save.borrowed else _FORMAT,
         "key": [save.key.store, save.key.path, save.key.part],
         "save_id": save.save_id,
         "files": save.files,
@@ -44,6 +45,8 @@ def encode_save(save: Save) -> bytes:
         "error": _error_fields(save.error),
         "replicas": save.replicas,
     }
+    if save.borrowed:
+        header["borrowed"] = {name: list(origin) for name, origin in save.borrowed.items()}
     encoded = json.dumps(header).encode()
     return struct.pack("<I", len(encoded)) + encoded + save.metadata + save.manifest
 
@@ -53,7 +56,7 @@ def decode_save(record: bytes) -> Save:
     try:
         (header_bytes,) = struct.unpack_from("<I", record)
         fields = json.loads(record[4 : 4 + header_bytes])
-        if fields["format"] != _FORMAT:
+        if fields["format"] not in (_FORMAT, _WITH_BORROWED):
             raise ValueError(f"record of format {fields['format']}")
         middle = 4 + header_bytes + fields["metadata_bytes"]
         end = middle + fields["manifest_bytes"]
@@ -77,8 +80,9 @@ def decode_save(record: bytes) -> Save:
             claimed=fields["claimed"],
             error=_error_of(fields["error"]),
             replicas=int(fields.get("replicas", 1)),
+            borrowed=_borrowed_of(fields["borrowed"]) if fields["format"] == _WITH_BORROWED else {},
         )
-    except (struct.error, KeyError, TypeError, IndexError) as error:
+    except (struct.error, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"not a save's record: {error!r}") from error
 
 
@@ -160,6 +164,14 @@ def decode_deletion(record: bytes) -> Deletion:
 def _key_of(fields: Any) -> SaveKey:
     store, path, part = _texts(fields)
     return SaveKey(store, path, part)
+
+
+def _borrowed_of(fields: Any) -> dict[str, tuple[str, str]]:
+    borrowed = {}
+    for name, origin in fields.items():
+        path, save_id = _texts(origin)
+        borrowed[name] = (path, save_id)
+    return borrowed
 
 
 def _texts(values: Any) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -54,6 +54,11 @@ class SaveKey:
     @property
     def claim_key(self) -> str:
         return f"{self.path}/{self.part}{CLAIM_NAME}"
+
+    @property
+    def run(self) -> tuple[str, str, str]:
+        """Under-store, folder and part: what it shares with the checkpoints of other steps of its run."""
+        return self.store, self.path.rpartition("/")[0], self.part
 
     @property
     def digest(self) -> bytes:
@@ -105,10 +110,22 @@ class Save:
     claimed: bool = True  # the claim in the under-store may still be there
     error: TorchCacheError | None = None
     replicas: int = 1  # servers that held it when it was committed, the owner included
+    # Files that lie here as those of other saves, which stored them: by name, path and id of that save.
+    borrowed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def namespace(self) -> str:
         return self.key.namespace(self.save_id)
+
+    @property
+    def namespaces(self) -> frozenset[str]:
+        """Where its shards lie: its own namespace, and those of the saves it has borrowed from."""
+        origins = {save_namespace(self.key.store, *origin) for origin in self.borrowed.values()}
+        return frozenset(origins | {self.namespace})
+
+    def origin(self, name: str) -> tuple[str, str]:
+        """Path and id of the save that stored the shard `name`."""
+        return self.borrowed.get(name, (self.key.path, self.save_id))
 
     @property
     def total_bytes(self) -> int:
@@ -117,11 +134,11 @@ class Save:
     @property
     def objects(self) -> dict[str, ObjectInfo]:
         """The shards as the pool holds them, by name."""
-        key = self.key
-        return {
-            name: ObjectInfo(saved_file(key.store, key.path, name, self.save_id), size)
-            for name, size in self.files
-        }
+        objects = {}
+        for name, size in self.files:
+            path, save_id = self.origin(name)
+            objects[name] = ObjectInfo(saved_file(self.key.store, path, name, save_id), size)
+        return objects
 
     @property
     def must_be_kept(self) -> bool:
@@ -203,6 +220,7 @@ class SaveStatus:
     durable_unix_s: float
     replicas: int = 1
     superseded: bool = False  # a later save of the path is committed at another server
+    borrowed: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # as of a Save
 
 
 def check_files(key: SaveKey, files: Sequence[tuple[str, int]], metadata: bytes, manifest: bytes) -> None:

@@ -14,19 +14,20 @@ def write_out(
     store: Store,
     object: ObjectInfo,
     under_store: UnderStore,
+    key: str,
     *,
     replaces: str | None,
     deadline: float,
     check: Callable[[], None],
 ) -> ObjectInfo:
-    """Writes an object of the store to its key in the under-store; `replaces` as in UnderStore.write.
+    """Writes an object of the store to `key` of the under-store; `replaces` as in UnderStore.write.
 
     `check` is called before every chunk and raises to stop. Raises what ended the bytes, whatever the under-store made
     of it: IntegrityError if a chunk is bad or gone.
     """
     parts = _Parts(store, object, check)
     try:
-        return under_store.write(object.id.key, parts, object.size, replaces=replaces, deadline=deadline)
+        return under_store.write(key, parts, object.size, replaces=replaces, deadline=deadline)
     except Exception:
         if parts.failure is not None:
             raise parts.failure from None
@@ -72,6 +73,12 @@ def _verified_chunks(store: Store, object: ObjectInfo, check: Callable[[], None]
                 object=str(object.id),
             )
         yield payload
+
+
+def require_intact(store: Store, object: ObjectInfo) -> None:
+    """Reads all of an object. Raises IntegrityError if a chunk of it is bad or gone."""
+    for _ in _verified_chunks(store, object, lambda: None):
+        pass
 
 
 def missing_from(store: Store, object: ObjectInfo) -> str | None:

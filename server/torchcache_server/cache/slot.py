@@ -33,6 +33,15 @@ class Reader:
     expires_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Files of `base`, another save, that are lent to one that is being written. `names` are known to be intact."""
+
+    base: Save
+    names: frozenset[str]
+    expires_s: float  # monotonic; on the server that has the lease that counts
+
+
 @dataclass(slots=True)
 class Slot:
     """One path."""
@@ -48,6 +57,12 @@ class Slot:
         default_factory=dict
     )  # of `save`: shard name -> version in the under-store
     copies: dict[str, Copy] = field(default_factory=dict)  # by save id: of saves that other servers own
+    loans: dict[str, Loan] = field(
+        default_factory=dict
+    )  # by save id: to saves that aren't committed, or copies
+    spent: dict[str, Save] = field(
+        default_factory=dict
+    )  # by save id: copies that aren't needed, but may be lent
     dead_leases: set[str] = field(default_factory=set)  # save ids whose claim may still be in the under-store
     garbage: set[str] = field(
         default_factory=set
@@ -76,6 +91,34 @@ class Slot:
     @property
     def namespaces(self) -> set[str]:
         """The namespaces that are in use."""
-        holders = (self.lease, self.save, self.deletion)
-        ids = [*self.copies, *(holder.save_id for holder in holders if holder is not None)]
-        return {self.key.namespace(save_id) for save_id in ids}
+        going = {self.key.namespace(self.deletion.save_id)} if self.deletion is not None else set()
+        return self.held | going
+
+    @property
+    def held(self) -> set[str]:
+        """The namespaces that are in use by what isn't being deleted."""
+        held: set[str] = set()
+        if self.lease is not None:
+            held.add(self.key.namespace(self.lease.save_id))
+        save = self.save
+        saves = [*self._held_for_others(), *self.spent.values(), *([save] if save is not None else [])]
+        return held.union(*(save.namespaces for save in saves))
+
+    def must_keep(self, namespace: str, save: Save | None = None) -> bool:
+        """Whether something of this path needs the namespace, and can't get it back. `save`: if that were its save."""
+        if self.lease is not None and self.key.namespace(self.lease.save_id) == namespace:
+            return True
+        save = save or self.save
+        needed = [*self._held_for_others(), *([save] if save is not None and save.must_be_kept else [])]
+        return any(namespace in save.namespaces for save in needed)
+
+    def stored(self, namespace: str) -> bool:
+        """Whether it is that of a save of this path, committed or held as a copy."""
+        saves = [self.save] if self.save is not None else []
+        saves += [copy.save for copy in tuple(self.copies.values())]
+        return any(save.namespace == namespace for save in saves)
+
+    def _held_for_others(self) -> list[Save]:
+        # Taken out at once: others may change them meanwhile.
+        copies, loans = tuple(self.copies.values()), tuple(self.loans.values())
+        return [copy.save for copy in copies] + [loan.base for loan in loans]

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torchcache.errors import TorchCacheError
-from torchcache.model import SAVE_PREFIX
+from torchcache.model import SAVE_PREFIX, ObjectId
 from torchcache_server.cache.save_records import (
     COPY,
     DELETION,
@@ -34,10 +34,10 @@ from torchcache_server.cache.save_records import (
     encode_uploaded,
 )
 from torchcache_server.cache.saves import Copy, Deletion, Save, SaveKey
-from torchcache_server.cache.slot import Lease, Reader, Slot
+from torchcache_server.cache.slot import Lease, Loan, Reader, Slot
 from torchcache_server.store import Store
 
-__all__ = ["Lease", "Reader", "Slot", "Slots"]
+__all__ = ["Lease", "Loan", "Reader", "Slot", "Slots"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +50,9 @@ class Slots:
         self._slots: dict[SaveKey, Slot] = {}
         self.changed = threading.Condition()
         """Guards the fields of all slots; notified when a lease or a save begins or ends."""
+        self.dropping: set[str] = set()
+        """Namespaces that are being dropped just now, under `changed`: nobody may begin to use them."""
+        self._keeping = threading.Lock()  # around looking who needs a namespace, and saying so to the store
         self.guarded: frozenset[str] = frozenset()
         """Namespaces that nobody may drop: a record that can't be read may speak of them. They were there at the start,
         like whatever a record then spoke of."""
@@ -88,6 +91,7 @@ class Slots:
             slot.dead_leases.add(lease.save_id)
             self.changed.notify_all()
         self.drop(slot, slot.key.namespace(lease.save_id))
+        self.end_loan(slot, lease.save_id)
 
     def bury(self, slot: Slot, save_ids: set[str]) -> None:
         """The claims of `save_ids` aren't in the under-store any more."""
@@ -110,10 +114,11 @@ class Slots:
         self._store.put_record(SAVE + slot.key.digest, encode_save(save))
         with self.changed:
             if slot.save is not None:
-                slot.garbage.add(slot.save.namespace)
+                slot.garbage |= slot.save.namespaces
             slot.save, slot.uploaded, slot.lease = save, {}, None
             slot.committed_here = True
             self.changed.notify_all()
+        self.end_loan(slot, save.save_id)
         try:
             self._write_leases(slot, slot.dead_leases)
         except TorchCacheError as error:
@@ -123,7 +128,7 @@ class Slots:
     def update_save(self, slot: Slot, save: Save) -> None:
         """`save` went on: it became durable, or failed, or lost its claim."""
         self._store.put_record(SAVE + slot.key.digest, encode_save(save))
-        self._store.keep(save.namespace, save.must_be_kept)
+        self.settle(save.namespaces, slot, save)
         with self.changed:
             slot.save = save
             self.changed.notify_all()
@@ -136,7 +141,7 @@ class Slots:
         self._store.delete_record(UPLOADED + slot.key.digest)
         with self.changed:
             if slot.save is not None:
-                slot.garbage.add(slot.save.namespace)
+                slot.garbage |= slot.save.namespaces
             slot.save, slot.uploaded = None, {}
             self.changed.notify_all()
 
@@ -164,7 +169,51 @@ class Slots:
         with self.changed:
             slot.copies.pop(save_id, None)
             self.changed.notify_all()
-        self.drop(slot, copy.save.namespace)
+        self._drop_all(slot, copy.save)
+
+    def spend_copy(self, slot: Slot, save_id: str) -> None:
+        """The copy isn't needed any more.
+
+        Its bytes may still be lent, until room is needed for others, the next copy of the run is spent, or the server
+        stops.
+        """
+        copy = slot.copies.get(save_id)
+        if copy is None:
+            return
+        self._store.delete_record(copy_key(copy.save))
+        with self.changed:
+            slot.copies.pop(save_id, None)
+            older = [
+                (other, id)
+                for other in self._slots.values()
+                if other.key.run == slot.key.run
+                for id in other.spent
+            ]
+            slot.spent[save_id] = replace(copy.save, metadata=b"", manifest=b"")
+            self.changed.notify_all()
+        self.settle(copy.save.namespaces)
+        for other, id in older:
+            self.end_spent(other, id)
+
+    def end_spent(self, slot: Slot, save_id: str) -> None:
+        """The bytes that a copy left go. One that isn't there is fine."""
+        with self.changed:
+            save = slot.spent.pop(save_id, None)
+        if save is not None:
+            self._drop_all(slot, save)
+
+    # ---- files lent to saves that are being written ----
+
+    def end_loan(self, slot: Slot, save_id: str) -> None:
+        """The save holds by itself what it has borrowed, or isn't written any more. None is fine."""
+        with self.changed:
+            loan = slot.loans.pop(save_id, None)
+        if loan is None:
+            return
+        try:
+            self._drop_all(slot, loan.base)
+        except TorchCacheError as error:
+            _log.warning("%s: what was lent to it stays for now: %s", slot.key, error)
 
     # ---- deletions ----
 
@@ -205,20 +254,64 @@ class Slots:
         # Two shards that end together may write their records in either order: after a restart one is uploaded again.
         self._store.put_record(UPLOADED + slot.key.digest, record)
 
+    def find_uploaded(self, save: Save, name: str) -> ObjectId | None:
+        """The same shard as another save of the run has brought it to the under-store; None if none is known to have.
+
+        That save may be replaced or deleted at any time.
+        """
+        if name not in save.borrowed:
+            return None
+        with self.changed:
+            for slot in self._slots.values():
+                other, version = slot.save, slot.uploaded.get(name)
+                if other is None or version is None or other.key == save.key or other.key.run != save.key.run:
+                    continue
+                if other.state == "durable" and other.origin(name) == save.origin(name):
+                    return ObjectId(other.key.store, f"{other.key.path}/{name}", version)
+        return None
+
     def drop(self, slot: Slot, namespace: str) -> None:
         """Drops a namespace, unless another part of the same path uses it, or a record that can't be read may."""
         with self.changed:
             # A deletion doesn't use what it takes away itself.
             used = any(
-                namespace in other.namespaces and not (other is slot and _only_deleted(slot, namespace))
+                namespace in (other.held if other is slot else other.namespaces)
                 for other in self._slots.values()
             )
+            is_going = not used and namespace not in self.guarded and namespace not in self.dropping
+            if is_going:
+                self.dropping.add(namespace)
         if namespace in self.guarded:
             _log.warning("%s stays: a record that can't be read may speak of it", namespace)
-        elif not used:
-            self._store.drop(namespace)
+        elif used:
+            self.settle([namespace])
+        elif is_going:
+            try:
+                self._store.drop(namespace)
+            finally:
+                with self.changed:
+                    self.dropping.discard(namespace)
         with self.changed:
             slot.garbage.discard(namespace)
+
+    def _drop_all(self, slot: Slot, save: Save) -> None:
+        for namespace in sorted(save.namespaces):
+            self.drop(slot, namespace)
+
+    def settle(self, namespaces: Iterable[str], slot: Slot | None = None, save: Save | None = None) -> None:
+        """Has the store keep what of these is needed and can't be had again, and no more; as if `slot` had `save`.
+
+        Also what is here of them for another path's sake: files may be borrowed.
+        """
+        with self._keeping:
+            for namespace in sorted(namespaces):
+                with self.changed:
+                    all_slots = list(self._slots.values())
+                    keep = any(one.must_keep(namespace, save if one is slot else None) for one in all_slots)
+                    is_known = any(one.stored(namespace) for one in all_slots)
+                # Of a save whose own record can't be read nobody knows whether it may go.
+                if keep or is_known or namespace not in self.guarded:
+                    self._store.keep(namespace, keep)
 
     # ---- start ----
 
@@ -249,11 +342,7 @@ class Slots:
             self.guarded = frozenset(saved)
         for name in sorted(saved.difference(self.guarded, *(slot.namespaces for slot in self.all()))):
             self._store.drop(name)
-        for slot in self.all():
-            if slot.save is not None:
-                self._store.keep(slot.save.namespace, slot.save.must_be_kept)
-            for copy in slot.copies.values():
-                self._store.keep(copy.save.namespace, True)
+        self.settle(set().union(*(slot.held for slot in self.all())))
 
     def _read(self, kind: bytes, load: Callable[[bytes, bytes], None]) -> list[bytes]:
         """Hands each record of a kind to `load`, behind its key's digest; returns the keys of those it can't read."""
@@ -294,11 +383,6 @@ class Slots:
         slot = self.slot(key)
         # The stop may have come between the commit and the end of its lease.
         slot.dead_leases = save_ids - ({slot.save.save_id} if slot.save else set())
-
-
-def _only_deleted(slot: Slot, namespace: str) -> bool:
-    holders = [holder for holder in (slot.lease, slot.save) if holder is not None]
-    return all(slot.key.namespace(holder.save_id) != namespace for holder in holders)
 
 
 def _load_uploaded(slot: Slot | None, record: bytes) -> None:

@@ -203,20 +203,32 @@ class Attempt:
 
     def _upload_shard(self, name: str, object: ObjectInfo) -> None:
         self._check()
-        found = stat_even_empty(self.under_store, object.id.key, deadline=call_deadline())
+        key = f"{self.save.key.path}/{name}"  # not the object's own, if it is borrowed
+        found = stat_even_empty(self.under_store, key, deadline=call_deadline())
         if not self.claims.holds(
             self.under_store, self.save.key, self.save.save_id, deadline=call_deadline()
         ):
             return  # Seen again, and judged, by the next look.
-        written = write_out(
+        replaces = "" if found is None else found.id.version
+        written = self._copy_shard(name, key, object.size, replaces) or write_out(
             self.store,
             object,
             self.under_store,
-            replaces="" if found is None else found.id.version,
+            key,
+            replaces=replaces,
             deadline=write_deadline(object.size),
             check=self._check,
         )
         self.slots.note_uploaded(self.slot, self.save, name, written.id.version)
+
+    def _copy_shard(self, name: str, key: str, size: int, replaces: str) -> ObjectInfo | None:
+        """A shard that lies in the under-store already, as another save's: the under-store may copy it by itself."""
+        source = self.slots.find_uploaded(self.save, name)
+        if source is None:
+            return None
+        return self.under_store.copy(
+            ObjectInfo(source, size), key, replaces=replaces, deadline=write_deadline(size)
+        )
 
     def _confirm_shards(self) -> None:
         """Catches whatever else writes to this path: a sleeping server's last write, a person with another tool."""

@@ -16,7 +16,7 @@ import builtins
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -27,6 +27,7 @@ from torchcache.errors import (
     TransientError,
 )
 from torchcache.model import ObjectInfo
+from torchcache_server.cache.borrowing import Borrowing
 from torchcache_server.cache.catalogue import Catalogue
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import DEAD_AFTER_LEASES
@@ -89,6 +90,7 @@ class WriteBack:
         self._reservations = Reservations(self._slots, self._claims, lease_s=lease_s, clock=clock)
         self._commits = Commits(store, self._slots, self._claims, lease_s=lease_s)
         self._copies = Copies(store, self._slots, self._claims, lease_s=lease_s)
+        self._borrowing = Borrowing(store, self._slots, lease_s=lease_s, clock=clock)
         self._catalogue = Catalogue(self._slots, self._claims, self._copies)
         self._readers = Readers(self._slots, lease_s=lease_s, clock=clock)
         self._deletions = Deletions(
@@ -153,13 +155,15 @@ class WriteBack:
         manifest: bytes,
         *,
         replicas: int = 1,
+        borrowed: Collection[str] = (),
         deadline: float,
     ) -> SaveStatus:
         """Makes the save what the path holds, restorable from the pool; the upload follows behind. May be repeated.
 
         `files` are names relative to the path, and sizes; their bytes were put before. So were those of `metadata` and
         `manifest`, under their names, if both are empty here. `replicas` servers hold the save, with this one: the
-        others have prepared it. What may be overwritten was settled by `reserve`.
+        others have prepared it. `borrowed`: those of the files that were lent instead. What may be overwritten was
+        settled by `reserve`.
         Raises AlreadyExists if the path was taken over meanwhile, CheckpointError if the reservation isn't known or
         bytes are missing; then nothing is committed.
         """
@@ -172,10 +176,23 @@ class WriteBack:
             metadata=metadata,
             manifest=manifest,
             replicas=replicas,
+            borrowed=borrowed,
             deadline=deadline,
         )
         self._uploads.add(key)
         return status
+
+    def lend(
+        self, key: SaveKey, save_id: str, base: SaveKey, base_id: str, names: Collection[str]
+    ) -> builtins.list[str]:
+        """Lends files of the save `base_id` at `base` to `save_id` at `key`, which is being written and may have them.
+
+        Returns those of `names` that are here and intact. Raises ConfigurationError if the two aren't of one folder,
+        under-store and part.
+        """
+        key.validate()
+        self._under_store(key.store)
+        return self._borrowing.lend(key, save_id, base, base_id, names)
 
     def abandon(self, key: SaveKey, save_id: str) -> None:
         """Gives a reserved save up, and its bytes. A committed save, or one that isn't known, is left as it is."""
@@ -198,6 +215,7 @@ class WriteBack:
         overwrite: bool,
         writer: str,
         owner: str,
+        borrowed: Collection[str] = (),
         deadline: float,
     ) -> None:
         """Makes this server hold a copy of the save that `owner`, another server, is about to commit. May be repeated.
@@ -220,7 +238,7 @@ class WriteBack:
             writer=writer,
             replicas=2,
         )
-        self._copies.prepare(save, owner, deadline=deadline)
+        self._copies.prepare(save, owner, borrowed=borrowed, deadline=deadline)
 
     def confirm_copy(
         self, key: SaveKey, save_id: str, *, committed_unix_s: float, replicas: int, deadline: float
@@ -363,6 +381,7 @@ class WriteBack:
                 deadline = time.monotonic() + self._lease_s
                 under_store = self._under_store(slot.key.store)
                 self._reservations.tidy(under_store, slot, deadline=deadline)
+                self._borrowing.tidy(slot)
                 if self._copies.tend(under_store, slot, deadline=deadline):
                     self._uploads.add(slot.key)
             except TransientError:
@@ -379,8 +398,10 @@ class WriteBack:
         """Of a durable save that eviction has taken, the under-store tells as much as its record."""
         resident = {usage.name for usage in self._store.namespaces()}
         for slot in self._slots.all():
+            for spent in [id for id, one in tuple(slot.spent.items()) if not one.namespaces & resident]:
+                self._slots.end_spent(slot, spent)
             save = slot.save
-            if save is None or save.state != "durable" or save.claimed or save.namespace in resident:
+            if save is None or save.state != "durable" or save.claimed or save.namespaces & resident:
                 continue
             with slot.exclusively(time.monotonic() + self._lease_s):
                 if slot.save is save:

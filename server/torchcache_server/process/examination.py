@@ -103,7 +103,8 @@ def _examine(report: Report, *, repair: bool, progress: Progress) -> None:
     due = [save for save in saves if save.must_be_kept]
     wanted = {object.id.encoded for save in due for object in save.objects.values()}
     kept = {folder_name(name) for name, is_kept in notes.flags.items() if is_kept} | notes.doubtful_flags
-    namespaces = {folder_name(name): name for name in (*notes.flags, *(save.namespace for save in saves))}
+    saved = set().union(*(save.namespaces for save in saves))
+    namespaces = {folder_name(name): name for name in (*notes.flags, *saved)}
     files = segment_files(root)
     size = sum(Path(path).stat().st_blocks * 512 for path in files)
     with progress(root, size) as advance:
@@ -118,9 +119,9 @@ def _examine(report: Report, *, repair: bool, progress: Progress) -> None:
     report.segments, report.records, report.bytes = contents.segments, contents.records, contents.bytes
     report.findings += [_settled(finding, contents) for finding in contents.findings]
     report.findings += [finding for save in due for finding in _missing(root, save, contents)]
-    report.findings += _kept_nothing(root, notes, {save.namespace for save in saves})
+    report.findings += _kept_nothing(root, notes, saved)
     if not notes.records_in_doubt and not unread:
-        report.findings += _uncommitted(root, contents, {save.namespace for save in saves})
+        report.findings += _uncommitted(root, contents, saved)
     if repair:
         _repair(report, namespaces | contents.namespaces)
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import grpc
@@ -60,9 +60,22 @@ class SaveCalls:
             request.metadata,
             request.manifest,
             replicas=min(max(1, request.replicas), MAX_REPLICAS),
+            borrowed=_borrowed(request.files),
             deadline=deadline_of(context),
         )
         return save_reply(status)
+
+    def BorrowFiles(
+        self, request: pb.BorrowFilesRequest, context: grpc.ServicerContext
+    ) -> pb.BorrowFilesReply:
+        lent = self._write_back.lend(
+            self._save_key(request.save),
+            save_id(request.save.save_id),
+            self._save_key(request.base),
+            save_id(request.base.save_id),
+            frozenset(object_key(name) for name in request.names),
+        )
+        return pb.BorrowFilesReply(names=lent)
 
     def PrepareCopy(
         self, request: pb.PrepareCopyRequest, context: grpc.ServicerContext
@@ -77,6 +90,7 @@ class SaveCalls:
             overwrite=request.overwrite,
             writer=request.writer,
             owner=request.owner,
+            borrowed=_borrowed(request.files),
             deadline=deadline_of(context),
         )
         return pb.PrepareCopyReply()
@@ -151,6 +165,10 @@ class SaveCalls:
         return SaveKey(ref.store, object_key(ref.path), ref.part)
 
 
+def _borrowed(files: Iterable[pb.SavedFile]) -> frozenset[str]:
+    return frozenset(file.name for file in files if file.borrowed)
+
+
 def save_reply(status: SaveStatus, *, manifest: bool = True) -> pb.SaveReply:
     """A save's status on the wire."""
     key = status.key
@@ -165,4 +183,7 @@ def save_reply(status: SaveStatus, *, manifest: bool = True) -> pb.SaveReply:
         durable_unix_s=status.durable_unix_s,
         replicas=status.replicas,
         superseded=status.superseded,
+        borrowed=[
+            pb.BorrowedFile(name=name, path=path, save_id=id) for name, (path, id) in status.borrowed.items()
+        ],
     )

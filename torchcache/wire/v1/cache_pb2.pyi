@@ -627,12 +627,40 @@ class LeaseReply(_message.Message):
     def __init__(self, lease_s: _Optional[float] = ..., replaceable: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SavedFile(_message.Message):
-    __slots__ = ("name", "size")
+    __slots__ = ("name", "size", "borrowed")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
+    BORROWED_FIELD_NUMBER: _ClassVar[int]
     name: str
     size: int
-    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+    borrowed: bool
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., borrowed: bool = ...) -> None: ...
+
+class BorrowFilesRequest(_message.Message):
+    __slots__ = ("save", "base", "names")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    base: SaveRef
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., base: _Optional[_Union[SaveRef, _Mapping]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class BorrowFilesReply(_message.Message):
+    __slots__ = ("names",)
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, names: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class BorrowedFile(_message.Message):
+    __slots__ = ("name", "path", "save_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SAVE_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: str
+    save_id: str
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., save_id: _Optional[str] = ...) -> None: ...
 
 class CommitSaveRequest(_message.Message):
     __slots__ = ("save", "files", "metadata", "manifest", "replicas")
@@ -747,7 +775,7 @@ class GetSaveRequest(_message.Message):
     def __init__(self, store: _Optional[str] = ..., path: _Optional[str] = ..., part: _Optional[str] = ..., without_manifest: bool = ..., check_claim: bool = ...) -> None: ...
 
 class SaveReply(_message.Message):
-    __slots__ = ("save", "state", "manifest", "pending_bytes", "error", "committed_unix_s", "durable_unix_s", "total_bytes", "replicas", "superseded", "holder")
+    __slots__ = ("save", "state", "manifest", "pending_bytes", "error", "committed_unix_s", "durable_unix_s", "total_bytes", "replicas", "superseded", "holder", "borrowed")
     SAVE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -759,6 +787,7 @@ class SaveReply(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     SUPERSEDED_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
+    BORROWED_FIELD_NUMBER: _ClassVar[int]
     save: SaveRef
     state: SaveState
     manifest: bytes
@@ -770,7 +799,8 @@ class SaveReply(_message.Message):
     replicas: int
     superseded: bool
     holder: str
-    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., state: _Optional[_Union[SaveState, str]] = ..., manifest: _Optional[bytes] = ..., pending_bytes: _Optional[int] = ..., error: _Optional[str] = ..., committed_unix_s: _Optional[float] = ..., durable_unix_s: _Optional[float] = ..., total_bytes: _Optional[int] = ..., replicas: _Optional[int] = ..., superseded: bool = ..., holder: _Optional[str] = ...) -> None: ...
+    borrowed: _containers.RepeatedCompositeFieldContainer[BorrowedFile]
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., state: _Optional[_Union[SaveState, str]] = ..., manifest: _Optional[bytes] = ..., pending_bytes: _Optional[int] = ..., error: _Optional[str] = ..., committed_unix_s: _Optional[float] = ..., durable_unix_s: _Optional[float] = ..., total_bytes: _Optional[int] = ..., replicas: _Optional[int] = ..., superseded: bool = ..., holder: _Optional[str] = ..., borrowed: _Optional[_Iterable[_Union[BorrowedFile, _Mapping]]] = ...) -> None: ...
 
 class ListSavesRequest(_message.Message):
     __slots__ = ("store", "prefix")

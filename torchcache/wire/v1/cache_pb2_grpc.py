@@ -129,6 +129,11 @@ class ControlStub(object):
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReserveSaveRequest.SerializeToString,
                 response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.LeaseReply.FromString,
                 _registered_method=True)
+        self.BorrowFiles = channel.unary_unary(
+                '/torchcache.v1.Control/BorrowFiles',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesReply.FromString,
+                _registered_method=True)
         self.RenewSave = channel.unary_unary(
                 '/torchcache.v1.Control/RenewSave',
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.RenewSaveRequest.SerializeToString,
@@ -303,6 +308,12 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BorrowFiles(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RenewSave(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -466,6 +477,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.ReserveSave,
                     request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReserveSaveRequest.FromString,
                     response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.LeaseReply.SerializeToString,
+            ),
+            'BorrowFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.BorrowFiles,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesReply.SerializeToString,
             ),
             'RenewSave': grpc.unary_unary_rpc_method_handler(
                     servicer.RenewSave,
@@ -1036,6 +1052,33 @@ class Control(object):
             '/torchcache.v1.Control/ReserveSave',
             torchcache_dot_wire_dot_v1_dot_cache__pb2.ReserveSaveRequest.SerializeToString,
             torchcache_dot_wire_dot_v1_dot_cache__pb2.LeaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BorrowFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/BorrowFiles',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,559 @@
+"""Saves that take files over from an earlier one: what is lent, what is kept for how long, and what isn't believed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pyarrow as pa
+import pytest
+from torchcache_server.cache import borrowing
+from torchcache_server.cache.borrowing import LOAN_LEASES
+from torchcache_server.cache.save_records import decode_save, encode_save
+from torchcache_server.cache.saves import SaveKey
+from write_back_world import KEY, Bucket, Killed, Server, manifest_of, metadata_of, parts_of, soon
+
+from torchcache.errors import CheckpointError, ConfigurationError, NotCommitted, OutOfSpace, TorchCacheError
+from torchcache.model import ChunkId, ObjectId
+
+NEXT = SaveKey("s3", "run/step-2")
+THIRD = SaveKey("s3", "run/step-3")
+LONG_S = 1000.0
+FROZEN = "__0_0.distcp"
+FRESH = "__1_0.distcp"
+BYTES = parts_of("first")[FROZEN]
+
+
+def files_of(save_id: str) -> list[tuple[str, int]]:
+    """Of a save that borrows `FROZEN` and has a file of its own."""
+    return [(FROZEN, len(BYTES)), (FRESH, len(parts_of(save_id)[FRESH]))]
+
+
+def put_fresh(server: Server, save_id: str, key: SaveKey) -> None:
+    namespace, data = key.namespace(save_id), parts_of(save_id)[FRESH]
+    object = ObjectId(key.store, f"{key.path}/{FRESH}", f"save:{save_id}")
+    server.store.put(namespace, ChunkId(object, 0), len(data), data)
+    server.store.kept.add(namespace)
+
+
+def borrow(
+    server: Server,
+    save_id: str,
+    key: SaveKey = NEXT,
+    *,
+    base: tuple[SaveKey, str] = (KEY, "first"),
+    names: tuple[str, ...] = (FROZEN,),
+) -> list[str]:
+    return server.write_back.lend(key, save_id, *base, frozenset(names))
+
+
+def save_borrowing(
+    server: Server, save_id: str, key: SaveKey = NEXT, *, base: tuple[SaveKey, str] = (KEY, "first")
+) -> None:
+    server.reserve(save_id, key)
+    assert borrow(server, save_id, key, base=base) == [FROZEN]
+    put_fresh(server, save_id, key)
+    server.commit(save_id, key, files=files_of(save_id), borrowed=[FROZEN])
+
+
+def delete(server: Server, key: SaveKey) -> None:
+    server.write_back.delete(key, "", deadline=soon(), wait_s=0.0)
+    server.upload(key)
+
+
+def frozen_is_here(server: Server) -> bool:
+    chunk = ChunkId(ObjectId("s3", f"{KEY.path}/{FROZEN}", "save:first"), 0)
+    return any(chunk in chunks for chunks in server.store.chunks.values())
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server(Bucket(), "a", lease_s=LONG_S)
+
+
+# ---- the way of one ----
+
+
+def test_a_borrowed_file_is_read_where_it_lies_and_uploaded_whole(server: Server) -> None:
+    server.save("first")
+    save_borrowing(server, "second")
+    status = server.write_back.get(NEXT, deadline=soon())
+    assert (status.state, status.borrowed) == ("committed", {FROZEN: (KEY.path, "first")})
+    assert status.total_bytes == status.pending_bytes == sum(size for _, size in files_of("second"))
+    server.upload(NEXT)
+    assert server.bucket.objects[f"{NEXT.path}/{FROZEN}"] == BYTES
+    assert server.bucket.objects[f"{NEXT.path}/{FRESH}"] == parts_of("second")[FRESH]
+    assert server.state(NEXT) == "durable second"
+    assert f"{KEY.path}/{FROZEN}" not in server.bucket.objects, "the other one's upload is its own"
+
+
+def test_what_was_borrowed_may_be_borrowed_again(server: Server) -> None:
+    """It is of the save that stored it: the one between may go."""
+    server.save("first")
+    save_borrowing(server, "second")
+    save_borrowing(server, "third", THIRD, base=(NEXT, "second"))
+    assert server.write_back.get(THIRD, deadline=soon()).borrowed == {FROZEN: (KEY.path, "first")}
+    for key in (KEY, NEXT):
+        server.upload(key)
+        delete(server, key)
+    assert server.namespaces == [KEY.namespace("first"), THIRD.namespace("third")]
+    assert server.store.kept == set(server.namespaces)
+    server.upload(THIRD)
+    assert server.bucket.objects[f"{THIRD.path}/{FROZEN}"] == BYTES
+
+
+def test_it_is_kept_as_long_as_one_save_needs_it_and_dropped_by_the_last(server: Server) -> None:
+    """I6, I5"""
+    server.save("first")
+    server.upload()
+    assert not server.store.kept
+    save_borrowing(server, "second")
+    assert server.store.kept == {KEY.namespace("first"), NEXT.namespace("second")}
+    delete(server, KEY)
+    assert frozen_is_here(server)
+    assert KEY.namespace("first") in server.store.kept
+    server.upload(NEXT)
+    assert not server.store.kept, "both are in the under-store, or deleted"
+    assert frozen_is_here(server)
+    delete(server, NEXT)
+    assert server.namespaces == []
+
+
+def test_the_lender_may_go_last(server: Server) -> None:
+    server.save("first")
+    save_borrowing(server, "second")
+    server.upload(NEXT)
+    delete(server, NEXT)
+    assert server.namespaces == [KEY.namespace("first")]
+    assert server.store.kept == {KEY.namespace("first")}
+    server.upload()
+    delete(server, KEY)
+    assert server.namespaces == []
+
+
+def test_an_overwriting_save_may_borrow_from_what_it_replaces(server: Server) -> None:
+    server.save("first")
+    server.reserve("second", overwrite=True)
+    assert borrow(server, "second", KEY) == [FROZEN]
+    put_fresh(server, "second", KEY)
+    server.commit("second", files=files_of("second"), borrowed=[FROZEN])
+    server.upload()
+    server.upload()
+    assert server.state() == "durable second"
+    assert server.bucket.objects[f"{KEY.path}/{FROZEN}"] == BYTES
+    delete(server, KEY)
+    assert server.namespaces == []
+
+
+# ---- those that come to nothing ----
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_save_that_is_given_up_gives_back_what_was_lent(server: Server, deleted: bool) -> None:
+    server.save("first")
+    server.upload()
+    server.reserve("second", NEXT)
+    assert borrow(server, "second") == [FROZEN]
+    assert server.store.kept >= {KEY.namespace("first")}
+    if deleted:
+        delete(server, KEY)
+        assert frozen_is_here(server)
+    server.write_back.abandon(NEXT, "second")
+    assert server.namespaces == ([] if deleted else [KEY.namespace("first")])
+    assert not server.store.kept
+
+
+def test_a_loan_without_a_reservation_ends_by_itself(server: Server) -> None:
+    server.save("first")
+    server.upload()
+    assert borrow(server, "second") == [FROZEN]
+    server.write_back.tidy()
+    assert server.store.kept == {KEY.namespace("first")}
+    server.clock_ahead_s += (LOAN_LEASES + 1) * LONG_S
+    server.write_back.tidy()
+    assert not server.store.kept
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp was to be borrowed .* isn't lent \(any more\)"):
+        server.hold_copy("second", NEXT, owner="b", files=files_of("second"), borrowed=[FROZEN])
+
+
+def test_a_loan_of_a_living_reservation_does_not_end(server: Server) -> None:
+    server.save("first")
+    server.reserve("second", NEXT)
+    borrow(server, "second")
+    server.clock_ahead_s += (LOAN_LEASES + 1) * LONG_S
+    server.write_back.renew(NEXT, "second")
+    server.write_back.tidy()
+    put_fresh(server, "second", NEXT)
+    server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+    assert server.state(NEXT) == "committed second"
+
+
+def test_kills_at_every_step_leave_one_state_or_the_other() -> None:
+    """F30, F32, I2, I3: before the commit there is none, behind it all of it; nothing is left over."""
+    outcomes = set()
+    for power_cut in (False, True):
+        for at in range(1, 1000):
+            server = Server(Bucket(), "a", lease_s=LONG_S)
+            server.save("first")
+            server.upload()
+            server.store.sync(KEY.namespace("first"))
+            server.gate.trap_at, server.gate.trap = server.gate.calls + at, server.gate.kill
+            try:
+                save_borrowing(server, "second")
+                delete(server, KEY)
+            except Killed:
+                pass
+            else:
+                break
+            server.restart(power_cut=power_cut)
+            try:
+                state = server.state(NEXT)
+            except NotCommitted:
+                state = ""
+            outcomes.add(state)
+            if state:
+                assert frozen_is_here(server)
+                assert server.store.kept >= {KEY.namespace("first"), NEXT.namespace("second")}
+                server.upload(NEXT)
+                assert server.bucket.objects[f"{NEXT.path}/{FROZEN}"] == BYTES
+                delete(server, NEXT)
+            else:
+                assert server.store.kept <= {KEY.namespace("first")}
+            server.upload(KEY)
+            try:
+                delete(server, KEY)
+            except NotCommitted:
+                pass
+            assert server.namespaces == [], f"killed at step {at}"
+    assert outcomes == {"", "committed second"}
+
+
+def test_a_restart_finds_what_is_borrowed_by_the_record_alone(server: Server) -> None:
+    server.save("first")
+    server.upload()
+    save_borrowing(server, "second")
+    delete(server, KEY)
+    server.restart(power_cut=True)
+    assert server.store.kept == {KEY.namespace("first"), NEXT.namespace("second")}
+    server.upload(NEXT)
+    assert server.bucket.objects[f"{NEXT.path}/{FROZEN}"] == BYTES
+    assert not server.store.kept
+
+
+def test_a_record_with_borrowed_files_is_none_that_an_older_version_reads(server: Server) -> None:
+    """It would take what is borrowed for nobody's, and drop it."""
+    server.save("first")
+    save_borrowing(server, "second")
+    (record,) = (value for key, value in server.store.record.items() if key == b"save/" + NEXT.digest)
+    assert b'"format": 2' in record
+    save = decode_save(record)
+    assert save.borrowed == {FROZEN: (KEY.path, "first")}
+    assert decode_save(encode_save(save)) == save
+    assert b'"format": 1' in encode_save(dataclasses.replace(save, borrowed={}))
+    broken = record.replace(b'["run/step-1", "first"]', b'["run/step-1", 12345.0]')
+    assert broken != record
+    with pytest.raises(ValueError, match="not a save's record"):
+        decode_save(broken)
+
+
+def test_what_a_record_that_cannot_be_read_may_speak_of_stays_kept(server: Server) -> None:
+    """I6: the lender's own record is damaged; that its borrower is uploaded says nothing about it."""
+    server.save("first")
+    save_borrowing(server, "second")
+    server.store.record[b"save/" + KEY.digest] = b"no record"
+    server.restart()
+    assert server.store.kept == {KEY.namespace("first"), NEXT.namespace("second")}
+    server.upload(NEXT)
+    assert server.state(NEXT) == "durable second"
+    assert server.store.kept == {KEY.namespace("first")}
+    delete(server, NEXT)
+    assert frozen_is_here(server)
+    assert server.store.kept == {KEY.namespace("first")}
+
+
+def test_what_is_borrowed_is_held_once(server: Server) -> None:
+    """Saves wait for room by what can't be evicted, not by what is to be uploaded."""
+    server.save("first")
+    before = server.write_back._pending.held_bytes
+    save_borrowing(server, "second")
+    assert server.write_back._pending.held_bytes - before == len(parts_of("second")[FRESH])
+    assert server.write_back.pending_bytes - before == sum(size for _, size in files_of("second"))
+
+
+# ---- what isn't lent, and what isn't believed ----
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        SaveKey("s3", "other/step-1"),
+        SaveKey("s3", "run/step-1/deeper"),
+        SaveKey("s3", "run/step-1", "__0"),
+        SaveKey("s3", "run"),
+    ],
+)
+def test_nothing_of_another_run_is_lent(server: Server, base: SaveKey) -> None:
+    server.save("first", base)
+    server.reserve("second", NEXT)
+    with pytest.raises(ConfigurationError, match="isn't of the same run"):
+        borrow(server, "second", base=(base, "first"))
+    assert server.store.kept == {base.namespace("first")}
+
+
+def test_only_who_knows_a_committed_save_borrows_from_it(server: Server) -> None:
+    server.save("first")
+    server.reserve("other", THIRD)
+    server.put("other", THIRD)
+    server.reserve("second", NEXT)
+    assert borrow(server, "second", base=(KEY, "guessed")) == []
+    assert borrow(server, "second", base=(SaveKey("s3", "run/step-9"), "first")) == []
+    assert borrow(server, "second", base=(THIRD, "other")) == [], "that isn't committed"
+    assert borrow(server, "second", names=("__9_9.distcp", ".metadata", "../step-1/" + FROZEN)) == []
+    server.upload()
+    server.write_back.delete(KEY, "", deadline=soon(), wait_s=0.0)
+    assert borrow(server, "second") == [], "that is being deleted"
+
+
+def test_a_file_that_was_not_lent_commits_nothing(server: Server) -> None:
+    server.save("first")
+    server.reserve("second", NEXT)
+    put_fresh(server, "second", NEXT)
+    for names in ((), (FRESH,)):
+        assert borrow(server, "second", names=names) == list(names)
+        with pytest.raises(CheckpointError, match="was to be borrowed from an earlier save, and isn't lent"):
+            server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+    borrow(server, "second")
+    with pytest.raises(CheckpointError, match="was written with 1089 bytes in all, not 7"):
+        server.commit("second", NEXT, files=[(FROZEN, 7)], borrowed=[FROZEN])
+    with pytest.raises(NotCommitted):
+        server.state(NEXT)
+    server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+
+
+def test_a_damaged_file_is_not_lent(server: Server) -> None:
+    """F34: what is acknowledged was seen to be intact."""
+    server.save("first")
+    server.reserve("second", NEXT)
+    chunks = server.store.chunks[KEY.namespace("first")]
+    chunk = next(chunk for chunk in chunks if chunk.object.key.endswith(FROZEN))
+    chunks[chunk] = chunks[chunk]._replace(payload=pa.py_buffer(b"?" * len(BYTES)))
+    assert borrow(server, "second", names=(FROZEN, FRESH)) == [FRESH]
+    del chunks[chunk]
+    assert borrow(server, "second", names=(FROZEN,)) == []
+
+
+def test_what_could_not_be_synced_is_not_acknowledged_by_who_borrowed_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F13: a failed fsync ends the durability of all that lies there."""
+    server.save("first")
+    server.reserve("second", NEXT)
+    borrow(server, "second")
+    put_fresh(server, "second", NEXT)
+    sync = server.store.sync
+
+    def fail(namespace: str) -> None:
+        if namespace == KEY.namespace("first"):
+            raise TorchCacheError("an fsync failed here")
+        sync(namespace)
+
+    monkeypatch.setattr(server.store, "sync", fail)
+    with pytest.raises(TorchCacheError, match="an fsync failed here"):
+        server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+    with pytest.raises(NotCommitted):
+        server.state(NEXT)
+
+
+def test_one_save_borrows_from_one(server: Server) -> None:
+    server.save("first")
+    server.save("other", THIRD)
+    server.reserve("second", NEXT)
+    assert borrow(server, "second") == [FROZEN]
+    assert borrow(server, "second", base=(THIRD, "other")) == []
+    assert borrow(server, "second", names=(FRESH,)) == [FRESH]
+    assert borrow(server, "rival") == [], "the path is reserved for another"
+
+
+def test_what_is_being_dropped_is_not_lent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drop that has begun can't be called back."""
+    server.save("first")
+    server.upload()
+    lent: list[list[str]] = []
+    drop = server.store.drop
+
+    def meanwhile(namespace: str) -> int:
+        lent.append(borrow(server, "second"))
+        return drop(namespace)
+
+    monkeypatch.setattr(server.store, "drop", meanwhile)
+    slots = server.write_back._slots
+    save = slots.slot(KEY).save
+    assert save is not None
+    # As if its own record had gone at this very moment: another thread may still have seen it.
+    monkeypatch.setattr(borrowing.Borrowing, "_find", lambda self, key, save_id: save)
+    slots.forget_save(slots.slot(KEY))
+    slots.drop(slots.slot(KEY), KEY.namespace("first"))
+    assert lent == [[]]
+    assert server.namespaces == []
+
+
+def test_a_disk_that_fails_lends_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.save("first")
+    server.upload()
+    server.reserve("second", NEXT)
+
+    def fail(namespace: str, keep: bool) -> None:
+        raise OutOfSpace("the disk can't")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.store, "keep", fail)
+        with pytest.raises(TorchCacheError, match="the disk can't"):
+            borrow(server, "second")
+    with pytest.raises(CheckpointError, match="isn't lent"):
+        server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+    assert borrow(server, "second") == [FROZEN]
+
+
+# ---- copies ----
+
+
+def owner_and_copy() -> tuple[Server, Server]:
+    """Two servers; the second has a copy of the save of the first."""
+    bucket = Bucket()
+    a, b = Server(bucket, "a", lease_s=LONG_S), Server(bucket, "b", lease_s=LONG_S)
+    a.reserve("first")
+    for server in (a, b):
+        server.put("first")
+    b.hold_copy("first", owner="a")
+    a.commit("first")
+    b.write_back.confirm_copy(KEY, "first", committed_unix_s=1.0, replicas=2, deadline=soon())
+    return a, b
+
+
+def copy_borrowing(a: Server, b: Server) -> None:
+    a.reserve("second", NEXT)
+    for server in (a, b):
+        assert borrow(server, "second") == [FROZEN]
+        put_fresh(server, "second", NEXT)
+    b.hold_copy("second", NEXT, owner="a", files=files_of("second"), borrowed=[FROZEN])
+    a.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+    b.write_back.confirm_copy(NEXT, "second", committed_unix_s=2.0, replicas=2, deadline=soon())
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_server_with_a_copy_lends_too(durable: bool) -> None:
+    """Also behind the upload of the save it had the copy of: until then it stays, and may be evicted."""
+    a, b = owner_and_copy()
+    if durable:
+        a.upload()
+        b.write_back.tidy()
+        assert b.namespaces == [KEY.namespace("first")]
+        assert not b.store.kept
+    copy_borrowing(a, b)
+    assert b.store.kept == {KEY.namespace("first"), NEXT.namespace("second")}
+    assert b.write_back.get(NEXT, deadline=soon()).borrowed == {FROZEN: (KEY.path, "first")}
+    b.restart(power_cut=False)
+    assert b.store.kept == {KEY.namespace("first"), NEXT.namespace("second")}
+    a.upload(NEXT)
+    a.upload()
+    b.write_back.tidy()
+    assert not b.store.kept
+    b.write_back.drop_copy(NEXT, "second", deadline=soon())
+    b.write_back.drop_copy(KEY, "first", deadline=soon())
+    assert b.namespaces == []
+
+
+def test_a_copy_with_borrowed_files_is_uploaded_if_its_owner_is_lost() -> None:
+    """F37"""
+    a, b = owner_and_copy()
+    a.upload()
+    b.write_back.tidy()
+    copy_borrowing(a, b)
+    b.write_back.tidy()
+    b.clock_ahead_s += 10 * LONG_S
+    b.write_back.tidy()
+    b.upload(NEXT)
+    assert b.state(NEXT) == "durable second"
+    assert b.bucket.objects[f"{NEXT.path}/{FROZEN}"] == BYTES
+    assert b.bucket.objects[NEXT.metadata_key] == metadata_of("second")
+    assert b.bucket.objects[NEXT.manifest_key] == manifest_of("second")
+
+
+def test_of_a_run_one_copy_stays_to_be_lent_and_none_over_a_restart() -> None:
+    """I5"""
+    a, b = owner_and_copy()
+    a.upload()
+    b.write_back.tidy()
+    a.reserve("other", THIRD)
+    for server in (a, b):
+        server.put("other", THIRD)
+    b.hold_copy("other", THIRD, owner="a")
+    a.commit("other", THIRD)
+    a.upload(THIRD)
+    b.write_back.tidy()
+    assert b.namespaces == [THIRD.namespace("other")]
+    b.restart()
+    assert b.namespaces == []
+
+
+def test_what_another_server_deleted_leaves_nothing_at_its_owner() -> None:
+    """I5: a durable save any server can delete; the saves of a run lie where the first of them did."""
+    a, b = owner_and_copy()
+    a.upload()
+    b.write_back.tidy()
+    copy_borrowing(a, b)
+    a.write_back.drop_copy(NEXT, "second", deadline=soon())
+    assert NEXT.namespace("second") in a.namespaces, "it isn't durable yet"
+    a.upload(NEXT)
+    b.write_back.tidy()
+    for key in (KEY, NEXT):
+        delete(b, key)
+        for server in (a, b):
+            server.write_back.drop_copy(key, "", deadline=soon())
+    assert a.namespaces == b.namespaces == []
+
+
+def test_a_copy_that_eviction_took_is_not_lent() -> None:
+    a, b = owner_and_copy()
+    a.upload()
+    b.write_back.tidy()
+    b.store.drop(KEY.namespace("first"))
+    b.write_back.tidy()
+    assert borrow(b, "second") == []
+
+
+# ---- by the under-store itself ----
+
+
+def copies(server: Server) -> list[str]:
+    return [what.removeprefix("copy ") for what in server.gate.log if what.startswith("copy ")]
+
+
+def test_what_lies_in_the_under_store_already_is_copied_there(server: Server) -> None:
+    server.save("first")
+    server.upload()
+    save_borrowing(server, "second")
+    server.upload(NEXT)
+    assert copies(server) == [f"{NEXT.path}/{FROZEN}"]
+    assert server.state(NEXT) == "durable second"
+    save_borrowing(server, "third", THIRD, base=(NEXT, "second"))
+    delete(server, KEY)
+    server.upload(THIRD)
+    assert copies(server) == [f"{NEXT.path}/{FROZEN}", f"{THIRD.path}/{FROZEN}"], "of the one between"
+    assert server.bucket.objects[f"{THIRD.path}/{FROZEN}"] == BYTES
+
+
+@pytest.mark.parametrize("how", ["changed", "gone", "restart"])
+def test_what_is_not_there_any_more_is_uploaded(server: Server, how: str) -> None:
+    server.save("first")
+    server.upload()
+    save_borrowing(server, "second")
+    shard = f"{KEY.path}/{FROZEN}"
+    if how == "changed":
+        server.bucket.objects[shard] = b"!" * len(BYTES)
+    elif how == "gone":
+        del server.bucket.objects[shard]
+    else:
+        server.restart()
+    server.upload(NEXT)
+    assert server.bucket.objects[f"{NEXT.path}/{FROZEN}"] == BYTES
+    assert server.state(NEXT) == "durable second"
