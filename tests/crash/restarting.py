@@ -22,6 +22,7 @@ from tests.crash.world import (
     current_save,
     open_saves,
     open_store,
+    origin_of,
     outlast_claims,
     parts_of,
     saved_chunk,
@@ -241,7 +242,8 @@ def _save_seen(
             name: objects.get(f"{key.path}/{name}") == data for name, data in parts_of(save_id).items()
         }
         return SaveSeen(save_id, all(in_store[name] or in_bucket[name] for name in in_store))
-    kept = flags.get(key.namespace(save_id), Flags()).kept
+    origins = [origin_of(key, save_id, name) for name in in_store]
+    kept = all(flags.get(at.namespace(stored_by), Flags()).kept for at, stored_by in origins)
     return SaveSeen(save_id, all(in_store.values()) and kept)
 
 

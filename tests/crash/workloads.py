@@ -10,7 +10,7 @@ from unittest import mock
 
 from torchcache_server.store import Policy
 
-from tests.crash.world import KEY, World, payload
+from tests.crash.world import KEY, NEXT_KEY, World, borrowing_id, payload
 from tests.unit.write_back_world import soon
 
 Workload = Callable[[World, random.Random], None]
@@ -359,6 +359,62 @@ def copies_and_saves(world: World, rng: random.Random) -> None:
     world.write_back.drop_copy(KEY, never, deadline=soon())
 
 
+def borrowing(world: World, rng: random.Random) -> None:
+    """A checkpoint takes a file over from the one before, which goes: before the upload, or behind it."""
+    world.open()
+    world.save(f"first-{rng.randrange(1000)}")
+    if rng.random() < 0.5:
+        world.upload()
+    world.save_borrowing(f"second-{rng.randrange(1000)}", NEXT_KEY, KEY)
+    if rng.random() < 0.5:
+        world.delete()
+        world.upload(NEXT_KEY)
+    else:
+        world.upload(NEXT_KEY)
+        world.delete()
+    world.write_back.tidy()
+    world.save_borrowing(f"third-{rng.randrange(1000)}", KEY, NEXT_KEY)
+    world.delete(NEXT_KEY)
+
+
+def borrowing_in_place(world: World, rng: random.Random) -> None:
+    """It takes a file over from the one whose place it takes, and a restart comes in between."""
+    world.open()
+    world.save(f"first-{rng.randrange(1000)}")
+    world.save_borrowing(f"second-{rng.randrange(1000)}", KEY, KEY)
+    world.upload()
+    if rng.random() < 0.5:
+        world.stop()
+        world.open()
+    world.save_borrowing(f"third-{rng.randrange(1000)}", KEY, KEY)
+    world.upload()
+    world.upload()
+    world.save_borrowing(f"fourth-{rng.randrange(1000)}", NEXT_KEY, KEY)
+    world.delete()
+    world.stop()
+
+
+def borrowing_copies(world: World, rng: random.Random) -> None:
+    """Of another server's saves, with a file of a copy that had done its duty, or hadn't; then that server is lost."""
+    world.open()
+    first = f"first-{rng.randrange(1000)}"
+    world.copy(first)
+    world.owner_commits(first)
+    if rng.random() < 0.5:
+        world.owner_uploads(first)
+        world.write_back.tidy()
+    second = borrowing_id(f"second-{rng.randrange(1000)}", KEY, first)
+    world.copy(second, NEXT_KEY)
+    world.owner_commits(second, NEXT_KEY)
+    world.write_back.tidy()
+    if rng.random() < 0.5:
+        world.stop()
+        world.open()
+    world.owner_is_silent()
+    world.upload(NEXT_KEY)
+    world.write_back.tidy()
+
+
 STORE_WORKLOADS: Final[dict[str, Workload]] = {
     workload.__name__: workload
     for workload in (
@@ -379,7 +435,10 @@ STORE_WORKLOADS: Final[dict[str, Workload]] = {
 }
 SAVE_WORKLOADS: Final[dict[str, Workload]] = {
     workload.__name__: workload
-    for workload in (save_and_replace, replace_pending, stop_while_saving, copies, copies_and_saves)
+    for workload in (
+        *(save_and_replace, replace_pending, stop_while_saving, copies, copies_and_saves),
+        *(borrowing, borrowing_in_place, borrowing_copies),
+    )
 }
 
 
@@ -413,5 +472,7 @@ def go_on_saving(world: World, rng: random.Random) -> None:
     if rng.random() < 0.5 and world.current():
         world.upload()
     world.save(f"next-{rng.randrange(1000)}")
+    if rng.random() < 0.5 and not world.current(NEXT_KEY):
+        world.save_borrowing(f"after-{rng.randrange(1000)}", NEXT_KEY, KEY)
     world.upload()
     world.upload()

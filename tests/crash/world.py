@@ -49,7 +49,10 @@ KIB: Final = 1024
 SEGMENT_BYTES: Final = 96 * KIB
 CAPACITY_BYTES: Final = 6 * SEGMENT_BYTES
 KEY: Final = SaveKey("s3", "run/step-1")
+NEXT_KEY: Final = SaveKey("s3", "run/step-2")
 OTHER_SERVER: Final = "another server"
+FROZEN: Final = "__0_0.distcp"
+"""The file that saves borrow."""
 
 _LEASE_S: Final = 30.0
 _SIZES: Final = (0, 1, 300, 512, 1000, 4000, 12_000, 16 * KIB, 16 * KIB + 1, 24_000, 40_000)
@@ -86,15 +89,31 @@ def payload(number: int) -> bytes:
     return rng.randbytes(rng.choice(_SIZES))
 
 
+def borrowing_id(name: str, key: SaveKey, base_id: str) -> str:
+    """The id of a save that borrows `FROZEN` of the save `base_id` at `key`: it says all of that."""
+    return f"{name}--{key.path.rpartition('-')[2]}--{base_id}"
+
+
+def origin_of(key: SaveKey, save_id: str, name: str) -> tuple[SaveKey, str]:
+    """Where, and in which save, a file of a save was stored."""
+    while name == FROZEN and "--" in save_id:
+        _, step, save_id = save_id.split("--", 2)
+        key = SaveKey(key.store, f"run/step-{step}")
+    return key, save_id
+
+
 @lru_cache(maxsize=1000)
 def parts_of(save_id: str) -> dict[str, bytes]:
     """A save's files; one has several blocks, one is empty."""
     rng = random.Random(save_id)
-    sizes = {"__0_0.distcp": rng.randrange(17_000, 40_000), "__0_1.distcp": 700, "__1_0.distcp": 0}
-    return {name: rng.randbytes(size) for name, size in sizes.items()}
+    sizes = {FROZEN: rng.randrange(17_000, 40_000), "__0_1.distcp": 700, "__1_0.distcp": 0}
+    parts = {name: rng.randbytes(size) for name, size in sizes.items()}
+    _, stored_by = origin_of(KEY, save_id, FROZEN)
+    return parts if stored_by == save_id else {**parts, FROZEN: parts_of(stored_by)[FROZEN]}
 
 
 def saved_chunk(key: SaveKey, save_id: str, name: str) -> ChunkId:
+    key, save_id = origin_of(key, save_id, name)
     return ChunkId(ObjectId(key.store, f"{key.path}/{name}", f"save:{save_id}"), 0)
 
 
@@ -384,29 +403,62 @@ class World:
 
     def save(self, save_id: str, key: SaveKey = KEY) -> None:
         """Reserve, write, commit: as the service does it."""
-        if OTHER_SERVER.encode() in self.bucket.objects.get(key.claim_key, b""):
-            with suppress(DeadlineExceeded):  # it is looked at, and may be alive
-                self._reserve(save_id, key, deadline=time.monotonic())
-            self._clock.outlast_claims()
-        self._reserve(save_id, key, deadline=soon())
+        self._take_path(save_id, key)
         namespace = key.namespace(save_id)
         self.there.keep(namespace, True)
         self._put_parts(save_id, key)
         self.there.sync(namespace)
         self.commit(save_id, key)
 
+    def _take_path(self, save_id: str, key: SaveKey) -> None:
+        if self.write_back._slots.slot(key).deletion is not None:
+            self.upload(key)  # it goes on where the last server left it
+        if OTHER_SERVER.encode() in self.bucket.objects.get(key.claim_key, b""):
+            with suppress(DeadlineExceeded):  # it is looked at, and may be alive
+                self._reserve(save_id, key, deadline=time.monotonic())
+            self._clock.outlast_claims()
+        self._reserve(save_id, key, deadline=soon())
+
     def _reserve(self, save_id: str, key: SaveKey, *, deadline: float) -> None:
         self.write_back.reserve(key, save_id, writer="a test", overwrite=True, deadline=deadline)
 
+    def save_borrowing(self, name: str, key: SaveKey, base: SaveKey) -> None:
+        """As `save`, but with a file of what lies at `base`; whole if that isn't lent."""
+        base_id = self.current(base)
+        save_id = borrowing_id(name, base, base_id)
+        self._take_path(save_id, key)
+        if not self.write_back.lend(key, save_id, base, base_id, [FROZEN]):
+            self.write_back.abandon(key, save_id)
+            self.save(name, key)
+            return
+        self.there.keep(key.namespace(save_id), True)
+        self._put_parts(save_id, key)
+        self.there.sync(key.namespace(save_id))
+        self.commit(save_id, key)
+
+    def delete(self, key: SaveKey = KEY) -> None:
+        self._promise(SaveChanges(key, "", done=False))
+        self.write_back.delete(key, "", deadline=soon(), wait_s=0.0)
+        self._promise(SaveChanges(key, "", done=True))
+        self.upload(key)
+
     def _put_parts(self, save_id: str, key: SaveKey) -> None:
         for name, data in parts_of(save_id).items():
+            if origin_of(key, save_id, name) != (key, save_id):
+                continue
             self.put_rows(key.namespace(save_id), [(saved_chunk(key, save_id, name), len(data), data)])
 
     def commit(self, save_id: str, key: SaveKey = KEY) -> None:
         files = [(name, len(data)) for name, data in parts_of(save_id).items()]
         self._promise(SaveChanges(key, save_id, done=False))
         self.write_back.commit(
-            key, save_id, files, metadata_of(save_id), manifest_of(save_id), deadline=soon()
+            key,
+            save_id,
+            files,
+            metadata_of(save_id),
+            manifest_of(save_id),
+            borrowed=_borrowed(save_id),
+            deadline=soon(),
         )
         self._promise(SaveChanges(key, save_id, done=True))
 
@@ -419,6 +471,9 @@ class World:
         """This server takes a copy of what a writer sends, that has reserved the path at the other."""
         if key.claim_key not in self.bucket.objects:
             self._claim(save_id, "reserved", key)
+        if _borrowed(save_id):
+            _, step, base_id = save_id.split("--", 2)
+            self.write_back.lend(key, save_id, SaveKey(key.store, f"run/step-{step}"), base_id, [FROZEN])
         there = self.bucket.objects.get(key.manifest_key)
         self._put_parts(save_id, key)
         files = [(name, len(data)) for name, data in parts_of(save_id).items()]
@@ -432,6 +487,7 @@ class World:
             overwrite=True,
             writer="a test",
             owner=OTHER_SERVER,
+            borrowed=_borrowed(save_id),
             deadline=soon(),
         )
 
@@ -469,6 +525,10 @@ class World:
         if os.path.basename(path).startswith("clean"):
             with open(os.path.join(self._root, STORE, "index", "data.mdb"), "rb") as file:
                 self.trace.indexes[node] = file.read()
+
+
+def _borrowed(save_id: str) -> list[str]:
+    return [FROZEN] if "--" in save_id else []
 
 
 def open_store(root: str, disk: DiskCalls, *, more_segments: int = 0) -> Store:
