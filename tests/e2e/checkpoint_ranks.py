@@ -170,6 +170,18 @@ def save_with_cached_plans(pool: Any, uri: str) -> None:
         assert loaded[f"of-{rank}"].eq(10 * step + rank).all(), step
 
 
+def save_again(pool: Any, uri: str) -> None:
+    """Three steps of a state that doesn't change, of which two have no plan to send; each is loaded another way."""
+    writer = tc.CacheStorageWriter(uri, pool=pool)
+    for step in range(3):
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        dcp.save(
+            sharded(AS_SAVED), storage_writer=writer, planner=planner, checkpoint_id=f"{uri}/step-{step}"
+        )
+    for step in range(3):
+        load_sharded(pool, f"{uri}/step-{step}")
+
+
 def fail_then_save(pool: Any, uri: str) -> None:
     """A rank fails in the middle (F32): every rank hears of it, nothing is committed, and the path is free again."""
 

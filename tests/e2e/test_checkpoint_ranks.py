@@ -54,6 +54,19 @@ def manifest_of(pool: tc.Pool, uri: str) -> Manifest:
     return Manifest.decode(pool.get_save(*pool.resolve(uri)).manifest, where=uri)
 
 
+def test_each_rank_borrows_what_it_wrote(pool: tc.Pool, bucket: str, run: Run) -> None:
+    run(ranks.save_again, f"{bucket}/again")
+    for step in (1, 2):
+        uri = f"{bucket}/again/step-{step}"
+        info = pool.get_save(*pool.resolve(uri))
+        assert {name: path.rpartition("/")[2] for name, (path, _) in info.borrowed.items()} == {
+            "__0_0.distcp": "step-0",
+            "__1_0.distcp": "step-0",
+        }
+        own = [size for name, size in manifest_of(pool, uri).files.items() if name not in info.borrowed]
+        assert sum(own) < 0.1 * info.total_bytes
+
+
 def test_resharding_from_two_ranks_to_one_to_two(pool: tc.Pool, bucket: str, run: Run) -> None:
     run(ranks.save_and_reshard, f"{bucket}/two")
     manifest = manifest_of(pool, f"{bucket}/two")

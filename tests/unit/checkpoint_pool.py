@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tests.unit.memory_pool import MemoryPool
 from torchcache.errors import (
@@ -16,6 +16,7 @@ from torchcache.errors import (
 from torchcache.model import Extent, ObjectId
 from torchcache.pool import SaveInfo, SaveState
 from torchcache.pool.reports import Reservation
+from torchcache.save_names import saved_file
 
 
 class CheckpointPool(MemoryPool):
@@ -33,6 +34,10 @@ class CheckpointPool(MemoryPool):
         self.committed: dict[tuple[str, str, str], tuple[list[tuple[str, int]], bytes]] = {}
         self.uploads = True
         self.lease_s = 10.0
+        self.lends = True
+        self.borrowings: list[tuple[tuple[str, str], frozenset[str]]] = []
+        self.loans: dict[str, SaveInfo] = {}
+        self.asked_near: list[tuple[str, ...]] = []
 
     def write(
         self,
@@ -65,7 +70,9 @@ class CheckpointPool(MemoryPool):
         overwrite: bool,
         writer: str,
         replicas: int | None = None,
+        near: Sequence[str] = (),
     ) -> Reservation:
+        self.asked_near.append(tuple(near))
         key = (store, path, part)
         there = self.objects.keys() & {(store, f"{path}/{part}.metadata")}
         if (key in self.saved or there) and not overwrite:
@@ -102,12 +109,19 @@ class CheckpointPool(MemoryPool):
         manifest: bytes,
         timeout_s: float = 120.0,
         reservation: Reservation | None = None,
+        borrowed: Collection[str] = (),
     ) -> SaveInfo:
         key = (store, path, part)
+        base = self.loans.pop(save_id, None)
+        origins: dict[str, tuple[str, str]] = {}
+        for name in borrowed:
+            assert base is not None
+            origins[name] = base.borrowed.get(name, (base.path, base.save_id))
         if self.reserved.pop(key, None) != save_id:
             raise AlreadyExists(f"the save of {path} was superseded")
         for name, size in files:
-            held = self.save_files.get(ObjectId(store, f"{path}/{name}", f"save:{save_id}"))
+            origin = origins.get(name, (path, save_id))
+            held = self.save_files.get(saved_file(store, origin[0], name, origin[1]))
             if held is None or len(held) != size:
                 raise CheckpointError(f"{path} can't be committed: file {name} isn't here whole")
         self.committed[key] = (list(files), metadata)
@@ -123,8 +137,26 @@ class CheckpointPool(MemoryPool):
             error=None,
             committed_unix_s=1.0,
             durable_unix_s=0.0,
+            borrowed=origins,
         )
         return self.saved[key]
+
+    def borrow_files(
+        self,
+        save: tuple[str, str, str, str],
+        base: tuple[str, str],
+        sizes: Mapping[str, int],
+        *,
+        servers: Sequence[str],
+    ) -> frozenset[str]:
+        self.borrowings.append((base, frozenset(sizes)))
+        found = self.saved.get((save[0], base[0], save[2]))
+        if not self.lends or found is None or found.save_id != base[1]:
+            return frozenset()
+        self.loans[save[3]] = found
+        return frozenset(
+            name for name, size in sizes.items() if len(self.save_files[found.file(name)]) == size
+        )
 
     def get_save(self, store: str, path: str, part: str = "", *, manifest: bool = True) -> SaveInfo:
         info = super().get_save(store, path, part)
@@ -140,9 +172,7 @@ class CheckpointPool(MemoryPool):
         info = self.saved[key]
         files, metadata = self.committed[key]
         for name, _ in files:
-            self.objects[store, f"{path}/{name}"] = self.save_files[
-                ObjectId(store, f"{path}/{name}", f"save:{info.save_id}")
-            ]
+            self.objects[store, f"{path}/{name}"] = self.save_files[info.file(name)]
         self.objects[store, f"{path}/{part}.metadata"] = metadata
         self.objects[store, f"{path}/{part}.torchcache.json"] = info.manifest
         self.saved[key] = dataclasses.replace(info, state=state, pending_bytes=0)

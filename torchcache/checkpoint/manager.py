@@ -56,7 +56,8 @@ RETENTION_S: Final = 30.0
 class CheckpointManager:
     """Saves and loads the checkpoints of one run, `<root>/step-<n>`, and deletes those that are not needed any more.
 
-    `root`, `pool`, `durability`, `replicas`, `compression` and `extra_memory_bytes` are as for CacheStorageWriter.
+    `root`, `pool`, `durability`, `replicas`, `compression`, `extra_memory_bytes` and `reuse_unchanged` are as for
+    CacheStorageWriter.
     `keep_last` checkpoints stay (None: all), and each whose step is a multiple of `keep_every`; and always the newest
     that is durable, and any that somebody is reading.
 
@@ -80,6 +81,7 @@ class CheckpointManager:
         replicas: int | None = None,
         compression: str | Zstd | None = None,
         extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
+        reuse_unchanged: bool = True,
         rng: bool = True,
     ) -> None:
         for name, count in (("keep_last", keep_last), ("keep_every", keep_every)):
@@ -93,6 +95,7 @@ class CheckpointManager:
         self._replicas = replicas
         self._compression = Zstd.of(compression)
         self._extra_memory_bytes = extra_memory_bytes
+        self._reuse_unchanged = reuse_unchanged
         self._rng = rng
         self._made_ranks: Ranks | None = None
         self._stager = Stager()
@@ -183,6 +186,7 @@ class CheckpointManager:
             compression=self._compression,
             extra_memory_bytes=self._extra_memory_bytes,
             overwrite=overwrite,
+            reuse_unchanged=self._reuse_unchanged,
         )
 
     def _write(self, content: dict[str, Any], writer: CacheStorageWriter) -> None:

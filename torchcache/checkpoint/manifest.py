@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -76,6 +76,9 @@ class Item:
     payload_length: int
     frame_digest: int
     digests: tuple[int, ...]
+    probe: int = field(
+        default=0, compare=False
+    )  # of the process that wrote it alone, see `probe_digest`; 0: unknown
 
     @property
     def payload(self) -> ByteRange:
@@ -106,6 +109,26 @@ def payload_digests(payload: memoryview) -> tuple[int, ...]:
     """xxh3-64 of each granule of a payload."""
     starts = range(0, len(payload), GRANULE_BYTES)
     return tuple(xxhash.xxh3_64_intdigest(payload[at : at + GRANULE_BYTES]) for at in starts)
+
+
+_PROBED_BYTES = 4096
+
+
+def probe_ranges(length: int) -> list[ByteRange]:
+    """What of a payload of `length` bytes is looked at first when it is compared: its ends and its middle."""
+    if length <= 3 * _PROBED_BYTES:
+        return [ByteRange(0, length)]
+    middle = length // 2 // _PROBED_BYTES * _PROBED_BYTES
+    last = (length - _PROBED_BYTES) // 64 * 64  # where an element starts, of any type
+    return [ByteRange(at, at + _PROBED_BYTES) for at in (0, middle, last)]
+
+
+def probe_digest(pieces: Iterable[memoryview]) -> int:
+    """xxh3-64 of the pieces that `probe_ranges` names, one behind the other."""
+    state = xxhash.xxh3_64()
+    for piece in pieces:
+        state.update(piece)
+    return int(state.intdigest())
 
 
 def frame_digest(head: bytes | memoryview, tail: bytes | memoryview) -> int:

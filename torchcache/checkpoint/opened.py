@@ -34,9 +34,7 @@ class OpenCheckpoint:
         self.manifest = Manifest.decode(save.manifest, where=uri)
         self._hold = Hold(pool, save)
         self._hold.take()
-        files = SavedFiles(
-            store=save.store, path=save.path, part=save.part, save_id=save.save_id, sizes=self.manifest.files
-        )
+        files = SavedFiles.of(save, self.manifest.files)
         self._source = Source(pool, self.uri, files, durable=save.state == "durable")
 
     @contextmanager

@@ -216,13 +216,7 @@ class CacheStorageReader(StorageReader):
             manifest = Manifest.decode(info.manifest, where=uri)
         if manifest.save_id != info.save_id:
             raise IntegrityError(f"the manifest of {uri} belongs to another save", object=uri)
-        saved = SavedFiles(
-            store=info.store,
-            path=info.path,
-            part=info.part,
-            save_id=info.save_id,
-            sizes=manifest.files,
-        )
+        saved = SavedFiles.of(info, manifest.files)
         self._source = Source(self.pool, uri, saved, durable=info.state == "durable")
         self._save_id = info.save_id
         pickled_bytes = manifest.pickled_bytes

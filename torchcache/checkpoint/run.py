@@ -10,7 +10,7 @@ from torchcache.checkpoint.manifest import Manifest
 from torchcache.checkpoint.retention import Step, StepState
 from torchcache.errors import IntegrityError, NotCommitted, ObjectNotFound
 from torchcache.model import ObjectInfo
-from torchcache.save_names import METADATA_NAME, saved_file
+from torchcache.save_names import METADATA_NAME
 
 if TYPE_CHECKING:
     from torchcache.pool import Pool, SaveInfo
@@ -88,9 +88,7 @@ def require_whole(pool: Pool, uri: str) -> None:
 
 def _lacking_in_pool(pool: Pool, save: SaveInfo, files: dict[str, int]) -> list[str]:
     names = list(files)
-    objects = [
-        ObjectInfo(saved_file(save.store, save.path, name, save.save_id), files[name]) for name in names
-    ]
+    objects = [ObjectInfo(save.file(name), files[name]) for name in names]
     held = pool.resident_bytes(objects) if objects else []
     return [name for name, bytes in zip(names, held, strict=True) if bytes < files[name]]
 

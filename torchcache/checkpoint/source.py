@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torchcache.checkpoint.landing import Granule, granules_of
 from torchcache.checkpoint.layout import granule_cover
@@ -49,10 +49,24 @@ class SavedFiles:
     part: str
     save_id: str
     sizes: dict[str, int]
+    borrowed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, save: SaveInfo, sizes: dict[str, int]) -> SavedFiles:
+        """The files of a save, given their sizes."""
+        return cls(
+            store=save.store,
+            path=save.path,
+            part=save.part,
+            save_id=save.save_id,
+            sizes=sizes,
+            borrowed=save.borrowed,
+        )
 
     def object(self, name: str) -> ObjectInfo:
-        """A file as the writer stored it in the pool."""
-        return ObjectInfo(saved_file(self.store, self.path, name, self.save_id), self.sizes[name])
+        """A file as its writer stored it in the pool: this save's, or the one it is borrowed from."""
+        path, save_id = self.borrowed.get(name, (self.path, self.save_id))
+        return ObjectInfo(saved_file(self.store, path, name, save_id), self.sizes[name])
 
 
 class Source:

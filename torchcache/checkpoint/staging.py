@@ -15,8 +15,9 @@ from torchcache.checkpoint.frame import blob_of, bytes_of, frame, has_row_major_
 from torchcache.checkpoint.garbage import garbage_waits
 from torchcache.checkpoint.host_memory import Room, copied_bytes, to_host
 from torchcache.checkpoint.layout import align
-from torchcache.checkpoint.manifest import Item, frame_digest, payload_digests
+from torchcache.checkpoint.manifest import Item, frame_digest, payload_digests, probe_digest, probe_ranges
 from torchcache.checkpoint.metadata import dtype_name
+from torchcache.checkpoint.reuse import LEAST_COMPARED_BYTES
 from torchcache.errors import CheckpointError
 
 _GUESSED_OBJECT_BYTES = 4096
@@ -86,6 +87,12 @@ def _compressed(blob: _Blob, how: Zstd) -> _Blob:
     if frame is None:
         return blob
     return _Blob(blob.item, "zstd", blob.dtype, blob.shape, b"", memoryview(frame), b"")
+
+
+def _probe(blob: _Blob) -> int:
+    if blob.kind != "tensor" or len(blob.payload) < LEAST_COMPARED_BYTES:
+        return 0
+    return probe_digest(blob.payload[part.start : part.end] for part in probe_ranges(len(blob.payload)))
 
 
 class StagedFile:
@@ -167,4 +174,5 @@ class StagedFile:
             payload_length=len(blob.payload),
             frame_digest=frame_digest(blob.head, blob.tail),
             digests=payload_digests(blob.payload),
+            probe=_probe(blob),
         )

@@ -22,7 +22,8 @@ _arrived = threading.local()
 class Ticket:
     """One rank's part in one save: `part` is empty, or this rank's own where ranks save without collectives.
 
-    `rank` names the rank's files; `servers` are the ids of those that shall hold them.
+    `rank` names the rank's files; `servers` are the ids of those that shall hold them. `base` is path and id of an
+    earlier save of which files may be borrowed, if there is one.
     """
 
     uri: str
@@ -32,9 +33,19 @@ class Ticket:
     save_id: str
     rank: int
     servers: tuple[str, ...] = ()
+    base: tuple[str, str] | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        fields = (self.uri, self.store, self.path, self.part, self.save_id, self.rank, self.servers)
+        fields = (
+            self.uri,
+            self.store,
+            self.path,
+            self.part,
+            self.save_id,
+            self.rank,
+            self.servers,
+            self.base,
+        )
         return (_arrive, fields)
 
     @property

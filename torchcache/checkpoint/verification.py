@@ -10,7 +10,6 @@ from torchcache.checkpoint.layout import cut
 from torchcache.checkpoint.manifest import Item, Manifest, by_file, frame_digest
 from torchcache.errors import IntegrityError, TorchCacheError, TransientError
 from torchcache.model import CHUNK_BYTES, ByteRange, Extent, ObjectId, ObjectInfo
-from torchcache.save_names import saved_file
 
 if TYPE_CHECKING:
     from torchcache.pool import Pool, SaveInfo
@@ -84,7 +83,7 @@ def _pieces(pool: Pool, save: SaveInfo, manifest: Manifest, faults: list[Fault])
 def _file(pool: Pool, save: SaveInfo, name: str, size: int) -> ObjectInfo:
     """The object that holds a file of the save. Raises IntegrityError if its size is wrong."""
     if save.state != "durable":
-        return ObjectInfo(saved_file(save.store, save.path, name, save.save_id), size)
+        return ObjectInfo(save.file(name), size)
     uri = pool.uri(ObjectId(save.store, f"{save.path}/{name}", ""))
     object = pool.stat(uri)
     if object.size != size:

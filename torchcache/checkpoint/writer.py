@@ -9,7 +9,7 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future as LocalFuture
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -27,14 +27,16 @@ from torchcache.checkpoint.durable import wait_until_durable
 from torchcache.checkpoint.garbage import A_MOMENT_BYTES, garbage_waits
 from torchcache.checkpoint.holder import holder_name
 from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, Room
-from torchcache.checkpoint.layout import MOST_FILE_BYTES, assign_files, file_name, metadata_name, part_name
+from torchcache.checkpoint.layout import MOST_FILE_BYTES, assign_files, metadata_name, part_name
 from torchcache.checkpoint.lease import Lease, end_lease_of_thread
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
 from torchcache.checkpoint.metadata import dcp_version, describe, knows_extensions, stock_metadata
+from torchcache.checkpoint.reuse import LASTING, MEMORY, Base, KeptItem, Written, file_names, files_to_keep
 from torchcache.checkpoint.stager import StagedSave, default_stager
 from torchcache.checkpoint.staging import StagedFile, expected_bytes
 from torchcache.checkpoint.ticket import Ticket, forget_arrived, take_arrived
+from torchcache.checkpoint.unchanged import find_unchanged
 from torchcache.connecting import connect
 from torchcache.errors import CheckpointError, ConfigurationError
 from torchcache.local_pool import LocalPool
@@ -59,6 +61,7 @@ class _Save:
         self.ticket: Ticket | None = None
         self.lease: Lease | None = None
         self.reservation: Reservation | None = None
+        self.lasts = False
         self.release: weakref.finalize[[], CacheStorageWriter] | None = None
 
     def forget_release(self) -> None:
@@ -81,6 +84,9 @@ class CacheStorageWriter(StorageWriter):
     ZStandard extension writes it. What has to be copied first (from a GPU, or because it isn't contiguous) or is
     compressed takes at most `extra_memory_bytes` at a time, or one tensor that is larger.
 
+    Tensors that are as this process's last save in the same folder has them, by their checksums, are neither sent nor
+    stored again (`reuse_unchanged`), unless compressed. In the under-store each checkpoint is whole all the same.
+
     One writer may serve many saves (`checkpoint_id=` gives each its path), from several threads too, and pickles. It is
     its own stager for `dcp.async_save`, see `stage`.
     Raises ConfigurationError.
@@ -96,6 +102,7 @@ class CacheStorageWriter(StorageWriter):
         compression: str | Zstd | None = None,
         extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
         overwrite: bool = False,
+        reuse_unchanged: bool = True,
     ) -> None:
         super().__init__()
         if durability not in ("pool", "store"):
@@ -112,6 +119,7 @@ class CacheStorageWriter(StorageWriter):
         self.durability: Durability = durability
         self.replicas = replicas
         self.overwrite = overwrite
+        self.reuse_unchanged = reuse_unchanged and self.compression is None
         self._given_pool = pool
         self._forget()
 
@@ -205,6 +213,7 @@ class CacheStorageWriter(StorageWriter):
         store, path = pool.resolve(uri)
         save_id = uuid.uuid4().hex
         first_rank = (save.rank or 0) if save.part else 0
+        base = MEMORY.base(store, path, save.part) if self.reuse_unchanged else None
         save.reservation = reserved = pool.reserve_save(
             store,
             path,
@@ -213,9 +222,11 @@ class CacheStorageWriter(StorageWriter):
             overwrite=self.overwrite,
             writer=holder_name(),
             replicas=self.replicas,
+            near=base.servers if base is not None and base.lasts else (),
         )
+        named = (base.path, base.save_id) if base is not None else None
         tickets = [
-            Ticket(uri, store, path, save.part, save_id, first_rank + i, reserved.servers)
+            Ticket(uri, store, path, save.part, save_id, first_rank + i, reserved.servers, named)
             for i in range(len(plans))
         ]
         save.ticket = tickets[0]
@@ -242,17 +253,68 @@ class CacheStorageWriter(StorageWriter):
     def _write_files(
         self, ticket: Ticket, plan: SavePlan, planner: SavePlanner, sizes: list[int]
     ) -> list[WriteResult]:
+        unchanged = self._find_unchanged(ticket, plan, planner, sizes)
+        self._current().lasts = sum(was.length for was in unchanged.values()) >= LASTING * max(sum(sizes), 1)
+        kept = self._borrow(ticket, list(unchanged.values()))
+        lasting: list[int] = []
+        fresh: list[int] = []
+        results: list[WriteResult] = []
+        for number, item in enumerate(plan.items):
+            was = unchanged.get(number)
+            if was is not None and was.file in kept:
+                results.append(WriteResult(index=item.index, size_in_bytes=was.length, storage_data=was))
+            else:
+                # Apart: the next save finds the files of those that last without any that changed.
+                (fresh if was is None else lasting).append(number)
+        groups = [([plan.items[n] for n in group], [sizes[n] for n in group]) for group in (lasting, fresh)]
+        results += self._write_items(ticket, groups, planner, file_names(ticket.rank, kept))
+        if self.reuse_unchanged:
+            items_written = [result.storage_data for result in results]
+            MEMORY.note_written(Written(ticket.save_id, ticket.rank, ticket.part, items_written))
+        return results
+
+    def _find_unchanged(
+        self, ticket: Ticket, plan: SavePlan, planner: SavePlanner, sizes: list[int]
+    ) -> dict[int, KeptItem]:
+        if ticket.base is None or not self.reuse_unchanged:
+            return {}
+        before = MEMORY.written(ticket.base[1], ticket.rank, ticket.part)
+        if before is None:
+            return {}
+        return find_unchanged(plan.items, sizes, planner.resolve_data, before, threads=_WRITERS)
+
+    def _borrow(self, ticket: Ticket, unchanged: Sequence[KeptItem]) -> dict[str, int]:
+        """The files that this save takes over, and their sizes."""
+        wanted = files_to_keep(unchanged)
+        if not wanted or ticket.base is None:
+            return {}
+        save = (ticket.store, ticket.path, ticket.part, ticket.save_id)
+        lent = self.pool.borrow_files(save, ticket.base, wanted, servers=ticket.servers)
+        return {name: size for name, size in wanted.items() if name in lent}
+
+    def _write_items(
+        self,
+        ticket: Ticket,
+        groups: Sequence[tuple[list[WriteItem], list[int]]],
+        planner: SavePlanner,
+        names: Iterator[str],
+    ) -> list[WriteResult]:
+        """Writes items, given with their sizes; those of two groups never into one file."""
         results: list[WriteResult] = []
         writes: deque[LocalFuture[list[WriteResult]]] = deque()
         room = Room(self.extra_memory_bytes)
         # Two of the largest files fit: one is copied while the other is written.
         most_bytes = min(MOST_FILE_BYTES, max(self.extra_memory_bytes // 2, 1))
+        files = (
+            items[run.start : run.stop]
+            for items, sizes in groups
+            for run in assign_files(sizes, writers=_WRITERS, most_bytes=most_bytes)
+        )
         with Threads(_WRITERS, name="torchcache-save") as threads:
             try:
-                for number, run in enumerate(assign_files(sizes, writers=_WRITERS, most_bytes=most_bytes)):
-                    items = plan.items[run.start : run.stop]
+                for items in files:
                     staged = StagedFile(
-                        file_name(ticket.rank, number),
+                        next(names),
                         items,
                         planner.resolve_data,
                         compression=self.compression,
@@ -321,6 +383,7 @@ class CacheStorageWriter(StorageWriter):
                 ticket.part,
                 ticket.save_id,
                 files=list(manifest.files.items()),
+                borrowed={item.file for item in items if isinstance(item, KeptItem)},
                 metadata=pickled,
                 manifest=encoded,
                 reservation=save.reservation,
@@ -329,6 +392,8 @@ class CacheStorageWriter(StorageWriter):
             # Even a commit that failed may have arrived: nothing is given back from here on.
             lease.stop()
             save.forget_release()
+        base = Base(ticket.path, ticket.save_id, ticket.servers, save.lasts)
+        MEMORY.note_committed(ticket.store, ticket.part, base)
         if self.durability == "store":
             wait_until_durable(self.pool, committed)
         # As FileSystemWriter does: dcp.save returns this object.
@@ -358,7 +423,8 @@ class CacheStorageWriter(StorageWriter):
 def _manifest(ticket: Ticket, metadata: Metadata, items: Sequence[Item], pickled: bytes) -> Manifest:
     files: dict[str, int] = {}
     for item in items:
-        files[item.file] = max(files.get(item.file, 0), item.start + item.length)
+        end = item.file_bytes if isinstance(item, KeptItem) else item.start + item.length
+        files[item.file] = max(files.get(item.file, 0), end)
     return Manifest(
         save_id=ticket.save_id,
         checkpoint=ticket.uri,

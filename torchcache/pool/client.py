@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.lanes.base import Buffer, ReadOptions
@@ -273,16 +273,39 @@ class Pool:
         overwrite: bool,
         writer: str,
         replicas: int | None = None,
+        near: Sequence[str] = (),
     ) -> Reservation:
         """Claims `path` for a save, to be renewed within the lease, and chooses the servers that hold it.
 
-        `replicas` is how many, by default two, or as many as there are; one in an embedded pool. Raises AlreadyExists,
+        `replicas` is how many, by default two, or as many as there are; one in an embedded pool. `near` are those of an
+        earlier save, from which files may be borrowed: they come first, if they can be reached. Raises AlreadyExists,
         and ConfigurationError if the pool hasn't so many servers.
         """
         if replicas is not None and replicas < 1:
             raise ConfigurationError(f"replicas={replicas}: give 1 or more")
         ref = cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
-        return Saves(self._session()).reserve(ref, overwrite=overwrite, writer=writer, replicas=replicas)
+        return Saves(self._session()).reserve(
+            ref, overwrite=overwrite, writer=writer, replicas=replicas, near=near
+        )
+
+    def borrow_files(
+        self,
+        save: tuple[str, str, str, str],
+        base: tuple[str, str],
+        sizes: Mapping[str, int],
+        *,
+        servers: Sequence[str],
+    ) -> frozenset[str]:
+        """Asks for files of an earlier save as files of one that is being written, without sending them.
+
+        `save` is (store, path, part, save id), `base` path and id of the earlier one, `sizes` the files' names and
+        bytes, `servers` those of the reservation. Returns the names of those that all of them lend; the others have to
+        be written. No failure of a server is raised: then nothing is lent.
+        """
+        store, path, part, save_id = save
+        ref = cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
+        earlier = cache_pb2.SaveRef(store=store, path=base[0], part=part, save_id=base[1])
+        return Saves(self._session()).borrow(ref, earlier, sizes, servers)
 
     def renew_save(self, store: str, path: str, part: str, save_id: str, *, server: str = "") -> float:
         """Renews the lease and returns it, in seconds. Raises AlreadyExists if another save took over.
@@ -304,14 +327,16 @@ class Pool:
         manifest: bytes,
         timeout_s: float = 120.0,
         reservation: Reservation | None = None,
+        borrowed: Collection[str] = (),
     ) -> SaveInfo:
-        """Commits a save whose `files` (name relative to `path`, size in bytes) were written durably.
+        """Commits a save whose `files` (name relative to `path`, size in bytes) were written durably, or `borrowed`.
 
         To all servers of the `reservation`: those that lack some of it hold no copy, and are warned of.
         """
         info = Saves(self._session()).commit(
             cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id),
             files=files,
+            borrowed=borrowed,
             metadata=metadata,
             manifest=manifest,
             timeout_s=timeout_s,

@@ -42,11 +42,15 @@ def replicas_wanted(asked: int | None, members: Members, *, embedded: bool) -> i
     return asked
 
 
-def holders(session: Session, key: bytes, first: str, wanted: int) -> tuple[str, ...]:
-    """Ids of the servers that shall hold a save which `first` commits: those next in order that can be reached."""
+def holders(
+    session: Session, key: bytes, first: str, wanted: int, *, near: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Ids of the servers that shall hold a save which `first` commits: those next in order that can be reached, first
+    those of them that are among `near`."""
     members = session.current
     order = session.ordering.order(key, members) if members is not None else []
     others = [server for server in order if server != first and not session.health.is_out(server)]
+    others.sort(key=lambda server: server not in near)
     return (first, *others[: wanted - 1])
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from torchcache.errors import TorchCacheError
+from torchcache.model import ObjectId
+from torchcache.save_names import saved_file
 from torchcache.wire.v1 import cache_pb2
 
 SaveState = Literal["reserved", "committed", "durable", "failed"]
@@ -200,7 +203,8 @@ class SaveInfo:
     """One save of a checkpoint. Times are seconds since the epoch, 0.0 where it hasn't happened.
 
     `manifest` is empty in listings. `error` says why a failed save failed. `replicas` is how many servers held it when
-    it was committed; `server` the id of the one that says this.
+    it was committed; `server` the id of the one that says this. `borrowed`: files that lie in the pool as those of
+    another save, by name, its path and id.
     """
 
     store: str
@@ -216,6 +220,12 @@ class SaveInfo:
     durable_unix_s: float
     replicas: int = 1
     server: str = ""
+    borrowed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def file(self, name: str) -> ObjectId:
+        """A file of the save, as the pool holds it."""
+        path, save_id = self.borrowed.get(name, (self.path, self.save_id))
+        return saved_file(self.store, path, name, save_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -40,6 +40,9 @@ CALL_S: Final = 60.0
 RESERVE_S: Final = 300.0
 """A save waits for so long until uploads of earlier ones have made room."""
 
+VERIFIED_BYTES_S: Final = 100e6
+"""A server that is asked to lend files reads them first, at least so fast."""
+
 HOLD_S: Final = 10.0
 DELETE_WAIT_S: Final = 20.0
 """How long one call waits for a deletion before it is asked again."""
@@ -68,6 +71,7 @@ def save_info(reply: Any, server: str, server_id: str = "") -> SaveInfo:
         durable_unix_s=reply.durable_unix_s,
         replicas=max(1, reply.replicas),
         server=server_id,
+        borrowed={file.name: (file.path, file.save_id) for file in reply.borrowed},
     )
 
 
@@ -103,7 +107,13 @@ class Saves:
         )
 
     def reserve(
-        self, ref: cache_pb2.SaveRef, *, overwrite: bool, writer: str, replicas: int | None
+        self,
+        ref: cache_pb2.SaveRef,
+        *,
+        overwrite: bool,
+        writer: str,
+        replicas: int | None,
+        near: Sequence[str] = (),
     ) -> Reservation:
         """See `Pool.reserve_save`."""
         deadline = time.monotonic() + CALL_S
@@ -111,15 +121,52 @@ class Saves:
         wanted = replicas_wanted(replicas, members, embedded=self._session.source.embedded)
         key = folder_key(ref.store, ref.path)
         request = cache_pb2.ReserveSaveRequest(save=ref, overwrite=overwrite, writer=writer)
-        asked = self._session.ask("ReserveSave", request, key=key, timeout_s=RESERVE_S)
+        asked = self._reserve_at(near[0], members, request) if near else None
+        if asked is None:
+            asked = self._session.ask("ReserveSave", request, key=key, timeout_s=RESERVE_S)
         return Reservation(
             lease_s=asked.reply.lease_s,
-            servers=holders(self._session, key, asked.member.server_id, wanted),
+            servers=holders(self._session, key, asked.member.server_id, wanted, near=near),
             wanted=wanted,
             writer=writer,
             overwrite=overwrite,
             replaceable=tuple(asked.reply.replaceable),
         )
+
+    def _reserve_at(self, server: str, members: Members, request: Any) -> Asked | None:
+        """At a server that isn't the owner; None if it can't be reached: nothing is lost but what it could lend."""
+        member = members.by_id.get(server)
+        if member is None or self._session.health.is_out(server):
+            return None
+        try:
+            return self._session.ask_member(member, "ReserveSave", request, time.monotonic() + CALL_S)
+        except TransientError as error:
+            _log.info("%s is reserved elsewhere than the save before: %s", request.save.path, error)
+            return None
+
+    def borrow(
+        self,
+        ref: cache_pb2.SaveRef,
+        base: cache_pb2.SaveRef,
+        sizes: Mapping[str, int],
+        servers: Sequence[str],
+    ) -> frozenset[str]:
+        """See `Pool.borrow_files`."""
+        request = cache_pb2.BorrowFilesRequest(save=ref, base=base, names=sorted(sizes))
+        timeout_s = CALL_S + sum(sizes.values()) / VERIFIED_BYTES_S
+        lent = frozenset(sizes)
+        members = self._session.current
+        for server in servers:
+            if not lent or members is None:
+                break
+            try:
+                deadline = time.monotonic() + timeout_s
+                asked = self._session.ask_member(members.known(server), "BorrowFiles", request, deadline)
+            except TorchCacheError as error:
+                _log.info("nothing is borrowed for %s: %s", ref.path, error)
+                return frozenset()
+            lent &= frozenset(asked.reply.names)
+        return lent
 
     def renew(self, ref: cache_pb2.SaveRef, server: str) -> float:
         """See `Pool.renew_save`."""
@@ -131,6 +178,7 @@ class Saves:
         ref: cache_pb2.SaveRef,
         *,
         files: Sequence[tuple[str, int]],
+        borrowed: Collection[str],
         metadata: bytes,
         manifest: bytes,
         timeout_s: float,
@@ -146,7 +194,9 @@ class Saves:
             metadata = manifest = b""
         request = cache_pb2.CommitSaveRequest(
             save=ref,
-            files=[cache_pb2.SavedFile(name=name, size=size) for name, size in files],
+            files=[
+                cache_pb2.SavedFile(name=name, size=size, borrowed=name in borrowed) for name, size in files
+            ],
             metadata=metadata,
             manifest=manifest,
         )

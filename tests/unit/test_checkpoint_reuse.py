@@ -1,0 +1,280 @@
+"""Saves of which a part is what it was: what is sent, what is taken over, and that all of it is loaded right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit import checkpoint_states as states
+from tests.unit.checkpoint_pool import CheckpointPool
+from tests.unit.checkpoint_states import assert_same, blank, folder_of
+from torchcache.checkpoint import layout, reuse, writer
+from torchcache.checkpoint.layout import GRANULE_BYTES
+from torchcache.checkpoint.lease import end_lease_of_thread
+from torchcache.checkpoint.manifest import Manifest
+from torchcache.checkpoint.reuse import MOST_STALE, KeptItem, Memory, files_to_keep
+from torchcache.checkpoint.unchanged import is_unchanged
+from torchcache.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+RUN = "s3://bucket/run"
+LAYER_BYTES = 64 * 1024
+LAYERS = 20
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "MEMORY", Memory())
+
+
+@pytest.fixture
+def pool() -> Iterator[CheckpointPool]:
+    yield CheckpointPool()
+    end_lease_of_thread()
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four layers."""
+    monkeypatch.setattr(layout, "_LEAST_FILE_BYTES", 4 * LAYER_BYTES)
+    monkeypatch.setattr(writer, "_WRITERS", 100)
+
+
+def layers(count: int = LAYERS) -> dict[str, Any]:
+    chance = torch.Generator().manual_seed(1)
+    return {f"layer.{n:02d}": torch.randn(LAYER_BYTES // 4, generator=chance) for n in range(count)}
+
+
+def save(pool: CheckpointPool, step: int, state: dict[str, Any], **options: Any) -> int:
+    """Returns the bytes that were sent."""
+    before = len(pool.writes)
+    dcp.save(state, storage_writer=states.writer(pool, f"{RUN}/step-{step}", **options))
+    return sum(sum(sizes) for _, _, _, sizes in pool.writes[before:])
+
+
+def load(pool: CheckpointPool, step: int, state: dict[str, Any]) -> dict[str, Any]:
+    loaded: dict[str, Any] = blank(state)
+    dcp.load(loaded, storage_reader=states.reader(pool, f"{RUN}/step-{step}"))
+    return loaded
+
+
+def stock_load(pool: CheckpointPool, step: int, state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    pool.upload("s3", f"bucket/run/step-{step}")
+    loaded: dict[str, Any] = blank(state)
+    path = folder_of(pool, folder, f"bucket/run/step-{step}")
+    dcp.load(loaded, storage_reader=dcp.FileSystemReader(path))
+    return loaded
+
+
+def change(state: dict[str, Any], *numbers: int) -> None:
+    for number in numbers:
+        state[f"layer.{number:02d}"] += 1
+
+
+def test_what_did_not_change_is_not_sent_again(
+    pool: CheckpointPool, small_files: None, tmp_path: Path
+) -> None:
+    state = {**layers(), "step": 1, "note": "first"}
+    first = save(pool, 1, state)
+    change(state, 7)
+    state["step"] = 2
+    second = save(pool, 2, state)
+    assert LAYER_BYTES < second < 2 * LAYER_BYTES < 0.1 * first
+    assert_same(load(pool, 2, state), state)
+    assert_same(stock_load(pool, 2, state, tmp_path / "c"), state)
+    pool.evict()
+    assert_same(load(pool, 2, state), state)
+
+
+def test_over_many_saves_names_do_not_meet(pool: CheckpointPool, small_files: None) -> None:
+    state = layers()
+    save(pool, 0, state)
+    for step in range(1, 12):
+        change(state, step % 3, 10 + step % 5)
+        save(pool, step, state)
+        assert_same(load(pool, step, state), state)
+        info = pool.saved["s3", f"bucket/run/step-{step}", ""]
+        manifest = Manifest.decode(info.manifest, where="here")
+        own = {
+            object.key.rpartition("/")[2] for _, object, _, _ in pool.writes if info.save_id in object.version
+        }
+        assert not own & set(info.borrowed)
+        assert own | set(info.borrowed) == set(manifest.files)
+        assert len({path for path, _ in info.borrowed.values()}) <= 2
+
+
+def test_where_everything_changed_nothing_is_asked_for(pool: CheckpointPool) -> None:
+    state = layers()
+    first = save(pool, 1, state)
+    change(state, *range(LAYERS))
+    assert save(pool, 2, state) == first
+    assert not pool.borrowings
+
+
+def test_what_changed_too_much_is_sent_apart_and_taken_over_the_next_time(
+    pool: CheckpointPool, small_files: None
+) -> None:
+    state = layers()
+    first = save(pool, 1, state)
+    odd = range(1, LAYERS, 2)
+    change(state, *odd)
+    assert save(pool, 2, state) > 0.99 * first
+    change(state, *odd)
+    assert save(pool, 3, state) < 0.51 * first
+    assert_same(load(pool, 3, state), state)
+
+
+def test_a_run_that_lasts_stays_with_its_servers(pool: CheckpointPool, small_files: None) -> None:
+    """And the saves of one that changes go where their paths are placed."""
+    state = layers()
+    save(pool, 1, state)
+    change(state, *range(LAYERS))
+    save(pool, 2, state)
+    save(pool, 3, state)
+    save(pool, 4, state)
+    assert pool.asked_near == [(), (), (), ("only",)]
+
+
+def test_what_is_not_lent_is_sent(pool: CheckpointPool, small_files: None) -> None:
+    state = layers()
+    first = save(pool, 1, state)
+    pool.lends = False
+    change(state, 3)
+    assert save(pool, 2, state) > 0.99 * first
+    assert pool.borrowings
+    assert not pool.saved["s3", "bucket/run/step-2", ""].borrowed
+    assert_same(load(pool, 2, state), state)
+
+
+@pytest.mark.parametrize("options", [{"reuse_unchanged": False}, {"compression": "zstd"}])
+def test_nothing_is_reused_where_it_was_not_asked_for(pool: CheckpointPool, options: dict[str, Any]) -> None:
+    state = layers()
+    first = save(pool, 1, state, **options)
+    assert save(pool, 2, state, **options) == first
+    assert not pool.borrowings
+
+
+def test_another_folder_is_another_run(pool: CheckpointPool) -> None:
+    state = layers()
+    first = save(pool, 1, state)
+    end_lease_of_thread()
+    dcp.save(state, storage_writer=states.writer(pool, "s3://bucket/other/step-1"))
+    assert not pool.borrowings
+    assert sum(sum(sizes) for *_, sizes in pool.writes) == 2 * first
+
+
+def test_a_save_that_failed_is_no_base(pool: CheckpointPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = layers()
+    save(pool, 1, state)
+    change(state, 3)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise CheckpointError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool, "commit_save", refuse)
+        with pytest.raises(dcp.api.CheckpointException, match="no"):
+            save(pool, 2, state)
+    end_lease_of_thread()
+    save(pool, 3, state)
+    assert {base for base, _ in pool.borrowings} == {("bucket/run/step-1", pool.borrowings[0][0][1])}
+    assert_same(load(pool, 3, state), state)
+
+
+def test_a_state_that_lost_and_gained_tensors(pool: CheckpointPool, small_files: None) -> None:
+    state = layers()
+    save(pool, 1, state)
+    del state["layer.00"]
+    state["layer.01"] = state["layer.01"].to(torch.float64)
+    state["layer.02"] = state["layer.02"].reshape(2, -1)
+    state["new"] = torch.ones(LAYER_BYTES)
+    save(pool, 2, state)
+    assert_same(load(pool, 2, state), state)
+
+
+# ---- comparing ----
+
+
+def item_of(tensor: torch.Tensor, pool: CheckpointPool) -> KeptItem:
+    dcp.save({"t": tensor}, storage_writer=states.writer(pool, f"{RUN}/step-0"))
+    (item,) = Manifest.decode(pool.only_save().manifest, where="here").items
+    return KeptItem.of(item, item.length, "id")
+
+
+@pytest.mark.parametrize("at", [0, GRANULE_BYTES // 4 - 1, GRANULE_BYTES // 4, -1])
+def test_one_changed_element_is_seen(pool: CheckpointPool, at: int) -> None:
+    tensor = torch.zeros(GRANULE_BYTES // 4 + 5)
+    item = item_of(tensor, pool)
+    assert is_unchanged(tensor.clone(), item)
+    tensor[at] = -0.0  # equal, as numbers go
+    assert not is_unchanged(tensor, item)
+
+
+def test_only_what_is_written_from_its_own_memory_is_compared(pool: CheckpointPool) -> None:
+    tensor = torch.arange(10_000, dtype=torch.float32).reshape(100, 100)
+    item = item_of(tensor, pool)
+    assert is_unchanged(torch.nn.Parameter(tensor.clone()), item)
+    assert not is_unchanged(tensor.t(), item)
+    assert not is_unchanged(tensor.t().contiguous(), item)
+    assert not is_unchanged(tensor.view(torch.int32), item)
+    assert not is_unchanged(tensor.reshape(-1), item)
+    assert not is_unchanged(tensor.to("meta"), item)
+
+
+# ---- which files ----
+
+
+def kept(name: str, length: int, file: str, file_bytes: int, origin: str) -> KeptItem:
+    return KeptItem(
+        name=name,
+        offset=None,
+        index=None,
+        kind="tensor",
+        dtype="uint8",
+        shape=(length,),
+        file=file,
+        start=0,
+        length=length,
+        payload_start=0,
+        payload_length=length,
+        frame_digest=0,
+        digests=(0,),
+        file_bytes=file_bytes,
+        origin=origin,
+    )
+
+
+@given(st.lists(st.tuples(st.integers(1, 100), st.integers(0, 100), st.integers(0, 5)), max_size=20))
+def test_what_is_taken_over_is_mostly_of_use(files: list[tuple[int, int, int]]) -> None:
+    items = [
+        kept(f"t{n}", used, f"f{n}", used + stale, f"save {origin}")
+        for n, (used, stale, origin) in enumerate(files)
+    ]
+    chosen = files_to_keep(items)
+    by_file = {item.file: item for item in items}
+    stale = sum(size - by_file[name].length for name, size in chosen.items())
+    assert stale <= MOST_STALE * sum(chosen.values())
+    assert len({by_file[name].origin for name in chosen}) <= reuse._MOST_ORIGINS
+    clean = {item.file for item in items if item.length == item.file_bytes}
+    if len({item.origin for item in items}) <= reuse._MOST_ORIGINS:
+        assert clean <= set(chosen)
+
+
+def test_a_process_remembers_a_few() -> None:
+    memory = Memory()
+    for number in range(10):
+        memory.note_written(reuse.Written(str(number), 0, "", []))
+        memory.note_committed("s3", "", reuse.Base(f"run-{number}/step-1", str(number), ("a",)))
+    assert [n for n in range(10) if memory.written(str(n), 0, "")] == [6, 7, 8, 9]
+    assert [n for n in range(10) if memory.base("s3", f"run-{n}/step-2", "")] == [6, 7, 8, 9]
+    assert memory.written("9", 1, "") is None
+    assert memory.written("9", 0, "__0") is None
+    assert memory.base("s3", "run-9/step-2", "__0") is None

@@ -1,0 +1,168 @@
+"""What this process wrote lately, and which files of it the next save may take over. See decision 23. Free of torch.
+
+A save takes over whole files: what else lies in them, values that went out of date, comes along, and is bounded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from torchcache.checkpoint.layout import file_name
+from torchcache.checkpoint.manifest import Item
+
+LEAST_COMPARED_BYTES: Final = 16 * 1024
+"""Smaller items aren't compared: they cost more to find than to send."""
+
+MOST_STALE: Final = 0.25
+"""Of the bytes that a save takes over at most so many are of no use to it."""
+
+LASTING: Final = 0.1
+"""A run of which so much doesn't change stays with its servers; the saves of another spread over all of them."""
+
+_MOST_ORIGINS: Final = 2
+_REMEMBERED: Final = 4
+
+ItemKey = tuple[str, tuple[int, ...] | None, int | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptItem(Item):
+    """An item in a file of an earlier save, which is `file_bytes` long, and was stored by the save `origin`."""
+
+    file_bytes: int
+    origin: str
+
+    @classmethod
+    def of(cls, item: Item, file_bytes: int, origin: str) -> KeptItem:
+        values: dict[str, Any] = {one.name: getattr(item, one.name) for one in fields(Item)}
+        return cls(**values, file_bytes=file_bytes, origin=origin)
+
+
+class Written:
+    """What one rank wrote in one save, by what it is."""
+
+    def __init__(self, save_id: str, rank: int, part: str, items: Sequence[Item]) -> None:
+        self.save_id = save_id
+        self.rank = rank
+        self.part = part
+        self._items = {key_of(item): item for item in items if _is_comparable(item)}
+        self._ends: dict[str, int] = {}
+        for item in items if self._items else ():
+            end = item.file_bytes if isinstance(item, KeptItem) else item.start + item.length
+            self._ends[item.file] = max(self._ends.get(item.file, 0), end)
+
+    def find(self, name: str, offset: tuple[int, ...] | None, index: int | None) -> KeptItem | None:
+        """The item as it was then, as one that may be kept."""
+        item = self._items.get((name, offset, index))
+        if item is None:
+            return None
+        origin = item.origin if isinstance(item, KeptItem) else self.save_id
+        return KeptItem.of(item, self._ends[item.file], origin)
+
+
+def _is_comparable(item: Item) -> bool:
+    return item.kind == "tensor" and item.payload_length >= LEAST_COMPARED_BYTES
+
+
+def key_of(item: Item) -> ItemKey:
+    """What the item is, whatever its value."""
+    return (item.name, item.offset, item.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The last save that this process committed in a folder: where it lies, and the servers that have it.
+
+    `lasts`: enough of it was as in the save before that the next should go to the same servers.
+    """
+
+    path: str
+    save_id: str
+    servers: tuple[str, ...]
+    lasts: bool = False
+
+
+class Memory:
+    """What a process remembers of its saves. Thread-safe; a few at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._written: OrderedDict[str, Written] = OrderedDict()
+        self._bases: OrderedDict[tuple[str, str, str], Base] = OrderedDict()
+
+    def note_written(self, written: Written) -> None:
+        """Whether the save it belongs to is ever committed is for the coordinator to know."""
+        with self._lock:
+            self._written[written.save_id] = written
+            _forget_oldest(self._written)
+
+    def written(self, save_id: str, rank: int, part: str) -> Written | None:
+        """What this process wrote in a save, as that rank."""
+        with self._lock:
+            found = self._written.get(save_id)
+        return found if found is not None and (found.rank, found.part) == (rank, part) else None
+
+    def note_committed(self, store: str, part: str, base: Base) -> None:
+        """The next save in the folder may borrow from it."""
+        with self._lock:
+            key = (store, _folder(base.path), part)
+            self._bases[key] = base
+            self._bases.move_to_end(key)
+            _forget_oldest(self._bases)
+
+    def base(self, store: str, path: str, part: str) -> Base | None:
+        """What a save at `path` may borrow from."""
+        with self._lock:
+            return self._bases.get((store, _folder(path), part))
+
+
+MEMORY: Final = Memory()
+"""This process's own."""
+
+
+def files_to_keep(unchanged: Sequence[KeptItem]) -> dict[str, int]:
+    """Of the files in which these items lie those that are worth to be taken over, and their sizes.
+
+    The cleanest first, as long as at most `MOST_STALE` of all of it is of no use; of the saves with most to take.
+    """
+    used: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    origins: dict[str, str] = {}
+    for item in unchanged:
+        used[item.file] = used.get(item.file, 0) + item.length
+        sizes[item.file], origins[item.file] = item.file_bytes, item.origin
+    of_origin: dict[str, int] = {}
+    for name, origin in origins.items():
+        of_origin[origin] = of_origin.get(origin, 0) + used[name]
+    best = sorted(of_origin, key=lambda origin: (-of_origin[origin], origin))[:_MOST_ORIGINS]
+    kept: dict[str, int] = {}
+    all_bytes = stale_bytes = 0
+    for name in sorted(used, key=lambda name: (-used[name] / sizes[name], name)):
+        if origins[name] not in best:
+            continue
+        all_bytes += sizes[name]
+        stale_bytes += sizes[name] - used[name]
+        if stale_bytes > MOST_STALE * all_bytes:
+            break
+        kept[name] = sizes[name]
+    return kept
+
+
+def file_names(rank: int, taken: Mapping[str, int]) -> Iterator[str]:
+    """Names for the files of a rank, one after the other, without those that it takes over."""
+    names = (file_name(rank, number) for number in itertools.count())
+    return (name for name in names if name not in taken)
+
+
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _forget_oldest(entries: OrderedDict[Any, Any]) -> None:
+    while len(entries) > _REMEMBERED:
+        entries.popitem(last=False)
