@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 import torchcache as tc
 from benchmarks.places import local_pool
 from benchmarks.states import State, size_of
+from torchcache.model import SAVE_PREFIX
 
 _UPLOAD_S: Final = 300.0
 
@@ -22,11 +23,17 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning) 
 class Ours:
     """A CheckpointManager that keeps one checkpoint, over a pool of its own: each save replaces the one before."""
 
-    def __init__(self, root: Path, state: State, into: State, *, home: str | None = None) -> None:
-        """`home` is the URI that checkpoints are uploaded to (default: a folder in `root`); with it the pool is new."""
+    def __init__(
+        self, root: Path, state: State, into: State, *, home: str | None = None, reuse: bool = False
+    ) -> None:
+        """`home` is the URI that checkpoints are uploaded to (default: a folder in `root`); with it the pool is new.
+
+        Without `reuse` a state that doesn't change is written whole at each save, as one that does would be.
+        """
         self._root, self._state, self._into = root, state, into
         self._home = home or f"file://{root / 'store'}"
-        self._own = home is not None
+        self._own = home is not None or reuse
+        self._reuse = reuse
         self._size = size_of(state)
         self._open = ExitStack()
         self._step = 0
@@ -36,7 +43,9 @@ class Ours:
         self._pool = self._open.enter_context(
             local_pool(self._root / "pool", capacity_bytes=4 * self._size + (1 << 29), own=self._own)
         ).pool
-        manager = tc.CheckpointManager(self._home, keep_last=1, pool=self._pool, rng=False)
+        manager = tc.CheckpointManager(
+            self._home, keep_last=1, pool=self._pool, rng=False, reuse_unchanged=self._reuse
+        )
         self._manager = self._open.enter_context(manager)
         self._pool.resolve(self._home)
         return self
@@ -61,6 +70,21 @@ class Ours:
         reader = tc.CacheStorageReader(f"{self._manager.root}/step-{self._step}", pool=self._pool)
         dcp.load(self._into, storage_reader=reader, no_dist=True)
         return self._size
+
+    @property
+    def sent_bytes(self) -> int:
+        """What was sent to the pool, by this process."""
+        return self._pool.statistics().written_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """What of checkpoints lies in the pool."""
+        return sum(
+            namespace.bytes
+            for server in self._pool.status()
+            for namespace in server.namespaces
+            if namespace.name.startswith(SAVE_PREFIX)
+        )
 
     def begin_async(self) -> int:
         """Returns when training may go on."""
