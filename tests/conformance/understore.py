@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from torchcache_server.understore import UnderStore
+from torchcache_server.understore import UnderStore, s3_upload
 
 from torchcache.errors import AlreadyExists, ConfigurationError, ObjectChanged, ObjectNotFound
 from torchcache.model import ByteRange, ObjectInfo
@@ -155,7 +155,9 @@ class UnderStoreConformance:
         middle = ByteRange(8_388_607, 8_388_700)
         assert under_store.read(info, middle, deadline=soon()) == data[middle.start : middle.end]
 
-    def test_a_copy_is_conditional_on_both_ends_or_none(self, under_store: UnderStore, folder: str) -> None:
+    def test_a_copy_is_conditional_on_both_ends_or_none(
+        self, under_store: UnderStore, folder: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         data = os.urandom(9 * 1024 * 1024 + 3)
         old = put(under_store, f"{folder}a", data[::-1])
         info = put(under_store, f"{folder}a", data, replaces=old.id.version)
@@ -170,6 +172,11 @@ class UnderStoreConformance:
             again = under_store.copy(info, f"{folder}b", replaces=copied.id.version, deadline=soon())
             assert again is not None
             assert get(under_store, again) == data
+        monkeypatch.setattr(s3_upload, "COPIED_PART_BYTES", 5 * 1024 * 1024)
+        in_parts = under_store.copy(info, f"{folder}d", replaces="", deadline=soon())
+        assert (in_parts is not None) == self.copies_itself
+        if in_parts is not None:
+            assert get(under_store, in_parts) == data
         under_store.delete(f"{folder}a", deadline=soon())
         assert under_store.copy(info, f"{folder}c", replaces="", deadline=soon()) is None, "it is gone"
         assert [found.id.key for found in list_all(under_store, f"{folder}c")] == []

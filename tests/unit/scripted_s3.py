@@ -27,6 +27,11 @@ class Held:
 
     data: bytes
     metadata: dict[str, str] = field(default_factory=dict)
+    part_sizes: list[int] = field(default_factory=list)
+
+    def add_part(self, data: bytes) -> None:
+        self.data += data
+        self.part_sizes.append(len(data))
 
     @property
     def etag(self) -> str:
@@ -80,9 +85,17 @@ class Request(BaseHTTPRequestHandler):
         if self.command == "POST" and "uploads" in query:
             self.server.owner.pending[self.key] = Held(b"", self._metadata())
             self.reply(200, b"<R><UploadId>upload</UploadId></R>")
+        elif self.command == "PUT" and "x-amz-copy-source" in self.headers:
+            self.copy_part()
         elif self.command == "PUT" and "partNumber" in query:
-            self.server.owner.pending[self.key].data += self.body
+            self.server.owner.pending[self.key].add_part(self.body)
             self.reply(200, headers={"ETag": '"part"'})
+        elif self.command == "GET" and "uploadId" in query:
+            sizes = self.server.owner.pending[self.key].part_sizes
+            parts = [
+                f"<Part><PartNumber>{n}</PartNumber><Size>{s}</Size></Part>" for n, s in enumerate(sizes, 1)
+            ]
+            self.reply(200, f"<R>{''.join(parts)}</R>".encode())
         elif self.command == "DELETE":
             (self.server.owner.pending if "uploadId" in query else objects).pop(self.key, None)
             self.reply(204)
@@ -94,6 +107,19 @@ class Request(BaseHTTPRequestHandler):
             self.refuse(412, "PreconditionFailed")
         else:
             self.send_object(found)
+
+    def copy_part(self, *, whole: bool = False, any_version: bool = False) -> None:
+        """UploadPartCopy; with what is wrong with it."""
+        found = self.server.owner.objects.get(unquote(self.headers["x-amz-copy-source"]).lstrip("/"))
+        if found is None:
+            self.refuse(404, "NoSuchKey")
+        elif not any_version and self.headers["x-amz-copy-source-if-match"] != found.etag:
+            self.refuse(412, "PreconditionFailed")
+        else:
+            first, last = map(int, self.headers["x-amz-copy-source-range"].removeprefix("bytes=").split("-"))
+            data = found.data if whole else found.data[first : last + 1]
+            self.server.owner.pending[self.key].add_part(data)
+            self.reply(200, b'<R><ETag>"part"</ETag></R>')
 
     def _metadata(self) -> dict[str, str]:
         return {k: v for k, v in self.headers.items() if k.lower().startswith("x-amz-meta-")}

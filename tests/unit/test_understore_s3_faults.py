@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from torchcache_server.understore import s3_upload
 from torchcache_server.understore.retry import RetryPolicy
 from torchcache_server.understore.s3 import S3UnderStore
 
@@ -331,6 +332,54 @@ def test_a_failed_upload_leaves_no_parts(s3: S3UnderStore, fake: ScriptedS3) -> 
     fake.always = fail_parts
     with pytest.raises(TransientError, match="s3://bucket/new"):
         write(s3, bytes(9_000_000))
+    assert fake.pending == {}
+    assert "bucket/new" not in fake.objects
+
+
+def copied(s3: S3UnderStore, source: Held) -> ObjectInfo | None:
+    info = ObjectInfo(ObjectId("s3", "key", source.etag.strip('"')), len(source.data))
+    return s3.copy(info, "new", replaces="", deadline=time.monotonic() + 30)
+
+
+@pytest.fixture
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_upload, "COPIED_PART_BYTES", 5_000_000)
+
+
+def test_a_large_object_is_copied_in_parts(s3: S3UnderStore, fake: ScriptedS3, small_copies: None) -> None:
+    source = fake.objects["bucket/key"] = Held(bytes(range(256)) * 40_000)
+    info = copied(s3, source)
+    assert info is not None
+    assert info.size == len(source.data)
+    assert fake.objects["bucket/new"].data == source.data
+    assert fake.objects["bucket/new"].part_sizes == [5_000_000, 5_000_000, 240_000]
+
+
+COPY_FAULTS: dict[str, Callable[[Request], None]] = {
+    "it fails": lambda request: request.refuse(500, "InternalError"),
+    "it isn't allowed": lambda request: request.refuse(403, "AccessDenied"),
+    "it isn't known": lambda request: request.refuse(501, "NotImplemented"),
+    "it takes no notice of the range": lambda request: request.copy_part(whole=True),
+    "it takes no notice of the version": lambda request: request.copy_part(any_version=True),
+}
+
+
+@pytest.mark.parametrize("fault", COPY_FAULTS)
+def test_what_is_not_copied_for_sure_is_left_to_be_written(
+    s3: S3UnderStore, fake: ScriptedS3, small_copies: None, fault: str
+) -> None:
+    """Whatever the server makes of the parts: nothing appears at the key, and no parts stay."""
+    source = Held(bytes(range(256)) * 40_000)
+    fake.objects["bucket/key"] = Held(bytes(10_240_000)) if fault.endswith("version") else source
+
+    def wrongly(request: Request) -> bool:
+        if "x-amz-copy-source" not in request.headers:
+            return False
+        COPY_FAULTS[fault](request)
+        return True
+
+    fake.always = wrongly
+    assert copied(s3, source) is None
     assert fake.pending == {}
     assert "bucket/new" not in fake.objects
 

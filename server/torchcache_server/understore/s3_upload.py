@@ -8,7 +8,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torchcache.errors import AlreadyExists, ConfigurationError, TorchCacheError, TransientError
 from torchcache_server.understore.s3_client import S3Calls
@@ -22,6 +22,8 @@ T = TypeVar("T")
 PART_BYTES = 8 * 1024 * 1024
 COPIED_PART_BYTES = 128 * 1024 * 1024
 """S3 says nothing while it copies a part: so much it has copied long before a call is given up."""
+_COPY_S = 60.0
+"""Of a server that can't copy so much in that time it isn't asked for."""
 _MOST_PARTS = 10_000
 _PARTS_AT_ONCE = 4
 _CLEANUP_S = 4.0
@@ -31,7 +33,7 @@ _WRITE_ID = "torchcache-write"
 
 
 class _NotCopied(Exception):
-    """S3 refuses, or the source isn't what it was. Never leaves this module."""
+    """S3 refuses or fails, or the source isn't what it was. Never leaves this module."""
 
 
 def part_bytes(size: int) -> int:
@@ -184,32 +186,41 @@ class _Upload:
                     CopySourceRange=f"bytes={start}-{last}",
                 )["CopyPartResult"]
 
-            try:
-                copied = self._run(send)
-            except TransientError:
-                raise
-            except TorchCacheError as error:
-                raise _NotCopied from error
+            copied = self._run_copy(send, "write", self._target)
             checksums = {name: value for name, value in copied.items() if name.startswith("Checksum")}
             parts.append({"PartNumber": number, "ETag": copied["ETag"], **checksums})
-        self._require_version(source, version)
+        self._require_copied(source, version, size, upload_id)
         return parts
 
-    def _require_version(self, source: S3Object, version: str) -> None:
-        """What is at that version still was so all the while. Not every server looks at CopySourceIfMatch."""
+    def _require_copied(self, source: S3Object, version: str, size: int, upload_id: str) -> None:
+        """Not every server looks at CopySourceIfMatch, or at CopySourceRange.
+
+        What is at that version, and as long, still was so all the while.
+        """
+        found = self._run_copy(
+            lambda client: client.head_object(Bucket=source.bucket, Key=source.key), "stat", source
+        )
+        if (found["ETag"].strip('"'), found["ContentLength"]) != (version, size):
+            raise _NotCopied
+        if size <= COPIED_PART_BYTES:
+            return
+        listed = self._run_copy(
+            lambda client: client.list_parts(**self._where, UploadId=upload_id), "write", self._target
+        )
+        due = [min(COPIED_PART_BYTES, size - start) for start in range(0, size, COPIED_PART_BYTES)]
+        there = [part["Size"] for part in listed.get("Parts", [])]
+        if there != due[: len(there)] or not there:  # a page of them, in order
+            raise _NotCopied
+
+    def _run_copy(
+        self, send: Callable[[S3Client], T], action: Literal["write", "stat"], target: S3Object
+    ) -> T:
+        """Raises _NotCopied: whatever fails here, the bytes can be sent."""
+        deadline = min(self._deadline, time.monotonic() + _COPY_S)
         try:
-            found = self._calls.run(
-                lambda client: client.head_object(Bucket=source.bucket, Key=source.key),
-                action="stat",
-                target=source,
-                deadline=self._deadline,
-            )
-        except TransientError:
-            raise
+            return self._calls.run(send, action=action, target=target, deadline=deadline)
         except TorchCacheError as error:
             raise _NotCopied from error
-        if found["ETag"].strip('"') != version:
-            raise _NotCopied
 
     def _commit(self, send: Callable[[S3Client], str]) -> str:
         """Makes the object appear. A lost answer leaves a doubt: was that AlreadyExists our own first try?"""
