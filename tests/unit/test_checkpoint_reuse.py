@@ -19,7 +19,7 @@ from torchcache.checkpoint import layout, reuse, writer
 from torchcache.checkpoint.layout import GRANULE_BYTES
 from torchcache.checkpoint.lease import end_lease_of_thread
 from torchcache.checkpoint.manifest import Manifest
-from torchcache.checkpoint.reuse import MOST_STALE, KeptItem, Memory, files_to_keep
+from torchcache.checkpoint.reuse import LEAST_TAKEN, MOST_STALE, KeptItem, Memory, files_to_keep
 from torchcache.checkpoint.unchanged import is_unchanged
 from torchcache.errors import CheckpointError
 
@@ -206,7 +206,7 @@ def test_a_state_that_lost_and_gained_tensors(pool: CheckpointPool, small_files:
 def item_of(tensor: torch.Tensor, pool: CheckpointPool) -> KeptItem:
     dcp.save({"t": tensor}, storage_writer=states.writer(pool, f"{RUN}/step-0"))
     (item,) = Manifest.decode(pool.only_save().manifest, where="here").items
-    return KeptItem.of(item, item.length, "id")
+    return KeptItem.of(item, file_bytes=item.length, origin="id", origin_bytes=item.length)
 
 
 @pytest.mark.parametrize("at", [0, GRANULE_BYTES // 4 - 1, GRANULE_BYTES // 4, -1])
@@ -232,7 +232,7 @@ def test_only_what_is_written_from_its_own_memory_is_compared(pool: CheckpointPo
 # ---- which files ----
 
 
-def kept(name: str, length: int, file: str, file_bytes: int, origin: str) -> KeptItem:
+def kept(name: str, length: int, file: str, file_bytes: int, origin: str, origin_bytes: int = 1) -> KeptItem:
     return KeptItem(
         name=name,
         offset=None,
@@ -249,6 +249,7 @@ def kept(name: str, length: int, file: str, file_bytes: int, origin: str) -> Kep
         digests=(0,),
         file_bytes=file_bytes,
         origin=origin,
+        origin_bytes=origin_bytes,
     )
 
 
@@ -266,6 +267,50 @@ def test_what_is_taken_over_is_mostly_of_use(files: list[tuple[int, int, int]]) 
     clean = {item.file for item in items if item.length == item.file_bytes}
     if len({item.origin for item in items}) <= reuse._MOST_ORIGINS:
         assert clean <= set(chosen)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.integers(0, 30), st.integers(0, 3)), max_size=12),
+    st.lists(st.integers(0, 500), min_size=4, max_size=4),
+)
+def test_no_earlier_save_is_kept_for_little(files: list[tuple[int, int, int]], others: list[int]) -> None:
+    """`others`: bytes of each save that nothing of use lies in."""
+    stored = list(others)
+    for used, stale, origin in files:
+        stored[origin] += used + stale
+    items = [
+        kept(f"t{n}", used, f"f{n}", used + stale, f"save {origin}", stored[origin])
+        for n, (used, stale, origin) in enumerate(files)
+    ]
+    chosen = files_to_keep(items)
+    by_file = {item.file: item for item in items}
+    for origin in {by_file[name].origin for name in chosen}:
+        taken = sum(size for name, size in chosen.items() if by_file[name].origin == origin)
+        assert taken >= LEAST_TAKEN * stored[int(origin.removeprefix("save "))]
+    stale = sum(size - by_file[name].length for name, size in chosen.items())
+    assert stale <= MOST_STALE * sum(chosen.values())
+    origins = {origin for _, _, origin in files}
+    if len(origins) == 1 and not any(stale for _, stale, _ in files):
+        assert bool(chosen) == (sum(used for used, _, _ in files) >= others[origins.pop()])
+
+
+def test_what_lasts_is_sent_again_while_it_is_little(pool: CheckpointPool, small_files: None) -> None:
+    """Else the pool would keep all of an earlier save for a few files of it."""
+    state = layers()
+    first = save(pool, 1, state)
+    changing = range(4, LAYERS)
+    for step in range(2, 5):
+        change(state, *changing)
+        assert save(pool, step, state) > 0.99 * first
+    assert not pool.borrowings
+
+
+def test_what_a_child_remembers_is_its_own() -> None:
+    memory = Memory()
+    memory.note_committed("s3", "", reuse.Base("run/step-1", "id", ("a",)))
+    with memory._lock:  # as another thread may at the moment of a fork
+        memory.forget()
+        assert memory.base("s3", "run/step-2", "") is None
 
 
 def test_a_process_remembers_a_few() -> None:

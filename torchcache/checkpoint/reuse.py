@@ -6,8 +6,9 @@ A save takes over whole files: what else lies in them, values that went out of d
 from __future__ import annotations
 
 import itertools
+import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -21,8 +22,9 @@ LEAST_COMPARED_BYTES: Final = 16 * 1024
 MOST_STALE: Final = 0.25
 """Of the bytes that a save takes over at most so many are of no use to it."""
 
-LASTING: Final = 0.1
-"""A run of which so much doesn't change stays with its servers; the saves of another spread over all of them."""
+LEAST_TAKEN: Final = 0.5
+"""Of what an earlier save stored at least so much is taken over: the pool keeps all of it, and shall need no more room
+than if everything were written anew."""
 
 _MOST_ORIGINS: Final = 2
 _REMEMBERED: Final = 4
@@ -32,15 +34,19 @@ ItemKey = tuple[str, tuple[int, ...] | None, int | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptItem(Item):
-    """An item in a file of an earlier save, which is `file_bytes` long, and was stored by the save `origin`."""
+    """An item in a file of an earlier save.
+
+    The file is `file_bytes` long, and was stored by the save `origin`, with `origin_bytes` in all by this rank.
+    """
 
     file_bytes: int
     origin: str
+    origin_bytes: int
 
     @classmethod
-    def of(cls, item: Item, file_bytes: int, origin: str) -> KeptItem:
+    def of(cls, item: Item, *, file_bytes: int, origin: str, origin_bytes: int) -> KeptItem:
         values: dict[str, Any] = {one.name: getattr(item, one.name) for one in fields(Item)}
-        return cls(**values, file_bytes=file_bytes, origin=origin)
+        return cls(**values, file_bytes=file_bytes, origin=origin, origin_bytes=origin_bytes)
 
 
 class Written:
@@ -51,18 +57,20 @@ class Written:
         self.rank = rank
         self.part = part
         self._items = {key_of(item): item for item in items if _is_comparable(item)}
-        self._ends: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # of the files that it stored
         for item in items if self._items else ():
-            end = item.file_bytes if isinstance(item, KeptItem) else item.start + item.length
-            self._ends[item.file] = max(self._ends.get(item.file, 0), end)
+            if not isinstance(item, KeptItem):
+                self._sizes[item.file] = max(self._sizes.get(item.file, 0), item.start + item.length)
+        self._bytes = sum(self._sizes.values())
 
     def find(self, name: str, offset: tuple[int, ...] | None, index: int | None) -> KeptItem | None:
         """The item as it was then, as one that may be kept."""
         item = self._items.get((name, offset, index))
-        if item is None:
-            return None
-        origin = item.origin if isinstance(item, KeptItem) else self.save_id
-        return KeptItem.of(item, self._ends[item.file], origin)
+        if item is None or isinstance(item, KeptItem):
+            return item
+        return KeptItem.of(
+            item, file_bytes=self._sizes[item.file], origin=self.save_id, origin_bytes=self._bytes
+        )
 
 
 def _is_comparable(item: Item) -> bool:
@@ -91,6 +99,10 @@ class Memory:
     """What a process remembers of its saves. Thread-safe; a few at a time."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins anew: also in a child, which may have been forked while another thread held the lock."""
         self._lock = threading.Lock()
         self._written: OrderedDict[str, Written] = OrderedDict()
         self._bases: OrderedDict[tuple[str, str, str], Base] = OrderedDict()
@@ -124,21 +136,32 @@ class Memory:
 MEMORY: Final = Memory()
 """This process's own."""
 
+os.register_at_fork(after_in_child=MEMORY.forget)
+
 
 def files_to_keep(unchanged: Sequence[KeptItem]) -> dict[str, int]:
     """Of the files in which these items lie those that are worth to be taken over, and their sizes.
 
-    The cleanest first, as long as at most `MOST_STALE` of all of it is of no use; of the saves with most to take.
+    The cleanest first, as long as at most `MOST_STALE` of all of it is of no use; of the saves with most to take, and
+    none of which less than `LEAST_TAKEN` would be.
     """
-    used: dict[str, int] = {}
-    sizes: dict[str, int] = {}
-    origins: dict[str, str] = {}
+    kept = _cleanest(unchanged)
+    taken: Counter[str] = Counter()
+    for name, origin in {item.file: item.origin for item in unchanged if item.file in kept}.items():
+        taken[origin] += kept[name]
+    stored = {item.origin: item.origin_bytes for item in unchanged}
+    mean = {origin for origin, bytes in taken.items() if bytes < LEAST_TAKEN * stored[origin]}
+    return files_to_keep([item for item in unchanged if item.origin not in mean]) if mean else kept
+
+
+def _cleanest(unchanged: Sequence[KeptItem]) -> dict[str, int]:
+    used: Counter[str] = Counter()
+    of_origin: Counter[str] = Counter()
     for item in unchanged:
-        used[item.file] = used.get(item.file, 0) + item.length
-        sizes[item.file], origins[item.file] = item.file_bytes, item.origin
-    of_origin: dict[str, int] = {}
-    for name, origin in origins.items():
-        of_origin[origin] = of_origin.get(origin, 0) + used[name]
+        used[item.file] += item.length
+        of_origin[item.origin] += item.length
+    sizes = {item.file: item.file_bytes for item in unchanged}
+    origins = {item.file: item.origin for item in unchanged}
     best = sorted(of_origin, key=lambda origin: (-of_origin[origin], origin))[:_MOST_ORIGINS]
     kept: dict[str, int] = {}
     all_bytes = stale_bytes = 0

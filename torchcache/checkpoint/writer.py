@@ -32,7 +32,15 @@ from torchcache.checkpoint.lease import Lease, end_lease_of_thread
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
 from torchcache.checkpoint.metadata import dcp_version, describe, knows_extensions, stock_metadata
-from torchcache.checkpoint.reuse import LASTING, MEMORY, Base, KeptItem, Written, file_names, files_to_keep
+from torchcache.checkpoint.reuse import (
+    LEAST_TAKEN,
+    MEMORY,
+    Base,
+    KeptItem,
+    Written,
+    file_names,
+    files_to_keep,
+)
 from torchcache.checkpoint.stager import StagedSave, default_stager
 from torchcache.checkpoint.staging import StagedFile, expected_bytes
 from torchcache.checkpoint.ticket import Ticket, forget_arrived, take_arrived
@@ -254,7 +262,9 @@ class CacheStorageWriter(StorageWriter):
         self, ticket: Ticket, plan: SavePlan, planner: SavePlanner, sizes: list[int]
     ) -> list[WriteResult]:
         unchanged = self._find_unchanged(ticket, plan, planner, sizes)
-        self._current().lasts = sum(was.length for was in unchanged.values()) >= LASTING * max(sum(sizes), 1)
+        self._current().lasts = sum(was.length for was in unchanged.values()) >= LEAST_TAKEN * max(
+            sum(sizes), 1
+        )
         kept = self._borrow(ticket, list(unchanged.values()))
         lasting: list[int] = []
         fresh: list[int] = []
