@@ -32,6 +32,8 @@ _STATES: Final = (
 )
 _MENDING: Final = "tests/crash/test_mending_crashes.py"
 _LIKELY: Final = {
+    "cache/borrowing.py": ("tests/unit/test_borrowing.py",),
+    "cache/slots.py": ("tests/unit/test_borrowing.py",),
     "cache/": (
         "tests/unit/test_write_back.py",
         "tests/unit/test_write_back_upload.py",
@@ -62,7 +64,7 @@ def tests_for(mutant: Mutant, copy: Path) -> list[str]:
     likely = [name for start, names in _LIKELY.items() if file.startswith(start) for name in names]
     others = sorted(
         path.relative_to(copy).as_posix()
-        for pattern in ("store", "write_back", "service_data", "examination", "local_writing")
+        for pattern in ("store", "write_back", "borrowing", "service_data", "examination", "local_writing")
         for path in (copy / "tests" / "unit").glob(f"test_{pattern}*.py")
     )
     by_states = mutant.loses_bytes and file.startswith("store/") and _MENDING not in likely

@@ -427,7 +427,7 @@ class World:
         base_id = self.current(base)
         save_id = borrowing_id(name, base, base_id)
         self._take_path(save_id, key)
-        if not self.write_back.lend(key, save_id, base, base_id, [FROZEN]):
+        if not self.write_back.lend(key, save_id, base, base_id, [FROZEN], deadline=soon()):
             self.write_back.abandon(key, save_id)
             self.save(name, key)
             return
@@ -473,7 +473,8 @@ class World:
             self._claim(save_id, "reserved", key)
         if _borrowed(save_id):
             _, step, base_id = save_id.split("--", 2)
-            self.write_back.lend(key, save_id, SaveKey(key.store, f"run/step-{step}"), base_id, [FROZEN])
+            base = SaveKey(key.store, f"run/step-{step}")
+            self.write_back.lend(key, save_id, base, base_id, [FROZEN], deadline=soon())
         there = self.bucket.objects.get(key.manifest_key)
         self._put_parts(save_id, key)
         files = [(name, len(data)) for name, data in parts_of(save_id).items()]

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
+from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
 from torchcache_server.cache import borrowing
-from torchcache_server.cache.borrowing import LOAN_LEASES
+from torchcache_server.cache.borrowing import LOAN_LEASES, MOST_READING
 from torchcache_server.cache.save_records import decode_save, encode_save
 from torchcache_server.cache.saves import SaveKey
+from torchcache_server.store import Policy
 from write_back_world import KEY, Bucket, Killed, Server, manifest_of, metadata_of, parts_of, soon
 
-from torchcache.errors import CheckpointError, ConfigurationError, NotCommitted, OutOfSpace, TorchCacheError
+from torchcache.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DeadlineExceeded,
+    NotCommitted,
+    OutOfSpace,
+    Overloaded,
+    TorchCacheError,
+)
 from torchcache.model import ChunkId, ObjectId
 
 NEXT = SaveKey("s3", "run/step-2")
@@ -43,7 +55,7 @@ def borrow(
     base: tuple[SaveKey, str] = (KEY, "first"),
     names: tuple[str, ...] = (FROZEN,),
 ) -> list[str]:
-    return server.write_back.lend(key, save_id, *base, frozenset(names))
+    return server.write_back.lend(key, save_id, *base, frozenset(names), deadline=soon())
 
 
 def save_borrowing(
@@ -413,7 +425,161 @@ def test_a_disk_that_fails_lends_nothing(server: Server, monkeypatch: pytest.Mon
     assert borrow(server, "second") == [FROZEN]
 
 
+def test_a_loan_is_read_no_longer_than_its_caller_waits(server: Server) -> None:
+    """I4"""
+    server.save("first")
+    server.reserve("second", NEXT)
+    with pytest.raises(DeadlineExceeded, match="couldn't be read in time to be lent from"):
+        server.write_back.lend(NEXT, "second", KEY, "first", [FROZEN], deadline=time.monotonic())
+    put_fresh(server, "second", NEXT)
+    with pytest.raises(CheckpointError, match="isn't lent"):
+        server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+    assert borrow(server, "second") == [FROZEN]
+
+
+def test_few_calls_read_at_a_time(server: Server) -> None:
+    """A thread less for each, of those that leases are renewed by."""
+    server.save("first")
+    server.reserve("second", NEXT)
+    reading = server.write_back._borrowing._reading
+    for _ in range(MOST_READING):
+        assert reading.acquire(blocking=False)
+    with pytest.raises(Overloaded, match="16 others borrow files here just now"):
+        borrow(server, "second")
+    reading.release()
+    assert borrow(server, "second") == [FROZEN]
+    assert borrow(server, "second", names=(FRESH,)) == [FRESH], "it was given back"
+
+
+# ---- what several threads do at a time ----
+
+
+def beside(work: Callable[[], object], others: list[threading.Thread]) -> None:
+    """Runs `work` in another thread as far as it gets: to its end, or until it has to wait for this one."""
+    others.append(threading.Thread(target=work))
+    others[-1].start()
+    others[-1].join(0.5)
+
+
+def test_a_loan_does_not_end_amid_the_commit_that_needs_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I2: nobody else holds the bytes any more, and the loan's time is over."""
+    server.save("first")
+    server.upload()
+    assert borrow(server, "second") == [FROZEN]
+    delete(server, KEY)
+    put_fresh(server, "second", NEXT)
+    server.clock_ahead_s += (LOAN_LEASES + 1) * LONG_S
+    others: list[threading.Thread] = []
+    sync = server.store.sync
+
+    def tidy() -> None:
+        server.write_back._borrowing.tidy(server.write_back._slots.slot(NEXT), deadline=soon())
+
+    def meanwhile(namespace: str) -> None:
+        sync(namespace)
+        if not others:
+            beside(tidy, others)
+
+    monkeypatch.setattr(server.store, "sync", meanwhile)
+    server.hold_copy("second", NEXT, owner="b", files=files_of("second"), borrowed=[FROZEN])
+    for other in others:
+        other.join()
+    assert others
+    assert frozen_is_here(server)
+    assert server.store.kept == {KEY.namespace("first"), NEXT.namespace("second")}
+
+
+def test_a_flag_is_not_set_by_what_a_save_was_a_moment_ago(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I5: it became durable, and its bytes may go; the end of a loan settles them at the same time."""
+    server.save("first")
+    slots = server.write_back._slots
+    save = slots.slot(KEY).save
+    assert save is not None
+
+    class Entered(threading.Condition):
+        def __enter__(self) -> bool:
+            if threading.current_thread() is updating and not slots._keeping.locked():
+                other = threading.Thread(target=slots.settle, args=[save.namespaces])
+                other.start()
+                other.join()
+            return super().__enter__()
+
+    updating = threading.Thread(
+        target=slots.update_save, args=[slots.slot(KEY), save.durable("version", 1.0)]
+    )
+    monkeypatch.setattr(slots, "changed", Entered())
+    updating.start()
+    updating.join()
+    assert not server.store.kept
+
+
+def test_no_flag_is_left_of_what_was_dropped_meanwhile(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I5"""
+    server.save("first")
+    slots = server.write_back._slots
+    keep = server.store.keep
+    others: list[threading.Thread] = []
+
+    def drop() -> None:
+        slots.forget_save(slots.slot(KEY))
+        slots.drop(slots.slot(KEY), KEY.namespace("first"))
+
+    def meanwhile(namespace: str, kept: bool) -> None:
+        if not others:
+            beside(drop, others)
+        keep(namespace, kept)
+
+    monkeypatch.setattr(server.store, "keep", meanwhile)
+    slots.settle([KEY.namespace("first")])
+    others[0].join()
+    assert server.namespaces == []
+    assert not server.store.kept
+
+
+# ---- pins ----
+
+
+def test_who_pins_a_save_pins_what_it_has_borrowed(server: Server) -> None:
+    """I6: also once all of it is durable, and over a restart; not any longer than that."""
+    server.save("first")
+    server.upload()
+    save_borrowing(server, "second")
+    server.upload(NEXT)
+    pinned = NEXT.namespace("second")
+    server.store.policies[pinned] = Policy(pinned=True)
+    server.write_back.settle_pin(pinned)
+    assert server.store.kept == {KEY.namespace("first")}
+    delete(server, KEY)
+    server.restart()
+    assert server.store.kept == {KEY.namespace("first")}
+    del server.store.policies[pinned]
+    server.write_back.settle_pin(pinned)
+    assert not server.store.kept
+    server.store.policies[pinned] = Policy(pinned=True)
+    server.write_back.settle_pin(pinned)
+    delete(server, NEXT)
+    assert server.namespaces == []
+    assert not server.store.kept
+
+
 # ---- copies ----
+
+
+def test_what_is_lent_to_the_owner_of_a_save_ends_with_its_lease(server: Server) -> None:
+    """Whoever drops a copy means a server that has one."""
+    server.save("first")
+    server.reserve("second", NEXT)
+    assert borrow(server, "second") == [FROZEN]
+    server.write_back.drop_copy(NEXT, "second", deadline=soon())
+    put_fresh(server, "second", NEXT)
+    server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+    assert server.state(NEXT) == "committed second"
 
 
 def owner_and_copy() -> tuple[Server, Server]:
@@ -510,6 +676,39 @@ def test_what_another_server_deleted_leaves_nothing_at_its_owner() -> None:
         for server in (a, b):
             server.write_back.drop_copy(key, "", deadline=soon())
     assert a.namespaces == b.namespaces == []
+
+
+def test_who_deletes_a_save_lets_go_of_the_copy_it_had_of_it() -> None:
+    """I5: it wasn't needed any more, and stayed to be lent."""
+    a, b = owner_and_copy()
+    a.upload()
+    b.write_back.tidy()
+    assert b.namespaces == [KEY.namespace("first")]
+    delete(b, KEY)
+    assert b.namespaces == []
+
+
+def test_what_is_deleted_elsewhere_may_have_to_give_its_claim_up_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """I5: else its owner would keep it, and not hear of the deletion again."""
+    a, _ = owner_and_copy()
+    a.upload()
+    slots = a.write_back._slots
+    save = slots.slot(KEY).save
+    assert save is not None
+    slots.update_save(slots.slot(KEY), dataclasses.replace(save, claimed=True))
+    settling = threading.Thread(target=slots.update_save, args=[slots.slot(KEY), save])
+    wait_for = slots.changed.wait_for
+
+    def waiting(predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        settling.start()
+        return wait_for(predicate, 60)
+
+    monkeypatch.setattr(slots.changed, "wait_for", waiting)
+    a.write_back.drop_copy(KEY, "", deadline=soon())
+    settling.join()
+    assert a.namespaces == []
 
 
 def test_a_copy_that_eviction_took_is_not_lent() -> None:

@@ -38,6 +38,17 @@ def test_only_what_is_given_changes(store: Store, policies: Policies) -> None:
     assert usage.policy == store.policy("d") == Policy(pinned=True, priority=-1, quota_bytes=10**9)
 
 
+def test_whoever_looks_after_saves_is_told_of_their_pins(store: Store) -> None:
+    told: list[tuple[str, bool]] = []
+    policies = Policies(store, settle_pin=lambda name: told.append((name, store.policy(name).pinned)))
+    fill(store, SAVE, range(1))
+    policies.change(SAVE, PolicyChange(pinned=True))
+    policies.change(SAVE, PolicyChange(pinned=False))
+    policies.change("d", PolicyChange(pinned=True))
+    policies.change(f"{SAVE} elsewhere", PolicyChange(pinned=True))
+    assert told == [(SAVE, True), (SAVE, False)]
+
+
 def test_a_policy_waits_for_its_dataset_over_a_restart(tmp_path: Path, store: Store) -> None:
     Policies(store).change("later", PolicyChange(pinned=True))
     store.close()

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from torchcache_server.cache.saves import SaveKey
 from torchcache_server.cache.write_back import WriteBack
-from torchcache_server.store import NamespaceUsage, StoredChunk
+from torchcache_server.store import NamespaceUsage, Policy, StoredChunk
 from torchcache_server.understore.base import Counters, Listing
 
 from torchcache.errors import AlreadyExists, ObjectChanged, ObjectNotFound
@@ -71,6 +71,7 @@ class MemoryStore:
         self.kept: set[str] = set()
         self.record: dict[bytes, bytes] = {}
         self.set_aside: list[str] = []
+        self.policies: dict[str, Policy] = {}
 
     def power_cut(self) -> None:
         for namespace, chunks in self.chunks.items():
@@ -97,10 +98,14 @@ class MemoryStore:
         (self.kept.add if keep else self.kept.discard)(namespace)
         self.gate.passing(f"kept {keep}")
 
+    def policy(self, namespace: str) -> Policy:
+        return self.policies.get(namespace, Policy())
+
     def drop(self, namespace: str) -> int:
         self.gate.passing("drop")
         self.chunks.pop(namespace, None)
         self.kept.discard(namespace)
+        self.policies.pop(namespace, None)
         self.gate.passing("dropped")
         return 0
 

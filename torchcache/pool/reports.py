@@ -202,9 +202,9 @@ class PoolStatistics:
 class SaveInfo:
     """One save of a checkpoint. Times are seconds since the epoch, 0.0 where it hasn't happened.
 
-    `manifest` is empty in listings. `error` says why a failed save failed. `replicas` is how many servers held it when
-    it was committed; `server` the id of the one that says this. `borrowed`: files that lie in the pool as those of
-    another save, by name, its path and id.
+    `manifest` and `borrowed` are empty in listings. `error` says why a failed save failed. `replicas` is how many
+    servers held it when it was committed; `server` the id of the one that says this. `borrowed`: files that lie in the
+    pool as those of another save, by name, its path and id.
     """
 
     store: str

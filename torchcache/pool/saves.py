@@ -12,6 +12,7 @@ from torchcache.errors import (
     DeadlineExceeded,
     NotCommitted,
     NotResident,
+    Overloaded,
     ServerUnavailable,
     TorchCacheError,
     TransientError,
@@ -28,6 +29,7 @@ from torchcache.pool.retry import Retry
 from torchcache.pool.session import Asked, Session
 from torchcache.pool.writes import Writing
 from torchcache.save_names import MANIFEST_NAME, METADATA_NAME, save_namespace, saved_file
+from torchcache.threads import Threads
 from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import decode_error
 from torchcache.wire.v1 import cache_pb2
@@ -42,6 +44,7 @@ RESERVE_S: Final = 300.0
 
 VERIFIED_BYTES_S: Final = 100e6
 """A server that is asked to lend files reads them first, at least so fast."""
+BORROW_AGAIN_S: Final = 0.2
 
 HOLD_S: Final = 10.0
 DELETE_WAIT_S: Final = 20.0
@@ -152,21 +155,31 @@ class Saves:
         servers: Sequence[str],
     ) -> frozenset[str]:
         """See `Pool.borrow_files`."""
-        request = cache_pb2.BorrowFilesRequest(save=ref, base=base, names=sorted(sizes))
-        timeout_s = CALL_S + sum(sizes.values()) / VERIFIED_BYTES_S
-        lent = frozenset(sizes)
         members = self._session.current
-        for server in servers:
-            if not lent or members is None:
-                break
-            try:
-                deadline = time.monotonic() + timeout_s
-                asked = self._session.ask_member(members.known(server), "BorrowFiles", request, deadline)
-            except TorchCacheError as error:
-                _log.info("nothing is borrowed for %s: %s", ref.path, error)
+        if members is None or not servers:
+            return frozenset()
+        request = cache_pb2.BorrowFilesRequest(save=ref, base=base, names=sorted(sizes))
+        deadline = time.monotonic() + CALL_S + sum(sizes.values()) / VERIFIED_BYTES_S
+
+        def ask(server: str) -> frozenset[str]:
+            while True:
+                try:
+                    asked = self._session.ask_member(members.known(server), "BorrowFiles", request, deadline)
+                except Overloaded as error:  # by other ranks
+                    if time.monotonic() < deadline:
+                        time.sleep(BORROW_AGAIN_S)
+                        continue
+                    failure: TorchCacheError = error
+                except TorchCacheError as error:
+                    failure = error
+                else:
+                    return frozenset(asked.reply.names)
+                _log.info("nothing is borrowed for %s from %s: %s", ref.path, server, failure)
                 return frozenset()
-            lent &= frozenset(asked.reply.names)
-        return lent
+
+        with Threads(len(servers), name="torchcache-borrow") as threads:
+            lent = [threads.submit(ask, server) for server in servers]
+            return frozenset(sizes).intersection(*(one.result() for one in lent))
 
     def renew(self, ref: cache_pb2.SaveRef, server: str) -> float:
         """See `Pool.renew_save`."""
@@ -282,9 +295,21 @@ class Saves:
     def hold(
         self, ref: cache_pb2.SaveRef, reader_id: str, reader: str, *, release: bool, server: str
     ) -> float:
-        """See `Pool.hold_save`."""
+        """See `Pool.hold_save`. Tells the path's owner too: what is durable is deleted there, whoever has it."""
         request = cache_pb2.HoldSaveRequest(save=ref, reader_id=reader_id, reader=reader, release=release)
-        return float(self._ask("HoldSave", request, ref, HOLD_S, server=server).reply.lease_s)
+        lease_s = float(self._ask("HoldSave", request, ref, HOLD_S, server=server).reply.lease_s)
+        members = self._session.current
+        if server and members is not None:
+            owner = self._session.ordering.owner(folder_key(ref.store, ref.path), members)
+            if owner != server:
+                self._hold_at(members.known(owner), request)
+        return lease_s
+
+    def _hold_at(self, member: Member, request: Any) -> None:
+        try:
+            self._session.ask_member(member, "HoldSave", request, time.monotonic() + HOLD_S)
+        except TransientError as error:
+            _log.info("%s doesn't know who reads %s: %s", member.address, request.save.path, error)
 
     def get(self, store: str, path: str, part: str, *, manifest: bool) -> SaveInfo:
         """See `Pool.get_save`."""

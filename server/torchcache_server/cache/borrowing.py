@@ -7,11 +7,12 @@ that one writes, and looks at every byte before it says so. The commit then note
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Final
 
-from torchcache.errors import CheckpointError, ConfigurationError, IntegrityError
+from torchcache.errors import CheckpointError, ConfigurationError, IntegrityError, Overloaded
 from torchcache_server.cache.saves import Save, SaveKey
 from torchcache_server.cache.shard_source import require_intact
 from torchcache_server.cache.slots import Loan, Slot, Slots
@@ -25,6 +26,8 @@ LOAN_LEASES: Final = 60
 _MOST_LOANS: Final = 16
 _MOST_NAMESPACES: Final = 8
 """What one save may keep alive of others."""
+MOST_READING: Final = 16
+"""So many calls read files to lend at a time: each has one of the threads that leases are renewed by."""
 
 
 class Borrowing:
@@ -35,22 +38,39 @@ class Borrowing:
         self._slots = slots
         self._lease_s = lease_s
         self._clock = clock
+        self._reading = threading.BoundedSemaphore(MOST_READING)
 
     def lend(
-        self, key: SaveKey, save_id: str, base: SaveKey, base_id: str, names: Collection[str]
+        self,
+        key: SaveKey,
+        save_id: str,
+        base: SaveKey,
+        base_id: str,
+        names: Collection[str],
+        *,
+        check: Callable[[], None],
     ) -> list[str]:
         """Those of the files `names` of the save `base_id` at `base` that are held from now on for `save_id` at `key`.
 
-        Reads them. None if the base isn't here. Raises ConfigurationError if it isn't of the same folder.
+        Reads them; `check` is called before every chunk and raises to stop. None if the base isn't here. Raises
+        ConfigurationError if it isn't of the same folder, Overloaded if too many are reading: ask again.
         """
         if key.run != base.run:
             raise ConfigurationError(f"{key} can't borrow from {base}: that isn't of the same run")
-        slot = self._slots.slot(key)
-        save = self._begin(slot, save_id, base, base_id)
-        if save is None:
-            return []
+        if not self._reading.acquire(blocking=False):
+            raise Overloaded(f"{MOST_READING} others borrow files here just now", object=str(key))
+        try:
+            slot = self._slots.slot(key)
+            save = self._begin(slot, save_id, base, base_id)
+            return self._hold(slot, save_id, save, names, check) if save is not None else []
+        finally:
+            self._reading.release()
+
+    def _hold(
+        self, slot: Slot, save_id: str, save: Save, names: Collection[str], check: Callable[[], None]
+    ) -> list[str]:
         self._slots.settle(save.namespaces)
-        intact = list(self._intact(save, names))
+        intact = list(self._intact(save, names, check))
         with self._slots.changed:
             loan = slot.loans.get(save_id)
             if loan is None:  # the reservation has ended meanwhile
@@ -75,7 +95,7 @@ class Borrowing:
                 return None
             if slot.lease is not None and slot.lease.save_id != save_id:
                 return None
-            if slot.save is not None and slot.save.save_id == save_id:
+            if save_id in slot.copies or (slot.save is not None and slot.save.save_id == save_id):
                 return None
             names = there.names if there is not None else frozenset()
             slot.loans[save_id] = Loan(save, names, self._clock() + LOAN_LEASES * self._lease_s)
@@ -90,26 +110,32 @@ class Borrowing:
         copy = slot.copies.get(save_id)
         return copy.save if copy is not None else slot.spent.get(save_id)
 
-    def _intact(self, save: Save, names: Iterable[str]) -> Iterable[str]:
+    def _intact(self, save: Save, names: Iterable[str], check: Callable[[], None]) -> Iterable[str]:
         objects = save.objects
         for name in names:
             object = objects.get(name)
             if object is None:
                 continue
             try:
-                require_intact(self._store, object)
+                require_intact(self._store, object, check)
             except IntegrityError as error:
                 _log.warning("%s isn't lent from %s: %s", name, save.key, error)
             else:
                 yield name
 
-    def tidy(self, slot: Slot) -> None:
-        """Ends the loans to saves that nobody came back for."""
-        now = self._clock()
+    def tidy(self, slot: Slot, *, deadline: float) -> None:
+        """Ends the loans to saves that nobody came back for. Raises DeadlineExceeded."""
         for save_id, loan in tuple(slot.loans.items()):
-            is_held = slot.lease is not None and slot.lease.save_id == save_id
-            if not is_held and now >= loan.expires_s:
-                self._slots.end_loan(slot, save_id)
+            if self._has_lapsed(slot, save_id, loan):
+                # Not amid a commit that has found them lent.
+                with slot.exclusively(deadline):
+                    if self._has_lapsed(slot, save_id, loan):
+                        self._slots.end_loan(slot, save_id, only=loan)
+
+    def _has_lapsed(self, slot: Slot, save_id: str, loan: Loan) -> bool:
+        lease = slot.lease
+        is_held = lease is not None and lease.save_id == save_id
+        return not is_held and self._clock() >= loan.expires_s
 
 
 def origins(slot: Slot, save_id: str, names: Collection[str]) -> dict[str, tuple[str, str]]:

@@ -10,6 +10,7 @@ Servers don't talk to each other. What they have to agree on, they do by the cla
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 OPEN_LEASES: Final = 60
 """A copy whose save was never committed is dropped so many leases after its writer was last heard of."""
+_SETTLE_S: Final = 5.0
 
 
 class Copies:
@@ -83,6 +85,7 @@ class Copies:
     def drop(self, key: SaveKey, save_id: str, *, deadline: float) -> None:
         """Drops what is here of a save that was given up or deleted; without an id, all committed ones of the path."""
         slot = self._slots.slot(key)
+        self._let_settle(slot, deadline)
         with slot.exclusively(deadline):
             for copy in tuple(slot.copies.values()):
                 if copy.save.save_id == save_id or (not save_id and copy.confirmed):
@@ -93,7 +96,18 @@ class Copies:
                     self._slots.end_spent(slot, spent)
             if save_id:
                 self._slots.drop(slot, key.namespace(save_id))  # of one that was never prepared
-                self._slots.end_loan(slot, save_id)
+                is_written_here = slot.lease is not None and slot.lease.save_id == save_id
+                if not is_written_here:  # else there is no copy of it
+                    self._slots.end_loan(slot, save_id)
+
+    def _let_settle(self, slot: Slot, deadline: float) -> None:
+        """A save that became durable a moment ago is about to give up its claim, and can be forgotten then."""
+
+        def is_settled() -> bool:
+            return slot.save is None or slot.save.state != "durable" or not slot.save.claimed
+
+        with self._slots.changed:
+            self._slots.changed.wait_for(is_settled, min(_SETTLE_S, max(0.0, deadline - time.monotonic())))
 
     def _forget_durable(self, slot: Slot, save_id: str) -> None:
         """A save of this server's own, which another one was asked to delete: of one that is durable any can."""

@@ -137,6 +137,8 @@ class Deletions:
             self._delete(deletion, f"{deletion.key.path}/{name}", under_store)
         for key in (deletion.key.metadata_key, deletion.key.manifest_key):
             self._delete(deletion, key, under_store)
+        for save_id in tuple(slot.spent):
+            self._slots.end_spent(slot, save_id)
         for namespace in (*slot.garbage, deletion.key.namespace(deletion.save_id)):
             self._slots.drop(slot, namespace)
         self._drop(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -47,8 +48,10 @@ class Policies:
     until the save is dropped, which ends the pin.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, settle_pin: Callable[[str], None] = lambda _: None) -> None:
+        """`settle_pin` is told of saves that were pinned or unpinned: they may lie elsewhere too."""
         self._store = store
+        self._settle_pin = settle_pin
         self._lock = threading.Lock()  # a change is read, then written
 
     def change(self, namespace: str, change: PolicyChange) -> NamespaceUsage | None:
@@ -69,6 +72,8 @@ class Policies:
                 self._check_waiting()
             if after != before:
                 self._store.set_policy(namespace, after)
+            if namespace.startswith(SAVE_PREFIX):  # again, if it failed the last time
+                self._settle_pin(namespace)
             return self._usage(namespace)
 
     def evict(self, namespace: str) -> int:

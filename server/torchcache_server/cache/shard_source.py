@@ -75,9 +75,9 @@ def _verified_chunks(store: Store, object: ObjectInfo, check: Callable[[], None]
         yield payload
 
 
-def require_intact(store: Store, object: ObjectInfo) -> None:
-    """Reads all of an object. Raises IntegrityError if a chunk of it is bad or gone."""
-    for _ in _verified_chunks(store, object, lambda: None):
+def require_intact(store: Store, object: ObjectInfo, check: Callable[[], None]) -> None:
+    """Reads all of an object; `check` as in `write_out`. Raises IntegrityError if a chunk of it is bad or gone."""
+    for _ in _verified_chunks(store, object, check):
         pass
 
 

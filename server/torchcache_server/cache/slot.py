@@ -91,24 +91,22 @@ class Slot:
     @property
     def namespaces(self) -> set[str]:
         """The namespaces that are in use."""
-        going = {self.key.namespace(self.deletion.save_id)} if self.deletion is not None else set()
-        return self.held | going
+        deletion = self.deletion
+        return self.held | ({self.key.namespace(deletion.save_id)} if deletion is not None else set())
 
     @property
     def held(self) -> set[str]:
         """The namespaces that are in use by what isn't being deleted."""
-        held: set[str] = set()
-        if self.lease is not None:
-            held.add(self.key.namespace(self.lease.save_id))
-        save = self.save
-        saves = [*self._held_for_others(), *self.spent.values(), *([save] if save is not None else [])]
+        lease, save = self.lease, self.save
+        held = {self.key.namespace(lease.save_id)} if lease is not None else set()
+        saves = [*self._held_for_others(), *tuple(self.spent.values()), *([save] if save is not None else [])]
         return held.union(*(save.namespaces for save in saves))
 
     def must_keep(self, namespace: str, save: Save | None = None) -> bool:
         """Whether something of this path needs the namespace, and can't get it back. `save`: if that were its save."""
-        if self.lease is not None and self.key.namespace(self.lease.save_id) == namespace:
+        lease, save = self.lease, save or self.save
+        if lease is not None and self.key.namespace(lease.save_id) == namespace:
             return True
-        save = save or self.save
         needed = [*self._held_for_others(), *([save] if save is not None and save.must_be_kept else [])]
         return any(namespace in save.namespaces for save in needed)
 
@@ -117,6 +115,13 @@ class Slot:
         saves = [self.save] if self.save is not None else []
         saves += [copy.save for copy in tuple(self.copies.values())]
         return any(save.namespace == namespace for save in saves)
+
+    def borrower(self, namespace: str) -> str | None:
+        """The namespace of this path's save, if that has borrowed files that lie in `namespace`."""
+        save = self.save
+        if save is None or save.namespace == namespace or namespace not in save.namespaces:
+            return None
+        return save.namespace
 
     def _held_for_others(self) -> list[Save]:
         # Taken out at once: others may change them meanwhile.

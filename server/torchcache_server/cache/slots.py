@@ -52,7 +52,8 @@ class Slots:
         """Guards the fields of all slots; notified when a lease or a save begins or ends."""
         self.dropping: set[str] = set()
         """Namespaces that are being dropped just now, under `changed`: nobody may begin to use them."""
-        self._keeping = threading.Lock()  # around looking who needs a namespace, and saying so to the store
+        self._keeping = threading.Lock()
+        """Held from looking who needs a namespace until the store was told. Taken before `changed`, never within."""
         self.guarded: frozenset[str] = frozenset()
         """Namespaces that nobody may drop: a record that can't be read may speak of them. They were there at the start,
         like whatever a record then spoke of."""
@@ -128,10 +129,11 @@ class Slots:
     def update_save(self, slot: Slot, save: Save) -> None:
         """`save` went on: it became durable, or failed, or lost its claim."""
         self._store.put_record(SAVE + slot.key.digest, encode_save(save))
-        self.settle(save.namespaces, slot, save)
-        with self.changed:
-            slot.save = save
-            self.changed.notify_all()
+        with self._keeping:  # or another one settles by what the save was, behind this
+            self._settle(save.namespaces, slot, save)
+            with self.changed:
+                slot.save = save
+                self.changed.notify_all()
         if save.state == "durable":
             self._store.delete_record(UPLOADED + slot.key.digest)
 
@@ -204,12 +206,13 @@ class Slots:
 
     # ---- files lent to saves that are being written ----
 
-    def end_loan(self, slot: Slot, save_id: str) -> None:
-        """The save holds by itself what it has borrowed, or isn't written any more. None is fine."""
+    def end_loan(self, slot: Slot, save_id: str, *, only: Loan | None = None) -> None:
+        """The save holds by itself what it has borrowed, or isn't written any more. None, or another, is fine."""
         with self.changed:
-            loan = slot.loans.pop(save_id, None)
-        if loan is None:
-            return
+            loan = slot.loans.get(save_id)
+            if loan is None or (only is not None and loan is not only):
+                return
+            del slot.loans[save_id]
         try:
             self._drop_all(slot, loan.base)
         except TorchCacheError as error:
@@ -270,48 +273,73 @@ class Slots:
                     return ObjectId(other.key.store, f"{other.key.path}/{name}", version)
         return None
 
+    # ---- namespaces of the store ----
+
+    def used(self) -> set[str]:
+        """All namespaces that belong to somebody, or are about to go."""
+        with self.changed:
+            return set().union(*(slot.namespaces | slot.garbage for slot in self._slots.values()))
+
     def drop(self, slot: Slot, namespace: str) -> None:
-        """Drops a namespace, unless another part of the same path uses it, or a record that can't be read may."""
+        """Drops a namespace, unless somebody else uses it, or a record that can't be read may."""
+        if namespace in self.guarded:
+            _log.warning("%s stays: a record that can't be read may speak of it", namespace)
+        else:
+            with self._keeping:
+                self._drop(slot, namespace)
+        with self.changed:
+            slot.garbage.discard(namespace)
+
+    def _drop(self, slot: Slot, namespace: str) -> None:
         with self.changed:
             # A deletion doesn't use what it takes away itself.
             used = any(
                 namespace in (other.held if other is slot else other.namespaces)
                 for other in self._slots.values()
             )
-            is_going = not used and namespace not in self.guarded and namespace not in self.dropping
-            if is_going:
+            if not used:
                 self.dropping.add(namespace)
-        if namespace in self.guarded:
-            _log.warning("%s stays: a record that can't be read may speak of it", namespace)
-        elif used:
-            self.settle([namespace])
-        elif is_going:
-            try:
-                self._store.drop(namespace)
-            finally:
-                with self.changed:
-                    self.dropping.discard(namespace)
-        with self.changed:
-            slot.garbage.discard(namespace)
+        if used:
+            self._settle([namespace])
+            return
+        try:
+            self._store.drop(namespace)
+        finally:
+            with self.changed:
+                self.dropping.discard(namespace)
 
     def _drop_all(self, slot: Slot, save: Save) -> None:
         for namespace in sorted(save.namespaces):
             self.drop(slot, namespace)
 
-    def settle(self, namespaces: Iterable[str], slot: Slot | None = None, save: Save | None = None) -> None:
-        """Has the store keep what of these is needed and can't be had again, and no more; as if `slot` had `save`.
+    def settle(self, namespaces: Iterable[str]) -> None:
+        """Has the store keep what of these is needed and can't be had again, and no more.
 
         Also what is here of them for another path's sake: files may be borrowed.
         """
         with self._keeping:
-            for namespace in sorted(namespaces):
-                with self.changed:
-                    all_slots = list(self._slots.values())
-                    keep = any(one.must_keep(namespace, save if one is slot else None) for one in all_slots)
-                    is_known = any(one.stored(namespace) for one in all_slots)
-                # Of a save whose own record can't be read nobody knows whether it may go.
-                if keep or is_known or namespace not in self.guarded:
-                    self._store.keep(namespace, keep)
+            self._settle(namespaces)
+
+    def _settle(self, namespaces: Iterable[str], slot: Slot | None = None, save: Save | None = None) -> None:
+        """As if `slot` had `save`."""
+        for namespace in sorted(namespaces):
+            with self.changed:
+                all_slots = list(self._slots.values())
+                keep = any(one.must_keep(namespace, save if one is slot else None) for one in all_slots)
+                is_known = any(one.stored(namespace) for one in all_slots)
+                borrowers = [name for one in all_slots if (name := one.borrower(namespace)) is not None]
+            # A user who pins a save means all of it.
+            keep = keep or any(self._store.policy(borrower).pinned for borrower in borrowers)
+            # Of a save whose own record can't be read nobody knows whether it may go.
+            if keep or is_known or namespace not in self.guarded:
+                self._store.keep(namespace, keep)
+
+    def settle_pin(self, namespace: str) -> None:
+        """A save's namespace was pinned, or isn't any more."""
+        for slot in self.all():
+            save = slot.save
+            if save is not None and save.namespace == namespace:
+                self.settle(save.namespaces)
 
     # ---- start ----
 

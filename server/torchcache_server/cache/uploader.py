@@ -73,10 +73,10 @@ class Uploader:
         )
 
     def _fail(self, slot: Slot, save: Save, error: TorchCacheError) -> None:
-        _log.error("the upload of %s (save %s) failed: %s", save.key, save.save_id, error)
         with slot.exclusively(call_deadline()):
             if not _is_current(slot, save):
-                return
+                return  # of one that was replaced the bytes may go meanwhile
+            _log.error("the upload of %s (save %s) failed: %s", save.key, save.save_id, error)
             failed = save.failed(error)
             self._slots.update_save(slot, failed)
         if failed.may_mend:

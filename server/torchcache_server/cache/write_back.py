@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from torchcache.errors import (
+    DeadlineExceeded,
     IntegrityError,
     ServerUnavailable,
     TorchCacheError,
@@ -183,16 +184,29 @@ class WriteBack:
         return status
 
     def lend(
-        self, key: SaveKey, save_id: str, base: SaveKey, base_id: str, names: Collection[str]
+        self,
+        key: SaveKey,
+        save_id: str,
+        base: SaveKey,
+        base_id: str,
+        names: Collection[str],
+        *,
+        deadline: float,
     ) -> builtins.list[str]:
         """Lends files of the save `base_id` at `base` to `save_id` at `key`, which is being written and may have them.
 
         Returns those of `names` that are here and intact. Raises ConfigurationError if the two aren't of one folder,
-        under-store and part.
+        under-store and part, DeadlineExceeded if not all were read in time.
         """
         key.validate()
         self._under_store(key.store)
-        return self._borrowing.lend(key, save_id, base, base_id, names)
+
+        def check() -> None:
+            self._check_running()
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(f"{base} couldn't be read in time to be lent from", object=str(base))
+
+        return self._borrowing.lend(key, save_id, base, base_id, names, check=check)
 
     def abandon(self, key: SaveKey, save_id: str) -> None:
         """Gives a reserved save up, and its bytes. A committed save, or one that isn't known, is left as it is."""
@@ -321,6 +335,10 @@ class WriteBack:
 
     # ---- the server's own ----
 
+    def settle_pin(self, namespace: str) -> None:
+        """The copy of a save was pinned, or unpinned: so is what it has borrowed."""
+        self._slots.settle_pin(namespace)
+
     @property
     def pending_bytes(self) -> int:
         """Bytes that are acknowledged or being published, and not in the under-store yet."""
@@ -372,16 +390,14 @@ class WriteBack:
     def tidy(self) -> None:
         """One round of the janitor: leases of dead writers, claims of dead saves, bytes that belong to nobody."""
         unreachable: set[str] = set()
-        used = self._publisher.namespaces
         for slot in self._slots.all():
-            used |= slot.namespaces | slot.garbage
             if slot.key.store in unreachable:
                 continue
             try:
                 deadline = time.monotonic() + self._lease_s
                 under_store = self._under_store(slot.key.store)
                 self._reservations.tidy(under_store, slot, deadline=deadline)
-                self._borrowing.tidy(slot)
+                self._borrowing.tidy(slot, deadline=deadline)
                 if self._copies.tend(under_store, slot, deadline=deadline):
                     self._uploads.add(slot.key)
             except TransientError:
@@ -390,7 +406,7 @@ class WriteBack:
                 _log.warning("%s can't be tidied: %s", slot.key, error)
         self._forget_evicted()
         self._publisher.tidy()
-        self._orphans.sweep(used | self._slots.guarded)
+        self._orphans.sweep(self._publisher.namespaces | self._slots.used() | self._slots.guarded)
 
     # ---- inside ----
 

@@ -170,7 +170,7 @@ class Server:
             facts=facts,
             under_stores=self._under_stores,
             write_back=self._write_back,
-            policies=Policies(parts.store),
+            policies=Policies(parts.store, settle_pin=self._write_back.settle_pin),
             ahead=parts.ahead,
             set_credentials=self._set_credentials,
             store=parts.store,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Final
 
 import grpc
@@ -74,6 +75,7 @@ class SaveCalls:
             self._save_key(request.base),
             save_id(request.base.save_id),
             frozenset(object_key(name) for name in request.names),
+            deadline=deadline_of(context),
         )
         return pb.BorrowFilesReply(names=lent)
 
@@ -155,7 +157,8 @@ class SaveCalls:
     def ListSaves(self, request: pb.ListSavesRequest, context: grpc.ServicerContext) -> pb.ListSavesReply:
         self._under_store(request.store)
         found = self._write_back.list(request.store, request.prefix, deadline=deadline_of(context))
-        return pb.ListSavesReply(saves=[save_reply(status, manifest=False) for status in found])
+        brief = (replace(status, borrowed={}) for status in found)
+        return pb.ListSavesReply(saves=[save_reply(status, manifest=False) for status in brief])
 
     def _under_store(self, name: str) -> UnderStore:
         return choose(self._under_stores, under_store_name(name))

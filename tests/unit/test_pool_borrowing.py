@@ -1,0 +1,52 @@
+"""Borrowing as the client asks for it: of all servers of the reservation, or not at all."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from torchcache.errors import DeadlineExceeded, Overloaded, ServerUnavailable, TorchCacheError
+from torchcache.pool import saves
+from torchcache.pool.saves import Saves
+from torchcache.wire.v1 import cache_pb2
+
+SIZES = {"a": 10, "b": 20, "c": 30}
+REF = cache_pb2.SaveRef(store="s3", path="run/step-2", save_id="new")
+BASE = cache_pb2.SaveRef(store="s3", path="run/step-1", save_id="old")
+
+
+def borrow(answers: dict[str, list[list[str] | TorchCacheError]]) -> frozenset[str]:
+    """What each server answers, one call after the other."""
+
+    def ask_member(server: str, method: str, request: Any, deadline: float) -> Any:
+        assert (method, list(request.names)) == ("BorrowFiles", sorted(SIZES))
+        answer = answers[server].pop(0)
+        if isinstance(answer, TorchCacheError):
+            raise answer
+        return SimpleNamespace(reply=cache_pb2.BorrowFilesReply(names=answer))
+
+    session: Any = SimpleNamespace(
+        current=SimpleNamespace(known=lambda server: server), ask_member=ask_member
+    )
+    lent = Saves(session).borrow(REF, BASE, SIZES, list(answers))
+    assert not any(answers.values())
+    return lent
+
+
+def test_what_all_lend_is_borrowed() -> None:
+    assert borrow({"x": [["a", "b"]], "y": [["b", "c"]]}) == {"b"}
+    assert borrow({"x": [["a", "b", "c", "more"]]}) == {"a", "b", "c"}
+    assert borrow({}) == frozenset()
+
+
+@pytest.mark.parametrize("error", [ServerUnavailable("gone"), DeadlineExceeded("late"), TorchCacheError("?")])
+def test_nothing_is_borrowed_if_one_fails(error: TorchCacheError) -> None:
+    assert borrow({"x": [["a", "b"]], "y": [error]}) == frozenset()
+
+
+def test_one_that_is_busy_with_other_ranks_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saves, "BORROW_AGAIN_S", 0.001)
+    busy = Overloaded("16 others")
+    assert borrow({"x": [busy, busy, ["a"]], "y": [["a", "b"]]}) == {"a"}
