@@ -18,10 +18,10 @@ from tests.crash.exploring import Effort, Findings, explore
 from tests.crash.workloads import SAVE_WORKLOADS, STORE_WORKLOADS
 from tests.proofs import proof
 
-WORKLOADS = [*STORE_WORKLOADS, *SAVE_WORKLOADS]
+WORKLOADS = os.environ.get("CRASH_WORKLOADS", "").split() or [*STORE_WORKLOADS, *SAVE_WORKLOADS]
 SEED = int(os.environ.get("CRASH_SEED", "1"))
 STATES = int(os.environ.get("CRASH_STATES", "1000000"))
-"""How many the long run is to reach; CRASH_SEED is the first seed of both runs."""
+"""How many the long run is to reach; CRASH_SEED is the first seed of both runs, CRASH_WORKLOADS are those to run."""
 QUICK = Effort(draws=1, kills=1, cuts=0)
 LONG = Effort(draws=3, kills=10, cuts=10)
 

@@ -161,6 +161,7 @@ class Run:
         self.history = History()
         self.kills = {"rank": 0, "coordinator": 0, "server": 0}
         self.loads = 0
+        self.borrowed = 0  # so many of those loaded, not durable yet, had borrowed files
         self._jobs = 0
         self._job: Ranks | None = None
 
@@ -240,12 +241,13 @@ class Run:
             return  # it is being written
         uri = f"{self.root}/step-{step}"
         try:
-            pool.get_save(*pool.resolve(uri))
+            info = pool.get_save(*pool.resolve(uri))
         except (NotCommitted, ServerUnavailable):
             assert acknowledged is None, f"step {step} was acknowledged"
             return
         found = load(tc.CacheStorageReader(uri, pool=pool))
         self.loads += 1
+        self.borrowed += info.state != "durable" and bool(info.borrowed)
         if acknowledged is not None:
             assert found == (step, acknowledged)
         else:
@@ -305,4 +307,5 @@ def test_many_kills_of_ranks_and_servers(tmp_path: Path, starter: ForkingStarter
         figures["kills"] = sum(sum(run.kills.values()) for run in runs)
         figures["acknowledged"] = sum(len(run.history.saved) for run in runs)
         figures["loads"] = sum(run.loads for run in runs)
+        figures["of them with borrowed files"] = sum(run.borrowed for run in runs)
         figures["first seed"] = seeds[0]

@@ -38,8 +38,10 @@ from torchcache.errors import (
     TransientError,
 )
 from torchcache.model import Extent, ObjectId, ObjectInfo
-from torchcache.pool import Pool
+from torchcache.pool import Pool, SaveInfo
 
+FROZEN_BYTES = 1 << 20
+"""In every save; the smaller ones of these can borrow it."""
 READ_S = 20.0
 ACKED_S = 3.0
 PATIENCE_S = 90.0
@@ -271,7 +273,8 @@ class Checkpoints:
             path.tried += 1
         number = path.tried
         try:
-            save(self._pool, path.uri, number, path.size, overwrite=path in self._paths)
+            overwrite = path in self._paths
+            save(self._pool, path.uri, number, path.size, frozen=FROZEN_BYTES, overwrite=overwrite)
         except TorchCacheError as error:
             if isinstance(error, IntegrityError):
                 raise
@@ -302,20 +305,21 @@ class Checkpoints:
         """With the server up and nobody saving: what was acknowledged is there, what wasn't is whole or not at all."""
         for path in [*self._paths, *self._fresh[-6:]]:
             try:
-                before = self._state(path)
+                before = self._info(path)
                 self._load(path, path.least)
-                if {before, self._state(path)} <= {"committed", "failed"}:
+                if {before.state, self._info(path).state} <= {"committed", "failed"}:
                     self._tally.add("loads of what was not yet uploaded")
+                    self._tally.add("loads of what was borrowed", bool(before.borrowed))
             except NotCommitted as error:
                 if path.least >= 0:
                     self._tally.wrong(f"I2: save {path.least} of {path.uri} is gone: {error!r}")
 
-    def _state(self, path: Path) -> str:
+    def _info(self, path: Path) -> SaveInfo:
         store, key = self._pool.resolve(path.uri)
-        return self._pool.get_save(store, key, manifest=False).state
+        return self._pool.get_save(store, key, manifest=False)
 
     def _load(self, path: Path, least: int) -> None:
-        number, wrong = load(self._pool, path.uri, path.size)
+        number, wrong = load(self._pool, path.uri, path.size, frozen=FROZEN_BYTES)
         self._tally.add("loads")
         if wrong:
             self._tally.wrong(f"I3: {wrong} of {path.uri} are not of save {number}, as its number is")
