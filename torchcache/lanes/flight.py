@@ -136,9 +136,7 @@ class FlightLane:
         try:
             sent, reply = self._put(request, rows, self._options(deadline, request_id))
         except (pa.ArrowException, OSError) as error:
-            ours = foreign(error, self._server)
-            ours.request_id = request_id
-            raise ours from without_frames(error)
+            raise foreign(error, self._server, request_id) from without_frames(error)
         if reply is None or reply.bytes != sent:
             raise IntegrityError(
                 f"a write of {sent} bytes to {namespace} was not acknowledged",
@@ -240,7 +238,7 @@ def remaining(deadline: float, server: str) -> float:
     return left
 
 
-def foreign(error: Exception, server: str) -> TorchCacheError:
+def foreign(error: Exception, server: str, request_id: str | None = None) -> TorchCacheError:
     """Ours, for an error of pyarrow's. Our servers speak in extra_info; without it gRPC or Arrow itself does."""
     mapped: TorchCacheError
     if getattr(error, "extra_info", None) or not isinstance(error, _TORN + _UNREADABLE):
@@ -250,6 +248,7 @@ def foreign(error: Exception, server: str) -> TorchCacheError:
     else:
         mapped = IntegrityError(f"the server's answer can't be read: {error}", server=server)
     mapped.__cause__ = without_frames(error)
+    mapped.request_id = request_id or mapped.request_id
     return mapped
 
 

@@ -65,9 +65,10 @@ class ControlClient:
                 stub = getattr(channel.stub, method)
                 return stub(request, timeout=timeout_s, metadata=metadata)
             except grpc.RpcError as error:
-                ours = error_from_status(error.code(), error.details(), server=self.address)
-                ours.request_id = request_id
-                raise ours from without_frames(error)
+                # Under no name: a frame that its own error refers to would live until the next collection.
+                raise error_from_status(
+                    error.code(), error.details(), server=self.address, request_id=request_id
+                ) from without_frames(error)
             finally:
                 del channel, stub
 

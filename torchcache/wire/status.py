@@ -108,14 +108,16 @@ def status_code(error: TorchCacheError) -> grpc.StatusCode:
 
 
 def error_from_status(
-    code: grpc.StatusCode, details: str | None, *, server: str | None = None
+    code: grpc.StatusCode, details: str | None, *, server: str | None = None, request_id: str | None = None
 ) -> TorchCacheError:
     """The error a gRPC status stands for: ours if `details` carries one, else the first row of its code."""
     if details and details.startswith("{"):
-        return decode_error(details, server=server)
+        found = decode_error(details, server=server)
+        found.request_id = request_id or found.request_id
+        return found
     kind = _FIRST_OF_CODE.get(code, TorchCacheError)
     text = _DEFAULT_TEXT.get(code) or f"{code.name.lower().replace('_', ' ')}: {details or 'no details'}"
-    return kind(text, server=server)
+    return kind(text, server=server, request_id=request_id)
 
 
 _CODE_OF_FLIGHT: Final = {
