@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
+from copy import copy
 from typing import Final, NamedTuple, TypeAlias
 
 import pyarrow as pa
@@ -281,7 +282,7 @@ class Read:
             answer = ObjectChanged(message, object=str(part.object.id))
         self._failed.add(part.extent)
         if self.failure is None or level_of(answer) > level_of(self.failure):
-            self.failure = answer
+            self.failure = copy(answer)  # without its frames, which may hold this read
         return failed_piece(part.extent, encode_error(answer))
 
 
