@@ -128,6 +128,18 @@ def test_an_odd_one_among_those_that_lie_end_to_end(kind: str, place: int) -> No
         assert same(found, expected)
 
 
+@pytest.mark.parametrize(
+    "make", [torch.from_numpy, lambda array: torch.from_numpy(array).view(torch.float32)]
+)
+def test_tensors_of_storages_of_their_own_over_one_buffer(make: Callable[[Any], torch.Tensor]) -> None:
+    """As transform=torch.from_numpy makes them of arrays."""
+    batch = rows(tc.BufferPool(8 * MIB))
+    for number, row in enumerate(batch):
+        row.fill_(number)
+    tensors = [make(row.numpy()) for row in batch]
+    assert same(tc.collate(tensors), default_collate(tensors))
+
+
 def test_a_tensor_of_the_users_own_is_copied() -> None:
     """Else a training loop that works in place would change the dataset."""
     dataset = torch.zeros(8, LEAST_BYTES, dtype=torch.uint8)

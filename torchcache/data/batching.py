@@ -58,13 +58,14 @@ def _joined(batch: Sequence[torch.Tensor]) -> torch.Tensor | None:
     first = batch[0]
     if first.layout is not torch.strided or first.is_nested or first.dtype.is_complex:
         return None
+    storage = first.untyped_storage()
     shape, dtype, step, at = first.shape, first.dtype, first.nbytes, first.data_ptr()
-    buffer = lease_at(first.untyped_storage().data_ptr())
-    if buffer is None or len(batch) * step < LEAST_BYTES:
+    size = len(batch) * step
+    if size < LEAST_BYTES or lease_at(storage.data_ptr()) is None:
         return None
-    if at - buffer.ctypes.data + len(batch) * step > len(buffer):
+    if at + size > storage.data_ptr() + storage.nbytes():
         return None
-    for tensor in batch:  # what lies within the buffer is of the buffer
+    for tensor in batch:  # what lies within the first one's storage is of the same buffer
         if (
             tensor.layout is not torch.strided
             or tensor.is_nested
