@@ -172,7 +172,7 @@ def save_with_cached_plans(pool: Any, uri: str) -> None:
 
 def save_again(pool: Any, uri: str) -> None:
     """Three steps of a state that doesn't change, of which two have no plan to send; each is loaded another way."""
-    writer = tc.CacheStorageWriter(uri, pool=pool)
+    writer = tc.CacheStorageWriter(uri, pool=pool, reuse_unchanged=True)
     for step in range(3):
         planner = DefaultSavePlanner(enable_plan_caching=True)
         dcp.save(

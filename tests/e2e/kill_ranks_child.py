@@ -62,9 +62,9 @@ def main(
         }
         tell("begun", step, attempt)
         try:
-            dcp.save(
-                state, storage_writer=tc.CacheStorageWriter(f"{root}/step-{step}", pool=pool, overwrite=True)
-            )
+            path = f"{root}/step-{step}"
+            writer = tc.CacheStorageWriter(path, pool=pool, overwrite=True, reuse_unchanged=True)
+            dcp.save(state, storage_writer=writer)
         except BaseException as error:
             tell("failed", step, attempt, repr(error)[:300].replace("\n", " "))
             time.sleep(0.05)

@@ -73,7 +73,7 @@ def saved(pool: tc.Pool) -> dict[str, int]:
 def test_a_run_over_frozen_weights_sends_and_stores_a_twentieth(pool: tc.Pool, tmp_path: Path) -> None:
     """The goal of the issue; and the checkpoint it borrowed from is deleted, in the pool and in storage."""
     root, state = f"file://{tmp_path}/run", adapters()
-    with tc.CheckpointManager(root, keep_last=1, pool=pool, rng=False) as manager:
+    with tc.CheckpointManager(root, keep_last=1, pool=pool, rng=False, reuse_unchanged=True) as manager:
         manager.save(1, state)
         sent = pool.statistics().written_bytes
         stored = sum(saved(pool).values())
@@ -99,9 +99,13 @@ def test_what_is_borrowed_outlives_the_server(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     root, state = f"file://{tmp_path}/run", adapters()
     with tc.LocalPool(tmp_path / "pool", "600MB") as pool:
-        dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-1", pool=pool))
+        dcp.save(
+            state, storage_writer=tc.CacheStorageWriter(f"{root}/step-1", pool=pool, reuse_unchanged=True)
+        )
         train(state)
-        dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-2", pool=pool))
+        dcp.save(
+            state, storage_writer=tc.CacheStorageWriter(f"{root}/step-2", pool=pool, reuse_unchanged=True)
+        )
         info = pool.get_save(*pool.resolve(f"{root}/step-2"))
         assert info.borrowed
         pool.delete_save(*pool.resolve(f"{root}/step-1"))
@@ -114,7 +118,7 @@ def test_what_is_borrowed_outlives_the_server(tmp_path: Path) -> None:
 def test_a_base_that_was_damaged_meanwhile_is_not_borrowed_from(pool: tc.Pool, tmp_path: Path) -> None:
     """F34: one bit of one file; that one is sent again."""
     root, state = f"file://{tmp_path}/run", adapters()
-    dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-1", pool=pool))
+    dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-1", pool=pool, reuse_unchanged=True))
     path, at = _a_byte_of(tmp_path / "pool", state["layer.05"])
     with open(path, "r+b") as file:
         file.seek(at)
@@ -122,7 +126,7 @@ def test_a_base_that_was_damaged_meanwhile_is_not_borrowed_from(pool: tc.Pool, t
         file.seek(at)
         file.write(bytes([byte[0] ^ 1]))
     train(state)
-    dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-2", pool=pool))
+    dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-2", pool=pool, reuse_unchanged=True))
     lent = pool.get_save(*pool.resolve(f"{root}/step-2")).borrowed
     first = Manifest.decode(pool.get_save(*pool.resolve(f"{root}/step-1")).manifest, where="step-1")
     (damaged,) = (item.file for item in first.items if item.name == "layer.05")
@@ -145,7 +149,7 @@ def test_it_is_loaded_from_storage_when_the_pool_is_gone(tmp_path: Path) -> None
     with tc.LocalPool(tmp_path / "pool", "600MB") as pool:
         for step in (1, 2):
             train(state)
-            with tc.CheckpointManager(root, keep_last=2, pool=pool) as manager:
+            with tc.CheckpointManager(root, keep_last=2, pool=pool, reuse_unchanged=True) as manager:
                 manager.save(step, {"all": state})
                 manager.wait_durable()
     shutil.rmtree(tmp_path / "pool")
@@ -168,7 +172,7 @@ def test_in_a_pool_of_several_both_servers_lend(tmp_path: Path) -> None:
         for step in range(1, 5):
             train(state)
             uri = f"{root}/step-{step}"
-            dcp.save(state, storage_writer=tc.CacheStorageWriter(uri, pool=pool))
+            dcp.save(state, storage_writer=tc.CacheStorageWriter(uri, pool=pool, reuse_unchanged=True))
             sent.append(pool.statistics().written_bytes)
             base = writer.MEMORY.base(store, f"{run}/next", "")
             assert base is not None

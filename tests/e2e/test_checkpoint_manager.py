@@ -292,6 +292,26 @@ def test_retention_keeps_what_it_should_and_leaves_nothing_of_the_rest(
     assert loaded["a"].eq(4).all()
 
 
+def test_a_run_that_went_back_keeps_what_it_saves(
+    pool: tc.Pool, root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"w": torch.arange(4)}
+    with tc.CheckpointManager(root, keep_last=2, pool=pool) as manager:
+        for step in (100, 200, 300):
+            manager.save(step, state)
+        manager.wait_durable()
+    with tc.CheckpointManager(root, keep_last=1, pool=pool) as manager:
+        assert manager.load(state, step=200) == 200
+        for step in (210, 220):
+            manager.save(step, state)
+            assert step in [s.step for s in manager.list()]
+        manager.wait_durable()
+        assert [s.step for s in manager.list()] == [220, 300]
+    warnings = [r.getMessage() for r in caplog.records if "goes on to step 300" in r.getMessage()]
+    assert len(warnings) == 1
+    assert "step 210 was saved" in warnings[0]
+
+
 def test_one_that_is_being_read_stays_until_it_is_not(pool: tc.Pool, root: str) -> None:
     manager = tc.CheckpointManager(root, keep_last=1, pool=pool)
     manager.save(1, {"a": 1})

@@ -34,7 +34,7 @@ def state_of(uri: str, number: int, size: int, *, frozen: int = 0, empty: bool =
 
 def save(pool: Pool, uri: str, number: int, size: int, *, frozen: int = 0, overwrite: bool = False) -> None:
     """Saves `state_of` all that, committed in the pool. Raises the error that the save met."""
-    writer = CacheStorageWriter(uri, pool=pool, overwrite=overwrite)
+    writer = CacheStorageWriter(uri, pool=pool, overwrite=overwrite, reuse_unchanged=frozen > 0)
     try:
         dcp.save(state_of(uri, number, size, frozen=frozen), storage_writer=writer)
     except CheckpointException as failed:

@@ -30,6 +30,12 @@ def test_the_newest_durable_one_stays_until_a_newer_one_is() -> None:
     assert gone([*history, *steps(s6="durable")], keep_last=1) == [1, 2, 3, 4, 5]
 
 
+def test_what_is_needed_stays() -> None:
+    history = steps(s1="durable", s2="durable", s3="broken", s4="durable")
+    found = superfluous(history, keep_last=1, keep_every=None, needed=(2, 3, None))
+    assert [s.step for s in found] == [1]
+
+
 def test_what_cannot_be_restored_counts_for_nothing() -> None:
     history = steps(s1="durable", s2="broken", s3="durable", s4="broken", s5="saving")
     assert gone(history, keep_last=2) == [2]  # 4 and 5 may still become something

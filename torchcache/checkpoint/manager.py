@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Final, Self
@@ -59,7 +59,8 @@ class CheckpointManager:
     `root`, `pool`, `durability`, `replicas`, `compression`, `extra_memory_bytes` and `reuse_unchanged` are as for
     CacheStorageWriter.
     `keep_last` checkpoints stay (None: all), and each whose step is a multiple of `keep_every`; and always the newest
-    that is durable, and any that somebody is reading.
+    that is durable, any that somebody is reading, and the one just saved: also of a run that went back to an earlier
+    step, for which a warning says that `latest` is still of the way it left.
 
     The state is a dict: modules, optimizers, schedulers and whatever else has state_dict and load_state_dict, tensors,
     plain values. A StatefulDataLoader in it is each rank's own. With `rng` the global random generators of torch, numpy
@@ -81,7 +82,7 @@ class CheckpointManager:
         replicas: int | None = None,
         compression: str | Zstd | None = None,
         extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
-        reuse_unchanged: bool = True,
+        reuse_unchanged: bool = False,
         rng: bool = True,
     ) -> None:
         for name, count in (("keep_last", keep_last), ("keep_every", keep_every)):
@@ -96,6 +97,10 @@ class CheckpointManager:
         self._compression = Zstd.of(compression)
         self._extra_memory_bytes = extra_memory_bytes
         self._reuse_unchanged = reuse_unchanged
+        # Both stay, whatever lies behind them: what was loaded until what was saved after it is durable.
+        self._saved: int | None = None
+        self._loaded: int | None = None
+        self._warned = False
         self._rng = rng
         self._made_ranks: Ranks | None = None
         self._stager = Stager()
@@ -137,7 +142,7 @@ class CheckpointManager:
         """
         self._finish_pending()
         writer = self._writer(step, overwrite=overwrite)
-        self._write(self._content(state), writer)
+        self._write(self._content(state), writer, step)
 
     def save_async(
         self, step: int, state: MutableMapping[str, Any], *, overwrite: bool = False
@@ -158,7 +163,7 @@ class CheckpointManager:
         def run() -> None:
             nonlocal staged
             try:
-                self._write(staged, writer)
+                self._write(staged, writer, step)
             except BaseException as error:  # noqa: BLE001 - the future's to raise
                 pending.set_exception(error)
             else:
@@ -189,7 +194,7 @@ class CheckpointManager:
             reuse_unchanged=self._reuse_unchanged,
         )
 
-    def _write(self, content: dict[str, Any], writer: CacheStorageWriter) -> None:
+    def _write(self, content: dict[str, Any], writer: CacheStorageWriter, step: int) -> None:
         # torch's save, without a wrapper and a record of the log around each entry: `content` has no Stateful in it.
         writer.reset()
         with plain_errors():
@@ -200,6 +205,7 @@ class CheckpointManager:
                 no_dist=self._ranks.size == 1,
                 planner=Planner(),
             )
+        self._saved = step
         self._retain()
 
     def _content(self, state: MutableMapping[str, Any]) -> dict[str, Any]:
@@ -255,6 +261,7 @@ class CheckpointManager:
         uri = step_uri(self.root, step)
         self._ranks.decide(functools.partial(require_whole, self._pool, uri))
         restore(self._pool, uri, state, self._ranks, rng=self._rng)
+        self._loaded = step
 
     # ---- looking ----
 
@@ -325,12 +332,27 @@ class CheckpointManager:
         except TorchCacheError as error:
             _log.warning("%s can't be tidied now: %s", self.root, error)
             return
-        for step in superfluous(steps, keep_last=self.keep_last, keep_every=self.keep_every):
+        self._warn_of_newer(steps)
+        if any(step.step == self._saved and step.state == "durable" for step in steps):
+            self._loaded = None
+        needed = (self._saved, self._loaded)
+        for step in superfluous(steps, keep_last=self.keep_last, keep_every=self.keep_every, needed=needed):
             try:
                 self._pool.delete_save(*self._pool.resolve(step.uri), timeout_s=RETENTION_S)
                 _log.info("step %d is deleted", step.step)
             except TorchCacheError as error:
                 _log.warning("step %d stays for now: %s", step.step, error)
+
+    def _warn_of_newer(self, steps: Sequence[Step]) -> None:
+        """Once, of steps beyond the one just saved: of a run that went back to an earlier one."""
+        saved, newer = self._saved, max((step.step for step in steps if step.restorable), default=0)
+        if saved is not None and saved < newer and not self._warned:
+            self._warned = True
+            _log.warning(
+                "step %d was saved, but %s goes on to step %d, which latest() and load() take: if this run goes "
+                "another way from there, delete the steps behind it",
+                *(saved, self.root, newer),
+            )
 
 
 def _checked(step: object) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,8 +29,14 @@ class Step:
         return self.state in ("cached", "replicated", "durable", "failed")
 
 
-def superfluous(steps: Sequence[Step], *, keep_last: int | None, keep_every: int | None) -> list[Step]:
-    """Those of `steps` that may go, oldest first.
+def superfluous(
+    steps: Sequence[Step],
+    *,
+    keep_last: int | None,
+    keep_every: int | None,
+    needed: Collection[int | None] = (),
+) -> list[Step]:
+    """Those of `steps` that may go, oldest first; never one of the `needed`.
 
     Kept are the `keep_last` newest that are restorable (None: all), each whose step is a multiple of `keep_every`, and
     whatever else they are the newest durable one: until the upload of a newer one is done, it is all that a lost pool
@@ -38,7 +44,7 @@ def superfluous(steps: Sequence[Step], *, keep_last: int | None, keep_every: int
     """
     durable = max((s.step for s in steps if s.state == "durable"), default=None)
     newest = sorted((s.step for s in steps if s.restorable), reverse=True)
-    kept = set(newest if keep_last is None else newest[:keep_last])
+    kept = {*needed, *(newest if keep_last is None else newest[:keep_last])}
     if durable is not None:
         kept.add(durable)
     if keep_every:
@@ -48,6 +54,6 @@ def superfluous(steps: Sequence[Step], *, keep_last: int | None, keep_every: int
         if step.restorable:
             if step.step not in kept:
                 gone.append(step)
-        elif step.state == "broken" and durable is not None and step.step < durable:
+        elif step.state == "broken" and durable is not None and step.step < durable and step.step not in kept:
             gone.append(step)
     return gone

@@ -53,6 +53,8 @@ def find_unchanged(
                 continue
             data = resolve(item)
             if isinstance(data, torch.Tensor):
+                if data.is_cuda:  # the threads have streams of their own, which don't wait for the caller's
+                    torch.cuda.current_stream(data.device).synchronize()
                 under_way.append((number, was, pool.submit(is_unchanged, data, was)))
             if len(under_way) >= _COMPARED_AT_A_TIME:
                 settle()

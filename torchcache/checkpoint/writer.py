@@ -92,8 +92,9 @@ class CacheStorageWriter(StorageWriter):
     ZStandard extension writes it. What has to be copied first (from a GPU, or because it isn't contiguous) or is
     compressed takes at most `extra_memory_bytes` at a time, or one tensor that is larger.
 
-    Tensors that are as this process's last save in the same folder has them, by their checksums, are neither sent nor
-    stored again (`reuse_unchanged`), unless compressed. In the under-store each checkpoint is whole all the same.
+    With `reuse_unchanged` tensors that are as this process's last save in the same folder has them, by their checksums,
+    are neither sent nor stored again, unless compressed. In the under-store each checkpoint is whole all the same. What
+    is borrowed stays for as long as the save that borrows it: give the pool room for two and a half checkpoints.
 
     One writer may serve many saves (`checkpoint_id=` gives each its path), from several threads too, and pickles. It is
     its own stager for `dcp.async_save`, see `stage`.
@@ -110,7 +111,7 @@ class CacheStorageWriter(StorageWriter):
         compression: str | Zstd | None = None,
         extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
         overwrite: bool = False,
-        reuse_unchanged: bool = True,
+        reuse_unchanged: bool = False,
     ) -> None:
         super().__init__()
         if durability not in ("pool", "store"):
@@ -356,6 +357,12 @@ class CacheStorageWriter(StorageWriter):
 
     def _write_staged(self, ticket: Ticket, file: StagedFile) -> list[WriteResult]:
         file.lay_out()
+        # Before they are sent: a tensor that changes meanwhile must not be taken for what was sent by the next save.
+        with garbage_waits():
+            results = [
+                WriteResult(index=item.index, size_in_bytes=entry.length, storage_data=entry)
+                for item, entry in file.describe()
+            ]
         objects = [(ticket.file(file.name), file.buffers)]
         self.pool.write(
             ticket.namespace,
@@ -364,11 +371,7 @@ class CacheStorageWriter(StorageWriter):
             timeout_s=_time_for(file.size),
             servers=ticket.servers,
         )
-        with garbage_waits():
-            return [
-                WriteResult(index=item.index, size_in_bytes=entry.length, storage_data=entry)
-                for item, entry in file.describe()
-            ]
+        return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commits the save: from here on it can be loaded. Raises AlreadyExists if another writer took over."""
