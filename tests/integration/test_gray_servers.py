@@ -7,12 +7,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from examples.ports import free_port
+from tests.integration.pausing import paused
 from tests.integration.self_describing import content, difference
 from tests.integration.server_process import ServerProcess
 from tests.proxy import Fault, FaultyProxy, Proxy
@@ -139,15 +140,6 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     return asked
 
 
-@contextmanager
-def stopped(server: ServerProcess) -> Iterator[None]:
-    server.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        server.process.send_signal(signal.SIGCONT)
-
-
 def assert_only_probed(servers: Servers, number: int, reads: Reads) -> None:
     """While a server is out, nothing but probes goes there."""
     reads.clear()
@@ -177,7 +169,7 @@ def test_one_that_hangs_is_passed_over_and_comes_back(three: Servers, reads: Rea
         three.read()
     before = three.fetched(three.processes)
     chunks = three.processes[0].client.status().chunks
-    with stopped(three.processes[0]):
+    with paused(three.processes[0].process.pid):
         three.read_until_out(0)
         assert three.seen.hedges_won, "the first that met it had its answers from others"
         assert_only_probed(three, 0, reads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import socket
 import weakref
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from examples.ports import free_port
+from tests.integration.pausing import paused
 from tests.integration.server_process import ServerProcess
 from torchcache import Pool, connect
 from torchcache.errors import ServerUnavailable, TransientError
@@ -77,13 +77,9 @@ def swallowing() -> Iterator[str]:
 
 def test_a_server_that_hangs_is_passed_over(two: Servers) -> None:
     two.read(two.pool)  # connections are open, and both servers own some of the objects
-    hanging = two.servers[0].process
-    hanging.send_signal(signal.SIGSTOP)
-    try:
+    with paused(two.servers[0].process.pid):
         two.read(two.pool)
         two.read(two.pool)
-    finally:
-        hanging.send_signal(signal.SIGCONT)
     two.read(two.pool)
 
 
@@ -91,12 +87,8 @@ def test_a_server_that_hangs_is_no_reason_to_wait_when_it_is_the_only_one(two: S
     alone = two.connect(two.servers[0].address)
     two.read(alone)
     infos = list(alone.list(f"file://{two.source}"))
-    two.servers[0].process.send_signal(signal.SIGSTOP)
-    try:
-        with pytest.raises(ServerUnavailable):
-            alone.read([Extent(info) for info in infos], timeout_s=150)
-    finally:
-        two.servers[0].process.send_signal(signal.SIGCONT)
+    with paused(two.servers[0].process.pid), pytest.raises(ServerUnavailable):
+        alone.read([Extent(info) for info in infos], timeout_s=150)
     alone.close()
 
 
