@@ -157,6 +157,28 @@ def test_every_forked_child_works_whatever_the_parent_holds(pool: Pool) -> None:
     assert any(isinstance(one, NotResident) for one in held)
 
 
+@pytest.mark.long
+def test_two_thousand_forks_on_a_busy_machine(tmp_path: Path) -> None:
+    """The last of gRPC's threads is started by one that ends: a fork came between the two, once in 200."""
+    script = """
+        with LocalPool(root, capacity=CAPACITY, lane="flight") as pool:
+            fill(pool)
+            stop = threading.Event()
+            def keep_reading():
+                while not stop.is_set():
+                    check(pool)
+            reader = threading.Thread(target=keep_reading)
+            reader.start()
+            try:
+                assert [read_in_child("fork", pool) for _ in range(400)] == [1] * 400
+            finally:
+                stop.set()
+                reader.join()
+    """
+    for process in [run(script, tmp_path / str(number)) for number in range(5)]:
+        finish(process, seconds=1200)
+
+
 def test_grpcs_threads_are_gone_before_a_fork(pool: Pool) -> None:
     check_threads: list[dict[str, str]] = []
     fill(pool)

@@ -156,6 +156,41 @@ def test_a_fork_waits_for_any_grpc_that_is_shutting_down(monkeypatch: pytest.Mon
     assert not forker.is_alive()
 
 
+class Tasks:
+    """Of a process: the last of gRPC's ends while it is looked at, and has started the one that shuts gRPC down."""
+
+    def __init__(self) -> None:
+        self.names = {"1": "python", "2": "event_engine"}
+
+    def is_dir(self) -> bool:
+        return True
+
+    def iterdir(self) -> list[Task]:
+        return [Task(self, task) for task in self.names]
+
+
+class Task:
+    def __init__(self, tasks: Tasks, name: str) -> None:
+        self._tasks = tasks
+        self.name = name
+
+    def __truediv__(self, file: str) -> Task:
+        assert file == "comm"
+        return self
+
+    def read_text(self) -> str:
+        if self.name == "2":
+            self._tasks.names = {"1": "python", "3": "grpc_shutdown"}
+            raise FileNotFoundError
+        return self._tasks.names[self.name] + "\n"
+
+
+def test_a_thread_that_starts_while_threads_are_looked_at_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the lock of grpc_init: a child forked then hung at its first call, one of 200 on a busy machine."""
+    monkeypatch.setattr(module, "_TASKS", Tasks())
+    assert module.grpc_threads() == {"3": "grpc_shutdown"}
+
+
 def test_a_fork_waits_for_its_own_threads_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "THREAD_WAIT_S", 60.0)
     threads = dict(FOREIGN)

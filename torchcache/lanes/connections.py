@@ -55,15 +55,22 @@ C = TypeVar("C", bound=Closable)
 
 
 def grpc_threads() -> dict[str, str]:
-    """gRPC's own threads in this process: names by thread id."""
-    names = {}
-    for task in _TASKS.iterdir() if _TASKS.is_dir() else ():
-        try:
-            name = (task / "comm").read_text().strip()
-        except OSError:  # ended meanwhile
-            continue
-        if name.startswith(_GRPC_THREADS):
-            names[task.name] = name
+    """gRPC's own threads in this process: names by thread id.
+
+    Looked at until nobody new is there: one that ends while it is looked at may have started another, as the last one
+    does with `_SHUTDOWN`. Before a thread has given itself a name it bears that of the one that started it.
+    """
+    names: dict[str, str] = {}
+    seen: set[str] = set()
+    while new := [task for task in (_TASKS.iterdir() if _TASKS.is_dir() else ()) if task.name not in seen]:
+        for task in new:
+            seen.add(task.name)
+            try:
+                name = (task / "comm").read_text().strip()
+            except OSError:  # ended meanwhile
+                continue
+            if name.startswith(_GRPC_THREADS):
+                names[task.name] = name
     return names
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Final, Protocol
 
 from torchcache.addresses import host_port, is_loopback, parse_host_port
@@ -117,6 +116,12 @@ class Members:
     by_id: dict[str, Member]
     missing: tuple[str, ...] = ()
     seen_at: float = field(default_factory=time.monotonic)
+    placement: Placement = field(init=False, compare=False)
+    """Which of them owns what."""
+
+    def __post_init__(self) -> None:
+        weights = {id_: member.weight for id_, member in self.by_id.items()}
+        object.__setattr__(self, "placement", Placement(self.by_id, weights))
 
     def known(self, server_id: str) -> Member:
         """The server of this id. Raises ServerUnavailable if none has it."""
@@ -130,11 +135,6 @@ class Members:
         """How many servers the pool has, those that don't answer included."""
         known = {member.address for member in self.by_id.values()}
         return len(known | set(self.missing))
-
-    @cached_property
-    def placement(self) -> Placement:
-        """Which of them owns what."""
-        return Placement(self.by_id, {id_: member.weight for id_, member in self.by_id.items()})
 
 
 class Ordering:
