@@ -197,10 +197,12 @@ class Foreteller:
 
     def stop(self) -> None:
         """Ends it all. What is being fetched arrives; the pool forgets the order."""
+        if self.pid != os.getpid():
+            return  # a child that ends: the thread is its parent's, and may have held these events' locks at the fork
         self._stopped.set()
         self._wake.set()
         thread = self._thread
-        if self.pid == os.getpid() and thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread is not threading.current_thread():
             thread.join(_STOP_S)
 
     def _run(self) -> None:
