@@ -19,9 +19,13 @@ from tests.integration.described_saves import save
 from tests.integration.server_process import START_S, command
 from torchcache import Pool, connect
 from torchcache.errors import TransientError
+from torchcache.filesystem import TorchCacheFileSystem
 from torchcache.model import Extent
 
 POOL = "torchcache pool of 2 servers: "
+
+UMASK = 0o027
+"""Of the user who starts them."""
 
 
 class Supervised:
@@ -38,7 +42,7 @@ class Supervised:
             *("--under-store", f"file=file://{self.source}", "--drain-s", "0.2", *more),
         ]
         self.process: Any = subprocess.Popen(
-            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, umask=UMASK
         )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -104,10 +108,11 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def read_all(supervised: Supervised, pool: Pool) -> None:
-    infos = list(pool.list(f"file://{supervised.source}"))
+def read_all(supervised: Supervised, pool: Pool, below: str = "") -> None:
+    folder = supervised.source / below
+    infos = list(pool.list(f"file://{folder}"))
     assert pool.read([Extent(info) for info in infos]) == [
-        path.read_bytes() for path in sorted(supervised.source.iterdir())
+        path.read_bytes() for path in sorted(folder.iterdir())
     ]
 
 
@@ -156,6 +161,27 @@ def test_what_is_left_shows_in_the_exit_code(supervised: Supervised) -> None:
     supervised.process.send_signal(signal.SIGTERM)
     assert supervised.end() == 1
     assert any("not yet in the under-store" in line for line in supervised.output)
+
+
+def test_files_in_storage_get_the_mode_that_their_user_gives_and_the_rest_is_private(
+    supervised: Supervised,
+) -> None:
+    shared = supervised.source / "shared"
+    shared.mkdir()
+    shared.chmod(0o2700)
+    pool = supervised.pool()
+    TorchCacheFileSystem(pool).pipe_file(f"file://{shared}/run/step/0", b"shard")
+    read_all(supervised, pool, "shared/run/step")
+    pool.close()
+    assert {path.name: path.stat().st_mode & 0o7777 for path in shared.rglob("*")} == {
+        "run": 0o2777 & ~UMASK,
+        "step": 0o2777 & ~UMASK,
+        "0": 0o666 & ~UMASK,
+    }
+    assert shared.stat().st_mode & 0o7777 == 0o2700, "what was there stays as it is"
+    held = [path for path in supervised.store.rglob("*") if path.is_file()]
+    assert held
+    assert not [path for path in held if path.stat().st_mode & 0o077]
 
 
 def test_they_end_with_a_supervisor_that_is_killed(supervised: Supervised) -> None:

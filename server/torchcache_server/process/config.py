@@ -79,6 +79,7 @@ class ServerConfig:
     weight: float = 1.0  # see pool_weight
     log_format: LogFormat = DEFAULT_FORMAT
     log_level: str = DEFAULT_LEVEL
+    umask: int | None = None  # of what is written in file:// under-stores; None: the process's
     servers: int = 1  # more share the machine, each with a part of the capacity; see several.py
 
     def __post_init__(self) -> None:

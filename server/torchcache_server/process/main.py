@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -158,14 +159,14 @@ def main(*, config: Path | None, under_store: tuple[str, ...], supervised: bool,
 
     SIGTERM stops it: it finishes what runs and uploads what is not yet in the under-store, then says what is left.
     """
-    os.umask(0o077)
+    umask = os.umask(0o077)  # what the server writes for itself is for nobody else
     settings: dict[str, Any] = {}
     try:
         settings |= read_toml(config) if config else {}
         settings |= {name: value for name, value in options.items() if value is not None}
         if under_store:
             settings["under_stores"] = parse_under_stores(under_store)
-        sys.exit(run(from_settings(settings), supervised=supervised))
+        sys.exit(run(replace(from_settings(settings), umask=umask), supervised=supervised))
     except (TorchCacheError, OSError) as error:
         if settings.get("log_format") == "json":
             logs.configure("json", logs.DEFAULT_LEVEL)

@@ -269,6 +269,6 @@ def _local_store(path: Path) -> cache_pb2.LocalStore:
 def _open_under_stores(config: ServerConfig, closing: ExitStack) -> dict[str, UnderStore]:
     opened: dict[str, UnderStore] = {}
     for name, uri in config.under_stores:
-        opened[name] = understore.create(name, uri)
+        opened[name] = understore.create(name, uri, umask=config.umask)
         closing.callback(opened[name].close)
     return opened

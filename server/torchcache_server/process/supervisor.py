@@ -50,7 +50,12 @@ class _Server:
         self._started = time.monotonic()
         # In a session of its own: what a terminal sends to all is for the supervisor, who tells them once.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            umask=-1 if self._config.umask is None else self._config.umask,
         )
         threading.Thread(target=self._follow, args=(self.process,), name=self.name, daemon=True).start()
 

@@ -34,10 +34,11 @@ def choose(under_stores: Mapping[str, UnderStore], name: str, *, object: str | N
     return under_store
 
 
-def create(name: str, uri: str) -> UnderStore:
+def create(name: str, uri: str, *, umask: int | None = None) -> UnderStore:
     """The under-store `name` at `uri`: "s3://", "s3://bucket", "s3://bucket/prefix" or "file:///folder".
 
-    Nothing is opened yet. Raises ConfigurationError for a name or URI that can't be meant.
+    Files and folders made in a file:// one get the mode that `umask` leaves; None: the process's own. Nothing is opened
+    yet. Raises ConfigurationError for a name or URI that can't be meant.
     """
     check_name(name)
     scheme, separator, _ = uri.partition("://")
@@ -48,7 +49,7 @@ def create(name: str, uri: str) -> UnderStore:
     if separator and scheme == "file":
         from torchcache_server.understore.posix import PosixUnderStore
 
-        return PosixUnderStore(name, uri)
+        return PosixUnderStore(name, uri, umask=umask)
     raise ConfigurationError(
         f"under-store {name!r} has the URI {uri!r}; known are s3://, s3://bucket/prefix and file:///folder"
     )

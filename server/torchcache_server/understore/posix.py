@@ -29,17 +29,18 @@ _COPY_BYTES = 16 * 1024 * 1024
 class PosixUnderStore:
     """Files beneath the folder of `uri` ("file:///folder"), with their path from there as key.
 
-    Symlinks are followed as long as they end beneath the root; such as lead out of it are not listed.
+    Symlinks are followed as long as they end beneath the root; such as lead out of it are not listed. What is made gets
+    the mode that `umask` leaves of it; None: the process's own.
     """
 
-    def __init__(self, name: str, uri: str) -> None:
+    def __init__(self, name: str, uri: str, *, umask: int | None = None) -> None:
         path = uri.removeprefix("file://")
         if not uri.startswith("file:///") or os.path.normpath(path) != (path.rstrip("/") or "/"):
             raise ConfigurationError(f"{uri!r} is not the URI of a folder: write file:///absolute/path")
         self._name = name
-        self._root = Root(os.path.normpath(path))
+        self._root = Root(os.path.normpath(path), umask)
         self._counters = Counters()
-        self._temporaries = Temporaries()
+        self._temporaries = Temporaries(umask)
 
     @property
     def name(self) -> str:

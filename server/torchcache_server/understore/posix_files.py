@@ -8,7 +8,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torchcache.errors import (
@@ -39,10 +39,11 @@ _SAID = {
 
 
 class Root:
-    """The folder that is the root of an under-store. Keys are relative to it."""
+    """The folder that is the root of an under-store. Keys are relative to it. `umask`: of folders that are made."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, umask: int | None = None) -> None:
         self.path = path
+        self._umask = umask
 
     @property
     def uri(self) -> str:
@@ -106,7 +107,7 @@ class Root:
         folder = self.open()
         try:
             for name in folders:
-                inner = _enter(folder, name, create=create)
+                inner = self._enter(folder, name) if create else os.open(name, _FOLDER, dir_fd=folder)
                 os.close(folder)
                 folder = inner
                 self._check_beneath(folder, key)
@@ -118,6 +119,16 @@ class Root:
         """True if `path`, resolved, lies under the root."""
         root = os.path.realpath(self.path).rstrip("/")
         return os.path.realpath(path).startswith(root + "/")
+
+    def _enter(self, folder: int, name: str) -> int:
+        """A descriptor of a folder in `folder`, made if it is missing."""
+        with suppress(FileNotFoundError):
+            return os.open(name, _FOLDER, dir_fd=folder)
+        with suppress(FileExistsError):  # Another writer made it, or a file is there: opening it says which.
+            os.mkdir(name, dir_fd=folder)
+            _open_up_folder(folder, name, self._umask)
+            os.fsync(folder)
+        return os.open(name, _FOLDER, dir_fd=folder)
 
     def _check_beneath(self, handle: int, key: str) -> None:
         if not self.is_beneath(str(Path(f"/proc/self/fd/{handle}").readlink())):
@@ -167,15 +178,25 @@ def translate(error: OSError, action: str, uri: str) -> TorchCacheError:
     return ServerUnavailable(f"can't {action} {uri}: {error.strerror}; check its file system", object=uri)
 
 
-def _enter(folder: int, name: str, *, create: bool) -> int:
-    try:
-        return os.open(name, _FOLDER, dir_fd=folder)
-    except FileNotFoundError:
-        if not create:
-            raise
-    try:
-        os.mkdir(name, dir_fd=folder)
-        os.fsync(folder)
-    except FileExistsError:
-        pass  # Another writer made it, or a file is there: opening it says which.
-    return os.open(name, _FOLDER, dir_fd=folder)
+def _open_up_folder(folder: int, name: str, umask: int | None) -> None:
+    with suppress(OSError):  # another writer put something else there: that keeps its mode
+        made = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+        try:
+            open_up(made, 0o777, umask)
+        finally:
+            os.close(made)
+
+
+def open_up(made: int, mode: int, umask: int | None) -> None:
+    """Gives what this process just made the mode that `umask` leaves of `mode`. None: it has that already.
+
+    The process's own umask keeps all that a server makes to its user. Where others have rights nevertheless, a default
+    ACL or the file system itself has said which. What can't be changed stays as it is.
+    """
+    if umask is None:
+        return
+    found = stat.S_IMODE(os.fstat(made).st_mode)
+    wanted = mode & ~umask | found & ~0o777  # a folder's set-group-ID is its parent's
+    if not found & 0o077 and wanted != found:
+        with suppress(PermissionError):
+            os.fchmod(made, wanted)

@@ -13,15 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
-from torchcache_server.understore.posix_files import TEMPORARY_PREFIX, locked
+from torchcache_server.understore.posix_files import TEMPORARY_PREFIX, locked, open_up
 
 _MOST_FOLDERS: Final = 65_536
 
 
 class Temporaries:
-    """Makes temporary files. Sweeps each folder once, before it writes there first. Thread-safe; raises OSError."""
+    """Makes temporary files, with the mode that `umask` leaves of 0666. Sweeps each folder once, before it writes there
+    first. Thread-safe; raises OSError."""
 
-    def __init__(self) -> None:
+    def __init__(self, umask: int | None = None) -> None:
+        self._umask = umask
         self._swept: set[tuple[int, int]] = set()
 
     @contextmanager
@@ -35,6 +37,7 @@ class Temporaries:
             file = os.open(name, flags, 0o666, dir_fd=folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
+            open_up(file, 0o666, self._umask)
             yield name, file
         finally:
             remove(folder, name)
