@@ -57,13 +57,19 @@ C = TypeVar("C", bound=Closable)
 def grpc_threads() -> dict[str, str]:
     """gRPC's own threads in this process: names by thread id.
 
-    Looked at until nobody new is there: one that ends while it is looked at may have started another, as the last one
-    does with `_SHUTDOWN`. Before a thread has given itself a name it bears that of the one that started it.
+    One that ends while it is looked at may have started another, as the last one does with `_SHUTDOWN`; and the
+    kernel's list breaks off at a thread that is just ending. So they are listed until twice in a row nobody new is
+    there. Before a thread has given itself a name it bears that of the one that started it.
     """
     names: dict[str, str] = {}
     seen: set[str] = set()
-    while new := [task for task in (_TASKS.iterdir() if _TASKS.is_dir() else ()) if task.name not in seen]:
-        for task in new:
+    unchanged = 0
+    while unchanged < 2:
+        unchanged += 1
+        for task in _TASKS.iterdir() if _TASKS.is_dir() else ():
+            if task.name in seen:
+                continue
+            unchanged = 0
             seen.add(task.name)
             try:
                 name = (task / "comm").read_text().strip()
