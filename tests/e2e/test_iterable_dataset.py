@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -363,8 +364,10 @@ def test_bad_samples_are_raised_or_skipped(
     def dataset(**settings: Any) -> tc.CachedIterableDataset:
         return tc.CachedIterableDataset(f"{tmp_path}/x.tfrecord", pool=pool, transform=only_even, **settings)
 
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(ValueError, match="odd") as caught:
         list(DataLoader(dataset(), batch_size=None, num_workers=workers))
+    read = "".join(traceback.format_exception(caught.value))
+    assert f"raised for record 1 of file://{tmp_path}/x.tfrecord" in read
     skipping = dataset(on_error="skip")
     found = list(DataLoader(skipping, batch_size=None, num_workers=workers))
     assert sorted(found) == list(range(0, 20, 2))

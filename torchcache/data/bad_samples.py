@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from torchcache.data.iterable_settings import one_of
+from torchcache.data.naming import say_which
 from torchcache.errors import (
     IntegrityError,
     ObjectChanged,
@@ -81,6 +82,7 @@ class Sieve:
             return (outcome if transform is None else transform(outcome),)
         except Exception as error:
             if not self.leaves_out(number, error):
+                say_which(error, lambda: self._name(number))
                 raise
             return ()
 

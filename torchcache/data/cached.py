@@ -19,6 +19,7 @@ from torchcache.data.files import FileSamples, OnChange
 from torchcache.data.fingerprint import fingerprint
 from torchcache.data.foretelling import Foreteller, foreteller_of, ordered
 from torchcache.data.listing import Changes
+from torchcache.data.naming import each, numbered
 from torchcache.data.outputs import Output
 from torchcache.data.prefetch import ComputedPrefetch, Orders, Prefetch
 from torchcache.data.samples import Samples
@@ -162,8 +163,11 @@ class CachedDataset(Dataset[Any]):
         return those_readable(self._samples, positions, self._transform, self._skips)
 
     def _read(self, positions: Sequence[int]) -> list[Any]:
-        samples = self._samples.read(positions)
-        return samples if self._transform is None else [self._transform(s) for s in samples]
+        samples, transform = self._samples.read(positions), self._transform
+        return samples if transform is None else each(transform, samples, lambda n: self._name(positions[n]))
+
+    def _name(self, position: int) -> str:
+        return numbered(position, self._samples.name(position))
 
     @property
     def skipped(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torchcache.data import codec
 from torchcache.data.bad_samples import is_of_one_sample
+from torchcache.data.naming import each, say_which, together
 from torchcache.data.samples import OnMissing, OnProgress, residency_of, windows
 from torchcache.errors import (
     ConfigurationError,
@@ -25,6 +26,8 @@ _log = logging.getLogger("torchcache")
 
 _STAGE_SAMPLES = 16
 """Samples computed before they are written when staging: bounds memory where samples are large."""
+
+_UNREADABLE: Final = object()
 
 
 def _told(error: Exception) -> TorchCacheError:
@@ -89,7 +92,7 @@ class ComputedSamples:
         if missing:
             fresh = self._compute(missing)
             self._keep(fresh, failed)
-            samples |= {i: self._encoding.from_record(r) for i, r in fresh.items()}
+            samples |= self._each(self._encoding.from_record, fresh.values(), list(fresh))
             records |= fresh
         return [self._take(i, samples, records) for i in indices]
 
@@ -121,13 +124,21 @@ class ComputedSamples:
 
     def _decoded(self, records: dict[int, memoryview]) -> dict[int, Any]:
         """The samples of `records`; those of a format that is no longer read count as missing."""
-        samples = {}
-        for index, record in records.items():
-            try:
-                samples[index] = self._encoding.from_record(record)
-            except IntegrityError as error:
-                self._warn_once("a stored sample can't be read and is computed again", error)
-        return samples
+        found = self._each(self._readable, records.values(), list(records))
+        return {index: sample for index, sample in found.items() if sample is not _UNREADABLE}
+
+    def _readable(self, record: memoryview) -> Any:
+        try:
+            return self._encoding.from_record(record)
+        except IntegrityError as error:
+            self._warn_once("a stored sample can't be read and is computed again", error)
+            return _UNREADABLE
+
+    def _each(
+        self, make: Callable[[Any], Any], items: Iterable[Any], indices: Sequence[int]
+    ) -> dict[int, Any]:
+        made = each(make, [*items], lambda n: self.name(indices[n]))
+        return dict(zip(indices, made, strict=True))
 
     def _take(self, index: int, samples: dict[int, Any], records: dict[int, memoryview]) -> Any:
         """The sample, the first time; a copy of its own for an index that stands in the batch again."""
@@ -138,13 +149,24 @@ class ComputedSamples:
     def _compute(self, indices: list[int]) -> dict[int, memoryview]:
         """Records of what the dataset returns. Epochs must not differ, so the first is served from these too."""
         many = getattr(self._dataset, "__getitems__", None)
-        samples = many(indices) if callable(many) else [self._dataset[i] for i in indices]
+        if callable(many):
+            samples = self._computed_together(many, indices)
+        else:
+            samples = [*self._each(lambda i: self._dataset[i], indices, indices).values()]
+        return self._each(self._encoding.to_record, samples, indices)
+
+    def _computed_together(self, many: Callable[[list[int]], Any], indices: list[int]) -> Any:
+        try:
+            samples = many(indices)
+        except Exception as error:
+            say_which(error, lambda: f"{together(indices)} of {self._label}")
+            raise
         if len(samples) != len(indices):
             raise ConfigurationError(
                 f"__getitems__ of {type(self._dataset).__name__} returned {len(samples)} samples "
                 f"for {len(indices)} indices"
             )
-        return {i: self._encoding.to_record(s) for i, s in zip(indices, samples, strict=True)}
+        return samples
 
     def _keep(self, records: dict[int, memoryview], failed: dict[int, TorchCacheError]) -> None:
         """Writes `records`. Training doesn't fail because the pool can't take them: that is counted, and told once.
@@ -223,7 +245,11 @@ class ComputedSamples:
         raise ConfigurationError("computed samples have no keys; only a dataset made by from_files has")
 
     def name(self, index: int) -> str:
-        return f"sample {index} of {self._name}@{self._version}"
+        return f"sample {index} of {self._label}"
+
+    @property
+    def _label(self) -> str:
+        return f"{self._name}@{self._version}"
 
     def describe(self) -> str:
         unkept = f", {self._unkept:,} could not be kept" if self._unkept else ""

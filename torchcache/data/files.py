@@ -13,6 +13,7 @@ from torchcache import environment
 from torchcache.data.buffer_pool import BufferPool, default_buffers
 from torchcache.data.listing import Changes, changes, listed
 from torchcache.data.manifest import Manifest
+from torchcache.data.naming import each, numbered
 from torchcache.data.outputs import Landing, checked_output
 from torchcache.data.samples import OnMissing, OnProgress, residency_of, windows
 from torchcache.errors import (
@@ -124,7 +125,11 @@ class FileSamples:
             return self._read_into_buffers(indices).samples(self._output)
         extents = self.extents(indices)
         if self._decode is not None:
-            return [*map(self._decode, self._read(extents, None))]
+            return each(
+                self._decode,
+                self._read(extents, None),
+                lambda n: numbered(indices[n], self.name(indices[n])),
+            )
         if self._output == "view":
             return [*self._read(extents, None)]
         keep_freed_memory()  # 29 MB of bytes a batch

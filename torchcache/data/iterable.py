@@ -180,8 +180,9 @@ class CachedIterableDataset(IterableDataset[Any]):
         epoch = loaded.number if isinstance(loaded, RecordingPass) else self._course.epoch
         begun = RecordingPass(number=epoch, split=self._split(workers), worker=worker, count=skip)
         self._begun = begun
-        sieve = self._sieve(lambda number: f"sample {number} of {self._recorder}")
-        for sample in self._recorder.samples(begun, self._where()[1]):
+        rank = self._where()[1]
+        sieve = self._sieve(self._recorder.namer(begun, rank))
+        for sample in self._recorder.samples(begun, rank):
             begun.count += 1
             yield from sieve.passed(begun.count - 1, sample, self._transform)
 

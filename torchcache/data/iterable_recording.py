@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
@@ -28,6 +28,7 @@ from torchcache.data.iterable_index import Access
 from torchcache.data.iterable_order import Ints
 from torchcache.data.iterable_pass import STATE
 from torchcache.data.iterable_position import Split
+from torchcache.data.naming import named, say_which
 from torchcache.data.samples import residency_of
 from torchcache.errors import (
     ConfigurationError,
@@ -135,6 +136,12 @@ class Part:
         self._pass = f"{split.ranks}x{split.workers}/{epoch}"
         self._readers = [f"{r}.{w}" for r in range(split.ranks) for w in range(split.workers)]
         self._reader = f"{rank}.{worker}"
+        alone = "" if len(self._readers) == 1 else f", as rank {rank} and worker {worker} count"
+        self._named = f"of {recording.namespace}{alone}"
+
+    def name(self, number: int) -> str:
+        """What this reader's sample `number` is called in errors and logs."""
+        return f"sample {number} {self._named}"
 
     def mark(self) -> Any:
         """The end mark, None if there is none yet."""
@@ -148,7 +155,7 @@ class Part:
         prefix = f"{self._pass}/{self._reader}/{uuid.uuid4().hex}"
         keeps, held, size, count = self.mark() is None, [], 0, 0
         for sample in samples:
-            record = codec.encode(sample)
+            record = self._encoded(sample, count)
             held.append((f"{prefix}/{count}", record))
             size, count = size + len(record), count + 1
             if len(held) >= _AT_ONCE or size >= _AT_ONCE_BYTES:
@@ -158,6 +165,13 @@ class Part:
         end = codec.encode({"prefix": prefix, "count": count})
         if keeps and self._kept([*held, (f"{self._pass}/{self._reader}/end", end)]):
             self.complete()
+
+    def _encoded(self, sample: Any, number: int) -> memoryview:
+        try:
+            return codec.encode(sample)
+        except Exception as error:
+            say_which(error, lambda: self.name(number))
+            raise
 
     def _kept(self, records: Sequence[tuple[str, memoryview]]) -> bool:
         try:
@@ -286,8 +300,13 @@ class Recorder:
         set_epoch = getattr(self._dataset, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(begun.number)
-        if begun.count:
-            return islice(iter(self._dataset), begun.count, None)
-        return Part(self.recording, begun.split, rank, begun.worker, begun.number).recorded(
-            iter(self._dataset)
-        )
+        part = self._part(begun, rank)
+        samples = named(iter(self._dataset), part.name)
+        return islice(samples, begun.count, None) if begun.count else part.recorded(samples)
+
+    def namer(self, begun: RecordingPass, rank: int) -> Callable[[int], str]:
+        """What gives the samples of a pass their names, by their numbers."""
+        return self._part(begun, rank).name
+
+    def _part(self, begun: RecordingPass, rank: int) -> Part:
+        return Part(self.recording, begun.split, rank, begun.worker, begun.number)
