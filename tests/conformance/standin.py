@@ -246,9 +246,10 @@ class _Handler(grpc.GenericRpcHandler):
 
         def call(request: Any, context: grpc.ServicerContext) -> Any:
             script = self._server.script
+            if headers.get("authorization") != f"Bearer {script.token}":
+                told = encode_error(ConfigurationError("the server refused the token"))
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, told)
             try:
-                if headers.get("authorization") != f"Bearer {script.token}":
-                    raise ConfigurationError("the server refused the token")
                 with script.lock:
                     script.calls.append((method, request))
                     if script.fail_calls and method != "GetInfo":

@@ -75,9 +75,11 @@ def test_a_pool_that_is_well(
     assert "writing" in found["credentials", server.address]["what"]
     assert found["credentials", str(token)]["state"] == "ok"
     token.write_text(READER)
-    token.chmod(0o644)
     found = findings(capsys, "--client", code=0)
     assert "reading alone" in found["credentials", server.address]["what"]
+    token.chmod(0o644)
+    found = findings(capsys, "--client", code=1)
+    assert "open to others" in found["credentials", server.address]["what"]
     assert found["credentials", str(token)]["advice"].startswith("chmod 600")
 
 

@@ -63,7 +63,8 @@ def test_limits(changed: dict[str, object], bad: set[str]) -> None:
     ("mode", "owner", "text", "state"),
     [
         (FILE | 0o600, 7, "a-token-of-the-servers", "ok"),
-        (FILE | 0o640, 7, "a-token-of-the-servers", "warning"),
+        (FILE | 0o640, 7, "a-token-of-the-servers", "problem"),
+        (FILE | 0o440, 0, "a-token-of-the-servers", "warning"),
         (FILE | 0o600, 0, "a-token-of-the-servers", "warning"),
         (FILE | 0o600, 7, "short", "problem"),
         (FILE | 0o600, 0, None, "problem"),

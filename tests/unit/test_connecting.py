@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from torchcache.connecting import connect
 from torchcache.embedded import EmbeddedMembers, make_folder
 from torchcache.errors import ConfigurationError
 from torchcache.lanes.access import Access, TlsConfig
+from torchcache.lanes.client_token import Exposure, exposure
 from torchcache.local_pool import LocalPool, default_root
 from torchcache.pool.members import DEFAULT_PORT, parse_address
 
@@ -111,13 +113,20 @@ def test_a_token_without_an_address_is_refused() -> None:
         connect(token="x")
 
 
+def token_file(folder: Path, mode: int = 0o600) -> Path:
+    path = folder / "token"
+    path.touch(mode)
+    path.chmod(mode)
+    return path
+
+
 def test_what_is_no_pool_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="pool=7"):
         connect(7)  # type: ignore[arg-type]
 
 
 def test_the_token_comes_from_its_file_and_stays_there(home: Path) -> None:
-    (home / "token").write_text("hush-hush\n")
+    token_file(home).write_text("hush-hush\n")
     pool = connect("localhost:1")
     assert pool._source.access.bearer() == "Bearer hush-hush"
     assert b"hush" not in pickle.dumps(pool)
@@ -135,6 +144,53 @@ def test_a_token_given_is_carried_but_never_shown() -> None:
 def test_a_token_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="can't be read"):
         Access(token_file=tmp_path).bearer()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
+def test_a_token_file_of_ours_that_others_may_open_is_refused(tmp_path: Path, mode: int) -> None:
+    path = token_file(tmp_path, mode)
+    path.write_text("hush-hush")
+    with pytest.raises(ConfigurationError, match=f"mode {mode:04o}.*chmod 600") as refused:
+        Access(token_file=path).bearer()
+    assert "hush" not in str(refused.value)
+    path.chmod(0o600)
+    assert Access(token_file=path).bearer() == "Bearer hush-hush"
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "read_only", "is_to_us"),
+    [
+        (stat.S_IFREG | 0o600, 7, False, "private"),
+        (stat.S_IFREG | 0o440, 7, False, "refused"),
+        (stat.S_IFREG | 0o440, 0, True, "private"),  # a secret of Kubernetes, with fsGroup
+        (stat.S_IFREG | 0o644, 0, True, "readable"),  # one without
+        (stat.S_IFREG | 0o644, 7, True, "readable"),  # that, as root
+        (stat.S_IFREG | 0o444, 0, False, "readable"),
+        (stat.S_IFIFO | 0o644, 7, False, "private"),
+    ],
+)
+def test_who_may_open_a_token_file(mode: int, owner: int, read_only: bool, is_to_us: Exposure) -> None:
+    assert exposure(mode=mode, owner=owner, me=7, read_only=read_only) == is_to_us
+
+
+def test_a_token_file_that_cannot_be_mended_is_used_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = token_file(tmp_path, 0o644)
+    path.write_text("hush-hush")
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert [Access(token_file=path).bearer() for _ in range(3)] == ["Bearer hush-hush"] * 3
+    (said,) = [record.getMessage() for record in caplog.records if str(path) in record.getMessage()]
+    assert "mode 0644" in said
+    assert "hush" not in said
+
+
+def test_who_has_no_token_is_told_why(tmp_path: Path) -> None:
+    assert "pass token=" in Access().without_token()
+    path = tmp_path / "token"
+    assert f"{path} doesn't exist" in Access(token_file=path).without_token()
+    token_file(tmp_path)
+    assert f"{path} holds no token" in Access(token_file=path).without_token()
 
 
 @pytest.mark.parametrize("host", ["cache-1", "10.0.0.1", "localhost.example", "[2001:db8::1]", "0.0.0.0"])

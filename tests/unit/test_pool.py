@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
@@ -572,6 +573,12 @@ def test_no_server_at_all() -> None:
 def test_a_wrong_token_is_said_at_once(server: StandIn) -> None:
     pool = connect(server.address, token="not the secret")
     with pytest.raises(ConfigurationError, match="refused the token"):
+        pool.read([whole(sample(1))])
+
+
+def test_a_token_file_that_is_not_there_is_said(server: StandIn, home: Path) -> None:
+    pool = connect(server.address)
+    with pytest.raises(ConfigurationError, match=f"{home / 'token'} doesn't exist"):
         pool.read([whole(sample(1))])
 
 

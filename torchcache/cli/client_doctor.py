@@ -195,7 +195,14 @@ def _token_file(path: Path) -> Finding:
         text: str | None = path.read_text(errors="replace")
     except OSError:
         text = None
-    return findings.token_file(str(path), mode=found.st_mode, owner=found.st_uid, me=os.geteuid(), text=text)
+    return findings.token_file(
+        str(path),
+        mode=found.st_mode,
+        owner=found.st_uid,
+        me=os.geteuid(),
+        text=text,
+        read_only=bool(os.statvfs(path).f_flag & os.ST_RDONLY),
+    )
 
 
 def _certificate(path: str) -> Finding:

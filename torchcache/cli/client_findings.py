@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from torchcache.cli.output import size_text
 from torchcache.errors import ConfigurationError
+from torchcache.lanes.client_token import exposure
 from torchcache.tokens import parse_tokens
 
 if TYPE_CHECKING:
@@ -121,8 +122,10 @@ def limits(
     )
 
 
-def token_file(path: str, *, mode: int, owner: int, me: int, text: str | None) -> Finding:
-    """A client's; `text` None: it can't be read."""
+def token_file(
+    path: str, *, mode: int, owner: int, me: int, text: str | None, read_only: bool = False
+) -> Finding:
+    """A client's; `text` None: it can't be read; `read_only`: its file system is."""
 
     def said(state: State, what: str, advice: str = "") -> Finding:
         return Finding(check="credentials", about=path, state=state, what=what, advice=advice)
@@ -139,6 +142,8 @@ def token_file(path: str, *, mode: int, owner: int, me: int, text: str | None) -
         return said(
             "problem", "the file holds no token", "copy the servers' token there, in a line of its own"
         )
+    if exposure(mode=mode, owner=owner, me=me, read_only=read_only) == "refused":
+        return said("problem", "the token is open to others, and so isn't used", "chmod 600 it")
     if not stat.S_ISREG(mode) or owner != me or mode & 0o077:
         return said("warning", "others may read or have written the token", f"chmod 600, owned by user {me}")
     return said("ok", "a token that only its owner can read")

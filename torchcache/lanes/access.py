@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 
 from torchcache.errors import ConfigurationError
-from torchcache.tokens import first_token
+from torchcache.lanes.client_token import read_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +53,24 @@ class Access:
     tls: TlsConfig | None = None
 
     def bearer(self) -> str | None:
-        """The value of the `authorization` header; None without a token, which the server then refuses to serve."""
+        """The value of the `authorization` header; None without a token, which the server then refuses to serve.
+
+        Raises ConfigurationError for a file that can't be used; see `read_token`.
+        """
         token = self.token
         if token is None and self.token_file is not None:
-            try:
-                token = first_token(self.token_file.read_text())
-            except FileNotFoundError:
-                return None
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigurationError(
-                    f"the token file {self.token_file} can't be read: {error}"
-                ) from error
+            token = read_token(self.token_file)
         return f"Bearer {token}" if token else None
+
+    def without_token(self) -> str:
+        """Why there is none, and what to do; for who was refused for that."""
+        if self.token_file is None:
+            return "the server wants a token: pass token="
+        state = "holds no token" if self.token_file.exists() else "doesn't exist"
+        return (
+            f"the token file {self.token_file} {state}: copy the server's there, let TORCHCACHE_TOKEN_FILE name a "
+            "copy, or pass token="
+        )
 
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
         """For grpcio; None means no TLS."""

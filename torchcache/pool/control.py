@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import grpc
 
+from torchcache.errors import ConfigurationError
 from torchcache.lanes.access import Access
 from torchcache.lanes.connections import Connections, connections
 from torchcache.lanes.flight import CHANNEL_OPTIONS, remaining, without_frames
@@ -65,6 +66,10 @@ class ControlClient:
                 stub = getattr(channel.stub, method)
                 return stub(request, timeout=timeout_s, metadata=metadata)
             except grpc.RpcError as error:
+                if bearer is None and error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                    raise ConfigurationError(
+                        self._access.without_token(), server=self.address, request_id=request_id
+                    ) from without_frames(error)
                 # Under no name: a frame that its own error refers to would live until the next collection.
                 raise error_from_status(
                     error.code(), error.details(), server=self.address, request_id=request_id
