@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -11,13 +12,7 @@ from torch.utils.data import get_worker_info
 
 from torchcache.data.iterable_settings import one_of
 from torchcache.data.naming import say_which
-from torchcache.errors import (
-    IntegrityError,
-    ObjectChanged,
-    ObjectNotFound,
-    TorchCacheError,
-    UnsupportedSample,
-)
+from torchcache.data.process_errors import is_of_one_sample
 
 if TYPE_CHECKING:
     from torchcache.data.samples import Samples
@@ -76,19 +71,23 @@ class Sieve:
 
         `outcome` is the sample, or the error that it ended with.
         """
+        handled = sys.exception()
         try:
             if isinstance(outcome, Exception):
                 raise outcome
             return (outcome if transform is None else transform(outcome),)
         except Exception as error:
-            if not self.leaves_out(number, error):
-                say_which(error, lambda: self._name(number))
+            if not self.leaves_out(number, error, handled):
                 raise
             return ()
 
-    def leaves_out(self, number: int, error: Exception) -> bool:
-        """Whether sample `number` is left out for this error; then it is counted and logged."""
-        if self._on_error == "raise" or not is_of_one_sample(error):
+    def leaves_out(self, number: int, error: Exception, handled: BaseException | None) -> bool:
+        """Whether sample `number` is left out for this error; then it is counted and logged, else it says which it is.
+
+        `handled` is what was being handled already when the sample was asked for.
+        """
+        if self._on_error == "raise" or not is_of_one_sample(error, handled):
+            say_which(error, lambda: self._name(number))
             return False
         self._skips.add()
         # As text: who keeps records of the log keeps no traceback, and no buffers with it.
@@ -112,13 +111,6 @@ class EmptyBatch(list[Any]):
         return (list, ())
 
 
-def is_of_one_sample(error: Exception) -> bool:
-    """Whether it says something of one sample, not of the pool or of how it was asked."""
-    return not isinstance(error, TorchCacheError) or isinstance(
-        error, IntegrityError | ObjectChanged | ObjectNotFound | UnsupportedSample
-    )
-
-
 def those_readable(
     samples: Samples, indices: Sequence[int], transform: Transform | None, skips: Skips
 ) -> list[Any]:
@@ -126,14 +118,15 @@ def those_readable(
     sieve = Sieve("skip", skips, samples.name)
     kept: list[Any] = []
     last: Exception | None = None
-    for index, outcome in zip(indices, _outcomes(samples, indices), strict=True):
+    handled = sys.exception()
+    for index, outcome in zip(indices, _outcomes(samples, indices, handled), strict=True):
         try:
             if isinstance(outcome, Exception):
                 raise outcome
             kept.append(outcome if transform is None else transform(outcome))
             last = None
         except Exception as error:
-            if not sieve.leaves_out(index, error):
+            if not sieve.leaves_out(index, error, handled):
                 raise
             # Its traceback refers to this frame, which must not keep the others' buffers until the next collection.
             del outcome
@@ -141,12 +134,12 @@ def those_readable(
     return kept if last is None else EmptyBatch(last)
 
 
-def _outcomes(samples: Samples, indices: Sequence[int]) -> Iterator[Any]:
+def _outcomes(samples: Samples, indices: Sequence[int], handled: BaseException | None) -> Iterator[Any]:
     """Of each its sample, or its error: by one request, and where that fails by one for each."""
     try:
         together = samples.read(indices)
     except Exception as error:
-        if not is_of_one_sample(error):
+        if not is_of_one_sample(error, handled):
             raise
     else:
         yield from together

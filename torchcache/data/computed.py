@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from torchcache.data import codec
-from torchcache.data.bad_samples import is_of_one_sample
 from torchcache.data.naming import each, say_which, together
+from torchcache.data.process_errors import is_of_one_sample
 from torchcache.data.samples import OnMissing, OnProgress, residency_of, windows
 from torchcache.errors import (
     ConfigurationError,
@@ -218,10 +219,11 @@ class ComputedSamples:
         """As `_compute`; with `on_missing` what the dataset raises for a sample is no matter of the others."""
         if not indices:
             return {}
+        handled = sys.exception()
         try:
             return self._compute(indices)
         except Exception as error:
-            if on_missing is None or not is_of_one_sample(error):
+            if on_missing is None or not is_of_one_sample(error, handled):
                 raise
             if len(indices) == 1:
                 on_missing(self._object(indices[0]), _told(error))

@@ -18,7 +18,8 @@ _LISTED: Final = 8
 def say_which(error: Exception, name: Callable[[], str]) -> None:
     """Notes in `error` that it was raised for `name()`, unless it says so itself."""
     with suppress(Exception):  # whatever the error's class makes of a note, the error is what matters
-        if (called := name()) not in str(error):
+        called = name()
+        if not any(called in said for said in (str(error), *getattr(error, "__notes__", ()))):
             error.add_note(f"torchcache: raised for {called}")
 
 
