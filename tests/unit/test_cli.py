@@ -437,9 +437,28 @@ def test_a_dataset_is_pinned_by_its_name_and_unpinned(
 def test_what_is_not_in_the_pool_yet_is_pinned_for_when_it_comes(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pool.put("s3://b/later/a", b"1")
     assert run(["pin", "s3://b/later"]) == 0
     assert capsys.readouterr().out == "pinned s3://b/later: nothing of it is in the pool now\n"
     assert pool.namespaces["s3://b/later"].pinned
+
+
+@pytest.mark.parametrize(
+    "words", [["pin"], ["unpin"], ["evict"], ["limit", "--priority", "1"], ["checkpoint", "ls"]]
+)
+@pytest.mark.parametrize("uri", ["s3://b/misspelt", "s3://nowhere/x", "/misspelt/"])
+def test_what_neither_pool_nor_storage_knows_is_code_1(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], words: list[str], uri: str
+) -> None:
+    assert run([*words, uri]) == 1
+    assert uri.rstrip("/") in capsys.readouterr().err
+    assert not pool.namespaces
+
+
+def test_what_only_storage_or_only_the_pool_has_is_known(pool: MemoryPool) -> None:
+    pool.hold("s3://b/gone", 5)
+    for uri in ("s3://b/gone", "s3://b/data/", "s3://b/top", "s3://b", "samples:any@0"):
+        assert run(["evict", uri]) == 0
 
 
 def test_a_checkpoint_is_pinned_with_its_copy_in_the_pool(

@@ -11,7 +11,9 @@ import click
 from torchcache.cli.checkpoint_export import checkpoint_export
 from torchcache.cli.checkpoint_upkeep import checkpoint_rm, checkpoint_wait
 from torchcache.cli.command import EXIT_CODES, EXIT_FAILED, Session, command
+from torchcache.cli.objects import is_there
 from torchcache.cli.output import duration_text, size_text
+from torchcache.errors import ObjectNotFound
 
 if TYPE_CHECKING:
     from torchcache.checkpoint.verification import Fault
@@ -36,10 +38,16 @@ def checkpoint_ls(session: Session, uri: str) -> None:
     States: saving (not committed yet), cached (safe on the disk of one server of the pool), replicated (of several),
     durable (safe in storage), failed (in the pool; the upload met an error), stock (in storage, saved by torch without
     torchcache), unfinished (being written or deleted by another pool, or left so: rm takes it away).
+
+    Exit code 1 if there is nothing at all at URI, neither checkpoints nor anything else.
     """
     from torchcache.checkpoint.catalog import list_checkpoints
 
     found = list_checkpoints(session.pool, uri)
+    if not found and not is_there(session.pool, uri):
+        raise ObjectNotFound(
+            f"neither the pool nor storage has anything at {uri}; check the name", object=uri
+        )
     session.output.document({"uri": uri, "checkpoints": [asdict(one) for one in found]})
     if not found:
         session.output.text(f"no checkpoints under {uri}")

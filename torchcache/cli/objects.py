@@ -22,6 +22,16 @@ def folder_uri(pool: Pool, uri: str) -> str:
     return pool.uri(ObjectId(*pool.resolve(uri.rstrip("/") + "/"), ""))
 
 
+def is_there(pool: Pool, uri: str) -> bool:
+    """Whether storage has an object below the folder `uri`, or at it. True where it doesn't let us know."""
+    try:
+        return any(True for _ in pool.list(folder_uri(pool, uri))) or bool(pool.stat(uri.rstrip("/")))
+    except ObjectNotFound:
+        return False
+    except ConfigurationError:  # it may not be listed, or is a bucket
+        return True
+
+
 def objects_under(pool: Pool, uri: str, *, pattern: str = "*") -> list[ObjectInfo]:
     """The objects below the folder `uri` whose path within it matches `pattern`, or the one object at `uri`.
 

@@ -9,7 +9,7 @@ import click
 
 from torchcache.cli.command import EXIT_CODES, Session, command
 from torchcache.cli.durations import parse_duration
-from torchcache.cli.objects import folder_uri
+from torchcache.cli.objects import folder_uri, is_there
 from torchcache.cli.output import policy_text, size_text
 from torchcache.errors import ConfigurationError, ObjectNotFound
 from torchcache.model import SAMPLES, SAVE_PREFIX
@@ -75,7 +75,8 @@ def evict(session: Session, uri: str) -> None:
     URI is a dataset's folder, like s3://bucket/images, a checkpoint's, or a name that `torchcache status` shows, like
     samples:NAME@VERSION.
 
-    Refused for what is pinned, and for a checkpoint that isn't in storage yet.
+    Refused for what is pinned, and for a checkpoint that isn't in storage yet. Where nothing of it is held there is
+    nothing to do, and the exit code is 0; it is 1 for a folder that storage doesn't have either.
     """
     # The copy of a checkpoint that isn't in storage yet refuses, and should before anything is gone.
     names = sorted(_namespaces(session.pool, uri), key=lambda name: not name.startswith(KEPT_PREFIXES))
@@ -170,14 +171,22 @@ def _apply(
 
 
 def _namespaces(pool: Pool, uri: str) -> list[str]:
-    """What the servers call `uri`: the folder, and behind it the copies in the pool of the checkpoint saved there."""
+    """What the servers call `uri`: the folder, and behind it the copies in the pool of the checkpoint saved there.
+
+    Raises ObjectNotFound for a folder of which neither the pool nor storage has anything: it is misspelt.
+    """
     held = {namespace.name for server in pool.status() for namespace in server.namespaces}
     if uri.startswith((f"{SAMPLES}:", *KEPT_PREFIXES)) or ("://" not in uri and uri in held):
         return [uri]
     folder = folder_uri(pool, uri)
     store, path = pool.resolve(folder)
     saved = f"{SAVE_PREFIX}{store}/{path.rstrip('/')}"
-    return [folder.rstrip("/"), *sorted(n for n in held if n.rpartition("@")[0] == saved)]
+    names = [folder.rstrip("/"), *sorted(n for n in held if n.rpartition("@")[0] == saved)]
+    if held.isdisjoint(names) and not is_there(pool, uri):
+        raise ObjectNotFound(
+            f"neither the pool nor storage has anything at {uri}; check the name", object=uri
+        )
+    return names
 
 
 def _held(done: list[tuple[str, NamespaceStatus]], fate: str) -> str:
