@@ -51,6 +51,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoggingServer]:
         yield running
 
 
+def test_a_servers_life_is_in_its_log(server: LoggingServer, tmp_path: Path) -> None:
+    (said,) = (line for line in server.lines(level="INFO") if " serves on " in line["message"])
+    assert said["server"] == server.server_id
+    store = server.log_file.with_name("store")
+    for part in (
+        *(server.address, f"data {server.data_port}", "behind a token", "lanes flight, and local"),
+        *(f"store {store}: 0.0 of 0.1 GB held, 0 chunks", f"data=file://{server.source}"),
+    ):
+        assert part in said["message"]
+    with LoggingServer(tmp_path) as another:
+        code, _ = another.stop()
+        told = [line["message"] for line in another.lines(logger="torchcache_server.process.life")]
+    assert code == 0
+    began, drained, ended = told
+    assert began.startswith("told to stop: nothing new is taken")
+    assert drained.startswith("drained in ")
+    assert ended.endswith("exit code 0")
+
+
 def test_an_error_leads_to_the_servers_lines(server: LoggingServer) -> None:
     root = f"file://{server.source}"
     pool = connect(server.address, token=server.client.token, lane="flight")

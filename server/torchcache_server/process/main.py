@@ -25,6 +25,7 @@ from torchcache.locks import LockFile
 from . import logs
 from .config import Embedded, ServerConfig, from_settings, parse_under_stores, read_toml
 from .exit_codes import INCOMPLETE, OK, REFUSED
+from .life import Ending
 from .logs import FORMATS, LEVELS
 from .presence import POLL_S, clients_present, wait_until_idle
 from .server import Server
@@ -206,26 +207,28 @@ def _serve(config: ServerConfig, stop: threading.Event) -> int:
             f"torchcache server {server.server_id} listening on {server.control_address} (data {server.data_port})",
             flush=True,
         )
+        server.say_started()
         if config.embedded is None:
             stop.wait()
+            ending = Ending("told to stop", config.drain_s)
             left = server.drain(config.drain_s)
         else:
             root, idle_s = config.embedded.root, config.embedded.idle_s
             wait_until_idle(root, stop, server.leave, idle_s=idle_s, poll_s=min(POLL_S, idle_s / 5))
+            ending = Ending("told to stop" if stop.is_set() else "nobody uses it any more", config.drain_s)
             # Who attaches now starts the next server, which waits for this one: it takes over the uploads.
             left = server.drain(config.drain_s, abandoned=lambda: clients_present(root))
     except BaseException:
         server.close()
         raise
-    for uri in left:
-        _LOG.warning("not yet in the under-store: %s", uri)
-    if left:
-        _LOG.warning("%d left; a server on the same store goes on with them", len(left))
+    ending.drained(left)
     code = INCOMPLETE if left else OK
     watchdog = threading.Timer(CLOSE_S, os._exit, (code,))
     watchdog.daemon = True
     watchdog.start()
-    if not server.close():
+    closed = server.close()
+    ending.ended(code)
+    if not closed:
         os._exit(code)  # everything of ours is closed; a thread inside gRPC would not let the process end
     return code
 

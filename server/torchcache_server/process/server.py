@@ -37,6 +37,7 @@ from torchcache_server.understore.s3 import S3UnderStore
 
 from .config import ServerConfig
 from .endpoint import EndpointFile
+from .life import started
 from .listeners import ControlListener, listen_data, stop_data
 from .logs import hide_credentials
 from .membership import Membership
@@ -149,6 +150,7 @@ class Server:
                 ahead=parts.ahead,
             )
             closing.enter_context(serve_metrics(config.metrics_host, config.metrics_port, collector))
+        self._store = parts.store
         self.server_id: str = parts.store.server_id
         self.data_port: int = self._data.port
 
@@ -190,6 +192,19 @@ class Server:
     def control_address(self) -> str:
         """ "host:port" of the control service."""
         return host_port(self.config.host, self._control.port)
+
+    def say_started(self) -> None:
+        """Tells the log what serves."""
+        _LOG.info(
+            "%s",
+            started(
+                self.config,
+                version=version("torchcache"),
+                address=self.control_address,
+                data_port=self.data_port,
+                usage=self._store.usage(),
+            ),
+        )
 
     def leave(self) -> None:
         """Takes the server out of its pool's registry, or an embedded one's endpoint away, so that nobody new comes."""
