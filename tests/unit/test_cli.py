@@ -18,6 +18,7 @@ from torchcache.checkpoint.verification import PIECE_BYTES
 from torchcache.cli.app import run
 from torchcache.cli.durations import parse_duration
 from torchcache.cli.output import duration_text, percent_text, size_text
+from torchcache.cli.residencies import Residencies
 from torchcache.errors import (
     AlreadyExists,
     IntegrityError,
@@ -263,6 +264,47 @@ def test_watched_status_shows_what_happens_meanwhile(
     assert [document.get("rates", [{}])[0].get("flight_bytes") for document in documents] == [None, 3000, 250]
     [rate] = documents[1]["rates"]
     assert (rate["local_bytes"], rate["hit_rate"], rate["hedged_calls"]) == (1000, 1.0, 2.5)
+
+
+def test_status_shows_how_much_of_datasets_is_held(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 3,000 bytes in three objects the first, of 1,000."""
+    monkeypatch.setattr("torchcache.cli.residencies.ASKED_AT_ONCE", 2)
+    pool.resident.add(pool.stat("s3://b/data/a").id)
+    for name in ("s3://b/data", "s3://gone/x", "samples:computed@0"):
+        pool.hold(name, 5)
+    assert "residency" not in run_json(capsys, "status")
+    found, gone = run_json(capsys, "status", "--residency")["residency"]
+    assert found == {
+        "name": "s3://b/data",
+        "objects": 3,
+        "bytes": 3000,
+        "resident_bytes": 1000,
+        "error": "",
+        "fraction": 1000 / 3000,
+    }
+    assert (gone["name"], gone["fraction"]) == ("s3://gone/x", None)
+    assert "no bucket gone" in gone["error"]
+    assert run(["status", "--residency"]) == 0
+    _, said = capsys.readouterr().out.split("dataset in storage")
+    [line] = [line for line in said.splitlines() if "s3://b/data" in line]
+    assert line.split() == ["s3://b/data", "3", "3.0", "kB", "1.0", "kB", "33", "%"]
+
+
+def test_watched_residency_is_kept_by_what_it_costs(
+    pool: MemoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listed from 0 to 1 s, it is good until 21 s."""
+    pool.hold("s3://b/data", 5)
+    clock = iter([0.0, 1.0, 20.0, 21.0, 22.0])
+    monkeypatch.setattr("torchcache.cli.residencies.monotonic", lambda: next(clock))
+    residencies = Residencies(pool)  # type: ignore[arg-type]
+    [first] = residencies.of(pool.status())
+    pool.resident.add(pool.stat("s3://b/data/a").id)
+    assert residencies.of(pool.status()) == [first]
+    [later] = residencies.of(pool.status())
+    assert (first.resident_bytes, later.resident_bytes) == (0, 1000)
 
 
 def test_status_shows_the_disk(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,13 @@ import click
 
 from torchcache.cli.command import EXIT_CODES, Session, command
 from torchcache.cli.output import Alert, duration_text, percent_text, policy_text, size_text
+from torchcache.cli.residencies import Residencies, show_residencies
 from torchcache.cli.watching import watch
 from torchcache.errors import ServerUnavailable
 
 if TYPE_CHECKING:
     from torchcache.cli.output import Output
+    from torchcache.cli.residencies import DatasetResidency
     from torchcache.cli.watching import Rates
     from torchcache.pool import NamespaceStatus, Pool, PoolStatistics, ServerStatus
 
@@ -34,16 +36,23 @@ _REASONS: Final = {
     flag_value=2.0,
     help="Show it again and again, with rates, until Ctrl-C. [2] With --json a document in each line.",
 )
+@click.option(
+    "--residency",
+    is_flag=True,
+    help="List each dataset in storage, and show how much of it the pool holds. Takes as long as listing them.",
+)
 @command
-def status(session: Session, *, every_s: float | None) -> None:
+def status(session: Session, *, every_s: float | None, residency: bool) -> None:
     """Show how the pool's servers are, what they hold and what they asked of storage.
 
     Never starts a pool: exit code 3 if none runs. Counters run since each server started.
     """
     pool = _running_embedded_pool() if session.uses_embedded_pool else session.pool
 
+    residencies = Residencies(pool) if residency else None
+
     def show(servers: list[ServerStatus], rates: list[Rates]) -> None:
-        _show(session.output, pool, servers, rates)
+        _show(session.output, pool, servers, rates, residencies.of(servers) if residencies else None)
 
     if every_s is None:
         show(pool.status(), [])
@@ -52,7 +61,13 @@ def status(session: Session, *, every_s: float | None) -> None:
         watch(pool.status, show, every_s)
 
 
-def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[Rates]) -> None:
+def _show(
+    output: Output,
+    pool: Pool,
+    servers: list[ServerStatus],
+    rates: list[Rates],
+    residencies: list[DatasetResidency] | None,
+) -> None:
     from torchcache.pool.health import far_slower
 
     unreachable, seen, answers_s = pool.unreachable(), pool.statistics(), pool.answers_s()
@@ -71,6 +86,11 @@ def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[R
                 for (server, reason), clients in passed_over.items()
             ],
             **({"rates": [dataclasses.asdict(rate) for rate in rates]} if rates else {}),
+            **(
+                {"residency": [{**dataclasses.asdict(one), "fraction": one.fraction} for one in residencies]}
+                if residencies is not None
+                else {}
+            ),
         }
     )
     for address in unreachable:
@@ -96,6 +116,7 @@ def _show(output: Output, pool: Pool, servers: list[ServerStatus], rates: list[R
         _show_disks(output, servers)
         _show_under_stores(output, servers)
         _show_namespaces(output, servers)
+        show_residencies(output, residencies or [])
         _show_saves(output, servers)
         _show_orders(output, servers)
 

@@ -1,0 +1,96 @@
+"""`torchcache status --residency`: how much the pool holds of each dataset, of all that storage has there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+from torchcache.cli.output import percent_text, size_text
+from torchcache.errors import TorchCacheError
+
+if TYPE_CHECKING:
+    from torchcache.cli.output import Output
+    from torchcache.model import ObjectInfo
+    from torchcache.pool import Pool, ServerStatus
+
+ASKED_AT_ONCE: Final = 50_000
+"""Objects in one question: what of a listing is kept in memory."""
+
+REST: Final = 20
+"""Times as long as it took the answer is good: with --watch a twentieth of the time goes into listing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetResidency:
+    """Of one dataset. `error` says why it can't be told; then the rest is 0."""
+
+    name: str
+    objects: int = 0
+    bytes: int = 0
+    resident_bytes: int = 0
+    error: str = ""
+
+    @property
+    def fraction(self) -> float | None:
+        """Resident bytes of all; None if there are none."""
+        return self.resident_bytes / self.bytes if self.bytes else None
+
+
+class Residencies:
+    """What `of` finds, kept for a while by how long it took."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._found: list[DatasetResidency] = []
+        self._good_until = 0.0
+
+    def of(self, servers: Iterable[ServerStatus]) -> list[DatasetResidency]:
+        """Of all datasets that the servers hold something of and that lie in storage, by name: each is listed."""
+        began = monotonic()
+        if not self._found or began >= self._good_until:
+            names = {n.name for server in servers for n in server.namespaces if "://" in n.name}
+            self._found = [residency_of(self._pool, name) for name in sorted(names)]
+            ended = monotonic()
+            self._good_until = ended + REST * (ended - began)
+        return self._found
+
+
+def residency_of(pool: Pool, name: str) -> DatasetResidency:
+    """Of the dataset at the folder `name`."""
+    found = DatasetResidency(name=name)
+    try:
+        listed = iter(pool.list_in_any_order(name))
+        while objects := list(islice(listed, ASKED_AT_ONCE)):
+            found = _sum(found, objects, pool.resident_bytes(objects))
+    except TorchCacheError as error:
+        return DatasetResidency(name=name, error=str(error))
+    return found
+
+
+def _sum(before: DatasetResidency, objects: Sequence[ObjectInfo], held: Sequence[int]) -> DatasetResidency:
+    sizes = [max(0, one.size) for one in objects]
+    return replace(
+        before,
+        objects=before.objects + len(objects),
+        bytes=before.bytes + sum(sizes),
+        resident_bytes=before.resident_bytes + sum(map(min, sizes, held)),
+    )
+
+
+def show_residencies(output: Output, residencies: Sequence[DatasetResidency]) -> None:
+    """A table, if there are any."""
+    rows = [
+        (
+            one.name,
+            f"{one.objects:,}",
+            size_text(one.bytes),
+            size_text(one.resident_bytes),
+            one.error or ("-" if one.fraction is None else percent_text(one.fraction)),
+        )
+        for one in residencies
+    ]
+    if rows:
+        output.table(("dataset in storage", ">objects", ">size", ">in the pool", "of it"), rows)
