@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 import torchcache as tc
 from examples.seaweedfs import SeaweedFS, environment
+from tests.e2e.throwaway import throwaway
 from tests.unit.checkpoint_states import assert_same, blank, state
 from torchcache.cli.app import run
 
@@ -26,7 +27,7 @@ def shared(
 ) -> Iterator[tuple[Path, tc.LocalPool]]:
     root = tmp_path_factory.mktemp("pool")
     local = tc.LocalPool(root, "1GB")
-    with environment(s3_server.environment()), local:
+    with environment(s3_server.environment()), throwaway(local, root):
         yield root, local
 
 

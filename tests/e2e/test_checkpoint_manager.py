@@ -19,6 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import torchcache as tc
 from examples.seaweedfs import SeaweedFS, environment
+from tests.e2e.throwaway import throwaway
 from tests.unit.checkpoint_states import assert_same, blank, state
 from torchcache.checkpoint.hold import Hold
 
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 @pytest.fixture(scope="module")
 def shared(s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tc.Pool]:
-    with environment(s3_server.environment()), tc.LocalPool(tmp_path_factory.mktemp("pool"), "1GB") as pool:
+    root = tmp_path_factory.mktemp("pool")
+    with environment(s3_server.environment()), throwaway(tc.LocalPool(root, "1GB"), root) as pool:
         yield pool
 
 
@@ -39,7 +41,8 @@ def pool(shared: tc.Pool, s3: SeaweedFS) -> tc.Pool:
 @pytest.fixture(scope="module")
 def other_pool(s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tc.Pool]:
     """A pool that has no copies of what the first one saved."""
-    with environment(s3_server.environment()), tc.LocalPool(tmp_path_factory.mktemp("other"), "1GB") as pool:
+    root = tmp_path_factory.mktemp("other")
+    with environment(s3_server.environment()), throwaway(tc.LocalPool(root, "1GB"), root) as pool:
         yield pool
 
 

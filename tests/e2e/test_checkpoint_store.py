@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 import torchcache as tc
 from examples.seaweedfs import SeaweedFS, environment
+from tests.e2e.throwaway import throwaway
 from tests.unit.checkpoint_states import assert_same, blank, state
 from tests.unit.test_checkpoint_reader import Evil
 from torchcache.checkpoint.manifest import Manifest
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 @pytest.fixture(scope="module")
 def shared(s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tc.Pool]:
-    with environment(s3_server.environment()), tc.LocalPool(tmp_path_factory.mktemp("pool"), "1GB") as pool:
+    root = tmp_path_factory.mktemp("pool")
+    with environment(s3_server.environment()), throwaway(tc.LocalPool(root, "1GB"), root) as pool:
         yield pool
 
 
@@ -157,7 +159,7 @@ def test_of_two_writers_of_one_path_one_wins_f31(pool: tc.Pool, bucket: str) -> 
     outcomes: list[BaseException | int] = []
 
     def write(number: int) -> None:
-        start.wait(60)
+        start.wait(300)
         try:
             save(pool, uri, {"a": number})
             outcomes.append(number)
@@ -186,7 +188,7 @@ def test_saves_in_the_background_and_one_writer_for_all(pool: tc.Pool, bucket: s
             dcp.async_save(content, storage_writer=writer, checkpoint_id=f"s3://{bucket}/run/step-{step}")
         )
     for future in futures:
-        future.result(60)
+        future.result(300)
     for step in range(3):
         assert_same(load(pool, f"s3://{bucket}/run/step-{step}", content), {**content, "step": step})
 
@@ -210,7 +212,7 @@ def test_an_error_in_the_background_arrives(pool: tc.Pool, bucket: str) -> None:
         {"a": 2}, storage_writer=tc.CacheStorageWriter(f"s3://{bucket}/x", pool=pool)
     )
     with pytest.raises(dcp.CheckpointException, match="already holds a checkpoint"):
-        future.result(60)
+        future.result(300)
 
 
 def test_a_changed_byte_in_s3_is_noticed_f34(
