@@ -315,9 +315,9 @@ class SourceContract(ServerContract):
                 )
                 child.start()
                 send.close()
-                assert receive.poll(60), "a forked child hangs"
+                assert receive.poll(300), "a forked child hangs"
                 assert receive.recv() == right
-                child.join(60)
+                child.join(300)
                 receive.close()
         finally:
             stop.set()

@@ -310,9 +310,9 @@ class PoolContract:
                 )
                 child.start()
                 send.close()
-                assert receive.poll(60), f"a child by {start_method} hangs"
+                assert receive.poll(300), f"a child by {start_method} hangs"
                 assert receive.recv() == (right, [self.lane])
-                child.join(60)
+                child.join(300)
                 receive.close()
         finally:
             stop.set()

@@ -257,7 +257,7 @@ def save_from_a_thread(pool: Any, uri: str) -> None:
     state = sharded(AS_SAVED)
     future: Any = dcp.async_save(state, storage_writer=tc.CacheStorageWriter(uri, pool=pool))
     state["model"]["plain"].zero_()
-    future.result(60)
+    future.result(300)
     load_sharded(pool, uri)
 
 
@@ -304,7 +304,7 @@ def manage(pool: Any, uri: str) -> None:
         del state["loader"]
         for step in (2, 3):
             future = manager.save_async(step, state)
-            future.result(60)
+            future.result(300)
             manager.wait_durable(step)
         assert [(s.step, s.state) for s in manager.list()] == [(2, "durable"), (3, "durable")]
         manager.delete(3)

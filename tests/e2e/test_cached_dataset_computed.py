@@ -142,7 +142,7 @@ def test_prefetch_computes_the_next_epoch_of_this_rank(tmp_path: Path) -> None:
         dataset = tc.CachedDataset(Slow(log), pool=pool)
         sampler = DistributedSampler(dataset, num_replicas=4, rank=1, seed=1)
         handle = dataset.prefetch(sampler, 2)
-        assert handle.wait(60)
+        assert handle.wait(300)
         assert handle.staged == handle.total == SAMPLES // 4
         sampler.set_epoch(2)
         in_order = [int(line) for line in log.read_text().split()]

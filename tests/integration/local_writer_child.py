@@ -33,7 +33,7 @@ class Job:
     signal: str = ""
     call: str = "pwritev"
     after: int = 0
-    timeout_s: float = 60.0
+    timeout_s: float = 240.0
 
 
 def object_id(key: str) -> ObjectId:
