@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ def test_serve_is_the_server() -> None:
     assert done.stderr
 
 
+@pytest.fixture
+def running() -> Iterator[None]:
+    """The embedded pool: without us its server would end between two commands that are far enough apart."""
+    with tc.LocalPool():
+        yield
+
+
+@pytest.mark.usefixtures("s3", "running")
 def test_stage_ls_and_status(s3: SeaweedFS) -> None:
     bucket = s3.make_bucket()
     for key in ("data/1/a", "data/1/b", "data/2/c"):
@@ -97,6 +106,7 @@ def test_stage_ls_and_status(s3: SeaweedFS) -> None:
     assert "s3://" in human
 
 
+@pytest.mark.usefixtures("running")
 def test_a_policy_waits_for_its_dataset(tmp_path: Path) -> None:
     """Over the embedded pool: pinned and limited first, fetched then; evicted at last."""
     folder = tmp_path / "images"
