@@ -142,6 +142,7 @@ def _train(
         shuffle=True,
         generator=torch.Generator().manual_seed(1),
         num_workers=WORKERS,
+        multiprocessing_context="fork",  # the default of whom a forkserver started is another one, of its own
         persistent_workers=True,
         collate_fn=collate,
     )

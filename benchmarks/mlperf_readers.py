@@ -29,7 +29,12 @@ def reader(
         return
     from torch.utils.data import DataLoader
 
-    loader: DataLoader[int] = DataLoader(_Batches(source, plan), batch_size=None, num_workers=readers)  # type: ignore[arg-type]
+    loader: DataLoader[int] = DataLoader(
+        _Batches(source, plan),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=readers,
+        multiprocessing_context="fork",  # the default of whom a forkserver started is another one, of its own
+    )
     iterator: Any = iter(loader)
     try:
         yield iterator
