@@ -26,6 +26,7 @@ EXTREMES: Final[list[tuple[Survival, Survival]]] = [
 _DRAWN: Final[list[tuple[Survival, Survival]]] = [
     (names, data) for names in ("lost", "kept", "subset") for data in ("subset", "torn")
 ] + [("subset", "lost"), ("subset", "kept")]
+DRAWN_WAYS: Final = len(_DRAWN)
 
 
 @dataclass
@@ -54,11 +55,15 @@ class Findings:
 
 @dataclass(frozen=True)
 class Effort:
-    """`draws`: how often each prefix is drawn at random. `kills`, `cuts`: so many restarts are recorded themselves."""
+    """`draws`: how often each prefix is drawn at random, in each of some `ways`, of those that there are.
+
+    `kills`, `cuts`: so many restarts are recorded themselves.
+    """
 
     draws: int
     kills: int
     cuts: int
+    ways: int = DRAWN_WAYS
 
 
 def explore(name: str, seed: int, effort: Effort) -> Findings:
@@ -67,10 +72,10 @@ def explore(name: str, seed: int, effort: Effort) -> Findings:
     with small_world(seed), tempfile.TemporaryDirectory(dir=SCRATCH, prefix="crash-") as scratch:
         rng = random.Random(f"{name} {seed}")
         trace = record(name, seed, scratch)
-        findings.add(crash_everywhere(trace, effort.draws, seed, scratch))
+        findings.add(crash_everywhere(trace, effort, seed, scratch))
         for number in range(effort.kills + effort.cuts):
             later = restart_somewhere(trace, rng, scratch, killed=number < effort.kills)
-            findings.add(crash_everywhere(later, effort.draws, seed, scratch))
+            findings.add(crash_everywhere(later, effort, seed, scratch))
     return findings
 
 
@@ -136,7 +141,7 @@ def _apply(item: Item, disk: Disk, promises: Promises) -> bool:
     return True
 
 
-def crash_everywhere(trace: Trace, draws: int, seed: int, scratch: str) -> Findings:
+def crash_everywhere(trace: Trace, effort: Effort, seed: int, scratch: str) -> Findings:
     """A power cut after every call, and what survives of it in all ways that are asked for."""
     findings = Findings(traces=1, calls=sum(isinstance(item, Op) for item in trace.items))
     restart = Restart(trace, os.path.join(scratch, "restart"))
@@ -147,7 +152,7 @@ def crash_everywhere(trace: Trace, draws: int, seed: int, scratch: str) -> Findi
             continue
         in_bucket = _digest_of(promises.bucket) if trace.saves else b""
         here: set[bytes] = set()
-        for how, rng, image in _images(disk, draws, f"{seed} {trace.name} {at}"):
+        for how, rng, image in _images(disk, effort, f"{seed} {trace.name} {at}"):
             digest = image.digest
             findings.draws += 1
             if digest in here:
@@ -166,10 +171,14 @@ def crash_everywhere(trace: Trace, draws: int, seed: int, scratch: str) -> Findi
 
 
 def _images(
-    disk: Disk, draws: int, seed: str
+    disk: Disk, effort: Effort, seed: str
 ) -> Iterator[tuple[tuple[Survival, Survival], random.Random, Image]]:
     """Images of the disk, with what survives in them, and the generator that drew them."""
-    for draw, ways in enumerate([EXTREMES] + [_DRAWN] * draws):
+    drawn = [_DRAWN] * effort.draws
+    if effort.ways < DRAWN_WAYS:  # others at each prefix
+        chance = random.Random(f"{seed} ways")
+        drawn = [chance.sample(ways, effort.ways) for ways in drawn]
+    for draw, ways in enumerate([EXTREMES, *drawn]):
         for how in ways:
             rng = random.Random(f"{seed} {how} {draw}")
             yield how, rng, disk.image(*how, rng)

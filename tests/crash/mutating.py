@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from tests.crash.exploring import SCRATCH
+from tests.crash.exploring import DRAWN_WAYS, SCRATCH
 from tests.crash.mutation import Mutant
 
 ROOT: Final = Path(__file__).parents[2]
@@ -112,6 +112,7 @@ def first_failure(copy: Path, tests: Sequence[str]) -> str | None:
     """Runs tests in a copy of the tree. Raises RuntimeError if they can't even be run."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHCACHE_")}
     environ |= {"PYTHONPATH": f"{copy}{os.pathsep}{copy / 'server'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    environ["CRASH_WAYS"] = str(DRAWN_WAYS)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-m", "not long", *tests]
     try:
         done = subprocess.run(

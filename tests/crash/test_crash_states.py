@@ -22,7 +22,9 @@ WORKLOADS = os.environ.get("CRASH_WORKLOADS", "").split() or [*STORE_WORKLOADS, 
 SEED = int(os.environ.get("CRASH_SEED", "1"))
 STATES = int(os.environ.get("CRASH_STATES", "1000000"))
 """How many the long run is to reach; CRASH_SEED is the first seed of both runs, CRASH_WORKLOADS are those to run."""
-QUICK = Effort(draws=1, kills=1, cuts=0)
+WAYS = int(os.environ.get("CRASH_WAYS", "2"))
+"""What survives at random is drawn in so many ways for each prefix; in the long run, and for mutants, in all."""
+QUICK = Effort(draws=1, kills=1, cuts=0, ways=WAYS)
 LONG = Effort(draws=3, kills=10, cuts=10)
 
 
