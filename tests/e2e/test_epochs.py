@@ -43,7 +43,12 @@ def test_the_second_epoch_sends_no_request_to_s3(s3: SeaweedFS, bucket: str, met
     ):
         dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", decode=decode, pool=pool)
         loader = DataLoader(
-            dataset, batch_size=16, shuffle=True, num_workers=2, multiprocessing_context=method
+            dataset,
+            batch_size=16,
+            shuffle=True,
+            num_workers=2,
+            multiprocessing_context=method,
+            persistent_workers=method == "spawn",  # spawning takes longer than all the rest
         )
         epochs = []
         for _ in range(3):

@@ -361,7 +361,7 @@ def test_an_idle_server_ends_and_leaves_nothing(root: Path, monkeypatch: pytest.
     user = run(
         f"""
         from torchcache import server_process
-        server_process.IDLE_S = 1.0
+        server_process.IDLE_S = 0.5
         pool = LocalPool(root, capacity={CAPACITY!r}).pool
         fill(pool)
         print("ready", flush=True)
@@ -371,7 +371,7 @@ def test_an_idle_server_ends_and_leaves_nothing(root: Path, monkeypatch: pytest.
     )
     assert user.stdout is not None
     assert user.stdout.readline() == "ready\n"
-    time.sleep(3)
+    time.sleep(1.5)  # three idle times
     assert len(server_pids(root)) == 1  # somebody is there
     user.kill()
     user.communicate()
