@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def _turn(item: pytest.Item) -> int:
     forks = "fork" in item.nodeid or item.get_closest_marker("forks") is not None
     return -1 if forks else _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
 
+
+_numbers = itertools.count()
 
 GRPC_ENDS_S = 20.0
 """What the gRPC of an earlier test may take to end."""
@@ -107,9 +110,16 @@ def no_hedges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchcache.pool.health.UNKNOWN_S", 3600.0)
 
 
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Apart, and numbered by us: pytest looks through all folders that there are for each that it numbers."""
+    return tmp_path_factory.mktemp("homes")
+
+
 @pytest.fixture(autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(homes: Path) -> Iterator[Path]:
     """A TORCHCACHE_HOME of the test's own."""
-    folder = tmp_path_factory.mktemp("home")
+    folder = homes / str(next(_numbers))
+    folder.mkdir(mode=0o700)
     with environment({"TORCHCACHE_HOME": str(folder)}):
         yield folder
