@@ -91,14 +91,14 @@ def test_what_a_storage_packs_is_not_unpacked(server: HostileServer, encoding: s
     if call == "list":
         ask = pb.ListRequest(store="s3", prefix="bucket/")
         assert isinstance(
-            outcome(lambda: server.client.call("ListObjects", ask, timeout_s=1.5)), TorchCacheError
+            outcome(lambda: server.client.call("ListObjects", ask, timeout_s=1.0)), TorchCacheError
         )
     elif call == "stat":
         found = server.client.call("StatObject", pb.StatRequest(store="s3", key="bucket/key"))
         assert found.size == len(body)
     else:
         ref = pb.ObjectRef(store="s3", key="bucket/bomb", version="e", size=len(ZEROS))
-        (got,) = server.client.read([ref], timeout_s=1.5)
+        (got,) = server.client.read([ref], timeout_s=1.0)
         assert '"error"' in str(got)[:200]
 
 

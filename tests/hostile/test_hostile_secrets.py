@@ -78,12 +78,12 @@ def test_what_a_storage_tells_back_is_not_told_on(server: HostileServer, name: s
     server.s3.always = ECHOES[name]
     if call == "read":
         ref = pb.ObjectRef(store="s3", key="bucket/key", version="e", size=10)
-        (got,) = server.client.read([ref], timeout_s=2)
+        (got,) = server.client.read([ref], timeout_s=1.0)
         assert_told_no_secret(str(got))
         return
     ask = pb.ListRequest(store="s3", prefix="bucket/")
     request: Any = ask if call == "ListObjects" else pb.StatRequest(store="s3", key="bucket/key")
-    assert_told_no_secret(str(outcome(lambda: server.client.call(call, request, timeout_s=2))))
+    assert_told_no_secret(str(outcome(lambda: server.client.call(call, request, timeout_s=1.0))))
 
 
 @pytest.mark.hostile("secrets")

@@ -88,7 +88,7 @@ UNREADABLE = {
 }
 """Tried again for a while, as if it had been damaged on the way: once is enough here."""
 
-PATIENCE_S = 1.5
+PATIENCE_S = 1.0
 
 
 @pytest.mark.hostile("pages")
