@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,14 @@ def put_images(uri: str) -> None:
     if any(True for _ in pool.list(uri)):
         return
     digits = load_digits()
-    for number, (pixels, label) in enumerate(zip(digits.images[:COUNT], digits.target[:COUNT], strict=True)):
+
+    def put(number: int) -> None:
         png = io.BytesIO()
-        Image.fromarray((pixels * 15).astype(np.uint8)).save(png, format="PNG")
-        pool.publish(f"{uri}/{label}/{number:04d}.png", [png.getvalue()])
+        Image.fromarray((digits.images[number] * 15).astype(np.uint8)).save(png, format="PNG")
+        pool.publish(f"{uri}/{digits.target[number]}/{number:04d}.png", [png.getvalue()])
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(put, range(COUNT)))
 
 
 def decode(png: memoryview) -> torch.Tensor:
