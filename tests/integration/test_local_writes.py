@@ -97,7 +97,15 @@ def test_a_checkpoint_is_written_into_the_files(server: PoolServer) -> None:
     server.assert_loads("run/step-1", 2, SIZE)
 
 
-@pytest.mark.parametrize(("call", "after"), [("open", 0), ("pwritev", 0), ("pwritev", 9), ("close", 0)])
+@pytest.mark.parametrize(
+    ("call", "after"),
+    [
+        ("open", 0),
+        pytest.param("pwritev", 0, marks=pytest.mark.long),  # ten seconds, as the first and the third
+        ("pwritev", 9),
+        ("close", 0),
+    ],
+)
 def test_of_a_client_that_is_killed_nothing_is_left(server: PoolServer, call: str, after: int) -> None:
     """Between the answer and the first byte, in the midst; and of one that was acknowledged everything is."""
     with closing(child(server, "k", signal="SIGKILL", call=call, after=after)) as killed:
