@@ -7,6 +7,9 @@ object and the server they speak of where there is one.
 
 from __future__ import annotations
 
+from copy import copy
+from typing import Any, Self
+
 __all__ = [
     "AlreadyExists",
     "CheckpointError",
@@ -54,6 +57,12 @@ class TorchCacheError(Exception):
         where += [f"request {self.request_id}"] if self.request_id else []
         return f"{self.message} ({', '.join(where)})" if where else self.message
 
+    def saying(self, message: str) -> Self:
+        """The same error with another message."""
+        again = copy(self)
+        again.message, again.args = message, (message,)
+        return again
+
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.message, self.object, self.server, self.request_id))
 
@@ -77,7 +86,26 @@ class ServerUnavailable(TransientError):
 
 
 class Overloaded(TransientError):
-    """A server refused because it is at one of its bounds."""
+    """A server refused because it is at one of its bounds.
+
+    `retry_after_s` is how many seconds it takes, by the server's guess, until asking again may help; None: no guess.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        object: str | None = None,
+        server: str | None = None,
+        request_id: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, object=object, server=server, request_id=request_id)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As state, and not as an argument: versions without it can read the pickle, and theirs have no state.
+        return (*super().__reduce__(), {"retry_after_s": self.retry_after_s})
 
 
 class DeadlineExceeded(TransientError):

@@ -49,6 +49,24 @@ def test_a_busy_server_is_asked_until_the_deadline() -> None:
     assert budget.spend()  # no outage: nothing was spent
 
 
+def test_a_busy_server_is_not_asked_before_the_time_it_names() -> None:
+    clock = Clock()
+    one = retry(clock)
+    assert one.again(Overloaded("busy", retry_after_s=1.5))
+    assert clock.now == 101.5
+    assert one.again(Overloaded("busy", retry_after_s=0.0))
+    assert clock.now == 101.5 + RetryPolicy().pause_s(2, 0.0)
+    assert not one.again(Overloaded("busy", retry_after_s=60.0)), "that would be after the deadline"
+    assert clock.now < 110.0
+
+
+def test_those_who_were_told_the_same_time_come_one_after_the_other() -> None:
+    clock = Clock()
+    late = Retry(retry_budget(), clock.now + 60, sleep=clock.sleep, clock=clock, chance=lambda: 0.5)
+    assert late.again(Overloaded("busy", retry_after_s=2.0))
+    assert clock.now == 102.5
+
+
 def test_final_errors_are_not() -> None:
     assert tries(retry(Clock()), ObjectNotFound("never")) == 1
 

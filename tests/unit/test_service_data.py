@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.flight as fl
 import pytest
-from torchcache_server.service.admission import Admission
+from torchcache_server.service.admission import RETRY_AFTER_S, Admission
 from torchcache_server.service.counters import ServiceCounters
 from torchcache_server.service.data import DataServer
 from torchcache_server.service.interceptors import flight_error
@@ -206,11 +206,33 @@ def test_streams_are_bounded(lane: Lane) -> None:
         assert lane.source.filling.wait_for(lambda: len(lane.source.asked) == 8, 60)
     error = refusal(lambda: lane.get([(cold, 0, 10)], namespace="third").read_all())
     assert isinstance(error, Overloaded)
+    assert error.retry_after_s == RETRY_AFTER_S[0]  # through pyarrow; none has ended yet
     assert lane.admission.refused_streams == 1
     lane.source.fill(cold, 0, content(10))
     assert [r.read_all().num_rows for r in readers] == [1] * 8
     assert lane.get([(cold, 0, 10)]).read_all().num_rows == 1
     assert lane.admission.wait_until_idle(60)
+
+
+def test_who_finds_no_room_is_told_how_long_streams_last() -> None:
+    now = [100.0]
+    admission = Admission(1, clock=lambda: now[0])
+
+    def hint() -> float | None:
+        with admission.stream("a"), pytest.raises(Overloaded) as refused, admission.stream("b"):
+            pass
+        return refused.value.retry_after_s
+
+    def last(seconds: float) -> None:
+        for _ in range(100):
+            with admission.stream("a"):
+                now[0] += seconds
+
+    assert hint() == RETRY_AFTER_S[0]
+    last(0.2)
+    assert hint() == pytest.approx(0.2, rel=0.01)
+    last(30.0)
+    assert hint() == RETRY_AFTER_S[1]
 
 
 def test_a_dataset_that_is_much_read_leaves_a_quarter_to_others(lane: Lane) -> None:

@@ -63,6 +63,43 @@ def test_errors_survive_the_wire_and_pickling(kind: type[TorchCacheError]) -> No
         assert "s3://bucket/key" in str(back)
 
 
+def test_a_hint_when_to_come_again_survives_the_wire_and_pickling() -> None:
+    busy = errors.Overloaded("busy", object="k", retry_after_s=0.25)
+    text = status.encode_error(busy)
+    for back in (
+        status.decode_error(text),
+        status.error_from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, text),
+        pickle.loads(pickle.dumps(busy)),
+        busy.saying("busy"),
+    ):
+        assert isinstance(back, errors.Overloaded)
+        assert (back.message, back.object, back.retry_after_s) == ("busy", "k", 0.25)
+    assert "retry_after_s" not in status.encode_error(errors.Overloaded("busy"))
+    long = status.decode_error(status.encode_error(busy.saying("b" * 9000)))
+    assert isinstance(long, errors.Overloaded) and long.retry_after_s == 0.25
+
+
+def test_errors_pickle_to_and_from_versions_without_a_hint() -> None:
+    make, arguments, state = errors.Overloaded("busy", server="h:1", retry_after_s=1.5).__reduce__()
+    of_old = make(*arguments)  # what a version without it pickles: no state
+    assert (of_old.message, of_old.server, of_old.retry_after_s) == ("busy", "h:1", None)
+    at_old = errors.ServerUnavailable(
+        *arguments[1:2]
+    )  # what one without it makes of ours: a plain error, and the state
+    at_old.__setstate__(state)
+    assert str(at_old) == "busy"
+
+
+@pytest.mark.parametrize(
+    ("told", "taken"),
+    [("1e9", 60.0), ("3", 3.0), ("-1", None), ("NaN", None), ("true", None), ('"1"', None), ("null", None)],
+)
+def test_a_hint_is_believed_within_reason(told: str, taken: float | None) -> None:
+    back = status.decode_error(f'{{"error": "Overloaded", "message": "m", "retry_after_s": {told}}}')
+    assert isinstance(back, errors.Overloaded)
+    assert back.retry_after_s == taken
+
+
 def test_every_error_has_a_status() -> None:
     for kind in KINDS:
         assert status.status_code(kind("x")) is not grpc.StatusCode.OK

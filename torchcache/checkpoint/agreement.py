@@ -95,9 +95,6 @@ def plain_errors() -> Iterator[None]:
     except CheckpointException as gathered:
         rank, (cause, _) = min(gathered.failures.items(), key=lambda failure: failure[0])
         error = as_ours(cause)
-        raise type(error)(
-            f"rank {rank}: {error.message}" if len(gathered.failures) > 1 or rank else error.message,
-            object=error.object,
-            server=error.server,
-            request_id=error.request_id,
+        raise error.saying(
+            f"rank {rank}: {error.message}" if len(gathered.failures) > 1 or rank else error.message
         ) from cause

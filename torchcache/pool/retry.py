@@ -66,7 +66,8 @@ def hedge_budget() -> Budget:
 class Retry:
     """The tries of one call. `again` pauses and says whether to make another.
 
-    A server that says it is overloaded is alive, and its turn for us will come: only the deadline ends that wait.
+    A server that says it is overloaded is alive, and its turn for us will come: only the deadline ends that wait. It is
+    not asked again before the time that it names.
     `refused`: the budget was spent.
     """
 
@@ -95,7 +96,11 @@ class Retry:
         self._tries += 1
         if not isinstance(error, TransientError):
             return False
-        pause = self._policy.pause_s(self._tries, self._chance())
+        chance = self._chance()
+        pause = self._policy.pause_s(self._tries, chance)
+        if isinstance(error, Overloaded) and error.retry_after_s is not None:
+            # Never before the server says, and not all who were told the same at the same moment.
+            pause = max(pause, error.retry_after_s * (1.0 + chance / 2))
         if self._clock() + pause >= self._deadline:
             return False
         if not isinstance(error, Overloaded):

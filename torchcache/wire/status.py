@@ -12,7 +12,7 @@ from typing import Final
 import grpc
 
 from torchcache import errors
-from torchcache.errors import TorchCacheError
+from torchcache.errors import Overloaded, TorchCacheError
 from torchcache.wire.request_ids import is_request_id
 
 # The first row of a status code is what a bare status of that code becomes. More than one error may share a code; the
@@ -58,18 +58,24 @@ MAX_ERROR_CHARACTERS: Final = 4096
 """Of an encoded error: gRPC sends it as a header, and a client takes no more than 8 KiB of them for an answer."""
 
 
+MOST_RETRY_AFTER_S: Final = 60.0
+"""Whatever a server says: it may be wrong, or lie."""
+
+
 def encode_error(error: TorchCacheError, *, request_id: str | None = None) -> str:
     """One line of JSON; `decode_error` gives an equal error of the same class back, its middle left out if it is long.
 
     `request_id` is for an error among others in a reply. At most `MAX_ERROR_CHARACTERS`, all ASCII.
     """
-    fields = {"error": type(error).__name__, "message": error.message}
+    fields: dict[str, str | float] = {"error": type(error).__name__, "message": error.message}
     if error.object:
         fields["object"] = error.object
     if error.server:
         fields["server"] = error.server
     if request_id := error.request_id or request_id:
         fields["request"] = request_id
+    if isinstance(error, Overloaded) and error.retry_after_s is not None:
+        fields["retry_after_s"] = round(error.retry_after_s, 3)
     text = json.dumps(fields)
     for characters in (600, 150):  # one may take six, as \uXXXX
         if len(text) <= MAX_ERROR_CHARACTERS:
@@ -78,7 +84,9 @@ def encode_error(error: TorchCacheError, *, request_id: str | None = None) -> st
     return text
 
 
-def _shortened(text: str, characters: int) -> str:
+def _shortened(text: str | float, characters: int) -> str | float:
+    if not isinstance(text, str):
+        return text
     half = characters // 2 - 2
     return text if len(text) <= characters else f"{text[:half]}...{text[-half:]}"
 
@@ -89,14 +97,24 @@ def decode_error(text: str, *, server: str | None = None) -> TorchCacheError:
         fields = json.loads(text)
         kind = _BY_NAME.get(fields["error"], TorchCacheError)
         said = fields.get("request")
-        return kind(
+        error = kind(
             str(fields["message"]),
             object=fields.get("object"),
             server=fields.get("server") or server,
             request_id=said if isinstance(said, str) and is_request_id(said) else None,
         )
+        if isinstance(error, Overloaded):
+            error.retry_after_s = _seconds(fields.get("retry_after_s"))
+        return error
     except (ValueError, KeyError, TypeError, AttributeError):
         return TorchCacheError(text, server=server)
+
+
+def _seconds(told: object) -> float | None:
+    """A hint of at most MOST_RETRY_AFTER_S; None if it is none."""
+    if isinstance(told, bool) or not isinstance(told, int | float) or not told >= 0:
+        return None
+    return min(float(told), MOST_RETRY_AFTER_S)
 
 
 def status_code(error: TorchCacheError) -> grpc.StatusCode:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Literal
 
@@ -19,6 +20,12 @@ TIMES_THE_FREE: Final = 3
 Others find room; see ahead_shares.py.
 """
 
+RETRY_AFTER_S: Final = (0.05, 0.5)
+"""Who finds no room is told to come again when a stream that begins now will have ended, within these."""
+
+LATELY: Final = 0.1
+"""How much the stream that ended last counts in how long they last."""
+
 
 class Admission:
     """Counts the data streams, and goes once from open over draining to closed.
@@ -26,7 +33,11 @@ class Admission:
     *draining* refuses what is new and lets finish what runs; *closed* also ends the streams that still run.
     """
 
-    def __init__(self, max_streams: int = MAX_STREAMS) -> None:
+    def __init__(
+        self, max_streams: int = MAX_STREAMS, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._lasts_s = 0.0  # how long streams last, of late
         self._max_streams = max_streams
         self._streams = 0
         self._of: Counter[str] = Counter()  # streams by namespace
@@ -52,14 +63,17 @@ class Admission:
                 self.refused_streams += 1
                 raise Overloaded(
                     f"the server has {self._streams} streams open, {mine} of them for {namespace[:200]}, as many as it "
-                    "may: try again"
+                    "may: try again",
+                    retry_after_s=min(max(self._lasts_s, RETRY_AFTER_S[0]), RETRY_AFTER_S[1]),
                 )
             self._streams += 1
             self._of[namespace] += 1
+        began = self._clock()
         try:
             yield
         finally:
             with self._changed:
+                self._lasts_s += LATELY * (self._clock() - began - self._lasts_s)
                 self._streams -= 1
                 self._of[namespace] -= 1
                 if not self._of[namespace]:

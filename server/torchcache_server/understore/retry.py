@@ -111,4 +111,4 @@ def _too_late(uri: str, failures: int, last: TorchCacheError | None) -> Deadline
 def _gave_up(error: TorchCacheError, failures: int) -> TorchCacheError:
     if failures == 1:
         return error
-    return type(error)(f"{error.message}; {failures} tries failed", object=error.object, server=error.server)
+    return error.saying(f"{error.message}; {failures} tries failed")

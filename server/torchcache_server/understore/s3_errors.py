@@ -176,7 +176,7 @@ def without_keys(error: TorchCacheError, keys: Keys | None) -> TorchCacheError:
             message = message.replace(secret, "...")
     if message == error.message:
         return error
-    return type(error)(message, object=error.object, server=error.server)
+    return error.saying(message)
 
 
 def _brief(error: Exception) -> str:
