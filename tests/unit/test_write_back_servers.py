@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
+from torchcache_server.cache.catalogue import HeldElsewhere
 from torchcache_server.cache.claims import DEAD_AFTER_LEASES, Claim
 from write_back_world import (
     KEY,
@@ -15,6 +17,7 @@ from write_back_world import (
     always_whole,
     assert_settled,
     published,
+    soon,
 )
 
 from torchcache.errors import AlreadyExists, DeadlineExceeded, NotCommitted, Overloaded
@@ -298,3 +301,58 @@ def test_a_copy_learns_from_the_claim_that_it_counts(sees_it: str) -> None:
         look_after(b)
     assert b.state() == "durable old"
     assert_settled(bucket, "old")
+
+
+# ---- who is asked, and was asleep while another server was written to ----
+
+
+def read(server: Server, meanwhile: Callable[[], None] = lambda: None, at: int = 0) -> str:
+    """What a reader is given who asks this server first; `meanwhile` happens at its call number `at`."""
+    server.gate.trap_at, server.gate.trap = server.gate.calls + at, meanwhile
+    status = server.write_back.get(KEY, deadline=soon(), check_claim=True)
+    return "another server's" if status.superseded else status.save_id
+
+
+@pytest.mark.parametrize("uploaded", [False, True])
+def test_a_server_that_slept_gives_nobody_what_another_has_replaced(uploaded: bool) -> None:
+    """Its own save is committed, and the claim that told of the later one is gone with that one's upload (I2)."""
+    bucket = Bucket()
+    a, b = Server(bucket, "a"), Server(bucket, "b")
+    a.save("first")
+    if uploaded:
+        a.upload()
+    assert read(a) == "first"
+    b.save("second", overwrite=True)
+    assert read(a) == "another server's"
+    b.upload()
+    assert read(a) == "second"
+    a.upload()
+    assert read(a) == "second"
+
+
+@pytest.mark.parametrize("here", ["nothing", "committed", "durable", "a copy"])
+def test_what_was_committed_before_a_reader_asked_it_gets(here: str) -> None:
+    """The later save is uploaded, and its claim goes, at any point of the answer (I2)."""
+    for at in range(1, 50):
+        bucket = Bucket()
+        a, b, c = (Server(bucket, name) for name in "abc")
+        (c if here == "a copy" else a).save("first")
+        if here == "a copy":
+            a.put("first")
+            a.hold_copy("first", owner="c")
+            a.write_back.confirm_copy(KEY, "first", committed_unix_s=1.0, replicas=2, deadline=soon())
+        if here == "durable":
+            a.upload()
+        if here == "nothing":
+            a.upload()
+            a.write_back.delete(KEY, "first", deadline=soon(), wait_s=0.0)
+            a.upload()
+        b.save("second", overwrite=True)
+        calls = a.gate.calls
+        try:
+            assert read(a, b.upload, at) in ("second", "another server's")
+        except HeldElsewhere as error:
+            assert error.holder == "b"
+        if a.gate.calls - calls < at:
+            break
+    assert at > 2

@@ -9,8 +9,16 @@ from typing import Final, Protocol
 from torchcache.errors import NotCommitted, ObjectNotFound, TransientError
 from torchcache.save_names import MANIFEST_NAME
 from torchcache_server.cache.claim_book import ClaimBook
-from torchcache_server.cache.claims import Claim
-from torchcache_server.cache.saves import Copy, Save, SaveKey, SaveStatus, manifest_digest, status_of_manifest
+from torchcache_server.cache.claims import Sighting
+from torchcache_server.cache.saves import (
+    Copy,
+    Save,
+    SaveKey,
+    SaveStatus,
+    kind_of_manifest,
+    manifest_digest,
+    status_of_manifest,
+)
 from torchcache_server.cache.slots import Slot, Slots
 from torchcache_server.cache.small_objects import read_small, stat_or_none
 from torchcache_server.understore.base import UnderStore, object_uri
@@ -55,6 +63,14 @@ def status_of_copy(copy: Copy) -> SaveStatus:
     )
 
 
+class HeldElsewhere(NotCommitted):
+    """No checkpoint is known here, but the server `holder` may have a committed one: the claim is its own."""
+
+    def __init__(self, message: str, *, holder: str, object: str | None = None) -> None:
+        super().__init__(message, object=object)
+        self.holder = holder
+
+
 class Copies(Protocol):
     """What is asked of the copies that this server has of other servers' saves."""
 
@@ -76,29 +92,61 @@ class Catalogue:
         """The checkpoint that a reader of `key` should load.
 
         A save that another server overwrote counts only while nothing of the other is there yet. `check_claim` has the
-        status say whether another server has committed a later one. Raises NotCommitted.
+        status say whether another server has committed a later one. Raises NotCommitted, HeldElsewhere if such a server
+        may have one.
+
+        The claim is looked at before what is here and what is published: a later save that is uploaded in between, and
+        gives up its claim, is then found at the path.
         """
+        seen, unseen = self._look(under_store, key, deadline) if check_claim else (None, None)
+        claim = seen.claim if seen is not None and self._is_anothers(seen) else None
         slot = self._slots.find(key)
         if slot is not None and slot.copies:
             status = self._copies.current(under_store, slot, deadline=deadline)
             if status is not None:
                 return status
-        status = self._own_or_published(under_store, key, deadline)
-        if check_claim and self._is_superseded(under_store, status, deadline):
-            return replace(status, superseded=True)
-        return status
-
-    def _is_superseded(self, under_store: UnderStore, status: SaveStatus, deadline: float) -> bool:
         try:
-            claim = self.held_elsewhere(under_store, status.key, deadline=deadline)
-        except TransientError:
-            return False  # Better to resume from what is here than not at all.
-        return claim is not None and claim.state == "committed" and claim.save_id != status.save_id
+            status = self._own_or_published(under_store, key, deadline)
+            if check_claim and unseen is None and not self._holds(seen, status):
+                status = self._or_published_since(under_store, status, deadline)
+        except NotCommitted as error:
+            if unseen is not None:
+                raise unseen from None
+            if claim is None:
+                raise
+            raise HeldElsewhere(error.message, holder=claim.server_id, object=error.object) from None
+        is_later = claim is not None and claim.state == "committed" and claim.save_id != status.save_id
+        return replace(status, superseded=True) if is_later else status
 
-    def held_elsewhere(self, under_store: UnderStore, key: SaveKey, *, deadline: float) -> Claim | None:
-        """The claim by which another server has, or is being given, a save that isn't in the under-store yet."""
-        seen = self._claims.look(under_store, key, deadline=deadline)
-        return seen.claim if seen is not None and seen.claim.server_id != self._claims.server_id else None
+    def _look(
+        self, under_store: UnderStore, key: SaveKey, deadline: float
+    ) -> tuple[Sighting | None, TransientError | None]:
+        try:
+            return self._claims.look(under_store, key, deadline=deadline), None
+        except TransientError as error:
+            return None, error  # Better to resume from what is here than not at all.
+
+    def _is_anothers(self, seen: Sighting) -> bool:
+        return seen.claim.server_id != self._claims.server_id
+
+    def _holds(self, seen: Sighting | None, status: SaveStatus) -> bool:
+        """Whether by its claim nobody can have published anything later than this."""
+        return seen is not None and not self._is_anothers(seen) and seen.claim.save_id == status.save_id
+
+    def _or_published_since(self, under_store: UnderStore, status: SaveStatus, deadline: float) -> SaveStatus:
+        """What lies at the path, if another server has published it there while this one was to upload its save."""
+        slot = self._slots.find(status.key)
+        save = slot.save if slot is not None else None
+        if save is None or save.state == "durable" or save.save_id != status.save_id:
+            return status  # It was read from there.
+        try:
+            manifest = read_small(under_store, status.key.manifest_key, deadline=deadline)
+        except TransientError as error:
+            _log.warning("%s: the pool's own copy is served, unchecked: %s", status.key, error)
+            return status
+        if manifest is None or kind_of_manifest(save, manifest.data) != "other":
+            return status
+        return status_of_manifest(status.key, manifest.data)
 
     def _own_or_published(self, under_store: UnderStore, key: SaveKey, deadline: float) -> SaveStatus:
         slot = self._slots.find(key)

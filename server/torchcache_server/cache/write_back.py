@@ -271,16 +271,12 @@ class WriteBack:
     def get(self, key: SaveKey, *, deadline: float, check_claim: bool = False) -> SaveStatus:
         """The checkpoint at `key`: the pool's, or what lies in the under-store. Raises NotCommitted.
 
-        `check_claim` has the status say whether another server has committed a later save.
+        `check_claim` has the status say whether another server has committed a later save, and HeldElsewhere raised if
+        one may have what isn't known here.
         """
         key.validate()
         under_store = self._under_store(key.store)
         return self._catalogue.get(under_store, key, deadline=deadline, check_claim=check_claim)
-
-    def holder(self, key: SaveKey, *, deadline: float) -> str:
-        """The id of another server that may have a save of `key` which isn't in the under-store yet; "" if none has."""
-        claim = self._catalogue.held_elsewhere(self._under_store(key.store), key, deadline=deadline)
-        return claim.server_id if claim is not None else ""
 
     def list(self, store: str, prefix: str, *, deadline: float) -> builtins.list[SaveStatus]:
         """Checkpoints whose path starts with `prefix`, saves that are being written included, ordered by path."""

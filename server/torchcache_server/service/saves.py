@@ -10,10 +10,10 @@ from typing import Final
 
 import grpc
 
-from torchcache.errors import NotCommitted
 from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import encode_error
 from torchcache.wire.v1 import cache_pb2 as pb
+from torchcache_server.cache.catalogue import HeldElsewhere
 from torchcache_server.cache.write_back import SaveKey, SaveStatus, WriteBack
 from torchcache_server.understore import UnderStore, choose
 
@@ -147,11 +147,8 @@ class SaveCalls:
         deadline = deadline_of(context)
         try:
             status = self._write_back.get(key, deadline=deadline, check_claim=request.check_claim)
-        except NotCommitted:
-            holder = self._write_back.holder(key, deadline=deadline) if request.check_claim else ""
-            if not holder:
-                raise
-            return pb.SaveReply(holder=holder)
+        except HeldElsewhere as error:
+            return pb.SaveReply(holder=error.holder)
         return save_reply(status, manifest=not request.without_manifest)
 
     def ListSaves(self, request: pb.ListSavesRequest, context: grpc.ServicerContext) -> pb.ListSavesReply:
