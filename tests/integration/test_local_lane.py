@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -317,6 +319,40 @@ def test_closing_a_pool_reports_what_it_read(server: PoolServer) -> None:
     status = server.status
     assert status.local_bytes >= sum(SIZES)
     assert status.local_chunks >= len(SIZES) + 3  # chunks beyond the first of each
+
+
+_READS_AND_ENDS = """
+import multiprocessing, os, sys
+from tests.integration.local_reader_child import read
+from torchcache.connecting import connect
+from torchcache.lanes import local_unsaid
+
+local_unsaid.EXIT_S = 60.0  # however busy the machine is
+address, token, *sizes = sys.argv[1:]
+
+def read_once():
+    pool = connect(address, token=token)
+    assert read(pool, [*map(int, sizes)]) == len(sizes) == pool.statistics().local_extents
+
+read_once()
+worker = multiprocessing.get_context("fork").Process(target=read_once)
+worker.start()
+worker.join()
+assert worker.exitcode == 0
+pid = os.fork()
+if pid == 0:
+    read_once()
+    sys.exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+def test_what_a_process_reads_before_it_ends_is_counted(server: PoolServer) -> None:
+    """Each once: a script that has dropped its pool, a child of multiprocessing, as loaders' workers are, a fork."""
+    fill(server.pool)
+    arguments = [server.address, server.token, *map(str, SIZES)]
+    subprocess.run([sys.executable, "-c", _READS_AND_ENDS, *arguments], check=True, timeout=300)
+    assert server.status.local_bytes == 3 * sum(SIZES)
 
 
 def test_few_descriptors_are_enough(small: PoolServer) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import cast
 
 import pytest
 
 from torchcache.errors import ServerUnavailable
-from torchcache.lanes import local_use
+from torchcache.lanes import local_unsaid, local_use
 from torchcache.lanes.local_store import LocalStore
 from torchcache.lanes.local_use import UseReports
 from torchcache.wire.v1 import cache_pb2
@@ -65,6 +67,10 @@ def reports(store: Store, server: Server, monkeypatch: pytest.MonkeyPatch) -> Us
     """Due when the test says so, however long it takes."""
     monkeypatch.setattr(local_use, "EVERY_S", 3600.0)
     monkeypatch.setattr(local_use, "CALL_S", 60.0)
+    monkeypatch.setattr(
+        local_unsaid, "Finalize", lambda *_, **__: None
+    )  # nothing is left for the tests' own end
+    monkeypatch.setattr(local_unsaid, "at_exit", local_unsaid.Leaving())
     return UseReports(cast(LocalStore, store), server)
 
 
@@ -96,7 +102,8 @@ def test_what_could_not_be_told_is_told_later(reports: UseReports, server: Serve
     assert server.told() == (2, 30)
     reports.add(1, 1, 1)
     reports.close()
-    assert store.asked == [0, 0, 9], "names that were not told of are asked for again"
+    assert {0, 9} == {*store.asked}, "names that were not told of are asked for again"
+    assert [list(report.namespaces) for report in server.reports] == [["a"], ["a"]]
 
 
 def test_a_server_that_hangs_stops_no_reader(
@@ -118,10 +125,68 @@ def test_a_server_that_hangs_stops_no_reader(
 def test_of_very_many_namespaces_as_many_are_named_as_a_server_takes(
     reports: UseReports, server: Server, store: Store
 ) -> None:
-    store.names = {f"n{number}" for number in range(2 * local_use.MAX_NAMESPACES)}
+    store.names = {f"n{number}" for number in range(2 * local_unsaid.MAX_NAMESPACES)}
     reports.add(1, 1, 1)
     reports.close()
-    assert len(server.reports[0].namespaces) == local_use.MAX_NAMESPACES
+    assert len(server.reports[0].namespaces) == local_unsaid.MAX_NAMESPACES
+
+
+def test_what_is_left_is_told_at_the_end_also_of_a_lane_that_is_gone(store: Store, server: Server) -> None:
+    finalizers: list[tuple[Callable[[], object], int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            local_unsaid, "Finalize", lambda _, tell, exitpriority: finalizers.append((tell, exitpriority))
+        )
+        leaving = local_unsaid.Leaving()
+        patch.setattr(local_unsaid, "at_exit", leaving)
+        passing = Store()
+        UseReports(cast(LocalStore, passing), server).add(1, 2, 30)
+        del passing
+        UseReports(cast(LocalStore, store), server).add(1, 1, 4)
+    [(tell, priority)] = finalizers
+    assert priority >= 0, "before a worker is joined"
+    tell()
+    assert server.told() == (3, 34)
+    assert [list(report.namespaces) for report in server.reports] == [["a"], ["a"]]
+    tell()
+    assert len(server.reports) == 2, "it has been told"
+
+
+@pytest.mark.parametrize("error", [ServerUnavailable("it is down"), RuntimeError("no new thread")])
+def test_servers_that_are_away_delay_the_end_together_by_half_a_second(
+    reports: UseReports, store: Store, error: Exception
+) -> None:
+    deadlines: list[float] = []
+
+    def away(_: object, deadline: float) -> None:
+        deadlines.append(deadline)
+        raise error
+
+    others = [UseReports(cast(LocalStore, store), away) for _ in range(3)]
+    for one in others:
+        one.add(1, 1, 1)
+    before = time.monotonic()
+    local_unsaid.at_exit.tell()
+    assert len(deadlines) == 3
+    assert {*deadlines} == {deadlines[0]}
+    assert before < deadlines[0] <= time.monotonic() + local_unsaid.EXIT_S
+
+
+def test_a_report_that_hangs_is_not_waited_for_at_the_end(
+    reports: UseReports, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_unsaid, "EXIT_S", 0.0)
+    reports.add(1, 1, 1)
+    with reports._sending:
+        local_unsaid.at_exit.tell()
+    assert not server.reports
+
+
+def test_a_forked_child_tells_nothing_of_its_parents(reports: UseReports, server: Server) -> None:
+    reports.add(1, 1, 1)
+    local_unsaid.at_exit.begin()  # as a fork's child does
+    local_unsaid.at_exit.tell()
+    assert not server.reports
 
 
 def test_at_the_interpreters_end_no_thread_is_started(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from torchcache.errors import TorchCacheError
 from torchcache.lanes.local_store import LocalStore
+from torchcache.lanes.local_unsaid import Send, Unsaid
 from torchcache.marks import Marks, marks
 from torchcache.model import CHUNK_BYTES, Extent
 from torchcache.records import CHUNK_INDEX
-from torchcache.wire.v1 import cache_pb2
 
 EVERY_S: Final = 1.0
 """At most so often."""
@@ -30,9 +30,6 @@ MAX_EXTENTS: Final = 65_536
 MAX_MARKS: Final = 131_072
 """In a report: 1 MiB."""
 
-MAX_NAMESPACES: Final = 4096
-"""In a report: more the server refuses."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -43,24 +40,18 @@ class UseReports:
     `writes` how many writes went into the store's files.
     """
 
-    def __init__(
-        self, store: LocalStore, send: Callable[[cache_pb2.ReportUseRequest, float], object]
-    ) -> None:
-        """`send` makes the call, by a deadline, a time.monotonic() value. It may raise TorchCacheError."""
-        self._store = store
-        self._send_call = send
+    def __init__(self, store: LocalStore, send: Send) -> None:
+        self._path = store.path
+        self._unsaid = Unsaid(store, send)
+        self._sending = self._unsaid.sending
         self._lock = threading.Lock()
-        self._sending = threading.Lock()
         self.extents = 0
         self.suspects = 0
         self.bytes = 0
         self.writes = 0
-        self._chunks = 0
-        self._bytes = 0
         # Kept from the beginning: an order may have been told before the first read.
         self._wants_marks: bool | None = None
         self._extents: list[Extent] = []
-        self._told_count = store.count
         self._due_s = time.monotonic() + EVERY_S
 
     def add_suspects(self, extents: int) -> None:
@@ -75,8 +66,7 @@ class UseReports:
                 self._extents.extend(read)
             self.extents += extents
             self.bytes += read_bytes
-            self._chunks += chunks
-            self._bytes += read_bytes
+            self._unsaid.add(chunks, read_bytes)
             if time.monotonic() < self._due_s or not self._sending.acquire(blocking=False):
                 return
             self._due_s = time.monotonic() + (EVERY_WANTED_S if self._wants_marks else EVERY_S)
@@ -98,34 +88,20 @@ class UseReports:
     def _send(self) -> None:
         """Makes the call; holding `_sending`, which it gives back."""
         try:
-            request, count = self._taken()
-            if request is None:
-                return
-            try:
-                reply = self._send_call(request, time.monotonic() + CALL_S)
-                self._told_count = count
+            reply = self._unsaid.tell(time.monotonic() + CALL_S, self._taken_marks)
+            if reply is not None:
                 self._learn(wants_marks=bool(getattr(reply, "wants_marks", False)))
-            except TorchCacheError as error:
-                _log.debug("what was read from %s could not be reported: %s", self._store.path, error)
-                self._give_back(request)
+        except TorchCacheError as error:
+            _log.debug("what was read from %s could not be reported: %s", self._path, error)
         finally:
             self._sending.release()
 
-    def _taken(self) -> tuple[cache_pb2.ReportUseRequest | None, int]:
-        count = self._store.count
+    def _taken_marks(self) -> bytes:
         with self._lock:
-            chunks, self._chunks = self._chunks, 0
-            read_bytes, self._bytes = self._bytes, 0
             read: list[Extent] = []
             if self._wants_marks:
                 read, self._extents = self._extents, []
-        if not chunks:
-            return None, count
-        names = sorted(self._store.used_since(self._told_count))[:MAX_NAMESPACES]
-        told = _marks(read)[:MAX_MARKS].astype("<u8").tobytes() if read else b""
-        return cache_pb2.ReportUseRequest(
-            namespaces=names, chunks=chunks, bytes=read_bytes, marks=told
-        ), count
+        return _marks(read)[:MAX_MARKS].astype("<u8").tobytes() if read else b""
 
     def _learn(self, *, wants_marks: bool) -> None:
         with self._lock:
@@ -134,11 +110,6 @@ class UseReports:
             self._wants_marks = wants_marks
             if not wants_marks:
                 self._extents = []
-
-    def _give_back(self, request: cache_pb2.ReportUseRequest) -> None:
-        with self._lock:
-            self._chunks += request.chunks
-            self._bytes += request.bytes
 
 
 def _marks(read: Sequence[Extent]) -> Marks:
