@@ -84,6 +84,13 @@ def test_wait_tells_an_upload_that_hangs_and_one_that_failed(
     assert run(["checkpoint", "rm", "--yes", str(tmp_path / "step-1")]) == 0  # or the pool would go on trying
 
 
+def test_rm_takes_the_folder_in_a_tree_of_files(pool: tc.Pool, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(pool, f"{tmp_path}/run/step-{step}", {"a": 1}, durability="store")
+        assert run(["checkpoint", "rm", "--yes", f"{tmp_path}/run/step-{step}"]) == 0
+        assert list(tmp_path.rglob("*")) == [tmp_path / "run"]
+
+
 def test_rm_takes_all_of_it_and_only_that(
     pool: tc.Pool, root: str, s3: SeaweedFS, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torchcache_server.understore import create, posix
+from torchcache_server.understore import create, posix, posix_files
 from torchcache_server.understore.posix import PosixUnderStore
-from torchcache_server.understore.posix_files import TEMPORARY_PREFIX, locked
+from torchcache_server.understore.posix_files import TEMPORARY_PREFIX, Root, locked
+from torchcache_server.understore.posix_walk import walk
 
 from torchcache.errors import ConfigurationError, DeadlineExceeded, ObjectChanged, ObjectNotFound, OutOfSpace
 from torchcache.model import ByteRange, ObjectInfo
+from torchcache.save_names import CLAIM_NAME
 
 
 @pytest.fixture
@@ -150,6 +154,95 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(
     assert (get(files, "run/a"), get(files, "run/b")) == (b"a", b"b")
     assert (root / "run" / ".torchcache-other").exists()
     assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+CLAIM = f"run/step/{CLAIM_NAME}"
+
+
+def delete(files: PosixUnderStore, key: str) -> None:
+    files.delete(key, deadline=soon())
+
+
+def test_the_folder_of_a_deleted_checkpoint_goes_with_its_claim(files: PosixUnderStore, root: Path) -> None:
+    """Not the folder above, nor what isn't empty; nor a folder for any other file."""
+    for key in (CLAIM, "run/step/__0_0.distcp", f"run/other/{CLAIM_NAME}", "run/other/a", "data/a"):
+        put(files, key, b"1")
+    delete(files, "run/step/__0_0.distcp")
+    delete(files, "data/a")
+    delete(files, f"run/other/{CLAIM_NAME}")
+    assert {path.name for path in root.rglob("*")} == {"a", "data", "other", "run", "step", CLAIM_NAME}
+    delete(files, CLAIM)
+    delete(files, CLAIM)  # gone with its folder: that is fine
+    assert not (root / "run/step").exists()
+    assert (root / "run/other/a").exists()
+    put(files, CLAIM, b"1")
+    assert get(files, CLAIM) == b"1"
+
+
+def test_the_root_and_what_a_symlink_leads_to_stay(files: PosixUnderStore, root: Path) -> None:
+    (root / "elsewhere").mkdir()
+    (root / "linked").symlink_to("elsewhere")
+    for key in (CLAIM_NAME, f"linked/{CLAIM_NAME}"):
+        put(files, key, b"1")
+        delete(files, key)
+    assert sorted(path.name for path in root.iterdir()) == ["elsewhere", "linked"]
+
+
+@pytest.mark.parametrize("moment", ["opened", "entered"])
+def test_a_writer_whose_folder_is_removed_makes_it_anew(
+    files: PosixUnderStore, root: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Between its look into the folder and its own file there, or right after it made the folder."""
+    removals = iter([*range(3)])
+
+    def remove(*_: object) -> None:
+        if next(removals, None) is not None:
+            (root / "run/step").rmdir()
+
+    if moment == "opened":
+        checks = PosixUnderStore._check_replaces
+        monkeypatch.setattr(PosixUnderStore, "_check_replaces", lambda *given: (checks(*given), remove())[0])
+    else:
+        monkeypatch.setattr(posix_files, "_open_up_folder", remove_named(remove))
+    put(files, "run/step/a", b"data", replaces="")
+    assert get(files, "run/step/a") == b"data"
+    assert next(removals, None) is None
+    assert [path.name for path in (root / "run/step").iterdir()] == ["a"]
+
+
+def remove_named(remove: Callable[[], None]) -> Callable[[int, str, int | None], None]:
+    """In the place of `_open_up_folder`: as if another removed the folder as soon as it is there."""
+    return lambda _, name, __: remove() if name == "step" else None
+
+
+def test_a_folder_that_goes_while_it_is_listed_has_nothing(files: PosixUnderStore, root: Path) -> None:
+    for key in ("run/1/a", "run/2/a", "run/3/a"):
+        put(files, key, b"1")
+    listed = walk(Root(str(root)), "run/", "")
+    assert next(listed)[0] == "run/1/a"
+    shutil.rmtree(root / "run/2")
+    assert [key for key, _ in listed] == ["run/3/a"]
+
+
+def test_writers_and_deletions_of_one_folder_meet_no_error(root: Path) -> None:
+    """Four threads that write and delete there, each by an under-store of its own, as servers have.
+
+    A try of one fails only by a removal of another: of those there are fewer than tries.
+    """
+    rounds = posix._TRIES // 4
+
+    def work(number: int) -> int:
+        files = PosixUnderStore("files", f"file://{root}")
+        name = f"run/step/{number}{CLAIM_NAME}"
+        for _ in range(rounds):
+            put(files, name, b"1", replaces="")
+            keys(files, "run/")
+            delete(files, name)
+        return number
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(work, range(4))) == [*range(4)]
+    assert [path.name for path in root.rglob("*")] == ["run"]
 
 
 @pytest.mark.hostile("folders")

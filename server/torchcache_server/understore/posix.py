@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 
 from torchcache.errors import (
@@ -18,10 +19,14 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
+from torchcache.save_names import CLAIM_NAME
 from torchcache_server.understore.base import Counters, FolderPage, Listing, changed, check_range
 from torchcache_server.understore.posix_files import Root, locked, translate, version_of
 from torchcache_server.understore.posix_temporary import Temporaries, remove
 from torchcache_server.understore.posix_walk import walk
+
+_TRIES = 100
+"""To make a folder and write into it, while others remove it."""
 
 _COPY_BYTES = 16 * 1024 * 1024
 
@@ -117,15 +122,13 @@ class PosixUnderStore:
         uri = self._root.uri_of(key)
         target = key.rpartition("/")[2]
         try:
-            with self._root.folder_of(key, create=True) as folder:
-                self._check_replaces(folder, target, replaces, uri)
-                with self._temporaries.file(folder, uri, deadline) as (temporary, file):
-                    status = self._fill(file, parts, size, uri=uri, deadline=deadline)
-                    with locked(folder, uri, deadline):
-                        found = self._check_replaces(folder, target, replaces, uri)
-                        status = _set_apart(file, status, found)
-                        _publish(folder, temporary, target, create=replaces == "")
-                    os.fsync(folder)
+            with self._place(key, replaces, deadline) as (folder, temporary, file):
+                status = self._fill(file, parts, size, uri=uri, deadline=deadline)
+                with locked(folder, uri, deadline):
+                    found = self._check_replaces(folder, target, replaces, uri)
+                    status = _set_apart(file, status, found)
+                    _publish(folder, temporary, target, create=replaces == "")
+                os.fsync(folder)
         except TorchCacheError:
             raise  # ObjectNotFound is an OSError too.
         except FileExistsError as error:
@@ -146,6 +149,8 @@ class PosixUnderStore:
             with self._root.folder_of(key, create=False) as folder, locked(folder, uri, deadline):
                 remove(folder, key.rpartition("/")[2])
                 os.fsync(folder)
+                if key.endswith(CLAIM_NAME):  # the last thing of a checkpoint that is deleted, or given up
+                    self._root.remove_if_empty(folder, key)
         except TorchCacheError:
             raise  # ObjectNotFound is an OSError too.
         except (FileNotFoundError, NotADirectoryError):
@@ -155,6 +160,28 @@ class PosixUnderStore:
 
     def close(self) -> None:
         pass
+
+    @contextmanager
+    def _place(self, key: str, replaces: str | None, deadline: float) -> Iterator[tuple[int, str, int]]:
+        """The folder of `key`, made if need be, and name and descriptor of a temporary file in it.
+
+        Whoever deletes a checkpoint may remove a folder that is empty; from the file on it is not.
+        """
+        uri, target = self._root.uri_of(key), key.rpartition("/")[2]
+        for tries_left in reversed(range(_TRIES)):
+            with ExitStack() as opened:
+                try:
+                    folder = opened.enter_context(self._root.folder_of(key, create=True))
+                    self._check_replaces(folder, target, replaces, uri)
+                    temporary, file = opened.enter_context(self._temporaries.file(folder, uri, deadline))
+                except TorchCacheError:
+                    raise  # ObjectNotFound is a FileNotFoundError too.
+                except FileNotFoundError:
+                    if not tries_left:
+                        raise
+                    continue
+                yield folder, temporary, file
+                return
 
     def _info(self, key: str, status: os.stat_result) -> ObjectInfo:
         return ObjectInfo(ObjectId(self._name, key, version_of(status)), status.st_size)

@@ -115,6 +115,21 @@ class Root:
         finally:
             os.close(folder)
 
+    def remove_if_empty(self, folder: int, key: str) -> None:
+        """Removes the folder that holds `key`, `folder` its descriptor: if it is empty, not the root, and no symlink
+        leads to it. Under its lock; who opened it before can't make a file in it any more, and opens it anew."""
+        *folders, _ = key.split("/")
+        path = os.path.join(os.path.realpath(self.path), *folders)
+        if not folders or str(Path(f"/proc/self/fd/{folder}").readlink()) != path:
+            return
+        with suppress(OSError):  # something is in it, or it may not be removed
+            above = os.open(os.path.dirname(path), _FOLDER | os.O_NOFOLLOW)
+            try:
+                os.rmdir(folders[-1], dir_fd=above)
+                os.fsync(above)
+            finally:
+                os.close(above)
+
     def is_beneath(self, path: str) -> bool:
         """True if `path`, resolved, lies under the root."""
         root = os.path.realpath(self.path).rstrip("/")

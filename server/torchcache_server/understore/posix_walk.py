@@ -45,12 +45,16 @@ def walk(root: Root, prefix: str, start_after: str) -> Iterator[tuple[str, os.st
 def _walk(
     root: Root, path: str, folder: str, window: _Window, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, os.stat_result]]:
-    status = Path(path).stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return  # A symlink that leads back up.
-    # Code points sort as UTF-8 does; a folder sorts where its keys do, with the slash.
-    for key, entry in sorted(_entries(path, folder, window), key=lambda found: found[0]):
+    try:
+        status = Path(path).stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return  # A symlink that leads back up.
+        # Code points sort as UTF-8 does; a folder sorts where its keys do, with the slash.
+        entries = sorted(_entries(path, folder, window), key=lambda found: found[0])
+    except (FileNotFoundError, NotADirectoryError):
+        return  # Removed since the folder above was read.
+    for key, entry in entries:
         if entry.is_symlink() and not root.is_beneath(entry.path):
             continue
         if key.endswith("/"):
