@@ -72,6 +72,43 @@ def test_a_truce_ends_by_itself() -> None:
     assert gc.isenabled()
 
 
+def test_a_truce_ends_with_what_was_made_in_it() -> None:
+    class Made:
+        pass
+
+    made = Made()
+    truce = Truce(600)
+    truce.end_with(made)
+    assert not gc.isenabled()
+    del made
+    assert gc.isenabled()
+    truce._timer.join(60)
+    assert not truce._timer.is_alive()
+
+
+def test_a_truce_ends_once() -> None:
+    first, second = Truce(600), Truce(600)
+    first._end()
+    first.end()
+    assert not gc.isenabled()
+    second.end()
+    assert gc.isenabled()
+
+
+@pytest.mark.forks
+def test_a_block_that_a_child_leaves_is_over_already() -> None:
+    block = garbage_waits()
+    block.__enter__()
+    child = os.fork()
+    if not child:
+        block.__exit__(None, None, None)
+        with garbage_waits():
+            waits = not gc.isenabled()
+        os._exit(0 if waits and gc.isenabled() else 1)
+    block.__exit__(None, None, None)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_forked_child_collects() -> None:
     with garbage_waits():
         child = os.fork()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pickle
@@ -31,6 +32,7 @@ from tests.unit.checkpoint_states import (
     writer,
 )
 from torchcache.checkpoint import CacheStorageReader
+from torchcache.checkpoint.garbage import MANY_ITEMS
 from torchcache.checkpoint.lease import end_lease_of_thread
 from torchcache.checkpoint.manifest import Manifest
 from torchcache.errors import (
@@ -75,6 +77,23 @@ def spoil(pool: CheckpointPool, *, saved: bool = True, stored: bool = False, at:
 
 
 # ---- where bytes come from ----
+
+
+def test_many_items_are_loaded_while_the_collector_waits_and_no_longer(pool: CheckpointPool) -> None:
+    saved = {f"w{number:04}": torch.full((2,), float(number)) for number in range(MANY_ITEMS)}
+    dcp.save(saved, storage_writer=writer(pool))
+    waited: list[bool] = []
+
+    class Planner(DefaultLoadPlanner):
+        def create_local_plan(self) -> LoadPlan:
+            waited.append(not gc.isenabled())
+            return super().create_local_plan()
+
+    into = blank(saved)
+    dcp.load(into, storage_reader=reader(pool), planner=Planner())
+    assert waited == [True]
+    assert gc.isenabled()
+    assert_same(into, saved)
 
 
 def test_the_pools_own_save_comes_first(pool: CheckpointPool) -> None:

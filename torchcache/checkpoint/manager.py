@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import MutableMapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -197,13 +198,13 @@ class CheckpointManager:
     def _write(self, content: dict[str, Any], writer: CacheStorageWriter, step: int) -> None:
         # torch's save, without a wrapper and a record of the log around each entry: `content` has no Stateful in it.
         writer.reset()
-        with plain_errors():
+        with plain_errors(), closing(Planner()) as planner:
             _save_state_dict(
                 content,
                 storage_writer=writer,
                 process_group=self._ranks.group,
                 no_dist=self._ranks.size == 1,
-                planner=Planner(),
+                planner=planner,
             )
         self._saved = step
         self._retain()

@@ -9,11 +9,13 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 
-from torchcache.checkpoint.garbage import garbage_waits
+from torchcache.checkpoint.garbage import CALM_S, MANY_ITEMS, Truce, garbage_waits
 
 
 class Planner(DefaultSavePlanner):
-    """Plans as DefaultSavePlanner does."""
+    """Plans as DefaultSavePlanner does. `close` it when the save is over, whether it was planned or not."""
+
+    _calm: Truce | None = None
 
     def set_up_planner(
         self,
@@ -23,6 +25,15 @@ class Planner(DefaultSavePlanner):
     ) -> None:
         with garbage_waits():
             super().set_up_planner(state_dict, storage_meta, is_coordinator)
+            if self._calm is None and len(self.state_dict) >= MANY_ITEMS:
+                self._calm = Truce(CALM_S)  # what is made from here on lives until the commit
+
+    def close(self) -> None:
+        """Forgets what was planned, and then lets the garbage collector go on."""
+        calm = self._calm
+        vars(self).clear()
+        if calm is not None:
+            calm.end()
 
     def create_local_plan(self) -> SavePlan:
         with garbage_waits():

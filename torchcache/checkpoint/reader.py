@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from torchcache.checkpoint.compression import DESCRIPTOR
-from torchcache.checkpoint.garbage import A_MOMENT_BYTES, Truce, garbage_waits
+from torchcache.checkpoint.garbage import A_MOMENT_BYTES, CALM_S, MANY_ITEMS, Truce, garbage_waits
 from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.layout import metadata_name, part_name
 from torchcache.checkpoint.loading import plan_loads, run_loads
@@ -29,8 +29,7 @@ from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, SaveInfo
 from torchcache.save_names import save_namespace, saved_file
 
-_MANY_ITEMS: Final = 1000
-_PLANNING_S: Final = 5.0
+_MANIFEST_OF_MANY_BYTES: Final = 128 * MANY_ITEMS
 
 
 class CacheStorageReader(StorageReader):
@@ -60,6 +59,9 @@ class CacheStorageReader(StorageReader):
 
     def _forget(self) -> None:
         self._pool: Pool | None = None
+        self._calm: Truce | None = None
+        self._decoded: tuple[bytes, Manifest] | None = None
+        self._opens_again = False
         self._close()
 
     def _close(self) -> None:
@@ -69,7 +71,7 @@ class CacheStorageReader(StorageReader):
         self._save_id = ""  # of what is open, or what stands for it where it has none
         self._items: dict[MetadataIndex, Item] = {}
         self._global_error: Exception | None = None
-        self._planning: Truce | None = None
+        self._end_calm()
 
     def __getstate__(self) -> dict[str, Any]:
         given = self._given_pool.pool if isinstance(self._given_pool, LocalPool) else self._given_pool
@@ -130,19 +132,24 @@ class CacheStorageReader(StorageReader):
             raise CheckpointError("the metadata has no storage_data", object=str(self.path))
         if _save_id_of(metadata, default=self._save_id) != self._save_id:
             raise self._overwritten()
-        self._end_planning()
-        if len(metadata.storage_data) >= _MANY_ITEMS:
-            self._planning = Truce(_PLANNING_S)
+        if self._calm is None and len(metadata.storage_data) >= MANY_ITEMS:
+            self._begin_calm(metadata)
         self._items = {index: _item(index, info, metadata) for index, info in metadata.storage_data.items()}
 
-    def _end_planning(self) -> None:
-        if self._planning is not None:
-            self._planning.end()
-            self._planning = None
+    def _begin_calm(self, metadata: Metadata) -> None:
+        """Until it has been loaded by: whoever plans from `metadata` makes objects by the ten thousand."""
+        before, self._calm = self._calm, Truce(CALM_S)
+        self._calm.end_with(metadata)
+        if before is not None:
+            before.end()
+
+    def _end_calm(self) -> None:
+        calm, self._calm = self._calm, None
+        if calm is not None:
+            calm.end()
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Tells the coordinator which save this rank has open; one of the rank's own concerns nobody else."""
-        self._end_planning()
         return plan if self._part else replace(plan, storage_data=self._save_id)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -163,12 +170,18 @@ class CacheStorageReader(StorageReader):
             plan.items, self._items, planner, require=source.require, allow_pickle=self.allow_pickle
         )
         small = sum(self._length(item) for item in plan.items) < A_MOMENT_BYTES
+        if not small:
+            self._end_calm()
         with (
             self._hold.kept() if self._hold is not None else nullcontext(),
             garbage_waits() if small else nullcontext(),
         ):
             run_loads(loads, source)
-        self._hold = None
+        # What was opened goes with torch's plans, before the collector looks at them; the next load opens anew.
+        self._hold = self._calm = self._source = None
+        self._items = {}
+        if not self._opens_again:
+            self._decoded = None
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -179,7 +192,7 @@ class CacheStorageReader(StorageReader):
 
     def give_hold(self) -> Hold | None:
         """Hands the hold on what is open to the caller, to keep it for longer than one load; None of a stock one."""
-        hold, self._hold = self._hold, None
+        hold, self._hold, self._opens_again = self._hold, None, True
         return hold
 
     # ---- within ----
@@ -213,17 +226,25 @@ class CacheStorageReader(StorageReader):
         self._hold = Hold(self.pool, info)
         self._hold.take()
         with garbage_waits():
-            manifest = Manifest.decode(info.manifest, where=uri)
-        if manifest.save_id != info.save_id:
-            raise IntegrityError(f"the manifest of {uri} belongs to another save", object=uri)
-        saved = SavedFiles.of(info, manifest.files)
-        self._source = Source(self.pool, uri, saved, durable=info.state == "durable")
-        self._save_id = info.save_id
-        pickled_bytes = manifest.pickled_bytes
-        with garbage_waits():
-            return metadata_of(
+            manifest = self._decode(info.manifest, uri)
+            if manifest.save_id != info.save_id:
+                raise IntegrityError(f"the manifest of {uri} belongs to another save", object=uri)
+            saved = SavedFiles.of(info, manifest.files)
+            self._source = Source(self.pool, uri, saved, durable=info.state == "durable")
+            self._save_id = info.save_id
+            pickled_bytes = manifest.pickled_bytes
+            metadata = metadata_of(
                 manifest, load_id=uuid.uuid4().hex, pickled=lambda: self._pickled(uri, info, pickled_bytes)
             )
+            if len(info.manifest) >= _MANIFEST_OF_MANY_BYTES:
+                self._begin_calm(metadata)
+        return metadata
+
+    def _decode(self, manifest: bytes, uri: str) -> Manifest:
+        """The manifest; that of the last time if it is the same: a resume opens its checkpoint more than once."""
+        if self._decoded is None or self._decoded[0] != manifest:
+            self._decoded = (manifest, Manifest.decode(manifest, where=uri))
+        return self._decoded[1]
 
     def _open_stock(self, uri: str, part: str) -> Metadata:
         name = metadata_name(part)
