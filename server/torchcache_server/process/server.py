@@ -45,6 +45,9 @@ from .metrics import ServerCollector, serve_metrics
 from .tls import TlsContents, read_tls
 from .token_file import read_or_create_tokens
 
+CALLS_S: Final = 0.5
+"""What calls that run may take to end. Of one that is cancelled the client's gRPC prints a line, and it fails."""
+
 STOP_S: Final = 2.0
 """What streams may take to notice that the server closes: at their next batch."""
 
@@ -127,7 +130,7 @@ class Server:
         config, closing = self.config, self._stack
         latencies = parts.counters.latencies
         self._control = ControlListener(config, tokens, self._admission, latencies, tls, log=self._log)
-        closing.callback(self._control.stop, 0)
+        closing.callback(self._control.stop, CALLS_S)
         self._data = listen_data(
             config,
             tls,
