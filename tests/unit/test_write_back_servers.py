@@ -20,7 +20,7 @@ from write_back_world import (
     soon,
 )
 
-from torchcache.errors import AlreadyExists, DeadlineExceeded, NotCommitted, Overloaded
+from torchcache.errors import AlreadyExists, DeadlineExceeded, NotCommitted, Overloaded, ServerUnavailable
 
 LONG_S = 1000.0
 """A lease that doesn't run out by itself."""
@@ -310,7 +310,7 @@ def read(server: Server, meanwhile: Callable[[], None] = lambda: None, at: int =
     """What a reader is given who asks this server first; `meanwhile` happens at its call number `at`."""
     server.gate.trap_at, server.gate.trap = server.gate.calls + at, meanwhile
     status = server.write_back.get(KEY, deadline=soon(), check_claim=True)
-    return "another server's" if status.superseded else status.save_id
+    return "another server's" if status.superseded else status.save_id + "?" * status.uncertain
 
 
 @pytest.mark.parametrize("uploaded", [False, True])
@@ -356,3 +356,43 @@ def test_what_was_committed_before_a_reader_asked_it_gets(here: str) -> None:
         if a.gate.calls - calls < at:
             break
     assert at > 2
+
+
+def unreachable(call: str, key: str) -> None:
+    raise ServerUnavailable("no way to storage")
+
+
+@pytest.mark.parametrize("uploaded", [False, True])
+def test_a_server_that_cannot_know_of_a_later_save_says_so(uploaded: bool) -> None:
+    """Another has committed in its pool alone: its claim still tells of a save that is being written."""
+    bucket = Bucket()
+    a, b = Server(bucket, "a"), Server(bucket, "b")
+    a.save("first")
+    if uploaded:
+        a.upload()
+    b.reserve("second", overwrite=True)
+    assert read(a) == "first?"
+    b.put("second")
+    b.under_store.fail = unreachable
+    b.commit("second")
+    b.under_store.fail = lambda call, key: None
+    assert (read(a), read(b)) == ("first?", "second")
+    b.upload()
+    assert (read(a), read(b)) == ("second", "second")
+
+
+@pytest.mark.parametrize("here", ["committed", "durable", "a copy"])
+@pytest.mark.parametrize("hidden", [KEY.claim_key, KEY.manifest_key])
+def test_a_server_that_cannot_look_says_so(here: str, hidden: str) -> None:
+    bucket = Bucket()
+    a, b = Server(bucket, "a"), Server(bucket, "b")
+    (b if here == "a copy" else a).save("first")
+    if here == "a copy":
+        a.put("first")
+        a.hold_copy("first", owner="b")
+        a.write_back.confirm_copy(KEY, "first", committed_unix_s=1.0, replicas=2, deadline=soon())
+    elif here == "durable":
+        a.upload()
+    assert read(a) == "first"
+    a.under_store.fail = lambda call, key: unreachable(call, key) if key == hidden else None
+    assert read(a) == ("first" if here == "committed" and hidden == KEY.manifest_key else "first?")

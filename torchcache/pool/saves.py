@@ -78,6 +78,10 @@ def save_info(reply: Any, server: str, server_id: str = "") -> SaveInfo:
     )
 
 
+def _info(asked: Asked) -> SaveInfo:
+    return save_info(asked.reply, asked.member.address, asked.member.server_id)
+
+
 def folder_key(store: str, path: str) -> bytes:
     """The placement key of all files of a save at `path`."""
     return placement_key(ObjectId(store, f"{path}/", SAVE_PREFIX), 0)
@@ -215,7 +219,7 @@ class Saves:
         )
         if reservation is None:
             asked = self._ask("CommitSave", request, ref, timeout_s)
-            return save_info(asked.reply, asked.member.address, asked.member.server_id)
+            return _info(asked)
         return self._commit_with_copies(ref, request, reservation, timeout_s)
 
     def _commit_with_copies(
@@ -233,7 +237,7 @@ class Saves:
             copies.drop()
             raise
         self._session.forget_copies(_namespace(ref))
-        info = save_info(asked.reply, asked.member.address, asked.member.server_id)
+        info = _info(asked)
         copies.confirm(info.committed_unix_s)
         if info.replicas < of.wanted:
             _log.warning(
@@ -352,15 +356,17 @@ class Saves:
     def _first(self, request: Any, members: Members, deadline: float) -> SaveInfo:
         """What the first server says that knows of the save.
 
-        A server that was away may know of one that another has replaced since, and says so. Absent means that who may
-        have it was asked: the others know who that is, by the claim in the under-store.
+        A server that was away may know of one that another has replaced since, and says so; where it can't know that,
+        the others are asked too. Absent means that who may have it was asked: the others know who that is, by the claim
+        in the under-store.
         """
         failure: TorchCacheError | None = None
         superseded: SaveInfo | None = None
         answered: set[str] = set()
         holders: set[str] = set()
         request.check_claim = len(members.by_id) > 1 or bool(members.missing)
-        for server in self._session.ordering.order(folder_key(request.store, request.path), members):
+        order = self._session.ordering.order(folder_key(request.store, request.path), members)
+        for turn, server in enumerate(order):
             try:
                 asked = self._session.ask_member(members.by_id[server], "GetSave", request, deadline)
             except NotCommitted:
@@ -372,12 +378,16 @@ class Saves:
             answered.add(server)
             if asked.reply.holder:
                 holders.add(asked.reply.holder)
-                continue
-            info = save_info(asked.reply, asked.member.address, server)
-            if not asked.reply.superseded:
-                return info
-            superseded = superseded or info
-        if superseded is not None and failure is None:
+            elif asked.reply.superseded:
+                superseded = superseded or _info(asked)
+            elif asked.reply.uncertain:
+                rest = [members.by_id[other] for other in order[turn + 1 :]]
+                return self._latest(request, asked, rest, deadline)
+            else:
+                return _info(asked)
+        if superseded is not None:
+            if failure is not None:
+                raise failure
             _log.warning("a later save of %s is committed, but no server has it any more", request.path)
             return superseded
         unasked = sorted(holders - answered)
@@ -391,6 +401,24 @@ class Saves:
         raise failure or NotCommitted(
             f"there is no committed checkpoint at {request.path}", object=request.path
         )
+
+    def _latest(self, request: Any, first: Asked, others: Sequence[Member], deadline: float) -> SaveInfo:
+        """What a server says that knows there is nothing later; if none does, the latest of what they say."""
+
+        def ask(other: Member) -> Asked | None:
+            try:
+                return self._session.ask_member(other, "GetSave", request, deadline)
+            except (NotCommitted, TransientError):
+                return None
+
+        answers = [first]
+        if others:
+            with Threads(len(others), name="torchcache-saves") as threads:
+                asked = [threads.submit(ask, other) for other in others]
+                answers += [answer for one in asked if (answer := one.result()) is not None]
+        told = [one for one in answers if not (one.reply.holder or one.reply.superseded)]
+        certain = [one for one in told if not one.reply.uncertain]
+        return _info(max(certain or told, key=lambda one: float(one.reply.committed_unix_s)))
 
     def list(self, store: str, prefix: str) -> Iterator[SaveInfo]:
         """See `Pool.list_saves`: by path and part, what the server with the latest commit says."""

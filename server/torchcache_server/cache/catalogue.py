@@ -92,21 +92,18 @@ class Catalogue:
         """The checkpoint that a reader of `key` should load.
 
         A save that another server overwrote counts only while nothing of the other is there yet. `check_claim` has the
-        status say whether another server has committed a later one. Raises NotCommitted, HeldElsewhere if such a server
-        may have one.
+        status say whether another server has, or may have, committed a later one. Raises NotCommitted, HeldElsewhere if
+        such a server may have one.
 
         The claim is looked at before what is here and what is published: a later save that is uploaded in between, and
         gives up its claim, is then found at the path.
         """
         seen, unseen = self._look(under_store, key, deadline) if check_claim else (None, None)
         claim = seen.claim if seen is not None and self._is_anothers(seen) else None
-        slot = self._slots.find(key)
-        if slot is not None and slot.copies:
-            status = self._copies.current(under_store, slot, deadline=deadline)
-            if status is not None:
-                return status
         try:
-            status = self._own_or_published(under_store, key, deadline)
+            status = self._copy(under_store, key, deadline) or self._own_or_published(
+                under_store, key, deadline
+            )
             if check_claim and unseen is None and not self._holds(seen, status):
                 status = self._or_published_since(under_store, status, deadline)
         except NotCommitted as error:
@@ -115,8 +112,19 @@ class Catalogue:
             if claim is None:
                 raise
             raise HeldElsewhere(error.message, holder=claim.server_id, object=error.object) from None
-        is_later = claim is not None and claim.state == "committed" and claim.save_id != status.save_id
-        return replace(status, superseded=True) if is_later else status
+        if unseen is not None:
+            return replace(status, uncertain=True)  # better to resume from what is here than not at all
+        if claim is None or claim.save_id == status.save_id:
+            return status
+        # Whoever can't reach the under-store in time commits in its pool alone: then its claim still says "reserved".
+        is_later, may_be_later = claim.state == "committed", claim.state == "reserved"
+        return replace(status, superseded=is_later, uncertain=status.uncertain or may_be_later)
+
+    def _copy(self, under_store: UnderStore, key: SaveKey, deadline: float) -> SaveStatus | None:
+        slot = self._slots.find(key)
+        if slot is None or not slot.copies:
+            return None
+        return self._copies.current(under_store, slot, deadline=deadline)
 
     def _look(
         self, under_store: UnderStore, key: SaveKey, deadline: float
@@ -124,7 +132,7 @@ class Catalogue:
         try:
             return self._claims.look(under_store, key, deadline=deadline), None
         except TransientError as error:
-            return None, error  # Better to resume from what is here than not at all.
+            return None, error
 
     def _is_anothers(self, seen: Sighting) -> bool:
         return seen.claim.server_id != self._claims.server_id
@@ -143,7 +151,7 @@ class Catalogue:
             manifest = read_small(under_store, status.key.manifest_key, deadline=deadline)
         except TransientError as error:
             _log.warning("%s: the pool's own copy is served, unchecked: %s", status.key, error)
-            return status
+            return replace(status, uncertain=True)
         if manifest is None or kind_of_manifest(save, manifest.data) != "other":
             return status
         return status_of_manifest(status.key, manifest.data)
@@ -158,21 +166,23 @@ class Catalogue:
                 return self._published(under_store, key, deadline)
             except NotCommitted:
                 return status_of(slot, save)
-        if save.state != "durable" or self._still_there(under_store, save, deadline):
-            return status_of(slot, save)
+        still_there = save.state != "durable" or self._still_there(under_store, save, deadline)
+        if still_there or still_there is None:
+            return replace(status_of(slot, save), uncertain=still_there is None)
         with slot.exclusively(deadline):
             if slot.save is save:
                 _log.info("%s was changed by somebody else: save %s is forgotten", key, save.save_id)
                 self._slots.forget_save(slot)
         return self._own_or_published(under_store, key, deadline)
 
-    def _still_there(self, under_store: UnderStore, save: Save, deadline: float) -> bool:
+    def _still_there(self, under_store: UnderStore, save: Save, deadline: float) -> bool | None:
+        """None: the under-store can't tell."""
         try:
             found = stat_or_none(under_store, save.key.manifest_key, deadline=deadline)
         except TransientError as error:
             # Not to know whether somebody overwrote it is better than not to resume.
             _log.warning("%s: the pool's own copy is served, unchecked: %s", save.key, error)
-            return True
+            return None
         return found is not None and found.id.version == save.manifest_version
 
     def _published(self, under_store: UnderStore, key: SaveKey, deadline: float) -> SaveStatus:

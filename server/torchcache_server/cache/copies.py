@@ -133,7 +133,7 @@ class Copies:
             _log.warning("%s: the pool's own copy is served, unchecked: %s", slot.key, error)
             confirmed = [copy for copy in tuple(slot.copies.values()) if copy.confirmed]
             confirmed.sort(key=lambda copy: copy.save.committed_unix_s)
-            return status_of_copy(confirmed[-1]) if confirmed else None
+            return replace(status_of_copy(confirmed[-1]), uncertain=True) if confirmed else None
         return next((status_of_copy(copy) for copy, verdict, _ in judged if verdict == "current"), None)
 
     # ---- the server's own ----

@@ -220,6 +220,7 @@ class SaveStatus:
     durable_unix_s: float
     replicas: int = 1
     superseded: bool = False  # a later save of the path is committed at another server
+    uncertain: bool = False  # one may be, of which the under-store doesn't tell
     borrowed: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # as of a Save
 
 

@@ -183,6 +183,7 @@ def save_reply(status: SaveStatus, *, manifest: bool = True) -> pb.SaveReply:
         durable_unix_s=status.durable_unix_s,
         replicas=status.replicas,
         superseded=status.superseded,
+        uncertain=status.uncertain,
         borrowed=[
             pb.BorrowedFile(name=name, path=path, save_id=id) for name, (path, id) in status.borrowed.items()
         ],

@@ -1,0 +1,96 @@
+"""Which save of a path a reader gets, where the servers of a pool know of different ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from torchcache.errors import NotCommitted, ServerUnavailable, TorchCacheError
+from torchcache.pool.members import Member, Members
+from torchcache.pool.saves import Saves
+from torchcache.pool.session import Asked, Session
+from torchcache.wire.v1 import cache_pb2
+
+
+class Servers:
+    """A session with servers that answer so, asked in the order of their ids."""
+
+    def __init__(self, answers: Mapping[str, cache_pb2.SaveReply | TorchCacheError]) -> None:
+        self.answers = answers
+        self.asked: list[str] = []
+        self.ordering = SimpleNamespace(order=lambda key, members: sorted(members.by_id))
+        self.members = Members({id_: cast(Member, Server(id_)) for id_ in answers})
+
+    def ask_member(self, member: Server, method: str, request: Any, deadline: float) -> Asked:
+        assert method == "GetSave"
+        assert request.check_claim
+        self.asked.append(member.server_id)
+        answer = self.answers[member.server_id]
+        if isinstance(answer, TorchCacheError):
+            raise answer
+        return Asked(cast(Member, member), answer)
+
+    def get(self) -> str:
+        request = cache_pb2.GetSaveRequest(store="s3", path="run/step-1")
+        return Saves(cast(Session, self))._first(request, self.members, 1e18).save_id
+
+
+class Server:
+    weight = 1.0
+
+    def __init__(self, server_id: str) -> None:
+        self.server_id = self.address = server_id
+
+
+def save(save_id: str, committed_unix_s: float = 1.0, **told: Any) -> cache_pb2.SaveReply:
+    ref = cache_pb2.SaveRef(store="s3", path="run/step-1", save_id=save_id)
+    return cache_pb2.SaveReply(
+        save=ref, state=cache_pb2.SAVE_STATE_COMMITTED, committed_unix_s=committed_unix_s, **told
+    )
+
+
+AWAY = ServerUnavailable("away")
+NOTHING = NotCommitted("nothing")
+
+
+def test_the_first_that_is_certain_is_enough() -> None:
+    servers = Servers({"a": NOTHING, "b": save("old"), "c": save("new")})
+    assert servers.get() == "old"
+    assert servers.asked == ["a", "b"]
+
+
+def test_where_one_cannot_know_of_a_later_save_the_others_are_asked() -> None:
+    servers = Servers({"a": save("old", 9.0, uncertain=True), "b": NOTHING, "c": save("new", 2.0), "d": AWAY})
+    assert servers.get() == "new"
+
+
+def test_where_none_can_know_the_latest_is_taken() -> None:
+    old, new = save("old", uncertain=True), save("new", 2.0, uncertain=True)
+    assert Servers({"a": old, "b": new, "c": AWAY}).get() == "new"
+    assert Servers({"a": new, "b": old, "c": AWAY}).get() == "new"
+    assert Servers({"a": old, "b": AWAY, "c": NOTHING}).get() == "old"
+    assert Servers({"a": AWAY, "b": old}).get() == "old"
+
+
+def test_who_is_told_of_a_later_save_is_not_taken() -> None:
+    servers = Servers(
+        {
+            "a": save("old", uncertain=True),
+            "b": save("older", 3.0, superseded=True),
+            "c": save("", holder="d"),
+        }
+    )
+    assert servers.get() == "old"
+
+
+def test_a_later_save_that_cannot_be_reached_is_waited_for() -> None:
+    """It was acknowledged: what it replaced is no answer, and nor is that there is nothing (I2)."""
+    with pytest.raises(ServerUnavailable):
+        Servers({"a": save("old", superseded=True), "b": AWAY}).get()
+
+
+def test_a_later_save_that_nobody_has_any_more_is_given_up() -> None:
+    assert Servers({"a": save("old", superseded=True), "b": NOTHING}).get() == "old"
