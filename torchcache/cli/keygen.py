@@ -147,7 +147,7 @@ def _advice(folder: Path, *, renewed: bool, scopes: Sequence[str]) -> str:
     )
     return f"""{folder}: {made}
 
-on every server (ca.pem, server.pem, server-key.pem, token):
+on every server (ca.pem, server.pem, server-key.pem, token; copies of token need chmod 600):
   torchcache serve --listen HOST:7440 --token-file token --tls-cert server.pem --tls-key server-key.pem \\
     --tls-client-ca ca.pem --store ... --capacity ... --under-store s3=s3://
 for every client (ca.pem, client.pem, client-key.pem, token):
