@@ -48,8 +48,9 @@ class Tree:
         entries = {prefix + cut(key.removeprefix(prefix)) for key in self.keys if key.startswith(prefix)}
         if self.order is by_key:
             # A folder is shown as long as anything in it lies behind the key.
-            last = {entry: max(k for k in self.keys if k.startswith(entry)) for entry in entries}
-            entries = {entry for entry in entries if (last[entry] if entry.endswith("/") else entry) > behind}
+            folders = {entry for entry in entries if entry.endswith("/")}
+            last = {entry: max(k for k in self.keys if k.startswith(entry)) for entry in folders}
+            entries = {entry for entry in entries if last.get(entry, entry) > behind}
         else:
             entries = {entry for entry in entries if by_name(entry) > behind}
         return self.part(prefix, sorted(entries, key=self.order), behind, int(at))
