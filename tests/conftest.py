@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from botocore.loaders import create_loader
 
 from examples.seaweedfs import SeaweedFS, environment
 from torchcache.lanes.connections import connections, grpc_threads
@@ -72,6 +74,14 @@ def no_account() -> Iterator[None]:
     """No test sees the AWS account or the torchcache settings of whoever runs it."""
     hidden = {name: None for name in os.environ if name.startswith(("AWS_", "TORCHCACHE_"))}
     with environment({**hidden, **_NO_ACCOUNT}):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_of_botocore() -> Iterator[None]:
+    """botocore reads its models of S3 for each of its sessions anew, in a tenth of a second: once is enough here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("botocore.session.create_loader", functools.cache(create_loader))
         yield
 
 
