@@ -7,8 +7,9 @@ PYTEST := $(BIN)/python -m pytest
 
 PROOFS := $(CURDIR)/.proofs
 
-# As many side by side as there are cores; WORKERS=0 runs one after the other, in this process.
-WORKERS ?= auto
+# One more side by side than there are cores: a quarter of the time tests wait, for deadlines, disks and other programs.
+# WORKERS=0 runs one after the other, in this process.
+WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 PARALLEL := -n $(WORKERS) --maxprocesses=8 --dist worksteal
 
 .PHONY: demo demo-cluster test test-long reliability fuzz bench lint format proto clean
