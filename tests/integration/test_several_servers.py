@@ -173,6 +173,8 @@ def test_files_in_storage_get_the_mode_that_their_user_gives_and_the_rest_is_pri
     TorchCacheFileSystem(pool).pipe_file(f"file://{shared}/run/step/0", b"shard")
     read_all(supervised, pool, "shared/run/step")
     pool.close()
+    supervised.process.send_signal(signal.SIGTERM)
+    supervised.end()
     assert {path.name: path.stat().st_mode & 0o7777 for path in shared.rglob("*")} == {
         "run": 0o2777 & ~UMASK,
         "step": 0o2777 & ~UMASK,

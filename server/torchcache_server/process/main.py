@@ -203,11 +203,11 @@ def _serve(config: ServerConfig, stop: threading.Event) -> int:
     gc.collect()
     gc.freeze()  # what was imported stays: the collector need not walk it again and again while batches are made
     try:
+        server.say_started()  # before those who wait for the next line look for it
         print(
             f"torchcache server {server.server_id} listening on {server.control_address} (data {server.data_port})",
             flush=True,
         )
-        server.say_started()
         if config.embedded is None:
             stop.wait()
             ending = Ending("told to stop", config.drain_s)
