@@ -31,7 +31,7 @@ SECRET_KEY = "torchcache-demo-secret"  # guards nothing: the server listens on l
 class SeaweedFS:
     """A running server. Use as a context manager, or call `close`."""
 
-    def __init__(self, folder: Path, *, start_timeout_s: float = 60.0) -> None:
+    def __init__(self, folder: Path, *, start_timeout_s: float = 180.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.log_path = folder / "weed.log"
@@ -49,7 +49,7 @@ class SeaweedFS:
         self.client = self.make_client()
         self.start(start_timeout_s)
 
-    def start(self, timeout_s: float = 60.0) -> None:
+    def start(self, timeout_s: float = 180.0) -> None:
         """Starts the server, on the same ports and data as before if it ran already."""
         names = ("s3.port", "master.port", "volume.port", "filer.port", "admin.port")
         ports = [f"-{name}={port}" for name, port in zip(names, self._ports, strict=True)]
