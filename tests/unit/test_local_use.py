@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -187,6 +189,23 @@ def test_a_forked_child_tells_nothing_of_its_parents(reports: UseReports, server
     local_unsaid.at_exit.begin()  # as a fork's child does
     local_unsaid.at_exit.tell()
     assert not server.reports
+
+
+@pytest.mark.forks
+def test_a_child_that_was_forked_amid_other_threads_reads_is_not_held_up(
+    reports: UseReports, server: Server
+) -> None:
+    reports.add(1, 1, 1)
+    with reports._lock, reports._unsaid._lock, reports._sending:  # as threads that the child hasn't
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            reports.add(2, 2, 20)
+            reports.close()
+            os._exit(0 if server.told() == (2, 20) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    reports.close()
+    assert server.told() == (1, 1), "what the parent read is the parent's to tell"
 
 
 def test_at_the_interpreters_end_no_thread_is_started(

@@ -40,6 +40,11 @@ class Unsaid:
         self._told_count = store.count
         self._send = send
         self._leaving = leaving or at_exit
+        self.begin()
+        _all.add(self)
+
+    def begin(self) -> None:
+        """Anew, in a forked child too: of a thread that isn't there a lock is held for good."""
         self._lock = threading.Lock()
         self._chunks = 0
         self._bytes = 0
@@ -139,4 +144,13 @@ class Leaving:
 
 at_exit: Final = Leaving()
 
-os.register_at_fork(after_in_child=at_exit.begin)
+_all: Final[weakref.WeakSet[Unsaid]] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    at_exit.begin()
+    for unsaid in list(_all):
+        unsaid.begin()
+
+
+os.register_at_fork(after_in_child=_in_child)

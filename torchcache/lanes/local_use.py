@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -43,16 +45,24 @@ class UseReports:
     def __init__(self, store: LocalStore, send: Send) -> None:
         self._path = store.path
         self._unsaid = Unsaid(store, send)
-        self._sending = self._unsaid.sending
-        self._lock = threading.Lock()
         self.extents = 0
         self.suspects = 0
         self.bytes = 0
         self.writes = 0
-        # Kept from the beginning: an order may have been told before the first read.
         self._wants_marks: bool | None = None
-        self._extents: list[Extent] = []
+        self.begin()
         self._due_s = time.monotonic() + EVERY_S
+        _all.add(self)
+
+    def begin(self) -> None:
+        """Anew, in a forked child too: its locks may have been held by threads that aren't there, amid a read."""
+        self._lock = threading.Lock()
+        # Kept from the beginning: an order may have been told before the first read.
+        self._extents: list[Extent] = []
+
+    @property
+    def _sending(self) -> threading.Lock:
+        return self._unsaid.sending
 
     def add_suspects(self, extents: int) -> None:
         """Counts what was found damaged."""
@@ -120,3 +130,14 @@ def _marks(read: Sequence[Extent]) -> Marks:
         first, last = offset // CHUNK_BYTES, max(offset, end - 1) // CHUNK_BYTES
         keys += [info.id.digest + CHUNK_INDEX.pack(index) for index in range(first, last + 1)]
     return marks(keys)
+
+
+_all: Final[weakref.WeakSet[UseReports]] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for reports in list(_all):
+        reports.begin()
+
+
+os.register_at_fork(after_in_child=_in_child)
