@@ -5,7 +5,7 @@ Both the store and a manifest have checksums of them. Here the manifest's are co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from xxhash import xxh3_64, xxh3_64_intdigest
@@ -34,6 +34,13 @@ class Granule(NamedTuple):
 
     def land(self, outcomes: Sequence[memoryview | TorchCacheError]) -> bool:
         """Whether `into` has the bytes now, and they are as the checksum says."""
+        if len(outcomes) == 1 and len(self.into) <= STEP_BYTES:  # most items of a state of many
+            (view,) = outcomes
+            if not isinstance(view, memoryview):
+                return False
+            if view.readonly:
+                copy(view, self.into)
+            return bool(xxh3_64_intdigest(self.into) == self.digest)
         views = [outcome for outcome in outcomes if isinstance(outcome, memoryview)]
         if len(views) < len(outcomes):
             return False
@@ -42,16 +49,19 @@ class Granule(NamedTuple):
         return _land(self.digest, self.into, views)
 
 
-def granules_of(item: Item, part: ByteRange, into: memoryview, file: ObjectInfo) -> Iterator[Granule] | None:
+def granules_of(item: Item, part: ByteRange, into: memoryview, file: ObjectInfo) -> Iterable[Granule] | None:
     """The granules of a part of an item's payload; None if it isn't of whole ones, or has no checksums."""
     whole_end = part.end == item.payload_length or not part.end % GRANULE_BYTES
     if not item.digests or part.start % GRANULE_BYTES or not whole_end:
         return None
+    at, size = item.start + item.payload_start + part.start, part.length
+    if size <= GRANULE_BYTES and at % CHUNK_BYTES + size <= CHUNK_BYTES:
+        return (Granule(item.digests[part.start // GRANULE_BYTES], into, [Extent(file, at, size)]),)
     return _granules(item, part, into, file)
 
 
 def _granules(item: Item, part: ByteRange, into: memoryview, file: ObjectInfo) -> Iterator[Granule]:
-    payload_start = item.payload.start
+    payload_start = item.start + item.payload_start
     for start in range(part.start, part.end, GRANULE_BYTES):
         end = min(start + GRANULE_BYTES, part.end)
         extents, at, stop = [], payload_start + start, payload_start + end
@@ -65,9 +75,6 @@ def _granules(item: Item, part: ByteRange, into: memoryview, file: ObjectInfo) -
 
 def _land(digest: int, into: memoryview, views: Sequence[memoryview]) -> bool:
     """Copies what `views` hold one behind the other into `into`, and says whether what then lies there is right."""
-    if len(views) == 1 and len(into) <= STEP_BYTES:
-        into[:] = views[0]
-        return bool(xxh3_64_intdigest(into) == digest)
     state, at = xxh3_64(), 0
     for view in views:
         for start in range(0, len(view), STEP_BYTES):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from torchcache.errors import ConfigurationError, IntegrityError, TorchCacheError
-from torchcache.lanes.copying import STEP_BYTES, copy, hashed_copy
+from torchcache.lanes.copying import SHARED_BYTES, copy, hashed_copy
 from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, UNKNOWN_SIZE, Extent
 from torchcache.wire.codec import Piece, decode_pieces, is_intact
 from torchcache.wire.status import decode_error
@@ -66,7 +66,7 @@ class Arrivals:
             or not data.size == object_size == size
             or length not in (-1, size)
             or not 0 < size <= CHUNK_BYTES
-            or (target is not None and not size <= len(target) <= STEP_BYTES)
+            or (target is not None and not size <= len(target) <= SHARED_BYTES)
             or not is_intact(data, digests)
         ):
             return False

@@ -10,13 +10,16 @@ from typing import Final
 import numpy as np
 import xxhash
 
-STEP_BYTES: Final = 256 * 1024
-"""From here on it also pays to let other threads run meanwhile."""
+STEP_BYTES: Final = 1024 * 1024
+"""Of a quarter as much the copies are as fast, but two threads wait four times as often for the interpreter lock."""
+
+SHARED_BYTES: Final = 256 * 1024
+"""From here on it pays to let other threads run meanwhile."""
 
 
 def copy(source: memoryview, target: memoryview) -> None:
     """Copies to a buffer of the same length."""
-    if len(source) < STEP_BYTES:
+    if len(source) < SHARED_BYTES:
         target[:] = source
     else:
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
@@ -25,7 +28,7 @@ def copy(source: memoryview, target: memoryview) -> None:
 def hashed_copy(source: memoryview, target: memoryview) -> int:
     """Copies to a buffer of the same length, and gives the xxh3-64 of what then lies there."""
     if len(source) <= STEP_BYTES:
-        target[:] = source
+        copy(source, target)
         return xxhash.xxh3_64_intdigest(target)
     hasher = xxhash.xxh3_64()
     into, out_of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
