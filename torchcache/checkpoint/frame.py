@@ -94,7 +94,8 @@ def row_major(tensor: torch.Tensor, *, name: str) -> torch.Tensor:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype: a writable view that keeps the memory alive."""
     if tensor.dtype in _OF_NUMPY and tensor.numel():
-        return memoryview(tensor.detach().numpy()).cast("B")  # type: ignore[arg-type]
+        plain = tensor.detach() if tensor.requires_grad else tensor
+        return memoryview(plain.numpy()).cast("B")  # type: ignore[arg-type]
     flat = torch.empty(0, dtype=torch.uint8, device="cpu")
     flat.set_(
         tensor.untyped_storage(), tensor.storage_offset() * tensor.dtype.itemsize, (tensor.nbytes,), (1,)

@@ -60,15 +60,19 @@ class RowsLoad(Load):
         self._target = planner.resolve_tensor(request).detach()
         self._source: torch.Tensor | None = None
         assert item.dtype is not None and item.shape is not None  # noqa: S101 - the manifest checked it
-        dtype = dtype_of(item.dtype)
-        if item.payload_length != math.prod(item.shape) * dtype.itemsize:
-            raise CheckpointError(
-                f"{item.name!r} has {item.payload_length} bytes, too few or many for its shape"
-            )
+        dtype, size = dtype_of(item.dtype), item.payload_length
+        if size != math.prod(item.shape) * dtype.itemsize:
+            raise CheckpointError(f"{item.name!r} has {size} bytes, too few or many for its shape")
+        _check_size(self._target, request)
+        is_whole = request.lengths == item.shape and not any(request.storage_offsets)
+        if is_whole and _takes(
+            self._target, dtype, size
+        ):  # most are; a box for each takes as long as its bytes
+            self.fetches = [Fetch(item, ByteRange(0, size), bytes_of(self._target))] if size else []
+            return
         box = Box(item.shape, tuple(request.storage_offsets), tuple(request.lengths))
         if not box.fits:
             raise CheckpointError(f"the plan asks for {box} of {item.name!r}: that isn't in the checkpoint")
-        _check_size(self._target, request)
         self.fetches, self._source = fetch_box(item, box, dtype, self._target)
 
     def finish(self) -> None:
@@ -87,20 +91,25 @@ def fetch_box(
         return [], None
     first, span_bytes = reads[0].start, reads[-1].end - reads[0].start
     source: torch.Tensor | None = None
-    if (
-        span_bytes == target.nbytes
-        and target.is_cpu
-        and target.dtype == dtype
-        and has_row_major_bytes(target)
-        and target.is_contiguous()
-        and not (target.is_conj() or target.is_neg())
-    ):
+    if _takes(target, dtype, span_bytes):
         memory = bytes_of(target)
     else:
         rows = torch.empty(span_bytes // dtype.itemsize, dtype=dtype, device="cpu")
         source = rows.as_strided(box.lengths, box.strides)
         memory = bytes_of(rows)
     return [Fetch(item, part, memory[part.start - first : part.end - first]) for part in reads], source
+
+
+def _takes(target: torch.Tensor, dtype: torch.dtype, size: int) -> bool:
+    """Whether `size` bytes, row-major elements of `dtype`, can be received straight into the memory of `target`."""
+    return (
+        size == target.nbytes
+        and target.is_cpu
+        and target.dtype == dtype
+        and has_row_major_bytes(target)
+        and target.is_contiguous()
+        and not (target.is_conj() or target.is_neg())
+    )
 
 
 class BlobLoad(Load):
@@ -224,11 +233,12 @@ def batches(loads: Iterable[Load]) -> Iterator[tuple[list[Load], list[list[Fetch
     group: list[Load] = []
     filled = 0
     for load in loads:
-        if group and (filled + load.fetched_bytes > READ_BYTES or len(group) >= _EXTENTS_A_READ):
+        size = load.fetched_bytes
+        if group and (filled + size > READ_BYTES or len(group) >= _EXTENTS_A_READ):
             yield group, _reads(group)
             group, filled = [], 0
         group.append(load)
-        filled += load.fetched_bytes
+        filled += size
     if group:
         yield group, _reads(group)
 
@@ -237,14 +247,25 @@ def _reads(loads: Sequence[Load]) -> list[list[Fetch]]:
     reads: list[list[Fetch]] = []
     room = 0
     for fetch in (fetch for load in loads for fetch in load.fetches):
-        for part in cut(fetch.part, READ_BYTES):
-            if part.length > room or len(reads[-1]) >= _EXTENTS_A_READ:
+        for piece in _pieces(fetch):
+            size = piece.part.length
+            if size > room or len(reads[-1]) >= _EXTENTS_A_READ:
                 reads.append([])
                 room = READ_BYTES
-            start = part.start - fetch.part.start
-            reads[-1].append(Fetch(fetch.item, part, fetch.into[start : start + part.length]))
-            room -= part.length
+            reads[-1].append(piece)
+            room -= size
     return reads
+
+
+def _pieces(fetch: Fetch) -> Sequence[Fetch]:
+    """The same in pieces of at most READ_BYTES: itself, most often."""
+    part = fetch.part
+    if part.length <= READ_BYTES - GRANULE_BYTES:
+        return (fetch,)
+    return [
+        Fetch(fetch.item, piece, fetch.into[piece.start - part.start : piece.end - part.start])
+        for piece in cut(part, READ_BYTES)
+    ]
 
 
 def _item_of(items: Mapping[MetadataIndex, Item], request: ReadItem) -> Item:

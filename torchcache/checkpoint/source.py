@@ -37,7 +37,8 @@ class Fetch:
     def extent(self, file: ObjectInfo, part: ByteRange | None = None) -> Extent:
         """The part, or another one, as an extent of the item's file."""
         part = part or self.part
-        return Extent(file, self.item.payload.start + part.start, part.length)
+        item = self.item
+        return Extent(file, item.start + item.payload_start + part.start, part.length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,7 @@ class Source:
         self._saved = saved
         self._durable = durable
         self._evicted: set[str] = set()
+        self._saved_objects: dict[str, ObjectInfo] = {}
         self._stored: dict[str, ObjectInfo] = {}
 
     def fetch(self, fetches: Sequence[Fetch]) -> None:
@@ -134,7 +136,7 @@ class Source:
         if not fetches:
             return []
         outcomes = self._pool.read_each(
-            [f.extent(saved.object(f.item.file)) for f in fetches],
+            [f.extent(self._saved_object(saved, f.item.file)) for f in fetches],
             namespace=save_namespace(saved.store, saved.path, saved.save_id),
             into=[f.into for f in fetches],
             timeout_s=_READ_S,
@@ -161,7 +163,9 @@ class Source:
         left: list[Fetch] = []
         granules: list[tuple[Fetch, Granule]] = []
         for fetch in fetches:
-            found = granules_of(fetch.item, fetch.part, fetch.into, saved.object(fetch.item.file))
+            found = granules_of(
+                fetch.item, fetch.part, fetch.into, self._saved_object(saved, fetch.item.file)
+            )
             if found is None:
                 left.append(fetch)
             else:
@@ -180,6 +184,13 @@ class Source:
             if not granule.land([next(outcomes) for _ in granule.extents]):
                 failed[id(fetch)] = fetch
         return [*left, *failed.values()]
+
+    def _saved_object(self, saved: SavedFiles, name: str) -> ObjectInfo:
+        """A file as the pool holds it: one value for all who read of it, so that its digest is made once."""
+        found = self._saved_objects.get(name)
+        if found is None:
+            found = self._saved_objects[name] = saved.object(name)
+        return found
 
     def _require_durable(self, saved: SavedFiles, problem: TorchCacheError) -> None:
         """The upload may have ended, and the pool's copy gone, since the checkpoint was opened."""
