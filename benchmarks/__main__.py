@@ -29,6 +29,7 @@ SECTIONS: Final = {
     "scaling": "scaling",
     "mlperf": "mlperf",
     "checkpoint": "checkpoints",
+    "llama": "llama",
     "adapters": "adapters",
     "s3_checkpoint": "s3_checkpoints",
     "weights": "weights",
