@@ -72,8 +72,10 @@ def _rebuild(
     message: str,
     object: str | None,
     server: str | None,
-    request_id: str | None,
+    request_id: str | None = None,
+    *_: object,
 ) -> TorchCacheError:
+    # Ranks may run different versions: an older one says less, a newer one may say more.
     return kind(message, object=object, server=server, request_id=request_id)
 
 

@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from tests.unit.checkpoint_states import KEY, URI, assert_same, blank, folder_of
 from torchcache.checkpoint import CacheStorageWriter
 from torchcache.checkpoint.frame import bytes_of
 from torchcache.checkpoint.lease import end_lease_of_thread
-from torchcache.checkpoint.manifest import Manifest
-from torchcache.checkpoint.ticket import Ticket
+from torchcache.checkpoint.manifest import Item, Manifest
+from torchcache.checkpoint.ticket import Ticket, forget_arrived
 from torchcache.errors import (
     AlreadyExists,
     CheckpointError,
@@ -534,6 +535,20 @@ def test_a_writer_pickles_and_counts_as_present(pool: CheckpointPool) -> None:
     assert (again.path, again.overwrite, again.durability) == (URI, True, "store")
     assert again._pool is None
     assert repr(again) == f"CacheStorageWriter('{URI}', durability='store')"
+
+
+def test_items_and_tickets_pickle_between_versions(pool: CheckpointPool) -> None:
+    ticket = Ticket("s3://b/x", "s3", "b/x", "", "id", 2, ("server",))
+    make, values = ticket.__reduce__()
+    assert callable(make) and isinstance(values, tuple)
+    assert make(*values, "what a newer version adds") == ticket
+    assert make(*values[:6]) == replace(ticket, servers=())
+    forget_arrived()
+    dcp.save(state(), storage_writer=writer(pool))
+    for item in Manifest.decode(pool.only_save().manifest, where="x").items:
+        of_old = Item.__new__(Item)
+        of_old.__setstate__(item.__getstate__()[:-1])  # type: ignore[attr-defined]
+        assert (of_old, of_old.probe) == (item, 0)
 
 
 def test_items_and_tickets_pickle(pool: CheckpointPool) -> None:

@@ -90,6 +90,14 @@ def test_errors_pickle_to_and_from_versions_without_a_hint() -> None:
     assert str(at_old) == "busy"
 
 
+def test_errors_pickle_between_versions_that_say_more_and_less() -> None:
+    make, arguments = errors.NotCommitted("gone", object="k", server="h:1", request_id="r").__reduce__()
+    assert callable(make) and isinstance(arguments, tuple)
+    newer, older = make(*arguments, "what a newer version adds"), make(*arguments[:-1])
+    assert (type(newer), str(newer)) == (errors.NotCommitted, str(make(*arguments)))
+    assert (older.message, older.server, older.request_id) == ("gone", "h:1", None)
+
+
 @pytest.mark.parametrize(
     ("told", "taken"),
     [("1e9", 60.0), ("3", 3.0), ("-1", None), ("NaN", None), ("true", None), ('"1"', None), ("null", None)],

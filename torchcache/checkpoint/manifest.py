@@ -19,7 +19,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 import xxhash
@@ -79,6 +79,14 @@ class Item:
     probe: int = field(
         default=0, compare=False
     )  # of the process that wrote it alone, see `probe_digest`; 0: unknown
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        # One that a rank of an older version has pickled lacks the last fields, which have defaults.
+        known = fields(self)
+        for one, value in zip(known, state, strict=False):
+            object.__setattr__(self, one.name, value)
+        for one in known[len(state) :]:
+            object.__setattr__(self, one.name, one.default)
 
     @property
     def payload(self) -> ByteRange:

@@ -9,7 +9,7 @@ thread that goes on to call `write_data`.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torchcache.model import ObjectId
@@ -23,7 +23,8 @@ class Ticket:
     """One rank's part in one save: `part` is empty, or this rank's own where ranks save without collectives.
 
     `rank` names the rank's files; `servers` are the ids of those that shall hold them. `base` is path and id of an
-    earlier save of which files may be borrowed, if there is one.
+    earlier save of which files may be borrowed, if there is one. Ranks may run different versions: what is added comes
+    last, and has a default.
     """
 
     uri: str
@@ -36,7 +37,7 @@ class Ticket:
     base: tuple[str, str] | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        fields = (
+        values = (
             self.uri,
             self.store,
             self.path,
@@ -46,7 +47,7 @@ class Ticket:
             self.servers,
             self.base,
         )
-        return (_arrive, fields)
+        return (_arrive, values)
 
     @property
     def namespace(self) -> str:
@@ -58,8 +59,9 @@ class Ticket:
         return saved_file(self.store, self.path, name, self.save_id)
 
 
-def _arrive(*fields: Any) -> Ticket:
-    ticket = Ticket(*fields)
+def _arrive(*values: Any) -> Ticket:
+    """From the values of the fields: of a coordinator of an older version some fewer, of a newer one some more."""
+    ticket = Ticket(*values[: len(fields(Ticket))])
     _arrived.ticket = ticket
     return ticket
 
