@@ -96,19 +96,17 @@ class World:
         """New ones, one a rank; over datasets that go on from `state`."""
         found = []
         for rank in range(self.ranks):
-            dataset = dataset_of(
-                self.pattern,
-                self.pool,
-                num_replicas=self.ranks,
-                rank=rank,
-                window=16,
-                seed=9,
-                **self.settings,
+            dataset = self.dataset(
+                pool=self.pool, num_replicas=self.ranks, rank=rank, window=16, seed=9, **self.settings
             )
             if state is not None:
                 dataset.load_state_dict(state)
             found.append(Loader(dataset, self.workers, self.batch))
         return found
+
+    def dataset(self, **settings: Any) -> tc.CachedIterableDataset:
+        """One reader's."""
+        return dataset_of(self.pattern, **settings)
 
 
 def steps(loaders: list[Loader]) -> Iterator[list[list[int]]]:

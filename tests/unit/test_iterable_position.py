@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -110,6 +111,30 @@ def test_stopped_anywhere_and_resumed_by_any_others(
     else:
         assert not extra
         assert len(missing) < splits[-1].ranks
+
+
+def counts_after(split: Split, total: int, rank: int, batch: int, steps: int) -> list[int]:
+    """How far each of a rank's workers is after so many batches of its loader, which asks them in turn."""
+    left = [split.share(total, rank, worker) for worker in range(split.workers)]
+    turns = sorted((turn, worker) for worker, n in enumerate(left) for turn in range(-(-n // batch)))
+    had = [0] * split.workers
+    for _, worker in turns[:steps]:
+        had[worker] = min(left[worker], had[worker] + batch)
+    return had
+
+
+@given(st.integers(0, 120), SPLITS, st.integers(1, 5), st.sampled_from(UNEVEN), st.integers(0, 130))
+def test_rank_0_says_what_ranks_in_step_have_had(
+    left: int, split: Split, batch: int, uneven: Uneven, steps: int
+) -> None:
+    split = dataclasses.replace(split, run=1 if split.run == 1 else batch)
+    total = split.total(left, uneven)
+    had = set()
+    for rank in range(split.ranks):
+        for worker, count in enumerate(counts_after(split, total, rank, batch, steps)):
+            had.update(split.places(total, rank, worker, 0, count).tolist())
+    told = split.taken(total, counts_after(split, total, 0, batch, steps))
+    assert {place for first, stop in told for place in range(first, stop)} == had
 
 
 @given(st.integers(0, 120), SPLITS, st.data())

@@ -271,7 +271,8 @@ class CachedIterableDataset(IterableDataset[Any]):
 
         A loader's own `load_state_dict` is for the same number of workers and ranks. For others give its state to
         this method, in the main process, and then make the new loader; one rank's state is enough, as ranks are in
-        step. Raises ConfigurationError for a state of other samples, or of some workers only.
+        step (with `uneven="keep"` that of rank 0). Raises ConfigurationError for a state of other samples, or of some
+        workers only.
         """
         states = of_loader(state)
         in_worker = get_worker_info() is not None

@@ -11,7 +11,7 @@ from torchcache.data.iterable_position import Rest, Split
 from torchcache.data.iterable_reading import Reading
 from torchcache.threads import Threads
 
-STATE: Final = 1
+STATE: Final = 2
 """The version of states."""
 
 

@@ -5,7 +5,9 @@ that have to be even. What is left of an epoch is a `Rest`; its members are coun
 is left. A `Split` deals the places out to ranks and workers. A reader goes through its share in order, so that its
 position is a count; with the counts of all of them the next Rest follows, for any other split.
 
-All ranks are taken to be in step, as training is: after a batch of one each has had a batch of the same size.
+All ranks are taken to be in step, as training is: after a batch of one each has had a batch of the same size. Where
+they aren't even, no worker of another rank has more than that of rank 0, and what it lacks are its last ones: so the
+counts of rank 0 say what all have had.
 """
 
 from __future__ import annotations
@@ -156,9 +158,16 @@ class Split:
         return [(first, min(stop, total)) for first, stop in had if first < min(stop, total)]
 
     def _piece(self, total: int, rank: int, worker: int) -> Interval:
-        first, stop = total * rank // self.ranks, total * (rank + 1) // self.ranks
-        size = stop - first
-        return first + size * worker // self.workers, first + size * (worker + 1) // self.workers
+        first, stop = _part(total, self.ranks, rank)
+        start, end = _part(stop - first, self.workers, worker)
+        return first + start, first + end
+
+
+def _part(count: int, parts: int, number: int) -> Interval:
+    """Part `number` of `count`; the first ones are longer by one where it doesn't divide."""
+    each, longer = divmod(count, parts)
+    first = number * each + min(number, longer)
+    return first, first + each + (number < longer)
 
 
 def _joined(runs: Iterable[Interval]) -> list[Interval]:
