@@ -9,6 +9,7 @@ from torchcache_server.cache.claims import (
     DEAD_AFTER_LEASES,
     Claim,
     ClaimState,
+    Displaced,
     Keep,
     Refuse,
     Sighting,
@@ -32,7 +33,7 @@ def sighting(server_id: str = "other", state: ClaimState = "reserved", save_id: 
 def decide(
     seen: Sighting | None,
     *,
-    uploading: bool = False,
+    uploading: str = "",
     overwrite: bool = False,
     renewed: bool = False,
     now_s: float,
@@ -67,7 +68,6 @@ def test_a_writer_that_got_no_answer_goes_on_at_the_next_server() -> None:
             sighting(state=state),
             key=KEY,
             server_id="me",
-            uploading=False,
             overwrite=False,
             renewed=True,
             now_s=SEEN_S,
@@ -89,7 +89,42 @@ def test_committed_saves_yield_only_to_overwriting() -> None:
 @pytest.mark.parametrize("state", ["reserved", "released", "committed"])
 def test_a_servers_own_claim_is_its_to_change(state: ClaimState) -> None:
     assert decide(sighting("me", state), now_s=SEEN_S) == Take("v1")
-    assert decide(sighting("me", state), uploading=True, now_s=SEEN_S) == Keep()
+    assert decide(sighting("me", state), uploading="s", now_s=SEEN_S) == Keep()
+    assert decide(sighting("me", state), uploading="another", now_s=SEEN_S) == Take("v1")
+
+
+def over(save: Displaced, server_id: str = "other", save_id: str = "s") -> Sighting:
+    claim = Claim(server_id, save_id, "reserved", "somebody", LEASE_S, over=save)
+    assert Claim.decode(claim.encode()) == claim
+    return Sighting(claim, "v1", SEEN_S)
+
+
+def test_a_claim_says_from_which_committed_save_it_was_taken() -> None:
+    save = Displaced("third", "acknowledged", "its writer")
+    assert sighting().displaced is None
+    assert sighting("third", "committed", "acknowledged").displaced == Displaced(
+        "third", "acknowledged", "somebody"
+    )
+    assert over(save).displaced == save
+    for odd in ('{"over": 5}', '{"over": {"server_id": 1}}', '{"over": null}'):
+        assert Claim.decode(odd.encode()).over is None
+
+
+def test_the_save_it_was_taken_from_yields_only_to_overwriting() -> None:
+    theirs, mine = Displaced("third", "acknowledged", "w"), Displaced("me", "acknowledged", "w")
+    assert isinstance(decide(over(theirs), now_s=DEAD_S), Refuse)
+    assert decide(over(theirs), overwrite=True, now_s=DEAD_S) == Take("v1")
+    assert decide(over(mine), now_s=DEAD_S) == Take("v1")
+
+
+@pytest.mark.parametrize("server_id", ["other", "me"])
+def test_an_older_save_does_not_pass_over_one_that_was_committed_since(server_id: str) -> None:
+    def hold(seen: Sighting, save_id: str) -> Take | Keep | Wait | Refuse:
+        return decide_hold(seen, key=KEY, server_id="me", save_id=save_id, committed=True, now_s=DEAD_S)
+
+    seen = over(Displaced("me", "acknowledged", "w"), server_id)
+    assert hold(seen, "acknowledged") == Take("v1")
+    assert isinstance(hold(seen, "older"), Refuse)
 
 
 def test_who_holds_a_path_goes_on_unless_another_took_it() -> None:

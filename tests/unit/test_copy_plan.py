@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from torchcache_server.cache.claims import DEAD_AFTER_LEASES, Claim, ClaimState, Sighting, Take
+from torchcache_server.cache.claims import DEAD_AFTER_LEASES, Claim, ClaimState, Displaced, Sighting, Take
 from torchcache_server.cache.copy_plan import decide_takeover, is_left_open, judge
 from torchcache_server.cache.save_records import copy_key, decode_copy, decode_save, encode_copy, encode_save
 from torchcache_server.cache.saves import Copy, ManifestKind, Save, SaveKey
@@ -120,3 +120,16 @@ def test_a_saves_record_of_a_version_without_copies_is_read() -> None:
     length = len(record) - len(older)
     head = int.from_bytes(record[:4], "little") - length
     assert decode_save(head.to_bytes(4, "little") + older[4:]).replicas == 1
+
+
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_a_claim_taken_from_a_committed_save_tells_of_that(confirmed: bool) -> None:
+    """The writer that is to overwrite it hasn't committed: what it was taken from counts, and nothing older does."""
+    claim = Claim(
+        "other", "later", "reserved", "somebody", LEASE_S, over=Displaced("owner", "ours", "somebody")
+    )
+    seen = Sighting(claim, "v1", SEEN_S)
+    for there in (*OLDER, "other"):
+        assert judge(copy(confirmed=confirmed), seen, there) == "current"
+        assert judge(copy("older", confirmed=confirmed), seen, there) == "gone"
+    assert judge(copy("later"), seen, "absent") == "open"

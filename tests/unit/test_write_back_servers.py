@@ -396,3 +396,75 @@ def test_a_server_that_cannot_look_says_so(here: str, hidden: str) -> None:
     assert read(a) == "first"
     a.under_store.fail = lambda call, key: unreachable(call, key) if key == hidden else None
     assert read(a) == ("first" if here == "committed" and hidden == KEY.manifest_key else "first?")
+
+
+# ---- an acknowledged save that another writer's reservation passes over ----
+
+
+def test_a_reservation_that_is_given_up_leaves_what_it_was_to_overwrite() -> None:
+    """Whoever is asked, from the reservation on until the save at the path is uploaded (I2)."""
+    bucket = Bucket()
+    a, b, c = (Server(bucket, name) for name in "abc")
+    a.save("first")
+    a.upload()
+    b.save("second", overwrite=True)
+    c.reserve("third", overwrite=True)
+    for asked in (a, c):
+        assert read(asked) == "another server's"
+    assert read(b) == "second?"
+    c.write_back.abandon(KEY, "third")
+    c.write_back.tidy()
+    for asked in (a, c):
+        assert read(asked) == "another server's"
+    assert read(b) == "second"
+    b.upload()
+    for asked in (a, b, c):
+        assert read(asked) == "second"
+    assert_settled(bucket, "second")
+
+
+def test_what_was_published_meanwhile_is_published_when_a_reservation_is_given_up() -> None:
+    """The upload ends while another server's writer has the claim: neither leaves a claim behind."""
+    for at in range(1, 100):
+        bucket = Bucket()
+        b, c = Server(bucket, "b"), Server(bucket, "c")
+        b.save("second")
+        b.gate.trap_at, b.gate.trap = b.gate.calls + at, lambda c=c: c.reserve("third", overwrite=True)  # type: ignore[misc]
+        calls = b.gate.calls
+        with suppress(Overloaded):
+            b.upload()
+        if b.gate.calls - calls < at:
+            break
+        c.write_back.abandon(KEY, "third")
+        c.write_back.tidy()
+        assert read(b) == "second"
+        b.upload()
+        assert_settled(bucket, "second")
+        assert read(c) == "second"
+    assert at > 10
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_an_acknowledged_save_replaces_what_was_being_published_as_it_was_reserved(restarts: bool) -> None:
+    """The other server had seen that the claim was its own, and wrote its manifest when it was so no more (I2)."""
+    for at in range(1, 100):
+        bucket = Bucket()
+        a, b = Server(bucket, "a"), Server(bucket, "b")
+        a.save("first")
+        a.gate.trap_at = a.gate.calls + at
+        a.gate.trap = lambda b=b: b.save("second", overwrite=True)  # type: ignore[misc]
+        calls = a.gate.calls
+        with suppress(Overloaded):
+            a.upload()
+        if a.gate.calls - calls < at:
+            break
+        if restarts:
+            b.restart()
+        assert read(b) == "second"
+        b.upload()
+        assert read(b) == "second", f"at {at}"
+        with suppress(Overloaded):
+            a.upload()
+        assert read(a) == "second", f"at {at}"
+        assert_settled(bucket, "second")
+    assert at > 10

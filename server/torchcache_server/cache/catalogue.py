@@ -100,6 +100,7 @@ class Catalogue:
         """
         seen, unseen = self._look(under_store, key, deadline) if check_claim else (None, None)
         claim = seen.claim if seen is not None and self._is_anothers(seen) else None
+        later = seen.displaced if seen is not None else None
         try:
             status = self._copy(under_store, key, deadline) or self._own_or_published(
                 under_store, key, deadline
@@ -109,15 +110,17 @@ class Catalogue:
         except NotCommitted as error:
             if unseen is not None:
                 raise unseen from None
-            if claim is None:
+            holder = later.server_id if later is not None else claim.server_id if claim is not None else ""
+            if holder in ("", self._claims.server_id):
                 raise
-            raise HeldElsewhere(error.message, holder=claim.server_id, object=error.object) from None
+            raise HeldElsewhere(error.message, holder=holder, object=error.object) from None
         if unseen is not None:
             return replace(status, uncertain=True)  # better to resume from what is here than not at all
-        if claim is None or claim.save_id == status.save_id:
+        if seen is not None and seen.claim.save_id == status.save_id:
             return status
+        is_later = later is not None and later.save_id != status.save_id
         # Whoever can't reach the under-store in time commits in its pool alone: then its claim still says "reserved".
-        is_later, may_be_later = claim.state == "committed", claim.state == "reserved"
+        may_be_later = claim is not None and claim.state == "reserved"
         return replace(status, superseded=is_later, uncertain=status.uncertain or may_be_later)
 
     def _copy(self, under_store: UnderStore, key: SaveKey, deadline: float) -> SaveStatus | None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Collection
 
 from torchcache.errors import AlreadyExists
-from torchcache_server.cache.claims import Claim, ClaimState, Sighting
+from torchcache_server.cache.claims import Claim, ClaimState, Displaced, Sighting
 from torchcache_server.cache.saves import SaveKey
 from torchcache_server.cache.small_objects import read_small, stat_or_none, write_small
 from torchcache_server.understore.base import UnderStore
@@ -58,13 +58,11 @@ class ClaimBook:
         writer: str,
         replaces: str,
         deadline: float,
+        over: Displaced | None = None,
     ) -> None:
         """Takes the claim, or changes it. Raises AlreadyExists if its version isn't `replaces` any more."""
-        claim = Claim(self.server_id, save_id, state, writer, self._lease_s)
-        version = write_small(
-            under_store, key.claim_key, claim.encode(), replaces=replaces, deadline=deadline
-        )
-        self._note(key, Sighting(claim, version, self._clock()))
+        claim = Claim(self.server_id, save_id, state, writer, self._lease_s, over=over)
+        self._write(under_store, key, claim, replaces, deadline)
 
     def refresh(
         self,
@@ -89,13 +87,28 @@ class ClaimBook:
             pass  # Taken over just now: the commit will meet it.
 
     def release(
-        self, under_store: UnderStore, key: SaveKey, save_ids: Collection[str], *, deadline: float
+        self,
+        under_store: UnderStore,
+        key: SaveKey,
+        save_ids: Collection[str],
+        *,
+        deadline: float,
+        counts_on: Callable[[Displaced], bool] = lambda displaced: False,
     ) -> None:
-        """Gives the claim up, if it is this server's for one of `save_ids`."""
+        """Gives the claim up, if it is this server's for one of `save_ids`: to the save that it was taken from, if that
+        `counts_on`.
+        """
         seen = self.look(under_store, key, deadline=deadline)
         if seen is None or not self._is_own(seen, save_ids):
             return
         try:
+            over = seen.claim.over
+            if over is not None and counts_on(over):
+                back = Claim(over.server_id, over.save_id, "committed", over.writer, self._lease_s)
+                seen = self._write(under_store, key, back, seen.version, deadline)
+                if counts_on(over):
+                    return
+                # It was uploaded just now; its server may have looked at the claim before it got that back.
             self._rewrite(under_store, key, seen, "released", deadline)
         except AlreadyExists:
             return  # Somebody took it over: it is theirs now.
@@ -113,7 +126,18 @@ class ClaimBook:
             writer=seen.claim.writer,
             replaces=seen.version,
             deadline=deadline,
+            over=seen.claim.over if state == "reserved" else None,
         )
+
+    def _write(
+        self, under_store: UnderStore, key: SaveKey, claim: Claim, replaces: str, deadline: float
+    ) -> Sighting:
+        version = write_small(
+            under_store, key.claim_key, claim.encode(), replaces=replaces, deadline=deadline
+        )
+        seen = Sighting(claim, version, self._clock())
+        self._note(key, seen)
+        return seen
 
     def _is_own(self, seen: Sighting, save_ids: Collection[str]) -> bool:
         return seen.claim.server_id == self.server_id and seen.claim.save_id in save_ids

@@ -4,7 +4,8 @@ The claim is a register that is only ever changed by conditional writes, so of t
 gets it, whatever their clocks say and however long either was asleep:
 
 - *reserved*: a save is being written into some server's pool. That server rewrites the claim every `lease_s` for as
-  long as the writer renews its lease. Who finds it unchanged for `DEAD_AFTER_LEASES` leases takes it over.
+  long as the writer renews its lease. Who finds it unchanged for `DEAD_AFTER_LEASES` leases takes it over. If it was
+  taken from a committed save, it says from which: that counts on, and gets the claim back if the writer gives up.
 - *committed*: the save is restorable from that server's pool and is being uploaded. Only overwriting takes it over; or,
   once it hasn't been rewritten for as long as a reserved one, a server that has a copy of the same save.
 - *deleting*: a checkpoint is being deleted; else as *reserved*.
@@ -31,6 +32,15 @@ ClaimState = Literal["reserved", "committed", "released", "deleting"]
 
 
 @dataclass(frozen=True, slots=True)
+class Displaced:
+    """A committed save whose claim was taken by one that is being written, and is to overwrite it."""
+
+    server_id: str
+    save_id: str
+    writer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """What a claim says. `nonce` makes every write of it a new version, so that versions never repeat."""
 
@@ -40,6 +50,7 @@ class Claim:
     writer: str  # host and process, for people
     lease_s: float
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
+    over: Displaced | None = None  # while reserved
 
     def encode(self) -> bytes:
         return json.dumps({"format": 1, **asdict(self)}, indent=1).encode()
@@ -57,9 +68,18 @@ class Claim:
                 writer=str(fields["writer"])[:_WRITER_CHARACTERS],
                 lease_s=min(max(float(fields["lease_s"]), 0.0), 3600.0),
                 nonce=str(fields["nonce"]),
+                over=_displaced_of(fields.get("over")) if state == "reserved" else None,
             )
         except (ValueError, TypeError, KeyError):
             return cls("", "", "reserved", "unknown", 10.0, "")
+
+
+def _displaced_of(fields: object) -> Displaced | None:
+    if not isinstance(fields, dict):
+        return None
+    return Displaced(
+        str(fields["server_id"]), str(fields["save_id"]), str(fields["writer"])[:_WRITER_CHARACTERS]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +92,13 @@ class Sighting:
 
     def is_committed_by_another(self, server_id: str) -> bool:
         return self.claim.state == "committed" and self.claim.server_id != server_id
+
+    @property
+    def displaced(self) -> Displaced | None:
+        """The committed save that a writer passes over who takes the claim to overwrite it."""
+        if self.claim.state == "committed":
+            return Displaced(self.claim.server_id, self.claim.save_id, self.claim.writer)
+        return self.claim.over
 
     @property
     def dead_at_s(self) -> float:
@@ -111,7 +138,7 @@ def decide_reserve(
     *,
     key: SaveKey,
     server_id: str,
-    uploading: bool,
+    uploading: str = "",
     overwrite: bool,
     renewed: bool,
     now_s: float,
@@ -119,7 +146,7 @@ def decide_reserve(
 ) -> Take | Keep | Wait | Refuse:
     """What a server does that wants to reserve a path of which no lease is alive in the server itself.
 
-    `uploading`: this server has a committed save of the path that isn't durable yet; its claim must stay.
+    `uploading`: the id of a committed save of the path, in this server, that isn't durable yet: its claim must stay.
     `renewed`: the claim changed, but not its save, while the caller waited for it. `save_id`: the save's that wants the
     path, whose writer may have asked another server before, and got no answer.
     """
@@ -127,17 +154,12 @@ def decide_reserve(
         return Take("")
     claim = seen.claim
     if claim.server_id == server_id:
-        return Keep() if uploading else Take(seen.version)
+        return Keep() if claim.save_id == uploading else Take(seen.version)
+    committed = seen.displaced
+    if committed is not None and committed.server_id != server_id and not overwrite:
+        return Refuse(not_uploaded(key, committed))
     if claim.state == "committed":
-        if overwrite:
-            return Take(seen.version)
-        return Refuse(
-            AlreadyExists(
-                f"{key} holds a checkpoint that server {claim.server_id} has not uploaded yet (written by "
-                f"{claim.writer}): pass overwrite=True or another path",
-                object=str(key),
-            )
-        )
+        return Take(seen.version)
     # Of the same save: the other server hears no more of it.
     goes_on_here = claim.save_id == save_id and claim.state == "reserved"
     if renewed and not goes_on_here:
@@ -159,6 +181,8 @@ def decide_hold(
     if seen is None:
         return Take("")
     claim = seen.claim
+    if claim.over is not None and save_id not in (claim.save_id, claim.over.save_id):
+        return Refuse(taken_over(key, claim.over.writer))  # that save was committed later than this one
     if claim.server_id != server_id:
         is_open = committed and claim.state in ("reserved", "released")
         if claim.state == "deleting" or (claim.save_id != save_id and not is_open):
@@ -167,6 +191,14 @@ def decide_hold(
     if claim.save_id == save_id and claim.state == "committed":
         return Keep()
     return Take(seen.version)
+
+
+def not_uploaded(key: SaveKey, save: Displaced) -> AlreadyExists:
+    return AlreadyExists(
+        f"{key} holds a checkpoint that server {save.server_id} has not uploaded yet (written by {save.writer}): pass "
+        "overwrite=True or another path",
+        object=str(key),
+    )
 
 
 def live_writer(key: SaveKey, writer: str) -> AlreadyExists:

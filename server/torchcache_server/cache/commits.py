@@ -101,27 +101,28 @@ class Commits:
             require_whole(self._store, save)
             make_durable(self._store, save)
             if lease.displaces or slot.copies:
-                self._claim_noted(under_store, slot, save, deadline)
+                told = self._claim_noted(under_store, slot, save, deadline)
             else:
-                self._claim(under_store, save, deadline)
+                told = self._claim(under_store, save, deadline)
+            save = replace(save, unbroken=told)
             self._slots.begin_save(slot, save)
             self._slots.end_copy(slot, save_id)
             return status_of(slot, save)
 
-    def _claim_noted(self, under_store: UnderStore, slot: Slot, save: Save, deadline: float) -> None:
+    def _claim_noted(self, under_store: UnderStore, slot: Slot, save: Save, deadline: float) -> bool:
         """With the claim goes what another server had committed: from then on there must be this save, after any crash.
 
         So it is noted before, like a copy of another's save, and counts once the claim says that it is committed.
         """
         self._slots.put_copy(slot, Copy(save, self._claims.server_id))
         try:
-            self._claim(under_store, save, deadline)
+            return self._claim(under_store, save, deadline)
         except AlreadyExists:
             self._slots.end_copy(slot, save.save_id)
             raise
 
-    def _claim(self, under_store: UnderStore, save: Save, deadline: float) -> None:
-        """Tells other servers, or learns from them that the path was taken over: raises AlreadyExists.
+    def _claim(self, under_store: UnderStore, save: Save, deadline: float) -> bool:
+        """Tells other servers, or learns from them that the path was taken over: raises AlreadyExists. False: untold.
 
         While the under-store can't be reached, or refuses us, the pool commits alone. Then a server that can reach it
         may still take the path over, and the upload finds out.
@@ -134,6 +135,8 @@ class Commits:
             raise
         except TorchCacheError as error:
             _log.warning("%s is committed in the pool alone for now: %s", save.key, error)
+            return False
+        return True
 
     def _try_claim(self, under_store: UnderStore, save: Save, deadline: float) -> bool:
         """False if the claim changed between look and write: look again."""

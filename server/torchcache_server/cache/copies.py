@@ -206,6 +206,8 @@ class Copies:
                 "server %s is silent, which should upload %s (save %s): it is uploaded from the copy here",
                 *(copy.owner, slot.key, copy.save.save_id),
             )
-            self._slots.begin_save(slot, copy.save)
+            was_this = seen is not None and seen.claim.save_id == copy.save.save_id
+            was_committed = was_this and seen is not None and seen.claim.state == "committed"
+            self._slots.begin_save(slot, replace(copy.save, unbroken=was_committed))
             self._slots.end_copy(slot, copy.save.save_id)
             return True

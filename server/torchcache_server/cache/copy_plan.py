@@ -22,6 +22,8 @@ def judge(copy: Copy, seen: Sighting | None, manifest: ManifestKind) -> Verdict:
     if manifest == "ours":
         return "durable"
     claim = None if seen is None else seen.claim
+    if claim is not None and claim.over is not None and claim.save_id != copy.save.save_id:
+        return "current" if claim.over.save_id == copy.save.save_id else "gone"
     if claim is None or claim.save_id != copy.save.save_id:
         # Given up, or published over. But whoever replaces a save may die before it commits, and its claim is released:
         # better to bring back what was deleted while this server was down than to lose what was acknowledged.

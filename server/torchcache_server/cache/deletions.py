@@ -161,7 +161,6 @@ class Deletions:
             seen,
             key=key,
             server_id=self._claims.server_id,
-            uploading=False,
             overwrite=False,
             renewed=False,
             now_s=self._clock(),

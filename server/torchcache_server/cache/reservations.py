@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from torchcache.errors import AlreadyExists, CheckpointError, DeadlineExceeded, TorchCacheError
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import (
+    Displaced,
     Refuse,
     Sighting,
     Take,
@@ -23,7 +24,7 @@ from torchcache_server.cache.claims import (
     live_writer,
     taken_over,
 )
-from torchcache_server.cache.saves import SaveKey, manifest_digest
+from torchcache_server.cache.saves import SaveKey, manifest_digest, status_of_manifest
 from torchcache_server.cache.slots import Lease, Slot, Slots
 from torchcache_server.cache.small_objects import read_small, stat_or_none
 from torchcache_server.understore.base import UnderStore
@@ -148,7 +149,7 @@ class Reservations:
             seen,
             key=slot.key,
             server_id=self._claims.server_id,
-            uploading=slot.save is not None and slot.save.wants_upload,
+            uploading=slot.save.save_id if slot.save is not None and slot.save.wants_upload else "",
             overwrite=wanted.overwrite,
             renewed=patience.saw_claim_renewed(seen),
             now_s=self._clock(),
@@ -164,7 +165,8 @@ class Reservations:
             self._slots.confirm_copy(slot, seen.claim.save_id)
         if isinstance(decision, Take):
             try:
-                self._write_claim(under_store, slot.key, wanted, decision.replaces, deadline)
+                over = None if seen is None else seen.displaced
+                self._write_claim(under_store, slot.key, wanted, decision.replaces, deadline, over=over)
             except AlreadyExists:
                 return Wait(self._clock(), "another server")  # Somebody was faster: look again.
             except BaseException:
@@ -178,7 +180,14 @@ class Reservations:
         return None
 
     def _write_claim(
-        self, under_store: UnderStore, key: SaveKey, lease: Lease, replaces: str, deadline: float
+        self,
+        under_store: UnderStore,
+        key: SaveKey,
+        lease: Lease,
+        replaces: str,
+        deadline: float,
+        *,
+        over: Displaced | None,
     ) -> None:
         self._claims.write(
             under_store,
@@ -188,6 +197,7 @@ class Reservations:
             writer=lease.writer,
             replaces=replaces,
             deadline=deadline,
+            over=over,
         )
 
     def _look_again(self, under_store: UnderStore, slot: Slot, wanted: Lease, deadline: float) -> None:
@@ -273,12 +283,25 @@ class Reservations:
         dead = set(slot.dead_leases)
         if not dead:
             return
+
+        def counts_on(over: Displaced) -> bool:
+            """Unless the under-store has it, or it was this server's own, and isn't waiting for its upload."""
+            if over.server_id == self._claims.server_id and not _awaits_upload(slot, over.save_id):
+                return False
+            manifest = read_small(under_store, slot.key.manifest_key, deadline=deadline)
+            return manifest is None or status_of_manifest(slot.key, manifest.data).save_id != over.save_id
+
         try:
-            self._claims.release(under_store, slot.key, dead, deadline=deadline)
+            self._claims.release(under_store, slot.key, dead, deadline=deadline, counts_on=counts_on)
         except TorchCacheError as error:
             _log.info("%s: the claim of a dead save is released later: %s", slot.key, error)
             return
         self._slots.bury(slot, dead)
+
+
+def _awaits_upload(slot: Slot, save_id: str) -> bool:
+    save = slot.save
+    return save is not None and save.save_id == save_id and save.must_be_kept
 
 
 def replaceable_by(slot: Slot, lease: Lease) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ def encode_save(save: Save) -> bytes:
         "claimed": save.claimed,
         "error": _error_fields(save.error),
         "replicas": save.replicas,
+        "unbroken": save.unbroken,
     }
     if save.borrowed:
         header["borrowed"] = {name: list(origin) for name, origin in save.borrowed.items()}
@@ -80,6 +81,7 @@ def decode_save(record: bytes) -> Save:
             claimed=fields["claimed"],
             error=_error_of(fields["error"]),
             replicas=int(fields.get("replicas", 1)),
+            unbroken=bool(fields.get("unbroken", False)),
             borrowed=_borrowed_of(fields["borrowed"]) if fields["format"] == _WITH_BORROWED else {},
         )
     except (struct.error, KeyError, TypeError, IndexError, AttributeError) as error:

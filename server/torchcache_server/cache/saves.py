@@ -112,6 +112,7 @@ class Save:
     replicas: int = 1  # servers that held it when it was committed, the owner included
     # Files that lie here as those of other saves, which stored them: by name, path and id of that save.
     borrowed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    unbroken: bool = False  # since the commit the claim has been nobody's who may have published another save
 
     @property
     def namespace(self) -> str:

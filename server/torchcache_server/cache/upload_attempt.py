@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from torchcache.errors import AlreadyExists, Overloaded, TransientError
@@ -180,8 +180,12 @@ class Attempt:
         deadline = call_deadline()
         with self.slot.exclusively(deadline):
             self._check()
-            decision = self._decide_hold(self.claims.look(self.under_store, self.save.key, deadline=deadline))
+            seen = self.claims.look(self.under_store, self.save.key, deadline=deadline)
+            decision = self._decide_hold(seen)
             if isinstance(decision, Take):
+                if self.save.unbroken and not self._was_passed_over(seen):
+                    self.save = replace(self.save, unbroken=False)
+                    self.slots.update_save(self.slot, self.save)
                 self.claims.write(
                     self.under_store,
                     self.save.key,
@@ -191,6 +195,14 @@ class Attempt:
                     replaces=decision.replaces,
                     deadline=deadline,
                 )
+
+    def _was_passed_over(self, seen: Sighting | None) -> bool:
+        """Whether the claim was taken from this save, by a writer who has not committed."""
+        over = None if seen is None else seen.claim.over
+        return over is not None and (over.server_id, over.save_id) == (
+            self.claims.server_id,
+            self.save.save_id,
+        )
 
     def _upload_shards(self, names: Sequence[str]) -> None:
         """All of them are tried, so that one that fails doesn't hold up the others; then the gravest failure counts."""

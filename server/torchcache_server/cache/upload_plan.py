@@ -111,7 +111,7 @@ def next_step(save: Save, seen: Seen) -> Step:
         )
     if seen.claim == "vacant":
         return TakeClaim()
-    if seen.manifest == "other":
+    if seen.manifest == "other" and not (save.overwrite and save.unbroken):
         return GiveUp(already_there(save.key, "another checkpoint, published since this save was reserved"))
     if seen.claim == "peer":
         return StandBy()
@@ -120,7 +120,8 @@ def next_step(save: Save, seen: Seen) -> Step:
 
 
 def _clear_the_path(save: Save, seen: Seen, missing: tuple[str, ...]) -> Step | None:
-    if seen.manifest == "replaceable":
+    if seen.manifest in ("replaceable", "other"):
+        # Other: a server that lost the claim to this save while it was publishing has ended that later.
         return Withdraw("manifest")
     if seen.metadata == "other":
         if not save.overwrite:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torchcache.errors import AlreadyExists, TorchCacheError, TransientError
 from torchcache_server.cache.claim_book import ClaimBook
+from torchcache_server.cache.claims import Sighting
 from torchcache_server.cache.saves import Save, SaveKey
 from torchcache_server.cache.slots import Lease, Slot, Slots
 from torchcache_server.cache.upload_attempt import Attempt, Superseded, call_deadline
@@ -74,18 +75,19 @@ class Uploader:
 
     def _fail(self, slot: Slot, save: Save, error: TorchCacheError) -> None:
         with slot.exclusively(call_deadline()):
-            if not _is_current(slot, save):
+            current = _current(slot, save)
+            if current is None:
                 return  # of one that was replaced the bytes may go meanwhile
             _log.error("the upload of %s (save %s) failed: %s", save.key, save.save_id, error)
-            failed = save.failed(error)
+            failed = current.failed(error)
             self._slots.update_save(slot, failed)
         if failed.may_mend:
             raise error
 
     def _finish(self, slot: Slot, save: Save, manifest_version: str) -> None:
         with slot.exclusively(call_deadline()):
-            if _is_current(slot, save):
-                self._slots.update_save(slot, save.durable(manifest_version, time.time()))
+            if (current := _current(slot, save)) is not None:
+                self._slots.update_save(slot, current.durable(manifest_version, time.time()))
                 _log.info("%s (save %s) is durable", save.key, save.save_id)
 
     def _settle_claim(self, slot: Slot, under_store: UnderStore) -> None:
@@ -98,13 +100,13 @@ class Uploader:
             seen = self._claims.look(under_store, slot.key, deadline=deadline)
             own = seen is not None and seen.claim.server_id == self._claims.server_id
             if own and seen is not None and slot.lease is not None:
-                self._hand_on(slot.lease, slot.key, under_store, seen.version, deadline)
+                self._hand_on(slot.lease, slot.key, under_store, seen, deadline)
             elif own:
                 self._claims.release(under_store, slot.key, {save.save_id}, deadline=deadline)
             self._slots.update_save(slot, replace(save, claimed=False))
 
     def _hand_on(
-        self, lease: Lease, key: SaveKey, under_store: UnderStore, version: str, deadline: float
+        self, lease: Lease, key: SaveKey, under_store: UnderStore, seen: Sighting, deadline: float
     ) -> None:
         try:
             self._claims.write(
@@ -113,12 +115,14 @@ class Uploader:
                 save_id=lease.save_id,
                 state="reserved",
                 writer=lease.writer,
-                replaces=version,
+                replaces=seen.version,
                 deadline=deadline,
+                over=seen.claim.over,
             )
         except AlreadyExists:
             _log.info("%s: another server took the path over", key)
 
 
-def _is_current(slot: Slot, save: Save) -> bool:
-    return slot.save is not None and slot.save.save_id == save.save_id
+def _current(slot: Slot, save: Save) -> Save | None:
+    """The save as it is by now; None if another has taken its place."""
+    return slot.save if slot.save is not None and slot.save.save_id == save.save_id else None
