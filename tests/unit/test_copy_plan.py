@@ -54,8 +54,11 @@ def test_a_save_that_the_under_store_has_needs_no_copy() -> None:
     ],
 )
 def test_a_claim_for_the_save(state: ClaimState, confirmed: bool, verdict: str) -> None:
-    for there in (*OLDER, "other"):
+    for there in OLDER:
         assert judge(copy(confirmed=confirmed), sighting(state), there) == verdict
+    # What is published besides may be later where the claim doesn't say that this save is committed.
+    over_another = "open" if state == "reserved" else verdict
+    assert judge(copy(confirmed=confirmed), sighting(state), "other") == over_another
 
 
 @pytest.mark.parametrize(

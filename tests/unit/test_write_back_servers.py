@@ -376,7 +376,7 @@ def test_a_server_that_cannot_know_of_a_later_save_says_so(uploaded: bool) -> No
     b.under_store.fail = unreachable
     b.commit("second")
     b.under_store.fail = lambda call, key: None
-    assert (read(a), read(b)) == ("first?", "second")
+    assert (read(a), read(b)) == ("first?", "second?")
     b.upload()
     assert (read(a), read(b)) == ("second", "second")
 

@@ -117,7 +117,7 @@ class Catalogue:
         if unseen is not None:
             return replace(status, uncertain=True)  # better to resume from what is here than not at all
         if seen is not None and seen.claim.save_id == status.save_id:
-            return status
+            return status if seen.claim.state == "committed" else replace(status, uncertain=True)
         is_later = later is not None and later.save_id != status.save_id
         # Whoever can't reach the under-store in time commits in its pool alone: then its claim still says "reserved".
         may_be_later = claim is not None and claim.state == "reserved"
@@ -142,7 +142,9 @@ class Catalogue:
 
     def _holds(self, seen: Sighting | None, status: SaveStatus) -> bool:
         """Whether by its claim nobody can have published anything later than this."""
-        return seen is not None and not self._is_anothers(seen) and seen.claim.save_id == status.save_id
+        if seen is None or self._is_anothers(seen) or seen.claim.state != "committed":
+            return False
+        return seen.claim.save_id == status.save_id
 
     def _or_published_since(self, under_store: UnderStore, status: SaveStatus, deadline: float) -> SaveStatus:
         """What lies at the path, if another server has published it there while this one was to upload its save."""

@@ -122,24 +122,26 @@ class Commits:
             raise
 
     def _claim(self, under_store: UnderStore, save: Save, deadline: float) -> bool:
-        """Tells other servers, or learns from them that the path was taken over: raises AlreadyExists. False: untold.
+        """Tells other servers, or learns from them that the path was taken over: raises AlreadyExists.
+
+        False if they could not be told, or somebody had removed the claim.
 
         While the under-store can't be reached, or refuses us, the pool commits alone. Then a server that can reach it
         may still take the path over, and the upload finds out.
         """
         deadline = min(deadline, time.monotonic() + self._lease_s / 2)
         try:
-            while not self._try_claim(under_store, save, deadline):
+            while (held := self._try_claim(under_store, save, deadline)) is None:
                 pass
         except AlreadyExists:
             raise
         except TorchCacheError as error:
             _log.warning("%s is committed in the pool alone for now: %s", save.key, error)
             return False
-        return True
+        return held
 
-    def _try_claim(self, under_store: UnderStore, save: Save, deadline: float) -> bool:
-        """False if the claim changed between look and write: look again."""
+    def _try_claim(self, under_store: UnderStore, save: Save, deadline: float) -> bool | None:
+        """None if the claim changed between look and write: look again. False if there was none."""
         seen = self._claims.look(under_store, save.key, deadline=deadline)
         decision = decide_hold(
             seen,
@@ -170,8 +172,8 @@ class Commits:
                     deadline=deadline,
                 )
             except AlreadyExists:
-                return False
-        return True
+                return None
+        return seen is not None
 
 
 def _save_of(

@@ -32,8 +32,9 @@ def judge(copy: Copy, seen: Sighting | None, manifest: ManifestKind) -> Verdict:
     if claim.state == "committed":
         return "current"
     if claim.state == "reserved":
-        # The owner may have committed while it could not reach the under-store; then its writer has told.
-        return "current" if copy.confirmed else "open"
+        # The owner may have committed while it could not reach the under-store; then its writer has told. Or it takes
+        # the path again, and finds that another has published there.
+        return "current" if copy.confirmed and manifest != "other" else "open"
     return "gone"
 
 

@@ -101,16 +101,17 @@ class Attempt:
         self._check()
         self._look_at_manifest()
         self._look_at_metadata()
+        seen = self.claims.look(self.under_store, self.save.key, deadline=call_deadline())
         return Seen(
-            claim=self._look_at_claim(),
+            claim=self._judge_claim(seen),
+            is_known=self._is_known(seen),
             manifest=self._manifest[1],
             metadata=self._metadata[1],
             uploaded=frozenset(self.slot.uploaded),
             confirmed=self._confirmed,
         )
 
-    def _look_at_claim(self) -> Literal["ours", "vacant", "peer", "foreign"]:
-        seen = self.claims.look(self.under_store, self.save.key, deadline=call_deadline())
+    def _judge_claim(self, seen: Sighting | None) -> Literal["ours", "vacant", "peer", "foreign"]:
         decision = self._decide_hold(seen)
         if isinstance(decision, Take):
             return "vacant"
@@ -183,26 +184,31 @@ class Attempt:
             seen = self.claims.look(self.under_store, self.save.key, deadline=deadline)
             decision = self._decide_hold(seen)
             if isinstance(decision, Take):
-                if self.save.unbroken and not self._was_passed_over(seen):
+                is_known = self._is_known(seen)
+                if self.save.unbroken and not is_known:
                     self.save = replace(self.save, unbroken=False)
                     self.slots.update_save(self.slot, self.save)
                 self.claims.write(
                     self.under_store,
                     self.save.key,
                     save_id=self.save.save_id,
-                    state="committed",
+                    # Who may have published in between shows once the claim is taken: until then it isn't said that
+                    # this save is what the path holds.
+                    state="committed" if is_known else "reserved",
                     writer=self.save.writer,
                     replaces=decision.replaces,
                     deadline=deadline,
                 )
 
-    def _was_passed_over(self, seen: Sighting | None) -> bool:
-        """Whether the claim was taken from this save, by a writer who has not committed."""
-        over = None if seen is None else seen.claim.over
-        return over is not None and (over.server_id, over.save_id) == (
-            self.claims.server_id,
-            self.save.save_id,
-        )
+    def _is_known(self, seen: Sighting | None) -> bool:
+        """Whether nobody can have published since the claim was this save's: it is, or was taken by a writer who has
+        not committed.
+        """
+        if seen is None:
+            return False
+        mine, over = (self.claims.server_id, self.save.save_id), seen.claim.over
+        is_mine = (seen.claim.server_id, seen.claim.save_id) == mine
+        return is_mine or (over is not None and (over.server_id, over.save_id) == mine)
 
     def _upload_shards(self, names: Sequence[str]) -> None:
         """All of them are tried, so that one that fails doesn't hold up the others; then the gravest failure counts."""

@@ -27,7 +27,7 @@ class Seen:
     `claim`: "peer" is of a server that has a copy of the same save, and uploads it, or where a later save is being
     written, and not committed yet. `metadata` other than ours tells nothing about whose it is. `uploaded`: the shards
     this save is known to have put there. `confirmed`: they were all seen to lie there still, behind the last of their
-    uploads.
+    uploads. `is_known`: nobody can have published since the claim was this save's.
     """
 
     claim: Literal["ours", "vacant", "peer", "foreign"]
@@ -35,6 +35,7 @@ class Seen:
     metadata: Literal["absent", "ours", "other"]
     uploaded: frozenset[str]
     confirmed: bool
+    is_known: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +110,10 @@ def next_step(save: Save, seen: Seen) -> Step:
                 object=str(save.key),
             )
         )
+    if seen.manifest == "other" and not (save.overwrite and save.unbroken and seen.is_known):
+        return GiveUp(already_there(save.key, "another checkpoint, published since this save was reserved"))
     if seen.claim == "vacant":
         return TakeClaim()
-    if seen.manifest == "other" and not (save.overwrite and save.unbroken):
-        return GiveUp(already_there(save.key, "another checkpoint, published since this save was reserved"))
     if seen.claim == "peer":
         return StandBy()
     missing = tuple(name for name, _ in save.files if name not in seen.uploaded)
