@@ -80,14 +80,6 @@ class Item:
         default=0, compare=False
     )  # of the process that wrote it alone, see `probe_digest`; 0: unknown
 
-    def __setstate__(self, state: Sequence[Any]) -> None:
-        # One that a rank of an older version has pickled lacks the last fields, which have defaults.
-        known = fields(self)
-        for one, value in zip(known, state, strict=False):
-            object.__setattr__(self, one.name, value)
-        for one in known[len(state) :]:
-            object.__setattr__(self, one.name, one.default)
-
     @property
     def payload(self) -> ByteRange:
         """The payload's bytes in the file."""
@@ -111,6 +103,19 @@ class Item:
                     f"{self.name!r} in file {self.file} does not match the checksum in the checkpoint's manifest "
                     f"(bytes {where} to {where + end - start} of the file)"
                 )
+
+
+def _set_state(item: Item, state: Sequence[Any]) -> None:
+    """One that a rank of an older version has pickled lacks the last fields, which have defaults."""
+    known = fields(item)
+    for one, value in zip(known, state, strict=False):
+        object.__setattr__(item, one.name, value)
+    for one in known[len(state) :]:
+        object.__setattr__(item, one.name, one.default)
+
+
+# Behind the class: until Python 3.11.4 `dataclass` puts a method of its own in the place of one that the class has.
+Item.__setstate__ = _set_state  # type: ignore[attr-defined]
 
 
 def payload_digests(payload: memoryview) -> tuple[int, ...]:
