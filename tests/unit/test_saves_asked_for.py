@@ -92,5 +92,17 @@ def test_a_later_save_that_cannot_be_reached_is_waited_for() -> None:
         Servers({"a": save("old", superseded=True), "b": AWAY}).get()
 
 
+def test_what_one_knows_to_be_replaced_is_not_taken_from_another_that_does_not() -> None:
+    known, unknown = save("old", superseded=True), save("old", uncertain=True)
+    for answers in (
+        {"a": known, "b": unknown},
+        {"a": unknown, "b": known},
+        {"a": AWAY, "b": known, "c": unknown},
+    ):
+        with pytest.raises(ServerUnavailable, match="later checkpoint"):
+            Servers(answers).get()
+    assert Servers({"a": unknown, "b": known, "c": save("new", 2.0, uncertain=True)}).get() == "new"
+
+
 def test_a_later_save_that_nobody_has_any_more_is_given_up() -> None:
     assert Servers({"a": save("old", superseded=True), "b": NOTHING}).get() == "old"

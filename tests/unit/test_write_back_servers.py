@@ -313,6 +313,12 @@ def read(server: Server, meanwhile: Callable[[], None] = lambda: None, at: int =
     return "another server's" if status.superseded else status.save_id + "?" * status.uncertain
 
 
+def hold_confirmed_copy(server: Server, *, owner: str) -> None:
+    server.put("first")
+    server.hold_copy("first", owner=owner)
+    server.write_back.confirm_copy(KEY, "first", committed_unix_s=1.0, replicas=2, deadline=soon())
+
+
 @pytest.mark.parametrize("uploaded", [False, True])
 def test_a_server_that_slept_gives_nobody_what_another_has_replaced(uploaded: bool) -> None:
     """Its own save is committed, and the claim that told of the later one is gone with that one's upload (I2)."""
@@ -338,9 +344,7 @@ def test_what_was_committed_before_a_reader_asked_it_gets(here: str) -> None:
         a, b, c = (Server(bucket, name) for name in "abc")
         (c if here == "a copy" else a).save("first")
         if here == "a copy":
-            a.put("first")
-            a.hold_copy("first", owner="c")
-            a.write_back.confirm_copy(KEY, "first", committed_unix_s=1.0, replicas=2, deadline=soon())
+            hold_confirmed_copy(a, owner="c")
         if here == "durable":
             a.upload()
         if here == "nothing":
@@ -388,9 +392,7 @@ def test_a_server_that_cannot_look_says_so(here: str, hidden: str) -> None:
     a, b = Server(bucket, "a"), Server(bucket, "b")
     (b if here == "a copy" else a).save("first")
     if here == "a copy":
-        a.put("first")
-        a.hold_copy("first", owner="b")
-        a.write_back.confirm_copy(KEY, "first", committed_unix_s=1.0, replicas=2, deadline=soon())
+        hold_confirmed_copy(a, owner="b")
     elif here == "durable":
         a.upload()
     assert read(a) == "first"

@@ -382,7 +382,7 @@ class Saves:
                 superseded = superseded or _info(asked)
             elif asked.reply.uncertain:
                 rest = [members.by_id[other] for other in order[turn + 1 :]]
-                return self._latest(request, asked, rest, deadline)
+                return self._latest(request, asked, rest, deadline, replaced=superseded)
             else:
                 return _info(asked)
         if superseded is not None:
@@ -402,8 +402,19 @@ class Saves:
             f"there is no committed checkpoint at {request.path}", object=request.path
         )
 
-    def _latest(self, request: Any, first: Asked, others: Sequence[Member], deadline: float) -> SaveInfo:
-        """What a server says that knows there is nothing later; if none does, the latest of what they say."""
+    def _latest(
+        self,
+        request: Any,
+        first: Asked,
+        others: Sequence[Member],
+        deadline: float,
+        *,
+        replaced: SaveInfo | None,
+    ) -> SaveInfo:
+        """What a server says that knows there is nothing later; if none does, the latest of what they say.
+
+        Of a save that one of them knows to be `replaced` the others need not know that.
+        """
 
         def ask(other: Member) -> Asked | None:
             try:
@@ -416,7 +427,15 @@ class Saves:
             with Threads(len(others), name="torchcache-saves") as threads:
                 asked = [threads.submit(ask, other) for other in others]
                 answers += [answer for one in asked if (answer := one.result()) is not None]
-        told = [one for one in answers if not (one.reply.holder or one.reply.superseded)]
+        gone = {one.reply.save.save_id for one in answers if one.reply.superseded}
+        if replaced is not None:
+            gone.add(replaced.save_id)
+        told = [one for one in answers if not one.reply.holder and one.reply.save.save_id not in gone]
+        if not told:
+            raise ServerUnavailable(
+                f"a later checkpoint at {request.path} is on a server that can't be reached",
+                object=request.path,
+            )
         certain = [one for one in told if not one.reply.uncertain]
         return _info(max(certain or told, key=lambda one: float(one.reply.committed_unix_s)))
 
