@@ -51,7 +51,7 @@ def measure(scale: Scale) -> Findings:
     few = f"{size.small_tensors:,} tensors of at most 4 KiB"
     saves, loads, stops = _in_memory(state, scale.rounds)
     first = _first_saves(state, scale.rounds)
-    small_saves, small_loads = _small(small, min(scale.rounds, FEW_ROUNDS))
+    small_saves, small_loads = saves_and_loads(small, min(scale.rounds, FEW_ROUNDS))
     synced = _on_disk(state, min(scale.rounds, FEW_ROUNDS))
     rows = [
         _row(f"save of {what}, from the second on", saves, STOCK, 3.0),
@@ -114,7 +114,8 @@ def _first_saves(state: State, rounds: int) -> Results:
         )
 
 
-def _small(state: State, rounds: int) -> tuple[Results, Results]:
+def saves_and_loads(state: State, rounds: int) -> tuple[Results, Results]:
+    """Ours and stock's, in turn: results by `OURS`, `STOCK` and, of loads, `STOCK_READER`."""
     into = cleared(state)
     with memory_folder() as root, Ours(root / "ours", state, into) as ours:
         stock = Stock(root / "stock", state, into)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
+from benchmarks.checkpoints import OURS, STOCK, STOCK_READER, Results, saves_and_loads
 from benchmarks.findings import Findings, Row, Scale
-from benchmarks.places import memory_folder
-from benchmarks.rounds import Result, alternate
-from benchmarks.savers import Ours, Stock
-from benchmarks.states import State, check, cleared, size_of
+from benchmarks.states import State, size_of
 
-OURS: Final = "torchcache"
-STOCK: Final = "FileSystemWriter and -Reader, not synced"
 ALLUXIO: Final = "Alluxio, all of the system it submitted to MLPerf"
 ALLUXIO_WRITE_GIB_S: Final = 4.54
 ALLUXIO_READ_GIB_S: Final = 4.29
@@ -70,11 +66,11 @@ def measure(scale: Scale) -> Findings:
     """Saves that replace one another, and loads: in GiB/s, and for each core of this machine."""
     shape = TINY if scale.tiny else SIXTEENTH
     state = rank_state(shape)
-    saves, loads = _saves_and_loads(state, scale.rounds)
+    saves, loads = saves_and_loads(state, scale.rounds)
     part = f"{size_of(state) / GIB:.2f} GiB"
     rows = [
-        *_rows(f"save of {part}", saves, ALLUXIO_WRITE_GIB_S),
-        *_rows(f"load of {part}", loads, ALLUXIO_READ_GIB_S),
+        *_rows(f"save of {part}", saves, STOCK, ALLUXIO_WRITE_GIB_S),
+        *_rows(f"load of {part}", loads, STOCK_READER, ALLUXIO_READ_GIB_S),
     ]
     note = (
         f"One rank, of which this is {size_of(state) / WHOLE.rank_bytes:.1%} of {WHOLE.rank_bytes / GIB:.2f} GiB; "
@@ -96,24 +92,11 @@ def rank_state(shape: Shape) -> State:
     return state
 
 
-def _saves_and_loads(state: State, rounds: int) -> tuple[Mapping[str, Result], Mapping[str, Result]]:
-    into = cleared(state)
-    with memory_folder() as root, Ours(root / "ours", state, into) as ours:
-        stock = Stock(root / "stock", state, into)
-        saves = alternate(
-            {OURS: ours.save, STOCK: stock.save}, after={OURS: ours.settle}, rounds=rounds, warm_up=2
-        )
-        loads = alternate({OURS: ours.load, STOCK: stock.load}, rounds=rounds)
-        ours.load()
-        check(into, state)
-    return saves, loads
-
-
-def _rows(what: str, results: Mapping[str, Result], alluxio_gib_s: float) -> list[Row]:
-    ours, stock = (results[name].bytes / results[name].median_s / GIB for name in (OURS, STOCK))
+def _rows(what: str, results: Results, against: str, alluxio_gib_s: float) -> list[Row]:
+    ours, stock = (results[name].bytes / results[name].median_s / GIB for name in (OURS, against))
     cores = _cores()
     return [
-        Row(what=what, unit="GiB/s", ours=ours, bare=stock, against=STOCK, better="more"),
+        Row(what=what, unit="GiB/s", ours=ours, bare=stock, against=against, better="more"),
         Row(what=what, unit="GiB/s", ours=ours, against=f"{ALLUXIO}: {alluxio_gib_s:.2f} GiB/s"),
         Row(what=f"{what}, a core", unit="GiB/s", ours=ours / cores),
     ]
