@@ -1,6 +1,7 @@
 """The exactness matrix of map-style datasets: any kind, any workers and ranks, stopped anywhere, the rest is whole.
 
-Real StatefulDataLoaders, whose position is that of a StatefulDistributedSampler. Ranks are datasets of this process.
+Real StatefulDataLoaders, whose position is that of their samplers, torchdata's or ours. Ranks are loaders of this
+process.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ import torchcache as tc
 
 COUNT = 53
 RANKS = (1, 2, 4)
+WORKERS = (0, 1, 2, 4)
+KINDS = ("files", "records", "computed")
+OURS = "ours"
+SAMPLERS = ("torchdata", OURS)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create:UserWarning", "ignore:'pin_memory' argument:UserWarning"
@@ -69,23 +74,34 @@ class World:
     """Ranks in step, each with a loader of so many workers."""
 
     dataset: tc.CachedDataset
+    sampler: str
     ranks: int
     workers: int
     batch: int
     settings: dict[str, Any]
 
-    def loaders(self, yielded: int | None = None) -> list[StatefulDataLoader[Any]]:
-        """New ones, one a rank; from where each rank's sampler has given `yielded`."""
-        return [self._loader(rank, yielded) for rank in range(self.ranks)]
+    def loaders(self, state: dict[str, Any] | None = None) -> list[StatefulDataLoader[Any]]:
+        """New ones, one a rank; over samplers that go on from `state`."""
+        return [self._loader(rank, state) for rank in range(self.ranks)]
 
-    def _loader(self, rank: int, yielded: int | None) -> StatefulDataLoader[Any]:
-        sampler = StatefulDistributedSampler(self.dataset, self.ranks, rank, seed=9)
+    def _loader(self, rank: int, state: dict[str, Any] | None) -> StatefulDataLoader[Any]:
+        if self.sampler == OURS:
+            sampler = tc.LocalitySampler(self.dataset, self.ranks, rank, seed=9, batch_size=self.batch)
+        else:
+            sampler = StatefulDistributedSampler(self.dataset, self.ranks, rank, seed=9)
         sampler.set_epoch(2)
-        if yielded is not None:
-            sampler.load_state_dict({"yielded": yielded})
+        if state is not None:
+            sampler.load_state_dict(state)
         return StatefulDataLoader(
             self.dataset, self.batch, sampler=sampler, num_workers=self.workers, **self.settings
         )
+
+    def state_for(self, other: World, state: dict[str, Any], had: int) -> dict[str, Any] | None:
+        """With what the samplers of `other` go on after `had` samples, a loader's state being `state`; None: can't."""
+        if self.sampler == OURS:
+            return state
+        # torchdata's position is one number for all ranks
+        return None if had % other.ranks else {"yielded": had // other.ranks}
 
 
 Steps = list[tuple[list[int], ...]]
@@ -122,36 +138,79 @@ def check_world(world: World, others: list[World], chance: random.Random) -> Non
     had = len(flat(front))
     missing = Counter(range(COUNT)) - Counter(flat(front))
     for other in others:
-        if had % other.ranks == 0:  # a position of DistributedSampler's is the same number for each rank
-            rest = Counter(flat(list(steps(other.loaders(had // other.ranks)))))
+        state = world.state_for(other, chance.choice(states), had)  # any rank's is enough
+        if state is not None:
+            rest = Counter(flat(list(steps(other.loaders(state)))))
             assert set(missing) <= set(rest), (world, stop, other)
             assert (rest - missing).total() < other.ranks, (world, stop, other)
 
 
-@pytest.mark.parametrize("kind", ["files", "records", "computed"])
-def test_the_rest_is_exactly_the_rest(datasets: dict[str, tc.CachedDataset], kind: str) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rest_is_exactly_the_rest(datasets: dict[str, tc.CachedDataset], kind: str, sampler: str) -> None:
     chance = random.Random(kind)
-    others = [World(datasets[kind], ranks, 0, 3, {}) for ranks in RANKS]
+    others = [World(datasets[kind], sampler, ranks, 0, 3, {}) for ranks in RANKS]
     for ranks, batch in itertools.product(RANKS, (1, 4)):
-        check_world(World(datasets[kind], ranks, 0, batch, {}), others, chance)
+        check_world(World(datasets[kind], sampler, ranks, 0, batch, {}), others, chance)
 
 
-def test_in_workers_that_persist(datasets: dict[str, tc.CachedDataset]) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_in_workers_that_persist(datasets: dict[str, tc.CachedDataset], sampler: str) -> None:
     chance = random.Random(4)
     settings = {"persistent_workers": True, "pin_memory": True}
-    check_world(World(datasets["files"], 1, 2, 4, settings), [], chance)
+    other = World(datasets["files"], sampler, 4, 0, 3, {})
+    check_world(World(datasets["files"], sampler, 1, 2, 4, settings), [other], chance)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 @pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["files", "records", "computed"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.forks
-def test_of_any_workers(datasets: dict[str, tc.CachedDataset], kind: str, workers: int, method: str) -> None:
+def test_of_any_workers(
+    datasets: dict[str, tc.CachedDataset], sampler: str, kind: str, workers: int, method: str
+) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    others = [World(datasets[kind], ranks, 0, 3, {}) for ranks in RANKS]
     for ranks in RANKS if method == "fork" else (1,):
         settings = {"multiprocessing_context": method, "persistent_workers": chance.random() < 0.5}
-        check_world(World(datasets[kind], ranks, workers, 4, settings), others, chance)
+        others = [
+            World(
+                datasets[kind],
+                sampler,
+                other_ranks,
+                other_workers := chance.choice(WORKERS) if method == "fork" else 0,
+                3,
+                {"multiprocessing_context": method} if other_workers else {},
+            )
+            for other_ranks in RANKS
+        ]
+        check_world(World(datasets[kind], sampler, ranks, workers, 4, settings), others, chance)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.forks
+def test_a_chain_of_worlds(datasets: dict[str, tc.CachedDataset], kind: str, workers: int) -> None:
+    """Stopped again and again in one epoch, each time gone on by another world."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for _ in range(3):
+        missing, state = Counter(range(COUNT)), None
+        while missing:
+            world = World(datasets[kind], OURS, chance.choice(RANKS), workers, chance.choice((1, 2, 3)), {})
+            loaders = world.loaders(state)
+            left = missing.total()
+            running = [iter(loader) for loader in loaders]
+            for batches in itertools.islice(zip(*running, strict=True), chance.randrange(1, 6)):
+                had = Counter(n for batch in batches for n in batch.tolist())
+                extra = had - missing
+                missing -= had
+                assert not extra or (not missing and extra.total() < world.ranks), (seed, world)
+            assert missing.total() < left, (seed, world)
+            state = pickle.loads(pickle.dumps(chance.choice(loaders).state_dict()))
+            del running

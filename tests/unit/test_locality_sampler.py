@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -144,6 +145,81 @@ def test_a_state_within_a_batch_goes_on_with_the_same_placement_only(pool: Sampl
     assert sorted([*other, *ranks(cached(pool, 40, hosts=1), 2, batch_size=4)[1]]) == list(range(40))
 
 
+@settings(max_examples=60)
+@given(
+    count=st.integers(1, 70),
+    worlds=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=2, max_size=4),
+    hosts=st.integers(1, 2),
+    drop_last=st.booleans(),
+    data=st.data(),
+)
+def test_other_worlds_go_on_with_just_what_is_left(
+    count: int, worlds: list[tuple[int, int]], hosts: int, drop_last: bool, data: st.DataObject
+) -> None:
+    """Ranks and batch sizes change several times in one epoch: the order is DistributedSampler's all the way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchcache.data.cached.connect", lambda given: given)
+        dataset = cached(SamplePool(), count, hosts=hosts)
+    order = torchs(dataset, 1, 2, seed=4)[0]
+    had: list[int] = []
+    state: dict[str, Any] | None = None
+    for world, batch in worlds:
+        names = [f"node{rank % hosts}" for rank in range(world)] if hosts <= world else ["node0"] * world
+        options = {"batch_size": batch, "seed": 4, "drop_last": drop_last, "hosts": names}
+        now = ranks(dataset, world, **options)
+        for sampler in now:
+            sampler.set_epoch(2)
+            if state is not None:
+                sampler.load_state_dict(state)
+        left = order[len(had) :]
+        stop = data.draw(st.integers(0, len(left) // world // batch)) * batch
+        passes = [iter(sampler) for sampler in now]
+        had += [next(each) for _ in range(stop) for each in passes]
+        assert Counter(had) == Counter(order[: len(had)])
+        state = pickle.loads(pickle.dumps(data.draw(st.sampled_from(passes)).state_dict()))
+        rest = Counter(i for each in passes for i in each)
+        missing = Counter(order[len(had) :])
+        if drop_last:
+            assert rest <= missing
+            assert (missing - rest).total() < world
+        else:
+            assert missing <= rest
+            assert (rest - missing).total() < world
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_loaders_state_is_a_state_of_the_sampler(pool: SamplePool, batch_size: int | None) -> None:
+    dataset = cached(pool, 20, hosts=1)
+
+    def loader() -> StatefulDataLoader:
+        sampler = LocalitySampler(dataset, 1, 0, batch_size=batch_size or 1)
+        return StatefulDataLoader(list(range(20)), batch_size, sampler=sampler)
+
+    stopped = loader()
+    expected = torch.cat([torch.as_tensor(one).view(-1) for one in stopped]).tolist()
+    at_the_end = stopped.state_dict()
+    reading = iter(stopped)
+    begun = stopped.state_dict()
+    had = sum(torch.as_tensor(next(reading)).numel() for _ in range(2))
+    within = stopped.state_dict()
+    for state, left in ((at_the_end, expected), (begun, expected), (within, expected[had:])):
+        sampler = LocalitySampler(dataset, 1, 0, batch_size=batch_size or 1)
+        sampler.load_state_dict(state)
+        assert list(sampler) == left
+        assert list(sampler) == expected  # the next epoch
+        again = loader()
+        again.load_state_dict(state)
+        again.load_state_dict(again.state_dict())  # saved anew before anything was read
+        assert torch.cat([torch.as_tensor(one).view(-1) for one in again]).tolist() == left
+
+
+def test_a_loader_without_a_state_of_its_sampler_is_refused(pool: SamplePool) -> None:
+    dataset = cached(pool, 20, hosts=1)
+    state = StatefulDataLoader(list(range(20)), 4, shuffle=True).state_dict()
+    with pytest.raises(ConfigurationError, match="whose sampler has none"):
+        LocalitySampler(dataset, 1, 0).load_state_dict(state)
+
+
 def test_between_batches_other_servers_may_go_on(pool: SamplePool) -> None:
     options = {"batch_size": 4, "seed": 2}
     before = ranks(cached(pool, 40, hosts=2), 2, **options)
@@ -169,7 +245,8 @@ def test_subsets_and_concatenations_lie_where_their_samples_do(pool: SamplePool)
 def test_it_pickles_and_feeds_a_loader(pool: SamplePool) -> None:
     dataset = cached(pool, 12, hosts=2)
     sampler = LocalitySampler(dataset, 2, 1, batch_size=3, shuffle=False)
-    assert list(pickle.loads(pickle.dumps(sampler.state_dict()))) == ["yielded", "batch_size", "placement"]
+    names = ["yielded", "start", "num_replicas", "batch_size", "placement"]
+    assert list(pickle.loads(pickle.dumps(sampler.state_dict()))) == names
     read = [i for batch in DataLoader(list(range(12)), 3, sampler=sampler) for i in batch.tolist()]
     assert read == list(sampler)
 

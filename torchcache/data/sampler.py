@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from torchcache.data.cached import CachedDataset
 from torchcache.data.locality import Ints, handed_out, local_share, rank_hosts, server_nodes
+from torchcache.data.sampler_state import Giving, sampler_state_of
 from torchcache.errors import ConfigurationError
 from torchcache.placement import Placement
 
@@ -27,7 +28,8 @@ class LocalitySampler(StatefulDistributedSampler):  # type: ignore[misc]  # torc
 
     Where samples lie follows from their names and the pool's servers, so all ranks come to the same by themselves. What
     a rank reads is local to its node where that is possible with even ranks. Use it as a DistributedSampler:
-    `set_epoch`, `DataLoader(sampler=)`, and `StatefulDataLoader`, which keeps its place.
+    `set_epoch`, `DataLoader(sampler=)`, and `StatefulDataLoader`, which keeps its place. Other than torchdata's it goes
+    on with another number of ranks and workers too.
     """
 
     def __init__(  # noqa: PLR0917 - torch's own
@@ -58,6 +60,8 @@ class LocalitySampler(StatefulDistributedSampler):  # type: ignore[misc]  # torc
         if batch_size < 1:
             raise ConfigurationError(f"batch_size={batch_size}: it is a number of samples above 0")
         self.batch_size = batch_size
+        self.start = 0  # position in the epoch's order from which on these ranks share it
+        self._next_start = 0
         pool = _first(dataset).pool
         servers = pool.servers()
         hosts = rank_hosts(hosts, servers, self.num_replicas)
@@ -83,39 +87,65 @@ class LocalitySampler(StatefulDistributedSampler):  # type: ignore[misc]  # torc
 
     def __iter__(self) -> Iterator[int]:
         """The rank's samples, from where the state loaded last says."""
-        self.yielded = self.next_yielded or 0
+        return Giving(self)
+
+    def begin(self) -> Iterator[int]:
+        """Takes the state loaded last, and gives the rank's samples from there; `yielded` is for who takes them."""
+        self.yielded, self.start = self._place((0, 0))
         self.next_yielded: int | None = None
-        order = self._order()
+        return self._from(self.start, self.yielded)
+
+    def _place(self, otherwise: tuple[int, int]) -> tuple[int, int]:
+        """`yielded` and `start` of the state loaded last, unless that is used up."""
+        return otherwise if self.next_yielded is None else (self.next_yielded, self._next_start)
+
+    def _from(self, start: int, had: int) -> Iterator[int]:
+        order = self._order(start)
         step = self.batch_size * self.num_replicas
-        skip = self.yielded % self.batch_size
-        for start in range(self.yielded // self.batch_size * step, len(order), step):
-            batch = order[start : start + step]
+        skip = had % self.batch_size
+        for at in range(had // self.batch_size * step, len(order), step):
+            batch = order[at : at + step]
             mine = batch[handed_out(self._nodes(batch), self._ranks) == self.rank]
-            for index in mine[skip:].tolist():
-                self.yielded += 1
-                yield index
+            yield from mine[skip:].tolist()
             skip = 0
 
     def state_dict(self) -> dict[str, Any]:
         """How many samples this rank had of its epoch, and how they were handed out."""
-        return {**super().state_dict(), "batch_size": self.batch_size, "placement": self._placement}
+        yielded, start = self._place((self.yielded, self.start))
+        return {
+            self._YIELDED: yielded,
+            "start": start,
+            "num_replicas": self.num_replicas,
+            "batch_size": self.batch_size,
+            "placement": self._placement,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from `state_dict`, a StatefulDistributedSampler's too, when next iterated.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict` when next iterated.
 
-        With other servers, ranks' hosts or another batch size that is possible where a global batch ends, both before
-        and now. Raises ConfigurationError elsewhere: samples would be lost or repeated.
+        It is a state of this sampler's or a StatefulDistributedSampler's, of any rank, or of a StatefulDataLoader with
+        one. With another number of ranks, other servers, ranks' hosts or batch size that is possible where a global
+        batch ended: what is left of the epoch is dealt out anew. Raises ConfigurationError elsewhere: samples would be
+        lost or repeated.
         """
-        super().load_state_dict(state_dict)
-        before = state_dict.get("batch_size", 1)
-        had = state_dict[self._YIELDED]
-        if state_dict.get("placement") != self._placement and (had % before or had % self.batch_size):
+        state = sampler_state_of(state_dict)
+        if state is None:  # the loader's epoch was over
+            self.next_yielded = None
+            return
+        super().load_state_dict(state)
+        had, start = state[self._YIELDED], state.get("start", 0)
+        if state.get("placement") == self._placement:
+            self._next_start = start
+            return
+        world, batch_size = state.get("num_replicas", self.num_replicas), state.get("batch_size", 1)
+        if had % batch_size and had < self._total(start, world) // world:
             self.next_yielded = None
             raise ConfigurationError(
-                f"the state is of {had} samples into the epoch, within a global batch (of {before} a rank, now "
-                f"{self.batch_size}), and servers, hosts or batch size have changed since: which rank has had which "
-                "can't be told. Resume with those of then, or from a state between batches"
+                f"the state is of {had} samples into the epoch, within a global batch (of {batch_size} a rank, now "
+                f"{self.batch_size}), and ranks, servers, hosts or batch size have changed since: which rank has had "
+                "which can't be told. Resume with those of then, or from a state between batches"
             )
+        self.next_yielded, self._next_start = 0, start + had * world
 
     def local_share(self) -> float:
         """The part of all ranks' samples of this epoch that lie on the node of the rank that reads them."""
@@ -127,8 +157,11 @@ class LocalitySampler(StatefulDistributedSampler):  # type: ignore[misc]  # torc
             local += local_share(nodes, self._ranks, handed_out(nodes, self._ranks)) * len(nodes)
         return local / len(order) if len(order) else 1.0
 
-    def _order(self) -> Ints:
-        """The samples of all ranks in the order of DistributedSampler: rank r's are every R-th from r on."""
+    def _order(self, start: int = 0) -> Ints:
+        """The samples of all ranks from position `start` of DistributedSampler's order: rank r's are every R-th from r.
+
+        What makes them even comes from the order's front, as there.
+        """
         count = len(self.dataset)
         if self.shuffle:
             generator = torch.Generator()
@@ -136,7 +169,13 @@ class LocalitySampler(StatefulDistributedSampler):  # type: ignore[misc]  # torc
             order = torch.randperm(count, generator=generator).numpy()
         else:
             order = np.arange(count)
-        return np.resize(order, self.total_size) if count else order
+        rest, total = order[start:], self._total(start, self.num_replicas)
+        return np.concatenate((rest, np.resize(order, max(0, total - len(rest)))))[:total]
+
+    def _total(self, start: int, world: int) -> int:
+        """How many samples `world` ranks get of the epoch from position `start` on."""
+        left = max(0, len(self.dataset) - start)
+        return (left if self.drop_last else left + -left % world) // world * world
 
     def _nodes(self, indices: Ints) -> Ints:
         """On which node each sample lies. Asked once of each: it takes some microseconds."""
