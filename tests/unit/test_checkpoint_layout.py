@@ -54,6 +54,13 @@ def test_small_checkpoints_are_one_file_and_large_ones_keep_the_writers_busy() -
     assert len(assign_files([10 << 20] * 100, writers=2)) >= 4
 
 
+def test_large_files_fill_segments_and_what_is_left_over_is_no_file_of_its_own() -> None:
+    runs = assign_files([8 << 20] * 104 + [5000], writers=2)
+    assert [len(run) for run in runs] == [24, 24, 24, 24, 9], "three segments each, and one"
+    assert [len(run) for run in assign_files([32 << 20] * 8 + [1000], writers=2)] == [2, 2, 2, 3]
+    assert len(assign_files([511 << 20, 2 << 20], writers=1)) == 2, "no file is too large for it"
+
+
 @given(st.integers(0, 5 * GRANULE_BYTES), st.data())
 def test_a_cover_is_whole_granules(length: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, length))

@@ -15,8 +15,12 @@ ALIGNMENT_BYTES = 64
 GRANULE_BYTES = CHUNK_BYTES
 """An item's payload has one checksum for each so many bytes, counted from the payload's start."""
 
-_LEAST_FILE_BYTES = 32 * 1024 * 1024
 MOST_FILE_BYTES = 512 * 1024 * 1024
+_LEAST_FILE_BYTES = 32 * 1024 * 1024
+_NO_FILE_BYTES = CHUNK_BYTES
+_SEGMENT_BYTES = 16 * CHUNK_BYTES
+"""What a segment of the store takes, unless the store is small; with it some 100 KiB, as of frames around tensors."""
+
 _WORTH_A_REQUEST_BYTES = 64 * 1024
 
 
@@ -44,16 +48,21 @@ def assign_files(sizes: Sequence[int], *, writers: int, most_bytes: int = MOST_F
     """Cuts items of `sizes` bytes, in order, into runs of neighbours: one run a file.
 
     Enough files to keep `writers` busy twice over, but none is cut small, and none is cut larger than `most_bytes`
-    unless one item alone is: what is being copied for a file is held in memory until the file is written.
+    unless one item alone is: what is being copied for a file is held in memory until the file is written. Large files
+    are of whole segments of the store, as far as items go: of one that is hardly filled the pages aren't used again.
     """
     goal = min(max(sum(sizes) // (2 * writers), _LEAST_FILE_BYTES), most_bytes)
+    if goal > _SEGMENT_BYTES:
+        goal -= goal % _SEGMENT_BYTES
     runs: list[range] = []
-    start = filled = 0
+    start = filled = before = 0
     for i, size in enumerate(sizes):
         if i > start and filled + size > goal:
             runs.append(range(start, i))
-            start, filled = i, 0
+            start, filled, before = i, 0, filled
         filled += size
+    if runs and filled < _NO_FILE_BYTES and before + filled <= most_bytes:  # not worth the calls of its own
+        start = runs.pop().start
     return [*runs, range(start, len(sizes))] if start < len(sizes) else runs
 
 

@@ -13,7 +13,10 @@ from torchcache.lanes.base import Buffer, Data, Row, Scattered
 from torchcache.model import CHUNK_BYTES, Extent, ObjectId, ObjectInfo
 
 CALL_BYTES: Final = 256 * 1024 * 1024
-"""Payload of one write call; the last chunk may exceed it. So much fills four segments of the store."""
+"""Payload of one write call, about. So much fills four segments of the store."""
+
+_MORE_BYTES: Final = 128 * 1024
+"""A call may exceed it by: of a file that frames make a little longer the end isn't worth a call of its own."""
 
 CALL_OBJECTS: Final = 16_384
 
@@ -79,7 +82,7 @@ def write_calls(objects: Sequence[tuple[ObjectId, Sequence[Buffer]]]) -> Iterato
         info = ObjectInfo(id_, sum(len(view) for view in views))
         place = -1
         for index, data in enumerate(chunks(views)):
-            if size and (size + data.size > CALL_BYTES or len(call.objects) >= CALL_OBJECTS):
+            if size and (size + data.size > CALL_BYTES + _MORE_BYTES or len(call.objects) >= CALL_OBJECTS):
                 yield call
                 call, size, place = WriteCall([], []), 0, -1
             if place < 0:
