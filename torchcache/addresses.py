@@ -1,15 +1,25 @@
-"""Hosts and ports as text, and which of them stay within this machine."""
+"""Hosts and ports as text, and which of them stay within this machine. A Unix socket is a host that is a path."""
 
 from __future__ import annotations
 
 import ipaddress
+import os.path
+import re
+from typing import Final
 
 from torchcache.errors import ConfigurationError
+
+UNIX: Final = "unix://"
+_PATH: Final = re.compile(r"/[A-Za-z0-9._+=/-]*[A-Za-z0-9._+=-]")
+"""Of a socket. What else a name may hold would mean something in addresses, or to gRPC."""
+
+MOST_PATH_BYTES: Final = 102
+"""The kernel takes 107; the socket for data has a longer name."""
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches `host`. Decided by the text: no name but localhost is looked up."""
-    if host == "localhost":
+    if host == "localhost" or is_unix(host):
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -17,8 +27,31 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_unix(host: str) -> bool:
+    """Whether `host` is the path of a Unix socket."""
+    return host.startswith("/")
+
+
+def parse_unix(item: str, *, within: str) -> str:
+    """The path in "unix:///path". Raises ConfigurationError, which shows `within`, what the user wrote."""
+    path = item.removeprefix(UNIX)
+    if not _PATH.fullmatch(path) or os.path.normpath(path) != path or path.startswith("//"):
+        raise ConfigurationError(
+            f"{item!r} in the address {within!r} is no socket: write unix:///folder/name.sock, a whole path of "
+            "letters, digits and . _ + = -"
+        )
+    if len(path) > MOST_PATH_BYTES:
+        raise ConfigurationError(
+            f"the path of the socket {path} has {len(path)} characters: {MOST_PATH_BYTES} are the most that the kernel "
+            "leaves room for; take a shorter one"
+        )
+    return path
+
+
 def host_port(host: str, port: int) -> str:
-    """ "host:port", with brackets around an IPv6 address."""
+    """ "host:port", with brackets around an IPv6 address; "unix:///path" of a Unix socket."""
+    if is_unix(host):
+        return UNIX + host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

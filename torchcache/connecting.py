@@ -20,14 +20,14 @@ def connect(
 ) -> Pool:
     """The pool at an address; nothing is opened yet.
 
-    `pool` is "host:7440,host:7440", "etcd://host:2379/name" or "dns://name:7440", whose servers are looked for again
-    while it is used, a Pool or LocalPool, or None: the address in `TORCHCACHE_POOL`, else the embedded pool of this
-    user on this machine. `token` is the servers' token itself (default: the content of
+    `pool` is "host:7440,host:7440" or "unix:///path.sock", or "etcd://host:2379/name" or "dns://name:7440", whose
+    servers are looked for again while it is used, a Pool or LocalPool, or None: the address in `TORCHCACHE_POOL`, else
+    the embedded pool of this user on this machine. `token` is the servers' token itself (default: the content of
     `TORCHCACHE_TOKEN_FILE`, or of `token` in `TORCHCACHE_HOME`). `tls` is a TlsConfig, or the path of the PEM file
     with the authority that signed the servers' certificates (default: `TORCHCACHE_TLS_CA`), to whom
-    `TORCHCACHE_TLS_CERT` and `TORCHCACHE_TLS_KEY` prove who asks; without it only this machine's own servers are talked
-    to. `lane` is how bytes travel: "local" reads the files of a server on this
-    machine, "flight" the network, "auto" what is best for each server (default: `TORCHCACHE_LANE`, else "auto"). Raises
+    `TORCHCACHE_TLS_CERT` and `TORCHCACHE_TLS_KEY` prove who asks; without it only this machine's own servers are
+    talked to. `lane` is how bytes travel: "local" reads the files of a server on this machine, "flight" the network,
+    "auto" what is best for each server (default: `TORCHCACHE_LANE`, else "auto"). Raises
     ConfigurationError.
     """
     if isinstance(pool, Pool | LocalPool):

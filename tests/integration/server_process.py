@@ -23,7 +23,7 @@ from torchcache.wire.codec import WRITE_SCHEMA, Piece, decode_pieces, encode_chu
 from torchcache.wire.v1 import cache_pb2 as pb
 from torchcache.wire.v1 import cache_pb2_grpc
 
-READY = re.compile(r"torchcache server (\S+) listening on (\S+) \(data (\d+)\)\n")
+READY = re.compile(r"torchcache server (\S+) listening on (\S+) \(data (\S+)\)\n")
 START_S = 120
 
 
@@ -79,7 +79,7 @@ class ServerProcess:
             self.process.communicate()
             raise AssertionError(f"the server did not start: {line}{self._said()}")
         self.server_id, self.address = match[1], match[2]
-        self.data_port = int(match[3])
+        self.data_port = int(match[3]) if match[3].isdigit() else 0  # on a Unix socket there is none
         self.client = PlainClient(self.address, self.data_port, read_tokens(self._token_file)[0].secret)
         return self
 
@@ -108,7 +108,10 @@ class PlainClient:
     def __init__(self, address: str, data_port: int, token: str, *, roots: bytes | None = None) -> None:
         self.token = token
         host = address.rpartition(":")[0]
-        if roots is None:
+        if address.startswith("unix://"):
+            self.channel = grpc.insecure_channel(address)
+            self.flight = fl.connect(f"grpc+{address}.data")
+        elif roots is None:
             self.channel = grpc.insecure_channel(address)
             self.flight = fl.connect(f"grpc://{host}:{data_port}")
         else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from torchcache import environment
+from torchcache.addresses import is_unix
 from torchcache.cli import client_findings as findings
 from torchcache.cli.client_findings import Finding
 from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError
@@ -115,6 +116,8 @@ def _scope(endpoint: Endpoint, access: Access) -> Finding:
 
 def _why_unreachable(endpoint: Endpoint) -> str:
     """What a plain connection says of why."""
+    if is_unix(endpoint.host):
+        return _why_silent(endpoint.host)
     try:
         socket.create_connection((endpoint.host, endpoint.port), timeout=2.0).close()
     except socket.gaierror:
@@ -128,6 +131,23 @@ def _why_unreachable(endpoint: Endpoint) -> str:
     except OSError as error:
         return f"the network says: {error.strerror or error}"
     return "something listens there that doesn't answer as a server: is TLS on one side only, or is it the wrong port?"
+
+
+def _why_silent(path: str) -> str:
+    """The same, of a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as plain:
+        plain.settimeout(2.0)
+        try:
+            plain.connect(path)
+        except FileNotFoundError:
+            return "there is no such socket: does `torchcache serve --listen unix://...` run, with that path?"
+        except PermissionError:
+            return "this user may not use the socket: a server's socket is for its own user"
+        except ConnectionRefusedError:
+            return "nobody listens there any more: start the server again"
+        except OSError as error:
+            return f"the kernel says: {error.strerror or error}"
+    return "something listens there that doesn't answer as a server: is it the path of the control socket?"
 
 
 def _in_use(pool: Pool) -> Iterator[Finding]:

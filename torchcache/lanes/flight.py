@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.flight as fl
 from google.protobuf.message import DecodeError
 
+from torchcache.addresses import is_unix
 from torchcache.errors import DeadlineExceeded, IntegrityError, ServerUnavailable, TorchCacheError
 from torchcache.heap import keep_freed_memory
 from torchcache.lanes.access import Access
@@ -18,6 +19,7 @@ from torchcache.lanes.base import Outcome, ReadOptions, Row, contiguous
 from torchcache.lanes.connections import Connections, connections
 from torchcache.lanes.watch import Ended, Watch
 from torchcache.model import Extent, ObjectInfo, chunk_digest
+from torchcache.unix_sockets import check_socket, data_socket
 from torchcache.wire import liveness
 from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, SERVER_ID, WRITE_SCHEMA, encode_chunks
 from torchcache.wire.request_ids import HEADER, new_request_id
@@ -37,7 +39,9 @@ MAX_BATCH_BYTES: Final = 16 * 1024 * 1024
 
 
 class FlightLane:
-    """Reads and writes through one server's Flight port. `server` is how errors name the server.
+    """Reads and writes through one server's Flight port, or the socket beside the one at the path `host`.
+
+    `server` is how errors name the server.
 
     `another` is called when it isn't the server with `server_id` that answers, in a thread that must not be kept.
     """
@@ -179,6 +183,10 @@ class FlightLane:
             *CHANNEL_OPTIONS,
             ("grpc.max_receive_message_length", MAX_BATCH_BYTES),
         ]
+        if is_unix(host):
+            path = data_socket(host)
+            check_socket(path)
+            return fl.FlightClient(fl.Location.for_grpc_unix(path), generic_options=options)
         if self._access.tls is None:
             return fl.FlightClient(fl.Location.for_grpc_tcp(host, port), generic_options=options)
         ca, certificate, key = self._access.tls.contents()

@@ -7,10 +7,12 @@ from typing import Any, Final
 
 import grpc
 
+from torchcache.addresses import UNIX
 from torchcache.errors import ConfigurationError
 from torchcache.lanes.access import Access
 from torchcache.lanes.connections import Connections, connections
 from torchcache.lanes.flight import CHANNEL_OPTIONS, remaining, without_frames
+from torchcache.unix_sockets import check_socket
 from torchcache.wire.request_ids import HEADER, new_request_id
 from torchcache.wire.status import error_from_status
 from torchcache.wire.v1 import cache_pb2_grpc
@@ -27,7 +29,10 @@ class _Channel:
             *CHANNEL_OPTIONS,
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ]
-        credentials = access.channel_credentials()
+        on_this_machine = address.startswith(UNIX)
+        if on_this_machine:
+            check_socket(address.removeprefix(UNIX))
+        credentials = None if on_this_machine else access.channel_credentials()
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=options)
         else:

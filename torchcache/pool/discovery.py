@@ -104,7 +104,9 @@ class DnsMembers:
 
 
 def member_source(address: str, access: Access) -> MemberSource:
-    """What finds the servers of a pool: "host:7440,host:7440", "etcd://host:2379/name" or "dns://name:7440".
+    """What finds the servers of a pool.
+
+    "host:7440,host:7440", "unix:///path.sock", "etcd://host:2379/name" or "dns://name:7440".
 
     Raises ConfigurationError.
     """

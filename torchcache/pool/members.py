@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from torchcache.addresses import host_port, is_loopback, parse_host_port
+from torchcache.addresses import UNIX, host_port, is_loopback, parse_host_port, parse_unix
 from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.lanes.access import Access
 from torchcache.lanes.base import Lane
@@ -20,7 +20,10 @@ DEFAULT_PORT: Final = 7440
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """One server's control door. `weight` is what it is announced with, 0.0 if that isn't told."""
+    """One server's control door. `weight` is what it is announced with, 0.0 if that isn't told.
+
+    Of a Unix socket `host` is the path, and `port` 0.
+    """
 
     host: str
     port: int
@@ -159,13 +162,20 @@ class Ordering:
 def parse_address(text: str) -> tuple[Endpoint, ...]:
     """The servers of "host:7440,host:7440"; the port may be left out, an IPv6 address stands in brackets.
 
-    Raises ConfigurationError.
+    One on this machine may be "unix:///path.sock". Raises ConfigurationError.
     """
-    if "://" in text:
+    items = [item.strip() for item in text.split(",")]
+    if any("://" in item and not item.startswith(UNIX) for item in items):
         raise ConfigurationError(
-            f"{text!r} is no pool address: write host:7440,host:7440, or etcd://host:2379/name, or dns://name:7440"
+            f"{text!r} is no pool address: write host:7440,host:7440, or unix:///path.sock, or etcd://host:2379/name, "
+            "or dns://name:7440"
         )
-    endpoints = tuple(parse_endpoint(item.strip(), text) for item in text.split(","))
+    endpoints = tuple(
+        Endpoint(host=parse_unix(item, within=text), port=0)
+        if item.startswith(UNIX)
+        else parse_endpoint(item, text)
+        for item in items
+    )
     if len(set(endpoints)) != len(endpoints):
         raise ConfigurationError(f"{text!r} names a server twice")
     return endpoints

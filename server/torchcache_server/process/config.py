@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from torchcache import environment
-from torchcache.addresses import host_port, is_loopback
+from torchcache.addresses import UNIX, host_port, is_loopback, is_unix, parse_unix
 from torchcache.errors import ConfigurationError
 from torchcache.registry import RegistryAddress
 from torchcache.sizes import parse_size
@@ -55,7 +55,10 @@ class Embedded:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """All a server needs to know. `port` 0 takes free ports; otherwise data is served on the port behind it."""
+    """All a server needs to know. `port` 0 takes free ports; otherwise data is served on the port behind it.
+
+    `host` may be the path of a Unix socket; then there are no ports.
+    """
 
     host: str
     port: int
@@ -104,11 +107,7 @@ class ServerConfig:
             raise ConfigurationError(f"{self.min_free_bytes} bytes can't be left free: give 0 or more")
         if not self.under_stores:
             raise ConfigurationError("no under-store: give at least one, like --under-store s3=s3://")
-        if self.tls is None and not is_loopback(self.host):
-            raise ConfigurationError(
-                f"refusing to listen on {self.host} without TLS: the token would travel in the clear. Give --tls-cert "
-                "and --tls-key, or listen on 127.0.0.1"
-            )
+        self._check_address()
         if self.join is None and self.advertise is not None:
             raise ConfigurationError("advertise is for a pool that is joined: give --join, too")
         if self.join is not None and self.advertise is None and self.host in _EVERYWHERE:
@@ -139,9 +138,24 @@ class ServerConfig:
         if not 0.1 <= self.lease_s <= 3600:
             raise ConfigurationError(f"a lease of {self.lease_s} s: give 0.1 to 3600")
 
+    def _check_address(self) -> None:
+        if self.tls is None and not is_loopback(self.host):
+            raise ConfigurationError(
+                f"refusing to listen on {self.host} without TLS: the token would travel in the clear. Give --tls-cert "
+                "and --tls-key, or listen on 127.0.0.1 or unix:///folder/name.sock"
+            )
+        if is_unix(self.host) and self.tls is not None:
+            raise ConfigurationError(
+                "TLS is for the network: drop --tls-cert and --tls-key, or listen on HOST:PORT"
+            )
+        if is_unix(self.host) and self.join is not None:
+            raise ConfigurationError(
+                "a Unix socket can't be announced to other machines: drop --join, or listen on HOST:PORT"
+            )
+
     @property
     def address(self) -> str:
-        """Host and control port as asked for."""
+        """Host and control port as asked for, or the socket."""
         return host_port(self.host, self.port)
 
 
@@ -199,12 +213,14 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
 
 
 def parse_listen(text: str) -> tuple[str, int]:
-    """Host and port of "host:port" or "[ipv6]:port". Raises ConfigurationError."""
+    """Host and port of "host:port" or "[ipv6]:port"; of "unix:///path" the path, and 0. Raises ConfigurationError."""
+    if text.startswith(UNIX):
+        return parse_unix(text, within=text), 0
     host, colon, port = text.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     if not colon or not bare or not port.isascii() or not port.isdigit() or (":" in bare and host == bare):
         raise ConfigurationError(
-            f"{text!r} is no address to listen on: write HOST:PORT, like {DEFAULT_LISTEN}"
+            f"{text!r} is no address to listen on: write HOST:PORT, like {DEFAULT_LISTEN}, or unix:///folder/name.sock"
         )
     return bare, int(port)
 

@@ -15,9 +15,9 @@ _LOG = logging.getLogger(__name__)
 _GB: Final = 1e9
 
 
-def started(config: ServerConfig, *, version: str, address: str, data_port: int, usage: StoreUsage) -> str:
+def started(config: ServerConfig, *, version: str, address: str, data: str, usage: StoreUsage) -> str:
     """The line that says what runs: version, addresses, lanes, store, under-stores."""
-    ports = f"data {data_port}"
+    ports = f"data {data}"
     if config.metrics_port is not None:
         ports += f", metrics {config.metrics_host}:{config.metrics_port or 'any'}"
     door = "a token" if config.tls is None else "TLS and a token"

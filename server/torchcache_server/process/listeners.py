@@ -11,8 +11,9 @@ import grpc
 import pyarrow as pa
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from torchcache.addresses import host_port
+from torchcache.addresses import host_port, is_unix
 from torchcache.errors import ConfigurationError
+from torchcache.unix_sockets import data_socket
 from torchcache.wire import liveness
 from torchcache.wire.v1 import cache_pb2, cache_pb2_grpc
 from torchcache_server.service.admission import Admission
@@ -91,7 +92,10 @@ class ControlListener:
 
 
 def listen_data(config: ServerConfig, tls: TlsContents | None, **service: Any) -> DataServer:
-    """The data server on the port behind the control port. Raises ConfigurationError if it can't be bound."""
+    """The data server on the port behind the control port, or the socket beside it.
+
+    Raises ConfigurationError if that can't be bound.
+    """
     port = config.port + 1 if config.port else 0
     scheme = "grpc+tls" if tls else "grpc"
     options: dict[str, Any] = {}
@@ -100,6 +104,8 @@ def listen_data(config: ServerConfig, tls: TlsContents | None, **service: Any) -
         if tls.client_ca is not None:
             options |= {"verify_client": True, "root_certificates": tls.client_ca}
     try:
+        if is_unix(config.host):
+            return DataServer(f"grpc+unix://{data_socket(config.host)}", **service)
         return DataServer(f"{scheme}://{host_port(config.host, port)}", tls=options, **service)
     except (pa.ArrowException, OSError):
         raise cannot_listen(config.host, port) from None
@@ -117,7 +123,8 @@ def cannot_listen(host: str, port: int) -> ConfigurationError:
     """The error for an address that gRPC refused: what it hides, a plain bind tells."""
     reason = "gRPC refused the address"
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        addresses = [] if is_unix(host) else socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in addresses:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)

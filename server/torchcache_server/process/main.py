@@ -44,8 +44,8 @@ _LOG = logging.getLogger(__name__)
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--listen",
-    metavar="HOST:PORT",
-    help="Control port; data is served on the port behind it. [127.0.0.1:7440]",
+    metavar="HOST:PORT|unix:///PATH",
+    help="Control port; data is served on the port behind it. Or a Unix socket, for this user alone. [127.0.0.1:7440]",
 )
 @click.option(
     "--store", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the cache, best on local NVMe."
@@ -205,7 +205,7 @@ def _serve(config: ServerConfig, stop: threading.Event) -> int:
     try:
         server.say_started()  # before those who wait for the next line look for it
         print(
-            f"torchcache server {server.server_id} listening on {server.control_address} (data {server.data_port})",
+            f"torchcache server {server.server_id} listening on {server.control_address} (data {server.data_place})",
             flush=True,
         )
         if config.embedded is None:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Final
 
 from torchcache import environment
-from torchcache.addresses import host_port
+from torchcache.addresses import host_port, is_unix
 from torchcache.errors import ConfigurationError
 from torchcache.kernel import kernel_id
 from torchcache.records import IDENTITY
 from torchcache.registry import Announcement, Registry
+from torchcache.unix_sockets import data_socket
 from torchcache.wire.v1 import cache_pb2
 from torchcache_server import understore
 from torchcache_server.cache.ahead import StageAhead
@@ -42,6 +43,7 @@ from .listeners import ControlListener, listen_data, stop_data
 from .logs import hide_credentials
 from .membership import Membership
 from .metrics import ServerCollector, serve_metrics
+from .socket_files import SocketFiles
 from .tls import TlsContents, read_tls
 from .token_file import read_or_create_tokens
 
@@ -129,6 +131,9 @@ class Server:
         """Takes the ports. Data is served from here on, control not yet."""
         config, closing = self.config, self._stack
         latencies = parts.counters.latencies
+        sockets = SocketFiles(config.host) if is_unix(config.host) else None
+        if sockets is not None:
+            closing.callback(sockets.close)
         self._control = ControlListener(config, tokens, self._admission, latencies, tls, log=self._log)
         closing.callback(self._control.stop, CALLS_S)
         self._data = listen_data(
@@ -142,6 +147,8 @@ class Server:
             log=self._log,
         )
         closing.callback(self._stop_data)
+        if sockets is not None:
+            sockets.protect()
         if config.metrics_port is not None:
             collector = ServerCollector(
                 under_stores=self._under_stores,
@@ -155,7 +162,7 @@ class Server:
             closing.enter_context(serve_metrics(config.metrics_host, config.metrics_port, collector))
         self._store = parts.store
         self.server_id: str = parts.store.server_id
-        self.data_port: int = self._data.port
+        self.data_port: int = 0 if sockets is not None else self._data.port
 
     def _serve(self, parts: _Parts) -> None:
         """Answers on the control port, and says where it is found."""
@@ -196,6 +203,12 @@ class Server:
         """ "host:port" of the control service."""
         return host_port(self.config.host, self._control.port)
 
+    @property
+    def data_place(self) -> str:
+        """Where data is served: the port, or the socket."""
+        host = self.config.host
+        return host_port(data_socket(host), 0) if is_unix(host) else str(self.data_port)
+
     def say_started(self) -> None:
         """Tells the log what serves."""
         _LOG.info(
@@ -204,7 +217,7 @@ class Server:
                 self.config,
                 version=version("torchcache"),
                 address=self.control_address,
-                data_port=self.data_port,
+                data=self.data_place,
                 usage=self._store.usage(),
             ),
         )

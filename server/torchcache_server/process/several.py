@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from torchcache.addresses import host_port
+from torchcache.addresses import UNIX, host_port, is_unix, parse_unix
 from torchcache.errors import ConfigurationError
 
 from .config import ServerConfig
@@ -19,10 +19,12 @@ def split(config: ServerConfig) -> list[ServerConfig]:
     """The configurations of `config.servers` servers that share the machine.
 
     Each has a store of its own, in the folder server-<i> of the given one, an even share of capacity and scrub rate,
-    and its own ports, counted up from those given. Raises ConfigurationError if there are no ports to count up from.
+    and its own ports, counted up from those given, or its own socket: the given path with a dot and its number.
+    Raises ConfigurationError if there are no ports to count up from.
     """
     count = config.servers
-    if not config.port:
+    on_sockets = is_unix(config.host)
+    if not config.port and not on_sockets:
         raise ConfigurationError(
             "several servers need a port in --listen: a client must find each again when it was started again"
         )
@@ -33,7 +35,8 @@ def split(config: ServerConfig) -> list[ServerConfig]:
         replace(
             config,
             servers=1,
-            port=config.port + PORTS_EACH * i,
+            host=_socket(config.host, i) if on_sockets else config.host,
+            port=0 if on_sockets else config.port + PORTS_EACH * i,
             store=config.store / folder(i),
             capacity_bytes=config.capacity_bytes // count,
             max_pending_bytes=config.max_pending_bytes and max(1, config.max_pending_bytes // count),
@@ -43,6 +46,10 @@ def split(config: ServerConfig) -> list[ServerConfig]:
         )
         for i in range(count)
     ]
+
+
+def _socket(path: str, number: int) -> str:
+    return parse_unix(f"{UNIX}{path}.{number}", within=UNIX + path)
 
 
 def folder(number: int) -> str:
