@@ -129,13 +129,14 @@ def tell(ahead: StageAhead, order: Sequence[ObjectInfo], *, epoch: int = 0, runn
     ahead.tell(Piece("data", "rank0", epoch, len(order), len(order), 0, told, positions, running))
 
 
-def stage(ahead: StageAhead, order: Sequence[ObjectInfo], *, epoch: int = 0) -> list[State]:
-    """How it is with the chunks of an order, once nothing is coming any more."""
+def stage(
+    ahead: StageAhead, order: Sequence[ObjectInfo], *, epoch: int = 0, places: Sequence[int] | None = None
+) -> list[State]:
+    """How it is with the chunks of an order, or those in some places of it, once nothing is coming any more."""
     until = time.monotonic() + 60
+    wanted = [Wanted(order[at], 0, at) for at in (range(len(order)) if places is None else places)]
     while True:
-        answer = ahead.stage(
-            "data", "rank0", epoch, [Wanted(info, 0, at) for at, info in enumerate(order)], running=None
-        )
+        answer = ahead.stage("data", "rank0", epoch, wanted, running=None)
         assert answer is not None
         states = [state for state, _ in answer[2]]
         if State.COMING not in states or time.monotonic() > until:
@@ -165,6 +166,19 @@ def test_it_stages_in_order_as_far_as_half_the_store_and_goes_on_as_it_is_read(
     assert states[:2] == [State.READ] * 2
     assert states.count(State.HERE) + states.count(State.READ) > ready
     assert len(source.reads) == len(set(source.reads)), "nothing was fetched twice"
+
+
+def test_what_was_read_is_no_longer_ahead_in_whatever_order_it_came(
+    ahead: StageAhead, reads: ReadThrough
+) -> None:
+    order = objects(20)
+    tell(ahead, order)
+    assert stage(ahead, order, places=[15]) == [State.HERE]
+    assert stage(ahead, order, places=range(8)) == [State.HERE] * 8
+    assert ahead.standings()[0].ahead_bytes == 9 * CHUNK
+    for info in order[:10]:
+        read(reads, info)
+    assert ahead.standings()[0].ahead_bytes == CHUNK
 
 
 def test_what_is_needed_sooner_never_yields_to_what_is_staged(

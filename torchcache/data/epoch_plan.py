@@ -16,6 +16,9 @@ from torchcache.pool.orders import AheadChunk, OrderKey, StagedAhead, ToldOrder
 WINDOW = 512
 """Chunks asked for at a time: some are coming, and behind them it must be known what is here already."""
 
+HELD_UP = 128
+"""So many while not all of them can be had yet: twice what servers fetch of an order at a time."""
+
 
 @dataclass(slots=True)
 class Share:
@@ -27,7 +30,9 @@ class Share:
     firsts: Ints  # places in these two: each chunk once
     next: int = 0
     open: list[int] = field(default_factory=list)  # asked for and not yet here: numbers below `next`
-    is_late: bool = False  # there was no room for what comes next
+    here: int = 0  # of these, here already, but behind what there is no room for yet
+    is_held_up: bool = False  # not all that was asked for could be had
+    is_late: bool = False  # and nothing is coming: there is no room for what comes next
     told: bool = False
     failed: dict[int, TorchCacheError] = field(default_factory=dict)
     trouble: TorchCacheError | None = None  # why the server can't be asked now
@@ -37,10 +42,11 @@ class Share:
 
     def window(self) -> list[int]:
         """The chunks to ask for now."""
-        more = min(WINDOW - len(self.open), len(self.firsts) - self.next)
-        self.open += range(self.next, self.next + max(0, more))
-        self.next += max(0, more)
-        return list(self.open)
+        if not self.is_held_up:
+            more = min(WINDOW - len(self.open), len(self.firsts) - self.next)
+            self.open += range(self.next, self.next + max(0, more))
+            self.next += max(0, more)
+        return self.open[:HELD_UP] if self.is_held_up else list(self.open)
 
     @property
     def is_done(self) -> bool:
@@ -50,7 +56,7 @@ class Share:
     @property
     def settled(self) -> int:
         """Chunks that are here, read already, or failed."""
-        return self.next - len(self.open)
+        return self.next - len(self.open) + self.here
 
 
 class EpochPlan:
@@ -111,16 +117,27 @@ class EpochPlan:
     def answered(
         self, share: Share, numbers: Sequence[int], wanted: Sequence[AheadChunk], reply: StagedAhead
     ) -> bool:
-        """Takes in how it is with the chunks asked for; says whether something has changed."""
-        open_before = len(share.open)
+        """Takes in how it is with the chunks asked for, the first that are open; says whether something has changed.
+
+        What is here behind something that there is no room for is asked for again: it is needed later than that, and
+        may have to yield to it.
+        """
+        settled_before = share.settled
         still: list[int] = []
-        share.is_late = "later" in reply.states
+        here, is_behind = 0, False
+        share.is_held_up = "later" in reply.states
+        share.is_late = share.is_held_up and "coming" not in reply.states
         share.reached, share.ahead_bytes = (reply.epoch, reply.position), reply.ahead_bytes
         for at, (number, chunk, state) in enumerate(zip(numbers, wanted, reply.states, strict=False)):
+            is_behind = is_behind or state == "later"
             if state in ("coming", "later"):
                 still.append(number)
                 if state == "coming":
                     self._coming.add((share.server, number))
+                continue
+            if state == "here" and is_behind:
+                still.append(number)
+                here += 1
                 continue
             if (share.server, number) in self._coming:
                 self._coming.discard((share.server, number))
@@ -130,8 +147,9 @@ class EpochPlan:
             else:
                 id_ = ChunkId(chunk.object.id, chunk.chunk)
                 self.staged_bytes += id_.length(chunk.object.size)
-        share.open = still
-        return len(still) < open_before
+        share.open = still + share.open[len(numbers) :]
+        share.here = here
+        return share.settled > settled_before
 
     @property
     def is_done(self) -> bool:

@@ -26,7 +26,7 @@ _log = logging.getLogger("torchcache")
 COMING_S: Final = 0.03
 """How long until it is asked again, while chunks are coming,"""
 
-LATER_S: Final = 0.2
+LATER_S: Final = 0.1
 """while there is no room for them,"""
 
 IDLE_S: Final = 1.0
@@ -358,7 +358,7 @@ class Foreteller:
             share.told = False  # it was started anew, or we were silent for too long
             return COMING_S
         has_moved = plan.answered(share, numbers, wanted, reply)
-        if has_moved and not share.is_late:
+        if has_moved and not share.is_held_up:
             return 0.0
         return LATER_S if share.is_late else COMING_S if share.open else IDLE_S
 

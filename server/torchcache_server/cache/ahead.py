@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
+from heapq import heappop, heappush
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -102,7 +102,7 @@ class _Work:
 
     coming: dict[ChunkId, Future[StoredChunk]] = field(default_factory=dict)
     failed: dict[ChunkId, TorchCacheError] = field(default_factory=dict)
-    ahead: deque[tuple[int, int, int]] = field(default_factory=deque)  # epoch, position, bytes
+    ahead: list[tuple[int, int, int]] = field(default_factory=list)  # a heap of epoch, position, bytes
     ahead_bytes: int = 0
     coming_bytes: int = 0
     fetched_bytes: int = 0
@@ -111,7 +111,7 @@ class _Work:
         """What has been read is no longer ahead."""
         place = (standing.epoch, standing.position)
         while self.ahead and self.ahead[0][:2] < place:
-            self.ahead_bytes -= self.ahead.popleft()[2]
+            self.ahead_bytes -= heappop(self.ahead)[2]
 
 
 class StageAhead:
@@ -260,7 +260,7 @@ class StageAhead:
             work.coming.pop(chunk, None)
             work.coming_bytes -= place[2]
             if error is None:
-                work.ahead.append(place)
+                heappush(work.ahead, place)  # fetches end in another order than they are read in
                 work.ahead_bytes += place[2]
                 work.fetched_bytes += place[2]
             elif isinstance(error, TorchCacheError):
