@@ -2,6 +2,9 @@
 
 On one machine, servers that may use all of it scale by nothing: they share its cores. With a quota each is a machine of
 its own, a slow one, until the cores end which are there for servers and clients together.
+
+A client's batch grows with the servers, so that a call to one of them stays as large as it was: more of all, as when a
+job that grows is given more servers. What larger calls to one server give is shown beside it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ from benchmarks.processes import cpu_s
 from torchcache.model import Extent
 
 RECORD_BYTES: Final = 114_660
-BATCH: Final = 256
+BATCH_EACH: Final = 64
+"""Records of a batch for each server."""
+
+LARGE: Final = 256
 CORES_EACH: Final = 0.12
 CLIENTS: Final = 6
 ROUND_S: Final = 6.0
@@ -51,12 +57,13 @@ class Clients:
         command = [sys.executable, "-m", "benchmarks.scaling", str(source)]
         self._processes = [closing.enter_context(_child(command)) for _ in range(count)]
 
-    def read(self, warm: WarmPool, seconds: float) -> Reading:
+    def read(self, warm: WarmPool, batch: int, seconds: float) -> Reading:
         """All of them, at the same time."""
+        told = {"address": warm.address, "token": warm.token, "batch": batch}
         # They connect, learn how long answers take, and use up what they may ask for twice from the start.
-        self._tell({"address": warm.address, "token": warm.token, "seconds": min(seconds, WARM_UP_S)})
+        self._tell(told | {"seconds": min(seconds, WARM_UP_S)})
         before, began = cpu_s(warm.pids), time.monotonic()
-        found = self._tell({"address": warm.address, "token": warm.token, "seconds": seconds})
+        found = self._tell(told | {"seconds": seconds})
         took_s = time.monotonic() - began
         return Reading(
             gb_per_s=sum(one["bytes"] / one["took_s"] for one in found) / 1e9,
@@ -83,17 +90,31 @@ def measure(scale: Scale) -> Findings:
             pools = {count: _pool(root, count, cores_each, closing) for count in counts}
             readers = Clients(clients, root / "source", closing)
             found: dict[int, list[Reading]] = {count: [] for count in counts}
+            large: list[Reading] = []
             for _ in range(rounds):
                 for count, warm in pools.items():
-                    found[count].append(readers.read(warm, round_s))
+                    found[count].append(readers.read(warm, BATCH_EACH * count, round_s))
+                large.append(readers.read(pools[1], LARGE, round_s))
     except NoQuotas as error:
         return Findings(title=title, rows=[Row(what=f"not measured: {error}", unit="", ours=0.0)])
     rates = {count: statistics.median(one.gb_per_s for one in readings) for count, readings in found.items()}
     rows = [_row(count, rates, cores_each, most=4) for count in counts]
-    rows += [_cores(count, found[count]) for count in counts]
+    rows.append(
+        Row(
+            what=f"1 server, asked for {LARGE} records at a time",
+            unit="GB/s",
+            ours=statistics.median(one.gb_per_s for one in large),
+            bare=rates[1],
+            against=f"for {BATCH_EACH}",
+            better="more",
+        )
+    )
+    rows += [_cores(f"{count} servers", found[count]) for count in counts]
+    rows.append(_cores(f"1 server, {LARGE} records at a time", large))
     twice = max(one.twice for readings in found.values() for one in readings)
     rows.append(Row(what="records asked for twice, at most", unit="% of those read", ours=100 * twice))
-    note = f"{clients} clients, batches of {BATCH} x {RECORD_BYTES:,} B. {_limit(found, cores_each)}"
+    batches = f"{clients} clients, batches of {BATCH_EACH} x {RECORD_BYTES:,} B for each server"
+    note = f"{batches}. {_limit(found, cores_each)}"
     return Findings(title=title, rows=rows, note=note)
 
 
@@ -124,12 +145,12 @@ def _row(count: int, rates: dict[int, float], cores_each: float, *, most: int) -
     )
 
 
-def _cores(count: int, readings: Sequence[Reading]) -> Row:
+def _cores(who: str, readings: Sequence[Reading]) -> Row:
     rate = statistics.median(one.gb_per_s for one in readings)
     servers = statistics.median(one.server_cores for one in readings)
     clients = statistics.median(one.client_cores for one in readings)
     return Row(
-        what=f"{count} servers: cores in use, clients' included",
+        what=f"{who}: cores in use, clients' included",
         unit=f"of {os.cpu_count()}",
         ours=servers + clients,
         against=f"servers {servers:.2f}, which is {servers / rate:.2f} a GB/s; clients {clients:.2f}",
@@ -186,7 +207,7 @@ def main(source: str) -> None:
             pool = tc.connect(address, token=told["token"], lane="flight")
             known[address] = (pool, [Extent(info) for info in pool.list(f"file://{source}")])
         pool, extents = known[address]
-        count = min(BATCH, len(extents))
+        count = min(told["batch"], len(extents))
         into = [memoryview(bytearray(RECORD_BYTES)) for _ in range(count)]
         read, began, cpu_began = 0, time.monotonic(), time.process_time()
         before = pool.statistics()
