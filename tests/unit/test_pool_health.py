@@ -9,6 +9,7 @@ import pytest
 from torchcache.pool.health import (
     ENOUGH,
     HEDGE_LEAST_S,
+    HEDGE_TIMES,
     LATE_IN_A_ROW,
     MOST_S,
     PAUSE_S,
@@ -237,7 +238,7 @@ def test_when_to_ask_twice() -> None:
         world.read("a")
         world.health.members(SERVERS)  # looked for again: what is known stays
     assert world.out() == []
-    assert world.health.hedge_s("a", SIZE) == pytest.approx(0.4)
+    assert world.health.hedge_s("a", SIZE) == pytest.approx(HEDGE_TIMES * 0.4)
     assert world.health.hedge_s("b", SIZE) == HEDGE_LEAST_S
     assert world.health.silence_s("b", SIZE) == SILENT_S
     assert world.health.silence_s("a", 1000 * SIZE) == 2 * UNKNOWN_S

@@ -221,11 +221,18 @@ class Calls:
             self._settle(call)
 
     def _settle(self, call: Call) -> None:
-        if call.outcomes is None and call.settle():
-            first = call.first
+        if call.outcomes is not None:
+            return
+        first = call.first
+        if call.settle():
             self._session.count(hedges_won=1)
             if first.watch is not None:
                 self._session.health.beaten(first.server, first.size, first.watch.asked)
+        if call.hedges and call.outcomes is not None:
+            if call.outcomes is first.outcomes:
+                self._session.hedges.in_vain()
+            else:
+                self._session.hedges.helped()
 
     def _due(self, call: Call, now: float) -> float:
         """When to look at a call again."""

@@ -53,14 +53,37 @@ class Budget:
             return True
 
 
+class HedgeBudget(Budget):
+    """What may be asked of two servers: of what is read `share`, as long as that helps.
+
+    Where all servers wait for the same, for their share of a processor or for the network, a second is no faster than
+    the first, and what it does for nothing makes all of them later. So each hedge that came too late halves what is
+    earned, down to a sixteenth, with which it is tried now and then; one that helped doubles it again.
+    """
+
+    def __init__(self, most: float, share: float) -> None:
+        super().__init__(most, share)
+        self._share = share
+
+    def helped(self) -> None:
+        """The second was faster, or the first failed."""
+        with self._lock:
+            self._earned = min(self._share, 2 * self._earned)
+
+    def in_vain(self) -> None:
+        """The first was faster after all."""
+        with self._lock:
+            self._earned = max(self._share / 16, self._earned / 2)
+
+
 def retry_budget() -> Budget:
     """Of a pool in one process: a tenth of its calls may be retries."""
     return Budget(64, 0.1)
 
 
-def hedge_budget() -> Budget:
+def hedge_budget() -> HedgeBudget:
     """Of a pool in one process: a twentieth of the extents it reads may be asked for twice."""
-    return Budget(256, 0.05)
+    return HedgeBudget(64, 0.05)
 
 
 class Retry:
