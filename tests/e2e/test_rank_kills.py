@@ -3,7 +3,7 @@
 (F1, F2, F19, F21, F30, F32, F37; I2, I3.)
 
 After every kill: each acknowledged checkpoint loads bit for bit, and whatever else the pool takes for one is whole. At
-the end all of it is in the under-store, where torch's own reader finds it.
+the end all of it is in the under-store, a folder or a real S3, where torch's own reader finds it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import random
 import select
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 import torchcache as tc
+from examples.seaweedfs import SeaweedFS, environment
 from tests.e2e import kill_ranks_child
 from tests.e2e.forked import fork_server
 from tests.e2e.kill_ranks_child import WORLD, content
@@ -40,6 +42,9 @@ pytestmark = [
 
 SERVERS: Final = 3
 SILENCE_S: Final = 150.0
+
+SEEDS: Final = range(*map(int, os.environ.get("KILL_SEEDS", "100:110").split(":")))
+"""Of the long runs."""
 
 
 class Ranks:
@@ -150,14 +155,46 @@ def load(reader: Any) -> tuple[int, int]:
     return step, attempt
 
 
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """Where a run's checkpoints end: `root`. Without `s3` that is a folder."""
+
+    root: str
+    under_store: str
+    s3: SeaweedFS | None = None
+
+    @classmethod
+    def folder(cls, folder: Path) -> Storage:
+        folder.mkdir()
+        return cls(root=f"file://{folder}/run", under_store=f"file=file://{folder}")
+
+    @classmethod
+    def bucket(cls, s3: SeaweedFS) -> Storage:
+        root = f"s3://{s3.make_bucket()}/run"
+        return cls(root=root, under_store="s3=s3://", s3=s3)
+
+    def fetch(self, scratch: Path) -> Path:
+        """The run's folder, as somebody finds it who knows nothing of torchcache; `scratch` is for a copy."""
+        if self.s3 is None:
+            return Path(self.root.removeprefix("file://"))
+        bucket, _, prefix = self.root.removeprefix("s3://").partition("/")
+        pages = self.s3.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+        for key in [entry["Key"] for page in pages for entry in page.get("Contents", ())]:
+            file = scratch / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.s3.client.download_file(bucket, key, str(file))
+        return scratch / prefix
+
+
 class Run:
     """One seeded run: jobs that save, kills, and what must hold after each."""
 
-    def __init__(self, seed: int, servers: ReplicaServers, folder: Path, root: str) -> None:
+    def __init__(self, seed: int, servers: ReplicaServers, folder: Path, storage: Storage) -> None:
         self.chance = random.Random(seed)
         self.servers = servers
         self._folder = folder
-        self.root = root
+        self._storage = storage
+        self.root = storage.root
         self.history = History()
         self.kills = {"rank": 0, "coordinator": 0, "server": 0}
         self.loads = 0
@@ -259,9 +296,12 @@ class Run:
             uri = f"{self.root}/step-{step}"
             wait_for_save(pool, uri, lambda info: info.state == "durable")
             assert load(tc.CacheStorageReader(uri, pool=pool)) == (step, attempt)
-            assert load(FileSystemReader(uri.removeprefix("file://"))) == (step, attempt)
-            self.loads += 2
-        for folder in Path(self.root.removeprefix("file://")).iterdir():
+            self.loads += 1
+        stored = self._storage.fetch(self._folder / "fetched")
+        for step, attempt in sorted(self.history.saved.items()):
+            assert load(FileSystemReader(stored / f"step-{step}")) == (step, attempt)
+            self.loads += 1
+        for folder in stored.iterdir():
             if any(file.stat().st_size for file in folder.glob(".torchcache.json")):
                 step = int(folder.name.removeprefix("step-"))
                 assert load(FileSystemReader(folder))[1] in self.history.begun[step]
@@ -273,14 +313,12 @@ def starter() -> Iterator[ForkingStarter]:
         yield starter
 
 
-def check_kills(seed: int, kills: int, folder: Path, starter: ForkingStarter) -> Run:
-    print(f"seed {seed}")
-    source = folder / "source"
-    source.mkdir()
+def check_kills(seed: int, kills: int, folder: Path, storage: Storage, starter: ForkingStarter) -> Run:
+    print(f"seed {seed}, {storage.root}")
     with ExitStack() as stack:
-        servers = ReplicaServers(folder, f"file=file://{source}", count=SERVERS, starter=starter)
+        servers = ReplicaServers(folder, storage.under_store, count=SERVERS, starter=starter)
         stack.enter_context(servers)
-        run = Run(seed, servers, folder, f"file://{source}/run")
+        run = Run(seed, servers, folder, storage)
         run.go(kills)
     print(
         f"{run.kills}, {len(run.history.saved)} acknowledged, {run.loads} loads; failed: {run.history.failures}"
@@ -289,23 +327,36 @@ def check_kills(seed: int, kills: int, folder: Path, starter: ForkingStarter) ->
     return run
 
 
-def test_kills_of_ranks_and_servers(tmp_path: Path, starter: ForkingStarter) -> None:
-    check_kills(11, 4, tmp_path, starter)
-
-
-@pytest.mark.long
-def test_many_kills_of_ranks_and_servers(tmp_path: Path, starter: ForkingStarter) -> None:
-    with proof("rank-kills") as figures:
-        seeds = range(100, 110)
+def check_many_kills(
+    name: str, folder: Path, storage_of: Callable[[Path], Storage], starter: ForkingStarter
+) -> None:
+    """Twenty kills of each seed."""
+    with proof(name) as figures:
         runs = []
-        for seed in seeds:
-            folder = tmp_path / str(seed)
-            folder.mkdir()
-            runs.append(check_kills(seed, 20, folder, starter))
+        for seed in SEEDS:
+            run_folder = folder / str(seed)
+            run_folder.mkdir()
+            runs.append(check_kills(seed, 20, run_folder, storage_of(run_folder), starter))
         for victim in ("rank", "coordinator", "server"):
             figures[f"kills of a {victim}"] = sum(run.kills[victim] for run in runs)
         figures["kills"] = sum(sum(run.kills.values()) for run in runs)
         figures["acknowledged"] = sum(len(run.history.saved) for run in runs)
         figures["loads"] = sum(run.loads for run in runs)
         figures["of them with borrowed files"] = sum(run.borrowed for run in runs)
-        figures["first seed"] = seeds[0]
+        figures["first seed"] = SEEDS[0]
+
+
+def test_kills_of_ranks_and_servers(tmp_path: Path, starter: ForkingStarter) -> None:
+    check_kills(11, 4, tmp_path, Storage.folder(tmp_path / "source"), starter)
+
+
+@pytest.mark.long
+def test_many_kills_of_ranks_and_servers(tmp_path: Path, starter: ForkingStarter) -> None:
+    check_many_kills("rank-kills", tmp_path, lambda folder: Storage.folder(folder / "source"), starter)
+
+
+@pytest.mark.long
+def test_many_kills_of_ranks_and_servers_over_s3(tmp_path: Path, s3_server: SeaweedFS) -> None:
+    # Servers forked off a process have what that found in its environment when it started.
+    with environment(s3_server.environment()), ForkingStarter() as starter:
+        check_many_kills("rank-kills-s3", tmp_path, lambda folder: Storage.bucket(s3_server), starter)
