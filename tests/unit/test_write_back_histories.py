@@ -1,6 +1,7 @@
 """Random histories of three servers that write one path: whoever is asked, what was acknowledged last is what counts.
 
-Each server may be caught at any of its calls, and others go on meanwhile.
+Each server may be caught at any of its calls, and others go on meanwhile. One may be lost for good, if others have what
+only the pool holds; and copies are made again, of what their maker believed to be wanted any time before.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from contextlib import suppress
 
 import pytest
 from torchcache_server.cache.catalogue import HeldElsewhere
+from torchcache_server.cache.saves import Save
 from write_back_world import (
     KEY,
+    LEASE_S,
     Bucket,
     Server,
     always_whole,
@@ -26,7 +29,7 @@ from write_back_world import (
 from torchcache.errors import AlreadyExists, CheckpointError, DeadlineExceeded, NotCommitted, Overloaded
 
 SEED = int(os.environ.get("CRASH_SEED", "1"))
-STEPS = 25
+STEPS = 30
 DEEPEST = 2
 CALLS = 45
 """Of one operation, of which one is where it is caught."""
@@ -42,6 +45,10 @@ class History:
         self._servers = [Server(self._bucket, name) for name in "abc"]
         self._busy: list[Server] = []
         self._written: dict[str, Server] = {}  # ids of saves that are being written, and where
+        self._under_way: list[
+            Save
+        ] = []  # copies that were begun to be made again, from servers that may be gone
+        self._lost = 0
         self._saves = 0
         self._moment = 0
         self._acknowledged: dict[str, int] = {}  # when, by id
@@ -54,8 +61,9 @@ class History:
             self._check()
         for save_id, server in self._written.items():
             server.write_back.abandon(KEY, save_id)
-        for _ in range(6):
+        for _ in range(10):
             for server in self._servers:
+                server.clock_ahead_s += 1.2 * LEASE_S  # what lost ones have left is taken over
                 server.write_back.tidy()
                 with suppress(Overloaded, AlreadyExists):
                     server.upload()
@@ -92,12 +100,17 @@ class History:
         server = self._chance.choice(self._servers)
         if server in self._busy:
             return
+        writing = (self._reserve, self._commit, self._abandon)
         act = self._chance.choices(
-            [self._reserve, self._commit, self._abandon, self._upload, self._restart, self._tidy],
-            [30, 25, 10, 25, 5, 5],
+            [*writing, self._upload, self._restart, self._tidy, self._begin_copy, self._end_copy, self._lose],
+            [30, 25, 10, 20, 5, 10, 20, 20, 10],
         )[0]
         self._busy.append(server)
-        if len(self._busy) <= DEEPEST and act != self._restart and self._chance.random() < 0.5:
+        if (
+            len(self._busy) <= DEEPEST
+            and act not in (self._restart, self._lose)
+            and self._chance.random() < 0.5
+        ):
             server.gate.trap_at = server.gate.calls + self._chance.randrange(1, CALLS)
             server.gate.trap = self._some_steps
         self.log.append("  " * len(self._busy) + f"{server.store.server_id} {act.__name__[1:]}")
@@ -175,6 +188,49 @@ class History:
     def _restart(self, server: Server) -> None:
         server.restart()
         self._written = {save_id: where for save_id, where in self._written.items() if where is not server}
+
+    def _begin_copy(self, _: Server) -> None:
+        """By whoever has something to copy. Which server shall have it isn't decided yet."""
+        for server in self._servers:
+            holdings = server.write_back.holdings
+            saves = [waiting.save for waiting in holdings.waiting() if server not in self._busy]
+            self._under_way += [save for save in saves if holdings.is_responsible(save, deadline=soon())]
+
+    def _end_copy(self, server: Server) -> None:
+        if not self._under_way:
+            return
+        save = self._under_way.pop(self._chance.randrange(len(self._under_way)))
+        server.put(save.save_id)
+        self.log.append("  " * len(self._busy) + f"of {save.save_id}")
+        server.write_back.prepare_copy(
+            KEY,
+            save.save_id,
+            save.files,
+            save.metadata,
+            save.manifest,
+            replaceable=save.replaceable,
+            overwrite=save.overwrite,
+            writer=save.writer,
+            owner="whoever",
+            committed_unix_s=save.committed_unix_s,
+            replicas=save.replicas,
+            deadline=soon(),
+        )
+
+    def _lose(self, server: Server) -> None:
+        """For good, if others have all that only it and they hold; an empty one takes its place."""
+        others = [other for other in self._servers if other is not server and other not in self._busy]
+        elsewhere = {save.save_id for other in others for save in other.write_back.holdings.all()}
+        if not {save.save_id for save in server.write_back.holdings.all()} <= elsewhere:
+            return
+        self._written = {save_id: where for save_id, where in self._written.items() if where is not server}
+        server.gate.dead = True
+        server.write_back.close()
+        self._lost += 1
+        self.log.append("  " * len(self._busy) + f"{server.store.server_id} is lost")
+        self._servers[self._servers.index(server)] = Server(
+            self._bucket, f"{server.store.server_id}{self._lost}"
+        )
 
     def _one_of(self, server: Server) -> str | None:
         mine = [save_id for save_id, where in self._written.items() if where is server]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from torchcache.errors import AlreadyExists, CheckpointError, TorchCacheError
+from torchcache.errors import AlreadyExists, CheckpointError, IntegrityError, TorchCacheError
 from torchcache.model import SAVE_PREFIX, ObjectId
 from torchcache_server.cache.borrowing import origins
 from torchcache_server.cache.catalogue import status_of
@@ -45,6 +45,12 @@ def require_whole(store: Store, save: Save) -> None:
             raise CheckpointError(
                 f"{save.key} can't be committed: of its file {name} {lack}", object=str(save.key)
             )
+
+
+def require_undamaged(save: Save) -> None:
+    """Raises CheckpointError if the upload of the save met a chunk that is damaged here, or gone."""
+    if save.state == "failed" and isinstance(save.error, IntegrityError):
+        raise CheckpointError(f"{save.key} is damaged here: {save.error.message}", object=str(save.key))
 
 
 def make_durable(store: Store, save: Save) -> None:

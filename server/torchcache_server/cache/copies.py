@@ -4,7 +4,9 @@ The writer sends every byte of a save to its owner and to the servers that hold 
 owner it has each of them *prepare*: find the copy whole, sync it, note it. So whatever the owner commits is held by all
 of them already, over any restart. Then it *confirms*, for when the under-store can't tell what was committed.
 
-Servers don't talk to each other. What they have to agree on, they do by the claim at the path: see copy_plan.py.
+What servers have to agree on, they do by the claim at the path: see copy_plan.py. So does a copy that is made again
+because another was lost: it counts once the claim was seen to say that its save is committed. Who made it can't confirm
+it, and may have learnt a moment too late that the save was deleted. See process/copy_keeper.py.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torchcache_server.cache.borrowing import origins
 from torchcache_server.cache.catalogue import status_of_copy
 from torchcache_server.cache.claim_book import ClaimBook
 from torchcache_server.cache.claims import Sighting
-from torchcache_server.cache.commits import make_durable, put_before, require_whole
+from torchcache_server.cache.commits import make_durable, put_before, require_undamaged, require_whole
 from torchcache_server.cache.copy_plan import Verdict, decide_takeover, is_left_open, judge
 from torchcache_server.cache.saves import Copy, Save, SaveKey, SaveStatus, check_files, kind_of_manifest
 from torchcache_server.cache.slots import Slot, Slots
@@ -53,7 +55,10 @@ class Copies:
         """
         slot = self._slots.slot(save.key)
         with slot.exclusively(deadline):
-            if save.save_id in slot.copies or (slot.save is not None and slot.save.save_id == save.save_id):
+            if slot.save is not None and slot.save.save_id == save.save_id:
+                require_undamaged(slot.save)
+                return
+            if save.save_id in slot.copies:
                 return
             if not save.metadata and not save.manifest:
                 metadata, manifest = put_before(self._store, save.key, save.save_id)

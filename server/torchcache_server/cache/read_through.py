@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Final
 
@@ -37,6 +37,8 @@ class ReadThrough:
         inflight_bytes: int = 512 * _MIB,
     ) -> None:
         self.store = store
+        self.tell_damaged: Callable[[ChunkId], None] = lambda chunk: None
+        """Called with a chunk of a save that a reader found damaged here."""
         self._under_stores = under_stores
         self._queue = FillQueue(threads=fill_threads, limit_bytes=inflight_bytes)
         self._flights: dict[ChunkId, Fill] = {}
@@ -157,6 +159,7 @@ class ReadThrough:
             return
         if chunk.object.is_save:
             # Not quarantined: it may be the only copy.
+            self.tell_damaged(chunk)
             raise IntegrityError(
                 f"chunk {chunk.index} of {chunk.object} is damaged on this server's disk; load another checkpoint",
                 object=str(chunk.object),

@@ -35,6 +35,7 @@ from torchcache_server.cache.claims import DEAD_AFTER_LEASES
 from torchcache_server.cache.commits import Commits
 from torchcache_server.cache.copies import Copies
 from torchcache_server.cache.deletions import Deletions
+from torchcache_server.cache.holdings import Holdings
 from torchcache_server.cache.orphans import Orphans
 from torchcache_server.cache.pending import Pending
 from torchcache_server.cache.publish import Publisher
@@ -107,6 +108,7 @@ class WriteBack:
             store, threads=upload_threads, retry_s=retry_s, check_running=self._check_running
         )
         self._orphans = Orphans(store, clock=clock)
+        self.holdings = Holdings(store, self._slots, self._claims, under_store_of=self._under_store)
         self._shard_threads = ThreadPoolExecutor(max(1, upload_threads), thread_name_prefix="shard")
         self._uploader = Uploader(
             store,
@@ -230,12 +232,15 @@ class WriteBack:
         writer: str,
         owner: str,
         borrowed: Collection[str] = (),
+        committed_unix_s: float = 0.0,
+        replicas: int = 2,
         deadline: float,
     ) -> None:
         """Makes this server hold a copy of the save that `owner`, another server, is about to commit. May be repeated.
 
-        Arguments as of `commit`, and what `reserve` was told and `replaceable` told there. Raises CheckpointError if
-        bytes are missing.
+        Arguments as of `commit`, and what `reserve` was told and `replaceable` told there. `committed_unix_s` is 0, or
+        says when it was committed: then this is a copy made later, and `replicas` servers are to hold the save. Raises
+        CheckpointError if bytes are missing, or those of the save that this server has are damaged.
         """
         key.validate()
         self._under_store(key.store)
@@ -248,9 +253,9 @@ class WriteBack:
             overwrite=overwrite,
             replaceable=tuple(replaceable),
             state="committed",
-            committed_unix_s=time.time(),
+            committed_unix_s=committed_unix_s or time.time(),
             writer=writer,
-            replicas=2,
+            replicas=replicas,
         )
         self._copies.prepare(save, owner, borrowed=borrowed, deadline=deadline)
 

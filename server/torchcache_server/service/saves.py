@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Final
@@ -93,6 +94,8 @@ class SaveCalls:
             writer=request.writer,
             owner=request.owner,
             borrowed=_borrowed(request.files),
+            committed_unix_s=min(max(0.0, request.committed_unix_s), time.time()),
+            replicas=min(max(2, request.replicas), MAX_REPLICAS),
             deadline=deadline_of(context),
         )
         return pb.PrepareCopyReply()

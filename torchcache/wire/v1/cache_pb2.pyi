@@ -677,7 +677,7 @@ class CommitSaveRequest(_message.Message):
     def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ..., metadata: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., replicas: _Optional[int] = ...) -> None: ...
 
 class PrepareCopyRequest(_message.Message):
-    __slots__ = ("save", "files", "metadata", "manifest", "overwrite", "replaceable", "writer", "owner")
+    __slots__ = ("save", "files", "metadata", "manifest", "overwrite", "replaceable", "writer", "owner", "committed_unix_s", "replicas")
     SAVE_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
@@ -686,6 +686,8 @@ class PrepareCopyRequest(_message.Message):
     REPLACEABLE_FIELD_NUMBER: _ClassVar[int]
     WRITER_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     save: SaveRef
     files: _containers.RepeatedCompositeFieldContainer[SavedFile]
     metadata: bytes
@@ -694,7 +696,9 @@ class PrepareCopyRequest(_message.Message):
     replaceable: _containers.RepeatedScalarFieldContainer[str]
     writer: str
     owner: str
-    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ..., metadata: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., overwrite: bool = ..., replaceable: _Optional[_Iterable[str]] = ..., writer: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
+    committed_unix_s: float
+    replicas: int
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ..., metadata: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., overwrite: bool = ..., replaceable: _Optional[_Iterable[str]] = ..., writer: _Optional[str] = ..., owner: _Optional[str] = ..., committed_unix_s: _Optional[float] = ..., replicas: _Optional[int] = ...) -> None: ...
 
 class PrepareCopyReply(_message.Message):
     __slots__ = ()
