@@ -316,7 +316,9 @@ def starter() -> Iterator[ForkingStarter]:
 def check_kills(seed: int, kills: int, folder: Path, storage: Storage, starter: ForkingStarter) -> Run:
     print(f"seed {seed}, {storage.root}")
     with ExitStack() as stack:
-        servers = ReplicaServers(folder, storage.under_store, count=SERVERS, starter=starter)
+        servers = ReplicaServers(
+            folder, storage.under_store, count=SERVERS, starter=starter, keeps_copies=True
+        )
         stack.enter_context(servers)
         run = Run(seed, servers, folder, storage)
         run.go(kills)

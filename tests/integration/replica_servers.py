@@ -49,7 +49,8 @@ class UploadGate(Proxy):
 class ReplicaServers:
     """`count` servers over one under-store, `name=uri`, and a pool that knows them all. Context manager.
 
-    `more` is what the servers find in their environment.
+    `more` is what the servers find in their environment. `keeps_copies`: they know of each other, and make copies of
+    checkpoints again that are lost.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ReplicaServers:
         starter: Starter | None = None,
         drain_s: float = 0.2,
         lease_s: float = LEASE_S,
+        keeps_copies: bool = False,
         more: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
@@ -72,6 +74,8 @@ class ReplicaServers:
             *("--capacity", "1GB", "--token-file", str(folder / "token"), "--under-store", under_store),
             *("--drain-s", str(drain_s), "--lease-s", str(lease_s), "--scrub-rate", "0"),
         ]
+        if keeps_copies:
+            self._arguments += ["--pool", ",".join(self.addresses)]
         self._closing = ExitStack()
 
     def __enter__(self) -> ReplicaServers:

@@ -267,6 +267,8 @@ def test_health_and_metrics(start: Callable[..., ServerProcess]) -> None:
             text = response.read().decode()
         assert "torchcache_store_capacity_bytes 1e+09" in text
         assert 'torchcache_saves{state="replicated"} 0.0' in text
+        assert "torchcache_save_oldest_pending_seconds 0.0" in text
+        assert "torchcache_copies_wanted 0.0" in text
         assert "torchcache_read_calls_total 1.0" in text
         assert 'torchcache_under_store_read_requests_total{under_store="file"} 4.0' in text
 

@@ -78,6 +78,7 @@ class ServerConfig:
     )
     embedded: Embedded | None = None
     join: RegistryAddress | None = None
+    pool: str | None = None  # its address, as clients have it; None: `join`'s, if that is given
     advertise: str | None = None  # the host by which others reach it; None: `host`
     weight: float = 1.0  # see pool_weight
     log_format: LogFormat = DEFAULT_FORMAT
@@ -116,6 +117,11 @@ class ServerConfig:
             )
         for name, _ in self.under_stores:
             check_name(name)
+
+    @property
+    def pool_address(self) -> str | None:
+        """Where its pool's other servers are found; None: it knows of none."""
+        return self.pool if self.pool is not None or self.join is None else str(self.join)
 
     @property
     def reached_at(self) -> str:
@@ -174,8 +180,8 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
 
     listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, tls_client_ca, drain_s,
     metrics_port, metrics_host, scrub_rate (bytes a second), min_free, lease_s, max_pending, weight, join, advertise,
-    log_format, log_level, servers; an embedded server has embedded (its pool's folder), index and idle_s in place of
-    listen, store, join and servers.
+    pool, log_format, log_level, servers; an embedded server has embedded (its pool's folder), index and idle_s in place
+    of listen, store, join, pool and servers.
     None is the same as absent.
 
     Raises ConfigurationError, also for a setting that doesn't exist.
@@ -205,6 +211,7 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
         embedded=embedded,
         join=RegistryAddress.parse(_text(given, "join")) if "join" in given else None,
         advertise=_text(given, "advertise") if "advertise" in given else None,
+        pool=_text(given, "pool") if "pool" in given else None,
         weight=_number(given, "weight", 1.0),
         log_format=check_format(_text(given, "log_format", DEFAULT_FORMAT)),
         log_level=check_level(_text(given, "log_level", DEFAULT_LEVEL)),
@@ -256,6 +263,7 @@ _SETTINGS: Final = (
     "max_pending",
     "join",
     "advertise",
+    "pool",
     "weight",
     "log_format",
     "log_level",
@@ -267,7 +275,7 @@ _SETTINGS: Final = (
 
 
 _NOT_EMBEDDED: Final = frozenset(
-    ("listen", "store", "tls_cert", "tls_key", "tls_client_ca", "join", "advertise", "servers")
+    ("listen", "store", "tls_cert", "tls_key", "tls_client_ca", "join", "advertise", "pool", "servers")
 )
 
 
@@ -286,7 +294,7 @@ def _embedded(given: Mapping[str, Any]) -> Embedded | None:
                 raise ConfigurationError(f"{name} belongs to an embedded server: give its pool's folder, too")
         return None
     extra = sorted(
-        {"listen", "store", "tls_cert", "tls_key", "tls_client_ca", "join", "advertise", "servers"}
+        {"listen", "store", "tls_cert", "tls_key", "tls_client_ca", "join", "advertise", "pool", "servers"}
         & given.keys()
     )
     if extra:

@@ -121,6 +121,13 @@ _LOG = logging.getLogger(__name__)
     "--advertise", metavar="HOST", help="With --join: how others reach this machine. [--listen's host]"
 )
 @click.option(
+    "--pool",
+    metavar="ADDRESS",
+    help="All servers of the pool, as clients name them, like host:7440,host:7440: a checkpoint that isn't uploaded "
+    "yet is copied again when a server that holds it is lost, and mended from another when it is damaged here. "
+    "[--join's]",
+)
+@click.option(
     "--weight",
     metavar="FACTOR",
     type=float,

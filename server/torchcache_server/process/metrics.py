@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -23,6 +23,8 @@ from torchcache_server.service.requests import REASONS
 from torchcache_server.store import Store, StoreUsage
 from torchcache_server.understore.base import UnderStore
 
+from .copy_keeper import CopyCounts
+
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
@@ -39,6 +41,7 @@ class ServerCollector(Collector):
         counters: ServiceCounters,
         admission: Admission,
         ahead: StageAhead,
+        copies: Callable[[], CopyCounts],
     ) -> None:
         self._store = store
         self._under_stores = under_stores
@@ -47,6 +50,7 @@ class ServerCollector(Collector):
         self._counters = counters
         self._admission = admission
         self._ahead = ahead
+        self._copies = copies
         self._pending_since = time.monotonic()
 
     def collect(self) -> Iterator[Family]:
@@ -91,6 +95,12 @@ class ServerCollector(Collector):
             time.monotonic() - self._pending_since,
         )
         yield self._saves()
+        yield _gauge(
+            "save_oldest_pending_seconds",
+            "Age of the oldest checkpoint that this server has yet to upload",
+            self._write_back.holdings.oldest_s,
+        )
+        yield from _copy_families(self._copies())
         yield from _order_families(self._ahead.standings())
         yield from self._under_store_families()
 
@@ -150,6 +160,15 @@ def _passed_over_family(passed_over: PassedOver) -> GaugeMetricFamily:
     for reason in sorted(REASONS):
         family.add_metric([reason], sum(each == reason for each in told.values()))
     return family
+
+
+def _copy_families(copies: CopyCounts) -> Iterator[Family]:
+    yield _gauge(
+        "copies_wanted", "Copies that checkpoints which wait for their upload are to have", copies.wanted
+    )
+    yield _gauge("copies_held", "Copies that they have, as far as was found", copies.held)
+    yield _counter("copies_made", "Copies made again in place of lost ones", copies.made)
+    yield _counter("mended_chunks", "Damaged chunks fetched again from another server", copies.mended_chunks)
 
 
 def _order_families(orders: Sequence[Ahead]) -> Iterator[Family]:

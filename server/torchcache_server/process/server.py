@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from torchcache.errors import ConfigurationError
 from torchcache.kernel import kernel_id
 from torchcache.records import IDENTITY
 from torchcache.registry import Announcement, Registry
+from torchcache.tokens import ScopedToken
 from torchcache.unix_sockets import data_socket
 from torchcache.wire.v1 import cache_pb2
 from torchcache_server import understore
@@ -37,6 +38,7 @@ from torchcache_server.understore.base import UnderStore
 from torchcache_server.understore.s3 import S3UnderStore
 
 from .config import ServerConfig
+from .copy_keeper import CopyCounts, CopyKeeper
 from .endpoint import EndpointFile
 from .life import started
 from .listeners import ControlListener, listen_data, stop_data
@@ -82,6 +84,7 @@ class Server:
         self._stack = ExitStack()
         self._stuck = False
         self._membership: Membership | None = None
+        self._copy_keeper: CopyKeeper | None = None
         try:
             self._open()
         except BaseException:
@@ -90,10 +93,11 @@ class Server:
 
     def _open(self) -> None:
         # What is wrong with these is said before a store is made.
-        tokens = Tokens(read_or_create_tokens(self.config.token_file))
+        tokens = read_or_create_tokens(self.config.token_file)
         tls = read_tls(self.config.tls) if self.config.tls else None
         parts = self._open_store()
-        self._listen(parts, tokens, tls)
+        self._keep_copies(parts.read_through, tokens)
+        self._listen(parts, Tokens(tokens), tls)
         self._serve(parts)
 
     def _open_store(self) -> _Parts:
@@ -127,6 +131,29 @@ class Server:
             counters=ServiceCounters(),
         )
 
+    def _keep_copies(self, read_through: ReadThrough, tokens: Sequence[ScopedToken]) -> None:
+        """Sees to it that checkpoints lie on as many servers as they should, if it knows of others."""
+        address = self.config.pool_address
+        if address is None:
+            return
+        from .peers import Peers, peers_access  # a client: others do without its imports
+
+        try:
+            peers = Peers(address, peers_access(tokens), server_id=self._write_back.holdings.server_id)
+        except ConfigurationError as error:
+            if self.config.pool is not None:
+                raise
+            _LOG.warning("lost copies of checkpoints aren't made again from here: %s", error.message)
+            return
+        self._copy_keeper = CopyKeeper(
+            self._write_back.holdings,
+            peers,
+            lease_s=self.config.lease_s,
+            mended=self._write_back.retry_failed,
+        )
+        self._stack.callback(self._copy_keeper.close)
+        read_through.tell_damaged = self._write_back.holdings.report
+
     def _listen(self, parts: _Parts, tokens: Tokens, tls: TlsContents | None) -> None:
         """Takes the ports. Data is served from here on, control not yet."""
         config, closing = self.config, self._stack
@@ -158,6 +185,7 @@ class Server:
                 read_through=parts.read_through,
                 counters=parts.counters,
                 ahead=parts.ahead,
+                copies=self._copy_keeper.counts if self._copy_keeper is not None else CopyCounts,
             )
             closing.enter_context(serve_metrics(config.metrics_host, config.metrics_port, collector))
         self._store = parts.store

@@ -86,3 +86,5 @@ def arguments(config: ServerConfig) -> Iterator[str]:
         yield from ("--min-free", str(config.min_free_bytes))
     if config.join is not None:
         yield from ("--join", str(config.join), "--advertise", config.reached_at)
+    if config.pool is not None:
+        yield from ("--pool", config.pool)
