@@ -15,6 +15,7 @@ from examples.seaweedfs import SeaweedFS
 from tests.e2e.test_checkpoint_replicas import damage
 from tests.integration.described_saves import load, save
 from tests.integration.replica_servers import ReplicaServers, UploadGate, wait_for_save, wait_until
+from torchcache.checkpoint.catalog import list_checkpoints
 from torchcache.save_names import CLAIM_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -76,6 +77,7 @@ def test_a_lost_copy_is_made_again_and_outlives_the_owner(
 ) -> None:
     save(servers.pool, uri, 1, SIZE)
     owner, replica, third = servers.order(uri)
+    assert [c.waiting_s > 0 for c in list_checkpoints(servers.pool, uri)] == [True]
     servers.end(replica)
     shutil.rmtree(servers.store(replica))
     wait_for_log(servers, owner, f"was copied to server {servers.addresses[third]}")

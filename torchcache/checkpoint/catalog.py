@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -27,7 +28,8 @@ class Checkpoint:
     "saving": not committed yet. "cached": restorable from the pool, where one server has it. "replicated": `replicas`
     servers have it. "durable": restorable from storage. "failed": restorable from the pool, and its upload met an
     error. "stock": in storage, saved by torch without torchcache. "unfinished": in storage, being written or deleted by
-    another pool, or left so. Sizes are bytes, 0 where they are not known.
+    another pool, or left so. Sizes are bytes, 0 where they are not known. `waiting_s`: how long ago a save
+    was committed that storage doesn't have yet, by this machine's clock.
     """
 
     uri: str
@@ -38,6 +40,7 @@ class Checkpoint:
     pending_bytes: int = 0
     replicas: int = 0
     error: str = ""
+    waiting_s: float = 0.0
 
 
 def state_of(save: SaveInfo) -> State:
@@ -67,8 +70,15 @@ def list_checkpoints(pool: Pool, uri: str) -> list[Checkpoint]:
             pending_bytes=save.pending_bytes,
             replicas=0 if save.state in ("reserved", "durable") else save.replicas,
             error=str(save.error) if save.error else "",
+            waiting_s=_waiting_s(save),
         )
     return [found[key] for key in sorted(found)]
+
+
+def _waiting_s(save: SaveInfo) -> float:
+    if save.state not in ("committed", "failed") or not save.committed_unix_s:
+        return 0.0
+    return max(0.0, time.time() - save.committed_unix_s)
 
 
 def committed_parts(pool: Pool, uri: str) -> list[SaveInfo]:

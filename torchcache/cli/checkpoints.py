@@ -53,7 +53,7 @@ def checkpoint_ls(session: Session, uri: str) -> None:
         session.output.text(f"no checkpoints under {uri}")
         return
     session.output.table(
-        ("checkpoint", "part", "state", ">size", ">to upload", ">servers", "error"),
+        ("checkpoint", "part", "state", ">size", ">to upload", ">waiting", ">servers", "error"),
         [
             (
                 one.uri,
@@ -61,6 +61,7 @@ def checkpoint_ls(session: Session, uri: str) -> None:
                 one.state,
                 size_text(one.bytes) if one.bytes else "-",
                 size_text(one.pending_bytes) if one.pending_bytes else "-",
+                duration_text(one.waiting_s) if one.waiting_s else "-",
                 str(one.replicas or "-"),
                 one.error,
             )
