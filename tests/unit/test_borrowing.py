@@ -156,6 +156,71 @@ def test_an_overwriting_save_may_borrow_from_what_it_replaces(server: Server) ->
     assert server.namespaces == []
 
 
+def damage(server: Server, name: str) -> None:
+    """Every byte of a file of the first save."""
+    chunks = server.store.chunks[KEY.namespace("first")]
+    chunk = next(chunk for chunk in chunks if chunk.object.key.endswith(name))
+    chunks[chunk] = chunks[chunk]._replace(payload=pa.py_buffer(b"?" * len(chunks[chunk].payload)))
+
+
+def test_a_loan_holds_what_was_lent_and_no_more_of_its_lender(server: Server) -> None:
+    """I5: what else the earlier save has may go, if storage has it."""
+    server.save("first")
+    save_borrowing(server, "second")
+    for key in (KEY, NEXT):
+        server.upload(key)
+    server.reserve("third", THIRD)
+    assert borrow(server, "third", THIRD, base=(NEXT, "second")) == [FROZEN]
+    assert server.store.kept == {KEY.namespace("first")}
+    assert borrow(server, "third", THIRD, base=(NEXT, "second"), names=(FRESH,)) == [FRESH]
+    assert server.store.kept == {KEY.namespace("first"), NEXT.namespace("second")}
+    server.write_back.abandon(THIRD, "third")
+    assert not server.store.kept
+
+
+@pytest.mark.parametrize("how", ["damaged", "absent", "late"])
+def test_a_loan_of_nothing_ends_at_once(server: Server, how: str) -> None:
+    """I5: also on a server that has no reservation which would end it."""
+    server.save("first")
+    server.upload()
+    if how == "damaged":
+        damage(server, FROZEN)
+        assert borrow(server, "second") == []
+    elif how == "absent":
+        assert borrow(server, "second", names=("__9_9.distcp",)) == []
+    else:
+        with pytest.raises(DeadlineExceeded):
+            server.write_back.lend(NEXT, "second", KEY, "first", [FROZEN], deadline=time.monotonic())
+    assert not server.store.kept
+    assert not server.write_back._slots.slot(NEXT).loans
+
+
+def test_one_rank_that_is_lent_nothing_ends_no_loan_of_another(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether that is there already, or just being looked at."""
+    server.save("first")
+    server.upload()
+    damage(server, FRESH)
+    server.reserve("second", NEXT)
+    read = server.store.read
+    lent: list[list[str]] = []
+
+    def meanwhile(chunk: ChunkId) -> object:
+        if chunk.object.key.endswith(FROZEN) and not lent:
+            lent.append([])
+            lent[0] = borrow(server, "second", names=(FRESH,))
+        return read(chunk)
+
+    monkeypatch.setattr(server.store, "read", meanwhile)
+    assert borrow(server, "second") == [FROZEN]
+    assert lent == [[]]
+    assert borrow(server, "second", names=(FRESH,)) == []
+    assert server.store.kept == {KEY.namespace("first")}
+    put_fresh(server, "second", NEXT)
+    server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+
+
 # ---- those that come to nothing ----
 
 
@@ -345,11 +410,10 @@ def test_a_damaged_file_is_not_lent(server: Server) -> None:
     """F34: what is acknowledged was seen to be intact."""
     server.save("first")
     server.reserve("second", NEXT)
-    chunks = server.store.chunks[KEY.namespace("first")]
-    chunk = next(chunk for chunk in chunks if chunk.object.key.endswith(FROZEN))
-    chunks[chunk] = chunks[chunk]._replace(payload=pa.py_buffer(b"?" * len(BYTES)))
+    damage(server, FROZEN)
     assert borrow(server, "second", names=(FROZEN, FRESH)) == [FRESH]
-    del chunks[chunk]
+    chunks = server.store.chunks[KEY.namespace("first")]
+    del chunks[next(chunk for chunk in chunks if chunk.object.key.endswith(FROZEN))]
     assert borrow(server, "second", names=(FROZEN,)) == []
 
 

@@ -61,45 +61,52 @@ class Borrowing:
             raise Overloaded(f"{MOST_READING} others borrow files here just now", object=str(key))
         try:
             slot = self._slots.slot(key)
-            save = self._begin(slot, save_id, base, base_id)
-            return self._hold(slot, save_id, save, names, check) if save is not None else []
+            save, wanted = self._begin(slot, save_id, base, base_id, names)
+            return self._look_at(slot, save_id, save, wanted, check) if save is not None else []
         finally:
             self._reading.release()
 
-    def _hold(
-        self, slot: Slot, save_id: str, save: Save, names: Collection[str], check: Callable[[], None]
-    ) -> list[str]:
-        self._slots.settle(save.namespaces)
-        intact = list(self._intact(save, names, check))
-        with self._slots.changed:
-            loan = slot.loans.get(save_id)
-            if loan is None:  # the reservation has ended meanwhile
-                return []
-            slot.loans[save_id] = replace(loan, names=loan.names.union(intact))
-        return intact
-
-    def _begin(self, slot: Slot, save_id: str, base: SaveKey, base_id: str) -> Save | None:
-        """The base, which isn't dropped from here on. None if it isn't here, or about to go."""
+    def _begin(
+        self, slot: Slot, save_id: str, base: SaveKey, base_id: str, names: Collection[str]
+    ) -> tuple[Save | None, frozenset[str]]:
+        """The base, and those of its files that aren't dropped from here on. None if it isn't here, or about to go."""
+        none: tuple[None, frozenset[str]] = None, frozenset()
         with self._slots.changed:
             save = self._find(base, base_id)
             there = slot.loans.get(save_id)
-            if (
-                save is None
-                or save.namespaces & self._slots.dropping
-                or len(save.namespaces) > _MOST_NAMESPACES
-            ):
-                return None
-            if there is None and len(slot.loans) >= _MOST_LOANS:
-                return None
-            if there is not None and there.base.save_id != base_id:
-                return None
-            if slot.lease is not None and slot.lease.save_id != save_id:
-                return None
-            if save_id in slot.copies or (slot.save is not None and slot.save.save_id == save_id):
-                return None
-            names = there.names if there is not None else frozenset()
-            slot.loans[save_id] = Loan(save, names, self._clock() + LOAN_LEASES * self._lease_s)
-        return save
+            if save is None or not self._may_borrow(slot, save_id, there, base_id):
+                return none
+            wanted = frozenset(names).intersection(name for name, _ in save.files)
+            loan = there if there is not None else Loan(save, frozenset(), 0.0)
+            expires_s = self._clock() + LOAN_LEASES * self._lease_s
+            loan = replace(loan, expires_s=expires_s, reading=(*loan.reading, wanted))
+            new = loan.namespaces - (there.namespaces if there is not None else frozenset())
+            if not wanted or new & self._slots.dropping or len(loan.namespaces) > _MOST_NAMESPACES:
+                return none
+            slot.loans[save_id] = loan
+        return save, wanted
+
+    def _may_borrow(self, slot: Slot, save_id: str, there: Loan | None, base_id: str) -> bool:
+        """Whether the save may have a loan of that base, besides the one that is `there`. It isn't committed yet."""
+        if there is None and len(slot.loans) >= _MOST_LOANS:
+            return False
+        if there is not None and there.base.save_id != base_id:
+            return False
+        if slot.lease is not None and slot.lease.save_id != save_id:
+            return False
+        return save_id not in slot.copies and (slot.save is None or slot.save.save_id != save_id)
+
+    def _look_at(
+        self, slot: Slot, save_id: str, save: Save, wanted: frozenset[str], check: Callable[[], None]
+    ) -> list[str]:
+        """Those that are intact. The others are let go; all of them, if that can't be found out."""
+        intact: frozenset[str] = frozenset()
+        try:
+            self._slots.settle(save.namespaces_of(wanted))
+            intact = frozenset(self._intact(save, wanted, check))
+        finally:
+            is_lent = self._slots.change_loan(slot, save_id, lambda loan: _looked_at(loan, wanted, intact))
+        return sorted(intact) if is_lent else []  # the reservation may have ended meanwhile
 
     def _find(self, key: SaveKey, save_id: str) -> Save | None:
         slot = self._slots.find(key)
@@ -136,6 +143,16 @@ class Borrowing:
         lease = slot.lease
         is_held = lease is not None and lease.save_id == save_id
         return not is_held and self._clock() >= loan.expires_s
+
+
+def _looked_at(loan: Loan, wanted: frozenset[str], intact: frozenset[str]) -> Loan:
+    """Once the call that looks at `wanted`, this very set, is done. A loan that was begun since is left as it is."""
+    reading = tuple(names for names in loan.reading if names is not wanted)
+    return (
+        loan
+        if len(reading) == len(loan.reading)
+        else replace(loan, names=loan.names | intact, reading=reading)
+    )
 
 
 def origins(slot: Slot, save_id: str, names: Collection[str]) -> dict[str, tuple[str, str]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -121,8 +121,12 @@ class Save:
     @property
     def namespaces(self) -> frozenset[str]:
         """Where its shards lie: its own namespace, and those of the saves it has borrowed from."""
-        origins = {save_namespace(self.key.store, *origin) for origin in self.borrowed.values()}
-        return frozenset(origins | {self.namespace})
+        return self.namespaces_of(self.borrowed) | {self.namespace}
+
+    def namespaces_of(self, names: Iterable[str]) -> frozenset[str]:
+        """Where these of its shards lie."""
+        origins = {self.origin(name) for name in names}
+        return frozenset(save_namespace(self.key.store, *origin) for origin in origins)
 
     def origin(self, name: str) -> tuple[str, str]:
         """Path and id of the save that stored the shard `name`."""

@@ -35,11 +35,24 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Loan:
-    """Files of `base`, another save, that are lent to one that is being written. `names` are known to be intact."""
+    """Files of `base`, another save, that are lent to one that is being written.
+
+    `names` are known to be intact; `reading` are looked at just now, by a call each. No other file of `base` is held.
+    """
 
     base: Save
     names: frozenset[str]
     expires_s: float  # monotonic; on the server that has the lease that counts
+    reading: tuple[frozenset[str], ...] = ()
+
+    @property
+    def files(self) -> frozenset[str]:
+        return self.names.union(*self.reading)
+
+    @property
+    def namespaces(self) -> frozenset[str]:
+        """Where these files lie."""
+        return self.base.namespaces_of(self.files)
 
 
 @dataclass(slots=True)
@@ -99,16 +112,17 @@ class Slot:
         """The namespaces that are in use by what isn't being deleted."""
         lease, save = self.lease, self.save
         held = {self.key.namespace(lease.save_id)} if lease is not None else set()
-        saves = [*self._held_for_others(), *tuple(self.spent.values()), *([save] if save is not None else [])]
-        return held.union(*(save.namespaces for save in saves))
+        saves = [*tuple(self.spent.values()), *([save] if save is not None else [])]
+        return held.union(self._held_for_others(), *(save.namespaces for save in saves))
 
     def must_keep(self, namespace: str, save: Save | None = None) -> bool:
         """Whether something of this path needs the namespace, and can't get it back. `save`: if that were its save."""
         lease, save = self.lease, save or self.save
         if lease is not None and self.key.namespace(lease.save_id) == namespace:
             return True
-        needed = [*self._held_for_others(), *([save] if save is not None and save.must_be_kept else [])]
-        return any(namespace in save.namespaces for save in needed)
+        if save is not None and save.must_be_kept and namespace in save.namespaces:
+            return True
+        return namespace in self._held_for_others()
 
     def stored(self, namespace: str) -> bool:
         """Whether it is that of a save of this path, committed or held as a copy."""
@@ -123,7 +137,8 @@ class Slot:
             return None
         return save.namespace
 
-    def _held_for_others(self) -> list[Save]:
+    def _held_for_others(self) -> frozenset[str]:
         # Taken out at once: others may change them meanwhile.
         copies, loans = tuple(self.copies.values()), tuple(self.loans.values())
-        return [copy.save for copy in copies] + [loan.base for loan in loans]
+        held = [copy.save.namespaces for copy in copies] + [loan.namespaces for loan in loans]
+        return frozenset[str]().union(*held)

@@ -213,8 +213,26 @@ class Slots:
             if loan is None or (only is not None and loan is not only):
                 return
             del slot.loans[save_id]
+        self._let_go(slot, loan.namespaces)
+
+    def change_loan(self, slot: Slot, save_id: str, change: Callable[[Loan], Loan]) -> bool:
+        """What isn't lent any more is let go at once, and with its last file the loan. False if there is none."""
+        with self.changed:
+            before = slot.loans.get(save_id)
+            if before is None:
+                return False
+            after = change(before)
+            if after.files:
+                slot.loans[save_id] = after
+            else:
+                del slot.loans[save_id]
+        self._let_go(slot, before.namespaces - after.namespaces)
+        return True
+
+    def _let_go(self, slot: Slot, namespaces: Iterable[str]) -> None:
         try:
-            self._drop_all(slot, loan.base)
+            for namespace in sorted(namespaces):
+                self.drop(slot, namespace)
         except TorchCacheError as error:
             _log.warning("%s: what was lent to it stays for now: %s", slot.key, error)
 
