@@ -391,6 +391,10 @@ def test_a_save_borrows_nothing_that_it_may_not(server: HostileServer) -> None:
     stolen = [pb.SavedFile(name="__0_0.distcp", size=len(payload), borrowed=True)]
     commit = pb.CommitSaveRequest(save=mine, files=stolen, metadata=b"m", manifest=b"{}")
     assert isinstance(refusal(partial(server.client.call, "CommitSave", commit)), CheckpointError)
+    for save in (mine, base, guessed, elsewhere):
+        server.client.call(
+            "ReturnFiles", pb.ReturnFilesRequest(save=save, names=["__0_0.distcp", "../x", ""])
+        )
     assert borrow(mine, base, "__0_0.distcp") == ["__0_0.distcp"]
     longer = [pb.SavedFile(name="__0_0.distcp", size=len(payload) + 1, borrowed=True)]
     commit = pb.CommitSaveRequest(save=mine, files=longer, metadata=b"m", manifest=b"{}")

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pyarrow as pa
 import pytest
@@ -221,6 +222,31 @@ def test_one_rank_that_is_lent_nothing_ends_no_loan_of_another(
     server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
 
 
+def test_what_is_given_back_is_let_go_and_commits_nothing(server: Server) -> None:
+    """I5: with the last of it the loan. What isn't lent, or of no save, is nobody's to give back."""
+    server.save("first")
+    server.upload()
+    server.reserve("second", NEXT)
+    assert sorted(borrow(server, "second", names=(FROZEN, FRESH))) == [FROZEN, FRESH]
+    give_back = partial(server.write_back.take_back, NEXT, deadline=soon())
+    give_back("second", ["__9_9.distcp"])
+    give_back("third", [FROZEN])
+    server.write_back.take_back(THIRD, "second", [FROZEN], deadline=soon())
+    give_back("second", [FRESH])
+    assert server.store.kept == {KEY.namespace("first")}
+    give_back("second", [FROZEN])
+    assert not server.store.kept
+    put_fresh(server, "second", NEXT)
+    with pytest.raises(CheckpointError, match="isn't lent"):
+        server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+    assert borrow(server, "second") == [FROZEN]
+    server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+    give_back("second", [FROZEN])
+    delete(server, KEY)
+    assert frozen_is_here(server)
+    assert server.state(NEXT) == "committed second"
+
+
 # ---- those that come to nothing ----
 
 
@@ -250,6 +276,18 @@ def test_a_loan_without_a_reservation_ends_by_itself(server: Server) -> None:
     assert not server.store.kept
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp was to be borrowed .* isn't lent \(any more\)"):
         server.hold_copy("second", NEXT, owner="b", files=files_of("second"), borrowed=[FROZEN])
+
+
+def test_a_loan_without_a_reservation_lasts_as_long_as_the_save_grows(server: Server) -> None:
+    """It may take long to send what did change."""
+    server.save("first")
+    server.upload()
+    assert borrow(server, "second") == [FROZEN]
+    put_fresh(server, "second", NEXT)
+    for kept in (True, False):
+        server.clock_ahead_s += (LOAN_LEASES + 1) * LONG_S
+        server.write_back.tidy()
+        assert (KEY.namespace("first") in server.store.kept) == kept
 
 
 def test_a_loan_of_a_living_reservation_does_not_end(server: Server) -> None:
@@ -551,6 +589,31 @@ def test_a_loan_does_not_end_amid_the_commit_that_needs_it(
     for other in others:
         other.join()
     assert others
+    assert frozen_is_here(server)
+    assert server.store.kept == {KEY.namespace("first"), NEXT.namespace("second")}
+
+
+def test_nothing_is_given_back_amid_the_commit_that_needs_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I2: as a call may that was late; nobody else holds the bytes any more."""
+    server.save("first")
+    server.upload()
+    server.reserve("second", NEXT)
+    assert borrow(server, "second") == [FROZEN]
+    delete(server, KEY)
+    put_fresh(server, "second", NEXT)
+    others: list[threading.Thread] = []
+    sync = server.store.sync
+
+    def meanwhile(namespace: str) -> None:
+        sync(namespace)
+        if not others:
+            beside(lambda: server.write_back.take_back(NEXT, "second", [FROZEN], deadline=soon()), others)
+
+    monkeypatch.setattr(server.store, "sync", meanwhile)
+    server.commit("second", NEXT, files=files_of("second"), borrowed=[FROZEN])
+    others[0].join()
     assert frozen_is_here(server)
     assert server.store.kept == {KEY.namespace("first"), NEXT.namespace("second")}
 

@@ -18,9 +18,15 @@ BASE = cache_pb2.SaveRef(store="s3", path="run/step-1", save_id="old")
 
 
 def borrow(answers: dict[str, list[list[str] | TorchCacheError]]) -> frozenset[str]:
-    """What each server answers, one call after the other."""
+    """What each server answers, one call after the other; what isn't borrowed of it is given back."""
+    given_back: dict[str, list[str]] = {}
+    lent_by = {server: turns[-1] for server, turns in answers.items()}
 
     def ask_member(server: str, method: str, request: Any, deadline: float) -> Any:
+        if method == "ReturnFiles":
+            assert request.save == REF
+            given_back[server] = list(request.names)
+            raise ServerUnavailable("it may be gone meanwhile")
         assert (method, list(request.names)) == ("BorrowFiles", sorted(SIZES))
         answer = answers[server].pop(0)
         if isinstance(answer, TorchCacheError):
@@ -32,6 +38,8 @@ def borrow(answers: dict[str, list[list[str] | TorchCacheError]]) -> frozenset[s
     )
     lent = Saves(session).borrow(REF, BASE, SIZES, list(answers))
     assert not any(answers.values())
+    for server, names in lent_by.items():
+        assert given_back.get(server, []) == sorted(set(names) - lent if isinstance(names, list) else [])
     return lent
 
 

@@ -37,6 +37,7 @@ def test_what_changes_something_is_not_for_readers() -> None:
         "Reserve",
         "Renew",
         "Borrow",
+        "Return",
         "Abandon",
         "Copy",
         "Policy",

@@ -307,6 +307,14 @@ class Pool:
         earlier = cache_pb2.SaveRef(store=store, path=base[0], part=part, save_id=base[1])
         return Saves(self._session()).borrow(ref, earlier, sizes, servers)
 
+    def return_files(
+        self, save: tuple[str, str, str, str], names: Collection[str], *, servers: Sequence[str]
+    ) -> None:
+        """Gives back files that `borrow_files` has got for a save: they will be written. No failure is raised."""
+        store, path, part, save_id = save
+        ref = cache_pb2.SaveRef(store=store, path=path, part=part, save_id=save_id)
+        Saves(self._session()).give_back(ref, names, servers)
+
     def renew_save(self, store: str, path: str, part: str, save_id: str, *, server: str = "") -> float:
         """Renews the lease and returns it, in seconds. Raises AlreadyExists if another save took over.
 

@@ -45,6 +45,7 @@ RESERVE_S: Final = 300.0
 VERIFIED_BYTES_S: Final = 100e6
 """A server that is asked to lend files reads them first, at least so fast."""
 BORROW_AGAIN_S: Final = 0.2
+GIVE_BACK_S: Final = 10.0
 
 HOLD_S: Final = 10.0
 DELETE_WAIT_S: Final = 20.0
@@ -182,8 +183,25 @@ class Saves:
                 return frozenset()
 
         with Threads(len(servers), name="torchcache-borrow") as threads:
-            lent = [threads.submit(ask, server) for server in servers]
-            return frozenset(sizes).intersection(*(one.result() for one in lent))
+            asked = [(server, threads.submit(ask, server)) for server in servers]
+            lent = {server: one.result() for server, one in asked}
+        borrowed = frozenset(sizes).intersection(*lent.values())
+        for server, names in lent.items():
+            self.give_back(ref, names - borrowed, [server])
+        return borrowed
+
+    def give_back(self, ref: cache_pb2.SaveRef, names: Collection[str], servers: Sequence[str]) -> None:
+        """See `Pool.return_files`."""
+        members = self._session.current
+        if members is None or not names:
+            return
+        request = cache_pb2.ReturnFilesRequest(save=ref, names=sorted(names))
+        for server in servers:
+            try:
+                deadline = time.monotonic() + GIVE_BACK_S
+                self._session.ask_member(members.known(server), "ReturnFiles", request, deadline)
+            except TorchCacheError as error:
+                _log.info("%s keeps what it has lent to %s for now: %s", server, ref.path, error)
 
     def renew(self, ref: cache_pb2.SaveRef, server: str) -> float:
         """See `Pool.renew_save`."""

@@ -21,7 +21,8 @@ from torchcache_server.store import Store
 _log = logging.getLogger(__name__)
 
 LOAN_LEASES: Final = 60
-"""What is lent to a save whose reservation isn't here, as on a server with a copy, is held for so many leases."""
+"""What is lent to a save whose reservation isn't here, as on a server with a copy, is held for so many leases after
+it was asked for, or the save has grown."""
 
 _MOST_LOANS: Final = 16
 _MOST_NAMESPACES: Final = 8
@@ -130,14 +131,38 @@ class Borrowing:
             else:
                 yield name
 
+    def take_back(self, key: SaveKey, save_id: str, names: Collection[str], *, deadline: float) -> None:
+        """Ends the loan of these files, if it is there. Raises DeadlineExceeded.
+
+        Not amid a commit that has found them lent; and once that is done, there is no loan.
+        """
+        slot = self._slots.find(key)
+        if slot is None:
+            return
+        given_back = frozenset(names)
+        with slot.exclusively(deadline):
+            self._slots.change_loan(slot, save_id, lambda loan: replace(loan, names=loan.names - given_back))
+
     def tidy(self, slot: Slot, *, deadline: float) -> None:
         """Ends the loans to saves that nobody came back for. Raises DeadlineExceeded."""
         for save_id, loan in tuple(slot.loans.items()):
             if self._has_lapsed(slot, save_id, loan):
                 # Not amid a commit that has found them lent.
                 with slot.exclusively(deadline):
-                    if self._has_lapsed(slot, save_id, loan):
+                    if self._has_lapsed(slot, save_id, loan) and not self._grows(slot, save_id, loan):
                         self._slots.end_loan(slot, save_id, only=loan)
+
+    def _grows(self, slot: Slot, save_id: str, loan: Loan) -> bool:
+        """Whether the save was put more of since somebody looked last: then it is looked at again later."""
+        namespace = slot.key.namespace(save_id)
+        put_bytes = sum(usage.bytes for usage in self._store.namespaces() if usage.name == namespace)
+        if put_bytes <= loan.put_bytes:
+            return False
+        with self._slots.changed:
+            if slot.loans.get(save_id) is loan:
+                expires_s = self._clock() + LOAN_LEASES * self._lease_s
+                slot.loans[save_id] = replace(loan, expires_s=expires_s, put_bytes=put_bytes)
+        return True
 
     def _has_lapsed(self, slot: Slot, save_id: str, loan: Loan) -> bool:
         lease = slot.lease

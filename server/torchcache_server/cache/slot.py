@@ -43,6 +43,7 @@ class Loan:
     base: Save
     names: frozenset[str]
     expires_s: float  # monotonic; on the server that has the lease that counts
+    put_bytes: int = 0  # of the save itself, when the loan was last seen to have run out
     reading: tuple[frozenset[str], ...] = ()
 
     @property

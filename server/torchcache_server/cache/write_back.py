@@ -210,6 +210,11 @@ class WriteBack:
 
         return self._borrowing.lend(key, save_id, base, base_id, names, check=check)
 
+    def take_back(self, key: SaveKey, save_id: str, names: Collection[str], *, deadline: float) -> None:
+        """Ends the loan of these files to a save that is being written, and will have them put, or do without."""
+        key.validate()
+        self._borrowing.take_back(key, save_id, names, deadline=deadline)
+
     def abandon(self, key: SaveKey, save_id: str) -> None:
         """Gives a reserved save up, and its bytes. A committed save, or one that isn't known, is left as it is."""
         deadline = time.monotonic() + self._lease_s

@@ -80,6 +80,17 @@ class SaveCalls:
         )
         return pb.BorrowFilesReply(names=lent)
 
+    def ReturnFiles(
+        self, request: pb.ReturnFilesRequest, context: grpc.ServicerContext
+    ) -> pb.ReturnFilesReply:
+        self._write_back.take_back(
+            self._save_key(request.save),
+            save_id(request.save.save_id),
+            frozenset(request.names),
+            deadline=deadline_of(context),
+        )
+        return pb.ReturnFilesReply()
+
     def PrepareCopy(
         self, request: pb.PrepareCopyRequest, context: grpc.ServicerContext
     ) -> pb.PrepareCopyReply:

@@ -22,7 +22,7 @@ _READS: Final = (
 )
 _WRITES: Final = (
     *("PublishObject", "DeleteObject", "PrepareWrite", "CommitWrite", "AbandonWrite"),
-    *("ReserveSave", "BorrowFiles", "RenewSave", "CommitSave", "AbandonSave", "DeleteSave"),
+    *("ReserveSave", "BorrowFiles", "ReturnFiles", "RenewSave", "CommitSave", "AbandonSave", "DeleteSave"),
     *("PrepareCopy", "ConfirmCopy", "DropCopy"),
 )
 _CHANGES: Final = ("SetPolicy", "Evict", "SetCredentials")

@@ -652,6 +652,18 @@ class BorrowFilesReply(_message.Message):
     names: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, names: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class ReturnFilesRequest(_message.Message):
+    __slots__ = ("save", "names")
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    save: SaveRef
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ReturnFilesReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class BorrowedFile(_message.Message):
     __slots__ = ("name", "path", "save_id")
     NAME_FIELD_NUMBER: _ClassVar[int]

@@ -134,6 +134,11 @@ class ControlStub(object):
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesRequest.SerializeToString,
                 response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesReply.FromString,
                 _registered_method=True)
+        self.ReturnFiles = channel.unary_unary(
+                '/torchcache.v1.Control/ReturnFiles',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReturnFilesRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReturnFilesReply.FromString,
+                _registered_method=True)
         self.RenewSave = channel.unary_unary(
                 '/torchcache.v1.Control/RenewSave',
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.RenewSaveRequest.SerializeToString,
@@ -314,6 +319,12 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReturnFiles(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RenewSave(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -482,6 +493,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.BorrowFiles,
                     request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesRequest.FromString,
                     response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesReply.SerializeToString,
+            ),
+            'ReturnFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReturnFiles,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReturnFilesRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.ReturnFilesReply.SerializeToString,
             ),
             'RenewSave': grpc.unary_unary_rpc_method_handler(
                     servicer.RenewSave,
@@ -1079,6 +1095,33 @@ class Control(object):
             '/torchcache.v1.Control/BorrowFiles',
             torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesRequest.SerializeToString,
             torchcache_dot_wire_dot_v1_dot_cache__pb2.BorrowFilesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReturnFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/ReturnFiles',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.ReturnFilesRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.ReturnFilesReply.FromString,
             options,
             channel_credentials,
             insecure,
