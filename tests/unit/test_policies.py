@@ -109,6 +109,19 @@ def test_a_save_is_pinned_where_it_is(store: Store, policies: Policies) -> None:
     assert store.policy(SAVE) == Policy(), "the pin ends with the save"
 
 
+def test_a_save_that_has_borrowed_all_it_has_is_pinned_too(store: Store) -> None:
+    """Not a byte lies in its own namespace."""
+    told: list[str] = []
+    policies = Policies(store, settle_pin=told.append, is_save=lambda name: name == SAVE)
+    usage = policies.change(SAVE, PolicyChange(pinned=True))
+    assert usage is not None
+    assert (usage.policy.pinned, usage.chunks) == (True, 0)
+    assert policies.change(f"{SAVE} elsewhere", PolicyChange(pinned=True)) is None
+    assert policies.change(SAVE, PolicyChange(pinned=False)) is None
+    assert store.namespaces() == []
+    assert told == [SAVE, SAVE]
+
+
 def test_objects_on_their_way_to_storage_have_no_policy(store: Store, policies: Policies) -> None:
     fill(store, "put:s3/b/k@id", range(1))
     with pytest.raises(ConfigurationError, match="on its way to storage"):

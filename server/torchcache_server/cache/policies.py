@@ -48,10 +48,20 @@ class Policies:
     until the save is dropped, which ends the pin.
     """
 
-    def __init__(self, store: Store, *, settle_pin: Callable[[str], None] = lambda _: None) -> None:
-        """`settle_pin` is told of saves that were pinned or unpinned: they may lie elsewhere too."""
+    def __init__(
+        self,
+        store: Store,
+        *,
+        settle_pin: Callable[[str], None] = lambda _: None,
+        is_save: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        """`settle_pin` is told of saves that were pinned or unpinned: they may lie elsewhere too.
+
+        `is_save` says of a namespace without a byte whether a save here has it: all of that may be borrowed.
+        """
         self._store = store
         self._settle_pin = settle_pin
+        self._is_save = is_save
         self._lock = threading.Lock()  # a change is read, then written
 
     def change(self, namespace: str, change: PolicyChange) -> NamespaceUsage | None:
@@ -64,7 +74,7 @@ class Policies:
             found = self._usage(namespace)
             if namespace.startswith(KEPT_PREFIXES):
                 _check_kept(namespace, change)
-                if found is None:
+                if found is None and not self._is_save(namespace):
                     return None
             before = self._store.policy(namespace)
             after = change.apply(before)

@@ -352,6 +352,10 @@ class Slots:
             if keep or is_known or namespace not in self.guarded:
                 self._store.keep(namespace, keep)
 
+    def is_save(self, namespace: str) -> bool:
+        """Whether it is that of a path's save."""
+        return any(slot.save is not None and slot.save.namespace == namespace for slot in self.all())
+
     def settle_pin(self, namespace: str) -> None:
         """A save's namespace was pinned, or isn't any more."""
         for slot in self.all():

@@ -345,6 +345,10 @@ class WriteBack:
         """The copy of a save was pinned, or unpinned: so is what it has borrowed."""
         self._slots.settle_pin(namespace)
 
+    def is_save(self, namespace: str) -> bool:
+        """Whether it is that of a committed save here, of which every byte may lie elsewhere."""
+        return self._slots.is_save(namespace)
+
     @property
     def pending_bytes(self) -> int:
         """Bytes that are acknowledged or being published, and not in the under-store yet."""

@@ -210,7 +210,9 @@ class Server:
             facts=facts,
             under_stores=self._under_stores,
             write_back=self._write_back,
-            policies=Policies(parts.store, settle_pin=self._write_back.settle_pin),
+            policies=Policies(
+                parts.store, settle_pin=self._write_back.settle_pin, is_save=self._write_back.is_save
+            ),
             ahead=parts.ahead,
             set_credentials=self._set_credentials,
             store=parts.store,
