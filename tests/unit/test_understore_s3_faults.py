@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from torchcache_server.understore import s3 as understore_s3
 from torchcache_server.understore import s3_upload
 from torchcache_server.understore.retry import RetryPolicy
 from torchcache_server.understore.s3 import S3UnderStore
@@ -382,6 +383,36 @@ def test_what_is_not_copied_for_sure_is_left_to_be_written(
     assert copied(s3, source) is None
     assert fake.pending == {}
     assert "bucket/new" not in fake.objects
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_server_that_fails_to_copy_holds_nobody_up(
+    s3: S3UnderStore, fake: ScriptedS3, small_copies: None, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    """A second try, and the bytes are sent; of one that was slow about it copies aren't wanted again so soon."""
+    monkeypatch.setattr(understore_s3, "SLOW_REFUSAL_S", 0.0 if slow else 1e6)
+    source = fake.objects["bucket/key"] = Held(bytes(range(256)) * 40_000)
+    failing = True
+    asked = 0
+
+    def fail(request: Request) -> bool:
+        nonlocal asked
+        asked += "x-amz-copy-source" in request.headers
+        if not failing or "x-amz-copy-source" not in request.headers:
+            return False
+        request.refuse(503, "SlowDown")
+        return True
+
+    fake.always = fail
+    assert copied(s3, source) is None
+    assert asked == 2
+    failing = False
+    if slow:
+        assert copied(s3, source) is None
+        assert asked == 2
+        s3._copies_from_s = time.monotonic()  # so much later
+    assert copied(s3, source) is not None
+    assert fake.objects["bucket/new"].data == source.data
 
 
 def test_an_error_inside_a_200_is_one(s3: S3UnderStore, fake: ScriptedS3) -> None:

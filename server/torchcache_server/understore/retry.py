@@ -68,11 +68,13 @@ class Retrier:
         self._on_retry = on_retry
         self._sleep = sleep
 
-    def run(self, attempt: Callable[[], T], *, uri: str, deadline: float) -> T:
+    def run(self, attempt: Callable[[], T], *, uri: str, deadline: float, tries: int | None = None) -> T:
         """The result of `attempt`, tried again after a TransientError or IntegrityError while there is time.
 
+        At most `tries` times in all, if that is fewer than the policy's.
         Raises the last attempt's error, or DeadlineExceeded once `deadline` (time.monotonic()) would pass first.
         """
+        most = self._policy.tries if tries is None else min(tries, self._policy.tries)
         failures = 0
         last: TorchCacheError | None = None
         while True:
@@ -86,7 +88,7 @@ class Retrier:
                 self._budget.succeeded()
                 return result
             failures += 1
-            if failures >= self._policy.tries or not self._budget.take():
+            if failures >= most or not self._budget.take():
                 raise _gave_up(last, failures) from last
             pause_s = self._pause_s(failures, last)
             if time.monotonic() + pause_s >= deadline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
 
 _PAGE = 1000
+SLOW_REFUSAL_S = 5.0
+"""A server that takes so long to fail to copy isn't asked for ..."""
+NO_COPIES_S = 600.0
+"""... so long: whoever wants copies sends the bytes in less."""
 
 
 class S3UnderStore:
@@ -42,6 +47,7 @@ class S3UnderStore:
         self._root = S3Root.parse(uri)
         self._counters = Counters()
         self._calls = S3Calls(self._counters, credentials, policy)
+        self._copies_from_s = 0.0  # monotonic
 
     @property
     def name(self) -> str:
@@ -147,7 +153,10 @@ class S3UnderStore:
     def copy(
         self, source: ObjectInfo, key: str, *, replaces: str | None, deadline: float
     ) -> ObjectInfo | None:
+        if time.monotonic() < self._copies_from_s:
+            return None
         target = self._root.locate(key)
+        begun_s = time.monotonic()
         etag = copy(
             self._calls,
             self._root.locate(source.id.key),
@@ -157,6 +166,8 @@ class S3UnderStore:
             replaces=replaces,
             deadline=deadline,
         )
+        if etag is None and time.monotonic() - begun_s >= SLOW_REFUSAL_S:
+            self._copies_from_s = time.monotonic() + NO_COPIES_S
         return None if etag is None else self._info(target, etag, source.size)
 
     def delete(self, key: str, *, deadline: float) -> None:

@@ -180,12 +180,21 @@ class S3Calls:
         self.clients = S3Clients(counters, credentials)
         self.retrier = Retrier(policy=policy, on_retry=counters.add_retry)
 
-    def run(self, send: Callable[[S3Client], T], *, action: Action, target: S3Object, deadline: float) -> T:
+    def run(
+        self,
+        send: Callable[[S3Client], T],
+        *,
+        action: Action,
+        target: S3Object,
+        deadline: float,
+        tries: int | None = None,
+    ) -> T:
         """The result of `send`, retried while that helps and `deadline` allows. Raises errors of torchcache."""
         return self.retrier.run(
             lambda: self.once(send, action=action, target=target, deadline=deadline),
             uri=target.uri,
             deadline=deadline,
+            tries=tries,
         )
 
     def once(self, send: Callable[[S3Client], T], *, action: Action, target: S3Object, deadline: float) -> T:

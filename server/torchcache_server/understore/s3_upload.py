@@ -24,6 +24,8 @@ COPIED_PART_BYTES = 128 * 1024 * 1024
 """S3 says nothing while it copies a part: so much it has copied long before a call is given up."""
 _COPY_S = 60.0
 """Of a server that can't copy so much in that time it isn't asked for."""
+_COPY_TRIES = 2
+"""What fails to be copied is sent: one more try costs less than that, but many would only hold it up."""
 _MOST_PARTS = 10_000
 _PARTS_AT_ONCE = 4
 _CLEANUP_S = 4.0
@@ -218,7 +220,7 @@ class _Upload:
         """Raises _NotCopied: whatever fails here, the bytes can be sent."""
         deadline = min(self._deadline, time.monotonic() + _COPY_S)
         try:
-            return self._calls.run(send, action=action, target=target, deadline=deadline)
+            return self._calls.run(send, action=action, target=target, deadline=deadline, tries=_COPY_TRIES)
         except TorchCacheError as error:
             raise _NotCopied from error
 
