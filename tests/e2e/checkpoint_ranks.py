@@ -211,6 +211,30 @@ def fail_then_save(pool: Any, uri: str) -> None:
     load_sharded(pool, uri)
 
 
+def save_where_one_rank_finds_no_room(pool: Any, uri: str) -> None:
+    """At its second step, though it gives back what it has borrowed: all ranks begin anew, and borrow nothing."""
+    rank = dist.get_rank()
+    state = {f"frozen-{rank}": torch.arange(500_000) + rank, f"new-{rank}": torch.zeros(100_000)}
+    write = tc.Pool.write
+    refused: list[str] = []
+
+    def full(self: tc.Pool, namespace: str, *args: Any, **options: Any) -> None:
+        if rank == 1 and refused in ([], [namespace]):
+            refused[:] = [namespace]
+            raise tc.OutOfSpace("the disk of rank 1 is full")
+        write(self, namespace, *args, **options)
+
+    with tc.CheckpointManager(uri, pool=pool, rng=False) as manager:
+        for step in range(3):
+            state[f"new-{rank}"] += 1
+            tc.Pool.write = full if step == 1 else write  # type: ignore[method-assign]
+            manager.save(step, state)
+            loaded = emptied(state)
+            manager.load(loaded, step)
+            assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items()), step
+    assert bool(refused) == (rank == 1)
+
+
 def save_without_collectives(pool: Any, uri: str) -> None:
     rank = dist.get_rank()
     state = {"mine": torch.full((100,), rank), "step": rank}

@@ -67,6 +67,13 @@ def test_each_rank_borrows_what_it_wrote(pool: tc.Pool, bucket: str, run: Run) -
         assert sum(own) < 0.1 * info.total_bytes
 
 
+def test_where_one_rank_finds_no_room_all_begin_anew(pool: tc.Pool, bucket: str, run: Run) -> None:
+    """F11: a run's next save borrows again."""
+    run(ranks.save_where_one_rank_finds_no_room, f"{bucket}/run")
+    borrowed = [pool.get_save(*pool.resolve(f"{bucket}/run/step-{step}")).borrowed for step in range(3)]
+    assert [bool(one) for one in borrowed] == [False, False, True]
+
+
 def test_resharding_from_two_ranks_to_one_to_two(pool: tc.Pool, bucket: str, run: Run) -> None:
     run(ranks.save_and_reshard, f"{bucket}/two")
     manifest = manifest_of(pool, f"{bucket}/two")

@@ -37,6 +37,7 @@ class CheckpointPool(MemoryPool):
         self.lends = True
         self.borrowings: list[tuple[tuple[str, str], frozenset[str]]] = []
         self.loans: dict[str, SaveInfo] = {}
+        self.returned: list[frozenset[str]] = []
         self.asked_near: list[tuple[str, ...]] = []
 
     def write(
@@ -47,6 +48,7 @@ class CheckpointPool(MemoryPool):
         durable: bool = False,
         timeout_s: float = 60.0,
         servers: Sequence[str] = (),
+        all_copies: bool = False,
     ) -> None:
         if self.write_error is not None:
             raise self.write_error
@@ -157,6 +159,11 @@ class CheckpointPool(MemoryPool):
         return frozenset(
             name for name, size in sizes.items() if len(self.save_files[found.file(name)]) == size
         )
+
+    def return_files(
+        self, save: tuple[str, str, str, str], names: Collection[str], *, servers: Sequence[str]
+    ) -> None:
+        self.returned.append(frozenset(names))
 
     def get_save(self, store: str, path: str, part: str = "", *, manifest: bool = True) -> SaveInfo:
         info = super().get_save(store, path, part)

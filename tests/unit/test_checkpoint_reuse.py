@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from tests.unit import checkpoint_states as states
 from tests.unit.checkpoint_pool import CheckpointPool
 from tests.unit.checkpoint_states import assert_same, blank, folder_of
-from torchcache.checkpoint import layout, reuse, writer
+from torchcache.checkpoint import layout, reuse, takeover, writer
 from torchcache.checkpoint.layout import GRANULE_BYTES
 from torchcache.checkpoint.lease import end_lease_of_thread
 from torchcache.checkpoint.manifest import Manifest
 from torchcache.checkpoint.reuse import LEAST_TAKEN, MOST_STALE, KeptItem, Memory, files_to_keep
 from torchcache.checkpoint.unchanged import is_unchanged
-from torchcache.errors import CheckpointError
+from torchcache.errors import CheckpointError, OutOfSpace
+from torchcache.pool import SaveInfo
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -186,8 +187,117 @@ def test_a_save_that_failed_is_no_base(pool: CheckpointPool, monkeypatch: pytest
             save(pool, 2, state)
     end_lease_of_thread()
     save(pool, 3, state)
-    assert {base for base, _ in pool.borrowings} == {("bucket/run/step-1", pool.borrowings[0][0][1])}
+    assert [base for (base, _), _ in pool.borrowings] == ["bucket/run/step-1"]
     assert_same(load(pool, 3, state), state)
+
+
+# ---- where there is no room ----
+
+
+class FullPool(CheckpointPool):
+    """Refuses writes as long as `is_full` says so of the writing save's namespace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_full: Callable[[str], bool] = lambda namespace: False
+        self.refused: list[str] = []
+        self.looks = 0
+
+    def write(self, namespace: str, objects: Any, **options: Any) -> None:
+        if self.is_full(namespace):
+            self.refused.append(namespace)
+            raise OutOfSpace("the store is full")
+        super().write(namespace, objects, **options)
+
+    def get_save(self, *where: Any, **options: Any) -> SaveInfo:
+        self.looks += 1
+        return super().get_save(*where, **options)
+
+    @property
+    def is_lending(self) -> bool:
+        return bool(self.loans) and not self.returned
+
+
+@pytest.fixture
+def full_pool() -> Iterator[FullPool]:
+    yield FullPool()
+    end_lease_of_thread()
+
+
+def test_what_was_lent_is_given_back_for_room_and_sent(full_pool: FullPool, small_files: None) -> None:
+    """Though several files find none at a time: what had been sent already isn't sent again."""
+    state = layers()
+    first = save(full_pool, 1, state)
+    change(state, *range(8))
+    full_pool.is_full = lambda namespace: full_pool.is_lending
+    assert save(full_pool, 2, state) == pytest.approx(first, rel=0.01)
+    assert full_pool.refused
+    (borrowed,) = (files for _, files in full_pool.borrowings)
+    assert full_pool.returned == [borrowed]
+    assert not full_pool.abandoned
+    assert not full_pool.saved["s3", "bucket/run/step-2", ""].borrowed
+    assert_same(load(full_pool, 2, state), state)
+    full_pool.is_full = lambda namespace: False
+    assert save(full_pool, 3, state) == 0
+    assert full_pool.asked_near[-1] == (), "where it lay there was no room"
+    assert_same(load(full_pool, 3, state), state)
+
+
+def test_a_save_waits_for_the_upload_of_one_that_has_borrowed(
+    full_pool: FullPool, small_files: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That holds more than its own size, until it is durable."""
+    state = layers()
+    save(full_pool, 1, state)
+    change(state, 0)
+    save(full_pool, 2, state)
+    change(state, *range(LAYERS))
+    before = full_pool.looks
+
+    def sleep(_: float) -> None:
+        if full_pool.looks == before + 3:
+            full_pool.upload("s3", "bucket/run/step-2")
+
+    monkeypatch.setattr(takeover.time, "sleep", sleep)
+    full_pool.is_full = lambda _: full_pool.saved["s3", "bucket/run/step-2", ""].state != "durable"
+    save(full_pool, 3, state)
+    assert full_pool.looks == before + 4
+    assert len(full_pool.abandoned) == 1, "first it was tried without looking for what could be borrowed"
+    assert_same(load(full_pool, 3, state), state)
+
+
+def test_a_save_waits_for_no_upload_of_one_that_has_not_borrowed(full_pool: FullPool) -> None:
+    """It is refused then as it is when nothing is ever borrowed."""
+    state = layers()
+    save(full_pool, 1, state)
+    change(state, *range(LAYERS))
+    full_pool.is_full = lambda _: True
+    with pytest.raises(dcp.api.CheckpointException, match="the store is full"):
+        save(full_pool, 2, state)
+    assert len(set(full_pool.refused)) == 2, "once more, where it would have been placed"
+
+
+def test_a_save_that_finds_no_room_begins_anew_where_it_would_have_lain(
+    full_pool: FullPool, small_files: None
+) -> None:
+    state = layers()
+    for step in range(1, 4):
+        save(full_pool, step, state)
+    looks = full_pool.looks
+    first_try: list[str] = []
+
+    def is_full(namespace: str) -> bool:
+        first_try[:] = first_try or [namespace]
+        return [namespace] == first_try
+
+    full_pool.is_full = is_full
+    change(state, 3)
+    save(full_pool, 4, state)
+    assert full_pool.asked_near[-2:] == [("only",), ()]
+    assert [f"save:s3/bucket/run/step-4@{id}" for id in full_pool.abandoned[-1:]] == first_try
+    assert not full_pool.saved["s3", "bucket/run/step-4", ""].borrowed
+    assert full_pool.looks == looks, "no upload was waited for"
+    assert_same(load(full_pool, 4, state), state)
 
 
 def test_a_state_that_lost_and_gained_tensors(pool: CheckpointPool, small_files: None) -> None:
@@ -321,6 +431,9 @@ def test_a_process_remembers_a_few() -> None:
         memory.note_committed("s3", "", reuse.Base(f"run-{number}/step-1", str(number), ("a",)))
     assert [n for n in range(10) if memory.written(str(n), 0, "")] == [6, 7, 8, 9]
     assert [n for n in range(10) if memory.base("s3", f"run-{n}/step-2", "")] == [6, 7, 8, 9]
+    memory.note_written(reuse.Written("10", 0, "", []), instead_of="9")
+    assert [n for n in range(11) if memory.written(str(n), 0, "")] == [6, 7, 8, 10]
+    memory.note_written(reuse.Written("9", 0, "", []))
     assert memory.written("9", 1, "") is None
     assert memory.written("9", 0, "__0") is None
     assert memory.base("s3", "run-9/step-2", "__0") is None

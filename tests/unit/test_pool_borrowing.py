@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from torchcache.errors import DeadlineExceeded, Overloaded, ServerUnavailable, TorchCacheError
+from torchcache.errors import DeadlineExceeded, OutOfSpace, Overloaded, ServerUnavailable, TorchCacheError
+from torchcache.model import ObjectId
 from torchcache.pool import saves
 from torchcache.pool.saves import Saves
+from torchcache.pool.writes import Writing
 from torchcache.wire.v1 import cache_pb2
 
 SIZES = {"a": 10, "b": 20, "c": 30}
@@ -52,6 +55,40 @@ def test_what_all_lend_is_borrowed() -> None:
 @pytest.mark.parametrize("error", [ServerUnavailable("gone"), DeadlineExceeded("late"), TorchCacheError("?")])
 def test_nothing_is_borrowed_if_one_fails(error: TorchCacheError) -> None:
     assert borrow({"x": [["a", "b"]], "y": [error]}) == frozenset()
+
+
+@pytest.mark.parametrize("all_copies", [False, True])
+def test_that_a_copy_has_no_room_counts_while_some_can_be_made(all_copies: bool) -> None:
+    """F11: else a save would have a copy less for what it borrows."""
+    written: list[str] = []
+
+    def write(server: str, *_: object, **__: object) -> int:
+        if server == "copy":
+            raise OutOfSpace("full")
+        written.append(server)
+        return 5
+
+    def known(server: str) -> Any:
+        return SimpleNamespace(lane=SimpleNamespace(write=partial(write, server)))
+
+    session: Any = SimpleNamespace(
+        without_copy=set(),
+        budget=SimpleNamespace(earn=lambda: None),
+        health=SimpleNamespace(answered=lambda server: None),
+        count=lambda **_: None,
+        first_members=lambda retry, deadline: SimpleNamespace(known=known),
+    )
+    writing = Writing(
+        session, "save", durable=True, timeout_s=60, servers=["first", "copy"], all_copies=all_copies
+    )
+    objects = [(ObjectId("s3", "run/step-1/a", "save:new"), [b"bytes"])]
+    if all_copies:
+        with pytest.raises(OutOfSpace):
+            writing.run(objects)
+    else:
+        writing.run(objects)
+    assert written == ["first"]
+    assert session.without_copy == (set() if all_copies else {("save", "copy")})
 
 
 def test_one_that_is_busy_with_other_ranks_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ from torchcache.errors import (
     IntegrityError,
     NotCommitted,
     ObjectNotFound,
+    OutOfSpace,
     TorchCacheError,
 )
 from torchcache.local_pool import LocalPool
@@ -196,6 +197,18 @@ class CheckpointManager:
         )
 
     def _write(self, content: dict[str, Any], writer: CacheStorageWriter, step: int) -> None:
+        try:
+            self._save(content, writer)
+        except OutOfSpace as error:
+            # What it could borrow stays in the pool, of which another one may have the room: that borrows nothing.
+            if not self._ranks.decide(lambda: writer.may_have_borrowed):
+                raise
+            _log.info("step %d is saved once more, and borrows nothing: %s", step, error)
+            self._save(content, writer)
+        self._saved = step
+        self._retain()
+
+    def _save(self, content: dict[str, Any], writer: CacheStorageWriter) -> None:
         # torch's save, without a wrapper and a record of the log around each entry: `content` has no Stateful in it.
         writer.reset()
         with plain_errors(), closing(Planner()) as planner:
@@ -206,8 +219,6 @@ class CheckpointManager:
                 no_dist=self._ranks.size == 1,
                 planner=planner,
             )
-        self._saved = step
-        self._retain()
 
     def _content(self, state: MutableMapping[str, Any]) -> dict[str, Any]:
         """What is saved of `state` on this rank. Raises on all ranks if it can't be made on any."""

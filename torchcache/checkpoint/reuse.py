@@ -107,9 +107,14 @@ class Memory:
         self._written: OrderedDict[str, Written] = OrderedDict()
         self._bases: OrderedDict[tuple[str, str, str], Base] = OrderedDict()
 
-    def note_written(self, written: Written) -> None:
-        """Whether the save it belongs to is ever committed is for the coordinator to know."""
+    def note_written(self, written: Written, *, instead_of: str | None = None) -> None:
+        """Whether the save it belongs to is ever committed is for the coordinator to know.
+
+        `instead_of`: id of the save it was compared with. No other will be: either this one is committed, or the next
+        borrows nothing.
+        """
         with self._lock:
+            self._written.pop(instead_of or "", None)
             self._written[written.save_id] = written
             _forget_oldest(self._written)
 
@@ -126,6 +131,11 @@ class Memory:
             self._bases[key] = base
             self._bases.move_to_end(key)
             _forget_oldest(self._bases)
+
+    def forget_base(self, store: str, path: str, part: str) -> None:
+        """The next save in the folder of `path` borrows nothing, unless one is committed before."""
+        with self._lock:
+            self._bases.pop((store, _folder(path), part), None)
 
     def base(self, store: str, path: str, part: str) -> Base | None:
         """What a save at `path` may borrow from."""

@@ -43,10 +43,11 @@ from torchcache.checkpoint.reuse import (
 )
 from torchcache.checkpoint.stager import StagedSave, default_stager
 from torchcache.checkpoint.staging import StagedFile, expected_bytes
+from torchcache.checkpoint.takeover import Takeover
 from torchcache.checkpoint.ticket import Ticket, forget_arrived, take_arrived
 from torchcache.checkpoint.unchanged import find_unchanged
 from torchcache.connecting import connect
-from torchcache.errors import CheckpointError, ConfigurationError
+from torchcache.errors import CheckpointError, ConfigurationError, OutOfSpace
 from torchcache.local_pool import LocalPool
 from torchcache.pool import Pool
 from torchcache.pool.reports import Reservation
@@ -70,6 +71,7 @@ class _Save:
         self.lease: Lease | None = None
         self.reservation: Reservation | None = None
         self.lasts = False
+        self.ranks = 0
         self.release: weakref.finalize[[], CacheStorageWriter] | None = None
 
     def forget_release(self) -> None:
@@ -93,8 +95,8 @@ class CacheStorageWriter(StorageWriter):
     compressed takes at most `extra_memory_bytes` at a time, or one tensor that is larger.
 
     With `reuse_unchanged` tensors that are as this process's last save in the same folder has them, by their checksums,
-    are neither sent nor stored again, unless compressed. In the under-store each checkpoint is whole all the same. What
-    is borrowed stays for as long as the save that borrows it: give the pool room for two and a half checkpoints.
+    are neither sent nor stored again, unless compressed. In the under-store each checkpoint is whole all the same. A
+    save that finds no room gives back what it has borrowed, and sends it.
 
     One writer may serve many saves (`checkpoint_id=` gives each its path), from several threads too, and pickles. It is
     its own stager for `dcp.async_save`, see `stage`.
@@ -216,7 +218,10 @@ class CacheStorageWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Reserves the path and gives each rank its ticket. Raises AlreadyExists."""
-        save = self._current()
+        tickets = self._reserve(self._current(), len(plans))
+        return [replace(plan, storage_data=ticket) for plan, ticket in zip(plans, tickets, strict=True)]
+
+    def _reserve(self, save: _Save, ranks: int) -> list[Ticket]:
         pool = self.pool
         uri = str(save.path)
         store, path = pool.resolve(uri)
@@ -233,17 +238,25 @@ class CacheStorageWriter(StorageWriter):
             replicas=self.replicas,
             near=base.servers if base is not None and base.lasts else (),
         )
+        # Until it is committed: one that found no room, on whichever rank, is followed by one that borrows nothing.
+        MEMORY.forget_base(store, path, save.part)
         named = (base.path, base.save_id) if base is not None else None
         tickets = [
             Ticket(uri, store, path, save.part, save_id, first_rank + i, reserved.servers, named)
-            for i in range(len(plans))
+            for i in range(ranks)
         ]
-        save.ticket = tickets[0]
+        save.ticket, save.ranks = tickets[0], ranks
         save.lease = Lease(pool, save.ticket, reserved.lease_s)
         save.lease.start()
         save.release = weakref.finalize(self, save.lease.release)
         save.release.atexit = False
-        return [replace(plan, storage_data=ticket) for plan, ticket in zip(plans, tickets, strict=True)]
+        return tickets
+
+    @property
+    def may_have_borrowed(self) -> bool:
+        """Whether the coordinator of this thread's save let it borrow. If it fails, the next isn't."""
+        save: _Save | None = getattr(self._local, "save", None)
+        return save is not None and save.ticket is not None and save.ticket.base is not None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes the plan's items to the pool, synced to its disk; done when it returns.
@@ -254,35 +267,72 @@ class CacheStorageWriter(StorageWriter):
         sizes = [expected_bytes(item) for item in plan.items]
         # A moment's work is Python's above all.
         with garbage_waits() if sum(sizes) < A_MOMENT_BYTES else nullcontext():
-            results = self._write_files(ticket, plan, planner, sizes)
+            alone = self._current().ranks == 1
+            try:
+                results = self._write_files(
+                    ticket, plan, planner, sizes, before=None if alone else ticket.base
+                )
+            except OutOfSpace:
+                if not alone or ticket.base is None:
+                    raise
+                # Where it would lie if it had not looked for what it could borrow, another server may have room.
+                anew = self._reserve_anew()
+                results = self._write_files(anew, plan, planner, sizes, before=ticket.base)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
     def _write_files(
-        self, ticket: Ticket, plan: SavePlan, planner: SavePlanner, sizes: list[int]
+        self,
+        ticket: Ticket,
+        plan: SavePlan,
+        planner: SavePlanner,
+        sizes: list[int],
+        *,
+        before: tuple[str, str] | None,
     ) -> list[WriteResult]:
+        """`before`: path and id of the save whose upload may have to be waited for."""
         unchanged = self._find_unchanged(ticket, plan, planner, sizes)
         self._current().lasts = sum(was.length for was in unchanged.values()) >= LEAST_TAKEN * max(
             sum(sizes), 1
         )
-        kept = self._borrow(ticket, list(unchanged.values()))
+        borrowed = self._borrow(ticket, list(unchanged.values()))
+        taken = Takeover(self.pool, ticket, borrowed, before=before)
+        kept: list[int] = []
         lasting: list[int] = []
         fresh: list[int] = []
-        results: list[WriteResult] = []
-        for number, item in enumerate(plan.items):
+        for number in range(len(plan.items)):
             was = unchanged.get(number)
-            if was is not None and was.file in kept:
-                results.append(WriteResult(index=item.index, size_in_bytes=was.length, storage_data=was))
+            if was is not None and was.file in taken.files:
+                kept.append(number)
             else:
                 # Apart: the next save finds the files of those that last without any that changed.
                 (fresh if was is None else lasting).append(number)
-        groups = [([plan.items[n] for n in group], [sizes[n] for n in group]) for group in (lasting, fresh)]
-        results += self._write_items(ticket, groups, planner, file_names(ticket.rank, kept))
+
+        def write(*groups: list[int]) -> list[WriteResult]:
+            chosen = [([plan.items[n] for n in group], [sizes[n] for n in group]) for group in groups]
+            return self._write_items(ticket, chosen, planner, names, taken)
+
+        names = file_names(ticket.rank, taken.files)
+        results = write(lasting, fresh)
+        if taken.files:
+            results += [_taken_over(plan.items[number], unchanged[number]) for number in kept]
+        elif kept:  # they were given back
+            self._current().lasts = False
+            results += write(kept)
         if self.reuse_unchanged:
             items_written = [result.storage_data for result in results]
-            MEMORY.note_written(Written(ticket.save_id, ticket.rank, ticket.part, items_written))
+            written = Written(ticket.save_id, ticket.rank, ticket.part, items_written)
+            MEMORY.note_written(written, instead_of=ticket.base[1] if ticket.base else None)
         return results
+
+    def _reserve_anew(self) -> Ticket:
+        """Of a save of one rank: gives back all that was written, and begins again; nothing is borrowed any more."""
+        save = self._current()
+        save.forget_release()
+        end_lease_of_thread()
+        save.lasts = False
+        return self._reserve(save, 1)[0]
 
     def _find_unchanged(
         self, ticket: Ticket, plan: SavePlan, planner: SavePlanner, sizes: list[int]
@@ -309,6 +359,7 @@ class CacheStorageWriter(StorageWriter):
         groups: Sequence[tuple[list[WriteItem], list[int]]],
         planner: SavePlanner,
         names: Iterator[str],
+        taken: Takeover,
     ) -> list[WriteResult]:
         """Writes items, given with their sizes; those of two groups never into one file."""
         results: list[WriteResult] = []
@@ -331,7 +382,7 @@ class CacheStorageWriter(StorageWriter):
                         compression=self.compression,
                         room=room,
                     )
-                    writes.append(threads.submit(self._write_file, ticket, staged))
+                    writes.append(threads.submit(self._write_file, ticket, staged, taken))
                     if len(writes) >= _FILES_IN_FLIGHT:
                         results += writes.popleft().result()
                 while writes:
@@ -349,13 +400,13 @@ class CacheStorageWriter(StorageWriter):
             raise CheckpointError("write_data was called without a plan that prepare_global_plan has seen")
         return ticket
 
-    def _write_file(self, ticket: Ticket, file: StagedFile) -> list[WriteResult]:
+    def _write_file(self, ticket: Ticket, file: StagedFile, taken: Takeover) -> list[WriteResult]:
         try:
-            return self._write_staged(ticket, file)
+            return self._write_staged(ticket, file, taken)
         finally:
             file.close()
 
-    def _write_staged(self, ticket: Ticket, file: StagedFile) -> list[WriteResult]:
+    def _write_staged(self, ticket: Ticket, file: StagedFile, taken: Takeover) -> list[WriteResult]:
         file.lay_out()
         # Before they are sent: a tensor that changes meanwhile must not be taken for what was sent by the next save.
         with garbage_waits():
@@ -364,12 +415,15 @@ class CacheStorageWriter(StorageWriter):
                 for item, entry in file.describe()
             ]
         objects = [(ticket.file(file.name), file.buffers)]
-        self.pool.write(
-            ticket.namespace,
-            objects,
-            durable=True,
-            timeout_s=_time_for(file.size),
-            servers=ticket.servers,
+        taken.write(
+            lambda all_copies: self.pool.write(
+                ticket.namespace,
+                objects,
+                durable=True,
+                timeout_s=_time_for(file.size),
+                servers=ticket.servers,
+                all_copies=all_copies,
+            )
         )
         return results
 
@@ -431,6 +485,10 @@ class CacheStorageWriter(StorageWriter):
         # Planner data without a JSON form has to be loadable before the upload too.
         target = ticket.file(metadata_name(ticket.part))
         self.pool.write(ticket.namespace, [(target, [pickled])], durable=True, servers=ticket.servers)
+
+
+def _taken_over(item: WriteItem, was: KeptItem) -> WriteResult:
+    return WriteResult(index=item.index, size_in_bytes=was.length, storage_data=was)
 
 
 def _manifest(ticket: Ticket, metadata: Metadata, items: Sequence[Item], pickled: bytes) -> Manifest:

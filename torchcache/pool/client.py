@@ -127,19 +127,26 @@ class Pool:
         durable: bool = False,
         timeout_s: float = 60.0,
         servers: Sequence[str] = (),
+        all_copies: bool = False,
     ) -> None:
         """Stores computed samples or files of a save; each object is the concatenation of its buffers.
 
         `servers` are those of the save's reservation: each gets all of it. Of the first's errors none is forgiven; the
-        others' are logged, and the commit finds out.
+        others' are logged, and the commit finds out; with `all_copies` that one of them has no room is raised too.
 
         `durable` acknowledges only after fsync. `timeout_s` bounds each call of about 64 MiB. Writing an object again
         changes nothing. Raises OutOfSpace when the store has no room left that it may free.
         """
         if objects:
-            Writing(self._session(), namespace, durable=durable, timeout_s=timeout_s, servers=servers).run(
-                objects
+            writing = Writing(
+                self._session(),
+                namespace,
+                durable=durable,
+                timeout_s=timeout_s,
+                servers=servers,
+                all_copies=all_copies,
             )
+            writing.run(objects)
 
     # ---- objects of the under-stores ----
 

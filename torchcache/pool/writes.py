@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
+from torchcache.errors import OutOfSpace, ServerUnavailable, TorchCacheError, TransientError
 from torchcache.lanes.base import Buffer
 from torchcache.model import ObjectId
 from torchcache.placement import placement_key
@@ -25,7 +25,7 @@ class Writing:
     """One write. `timeout_s` bounds each of its calls.
 
     With `servers`, ids, all of it goes to each of them. The first must take it; of the others one that doesn't is
-    warned of and left out.
+    warned of and left out; unless `all_copies`, if it hasn't the room.
     """
 
     def __init__(
@@ -36,9 +36,11 @@ class Writing:
         durable: bool,
         timeout_s: float,
         servers: Sequence[str] = (),
+        all_copies: bool = False,
     ) -> None:
         self._session = session
         self._servers = servers
+        self._all_copies = all_copies
         self._namespace = namespace
         self._durable = durable
         self._timeout_s = timeout_s
@@ -70,14 +72,17 @@ class Writing:
             self._write_call(call, first)
             return
         with Threads(len(others), name="torchcache-copy") as threads:
-            for server in others:
-                threads.submit(self._write_copy, call, server)
+            copies = [threads.submit(self._write_copy, call, server) for server in others]
             self._write_call(call, first)
+            for copy in copies:
+                copy.result()
 
     def _write_copy(self, call: WriteCall, server: str) -> None:
         try:
             self._write_call(call, server, patient=False)
         except TorchCacheError as error:
+            if self._all_copies and isinstance(error, OutOfSpace):
+                raise
             self._session.without_copy.add((self._namespace, server))
             _log.warning("%s gets no copy at server %s: %s", self._namespace, server, error)
 
