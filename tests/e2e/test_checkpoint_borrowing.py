@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,8 @@ from torchcache.model import SAVE_PREFIX
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
+ROOM = 1.5
+"""In checkpoints; with less a save that replaces another finds none, with or without loans."""
 FROZEN = 12
 FROZEN_NAMES = {f"layer.{number:02d}" for number in range(FROZEN)}
 FROZEN_BYTES = 6 * 1024 * 1024 + 4096
@@ -73,7 +76,7 @@ def saved(pool: tc.Pool) -> dict[str, int]:
 def test_a_run_over_frozen_weights_sends_and_stores_a_twentieth(pool: tc.Pool, tmp_path: Path) -> None:
     """The goal of the issue; and the checkpoint it borrowed from is deleted, in the pool and in storage."""
     root, state = f"file://{tmp_path}/run", adapters()
-    with tc.CheckpointManager(root, keep_last=1, pool=pool, rng=False, reuse_unchanged=True) as manager:
+    with tc.CheckpointManager(root, keep_last=1, pool=pool, rng=False) as manager:
         manager.save(1, state)
         sent = pool.statistics().written_bytes
         stored = sum(saved(pool).values())
@@ -94,18 +97,36 @@ def test_a_run_over_frozen_weights_sends_and_stores_a_twentieth(pool: tc.Pool, t
     assert saved(pool) == {}
 
 
+@pytest.mark.parametrize("reuse_unchanged", [True, False])
+def test_a_pool_with_room_for_little_more_than_a_checkpoint_takes_save_after_save(
+    tmp_path: Path, reuse_unchanged: bool
+) -> None:
+    """F11: each uploaded before the next, so that it may make room, with and without loans, whatever changes."""
+    root, chance = f"file://{tmp_path}/run", random.Random(5)
+    state = {f"layer.{number}": torch.zeros(1024 * 1024) for number in range(8)}
+    size = sum(tensor.nbytes for tensor in state.values())
+    with (
+        tc.LocalPool(tmp_path / "pool", int(ROOM * size)) as pool,
+        tc.CheckpointManager(
+            root, keep_last=1, pool=pool, rng=False, reuse_unchanged=reuse_unchanged
+        ) as manager,
+    ):
+        for step, changing in enumerate([8, 1, 8, 4, 4, 1, 3, 8, 0, 5, 2, 8]):
+            for name in chance.sample(sorted(state), changing):
+                state[name] += 1
+            manager.save(step, state)
+            assert_same(load(pool, f"{root}/step-{step}", state), state)
+            manager.wait_durable(step)
+
+
 def test_what_is_borrowed_outlives_the_server(tmp_path: Path) -> None:
     """Not uploaded yet, its base deleted, and the server started anew on its store."""
     (tmp_path / "run").mkdir()
     root, state = f"file://{tmp_path}/run", adapters()
     with tc.LocalPool(tmp_path / "pool", "600MB") as pool:
-        dcp.save(
-            state, storage_writer=tc.CacheStorageWriter(f"{root}/step-1", pool=pool, reuse_unchanged=True)
-        )
+        dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-1", pool=pool))
         train(state)
-        dcp.save(
-            state, storage_writer=tc.CacheStorageWriter(f"{root}/step-2", pool=pool, reuse_unchanged=True)
-        )
+        dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-2", pool=pool))
         info = pool.get_save(*pool.resolve(f"{root}/step-2"))
         assert info.borrowed
         pool.delete_save(*pool.resolve(f"{root}/step-1"))
@@ -118,7 +139,7 @@ def test_what_is_borrowed_outlives_the_server(tmp_path: Path) -> None:
 def test_a_base_that_was_damaged_meanwhile_is_not_borrowed_from(pool: tc.Pool, tmp_path: Path) -> None:
     """F34: one bit of one file; that one is sent again."""
     root, state = f"file://{tmp_path}/run", adapters()
-    dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-1", pool=pool, reuse_unchanged=True))
+    dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-1", pool=pool))
     path, at = _a_byte_of(tmp_path / "pool", state["layer.05"])
     with open(path, "r+b") as file:
         file.seek(at)
@@ -126,7 +147,7 @@ def test_a_base_that_was_damaged_meanwhile_is_not_borrowed_from(pool: tc.Pool, t
         file.seek(at)
         file.write(bytes([byte[0] ^ 1]))
     train(state)
-    dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-2", pool=pool, reuse_unchanged=True))
+    dcp.save(state, storage_writer=tc.CacheStorageWriter(f"{root}/step-2", pool=pool))
     lent = pool.get_save(*pool.resolve(f"{root}/step-2")).borrowed
     first = Manifest.decode(pool.get_save(*pool.resolve(f"{root}/step-1")).manifest, where="step-1")
     (damaged,) = (item.file for item in first.items if item.name == "layer.05")
@@ -149,7 +170,7 @@ def test_it_is_loaded_from_storage_when_the_pool_is_gone(tmp_path: Path) -> None
     with tc.LocalPool(tmp_path / "pool", "600MB") as pool:
         for step in (1, 2):
             train(state)
-            with tc.CheckpointManager(root, keep_last=2, pool=pool, reuse_unchanged=True) as manager:
+            with tc.CheckpointManager(root, keep_last=2, pool=pool) as manager:
                 manager.save(step, {"all": state})
                 manager.wait_durable()
     shutil.rmtree(tmp_path / "pool")
@@ -172,7 +193,7 @@ def test_in_a_pool_of_several_both_servers_lend(tmp_path: Path) -> None:
         for step in range(1, 5):
             train(state)
             uri = f"{root}/step-{step}"
-            dcp.save(state, storage_writer=tc.CacheStorageWriter(uri, pool=pool, reuse_unchanged=True))
+            dcp.save(state, storage_writer=tc.CacheStorageWriter(uri, pool=pool))
             sent.append(pool.statistics().written_bytes)
             base = writer.MEMORY.base(store, f"{run}/next", "")
             assert base is not None

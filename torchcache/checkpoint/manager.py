@@ -84,7 +84,7 @@ class CheckpointManager:
         replicas: int | None = None,
         compression: str | Zstd | None = None,
         extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
-        reuse_unchanged: bool = False,
+        reuse_unchanged: bool = True,
         rng: bool = True,
     ) -> None:
         for name, count in (("keep_last", keep_last), ("keep_every", keep_every)):

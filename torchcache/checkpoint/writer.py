@@ -113,7 +113,7 @@ class CacheStorageWriter(StorageWriter):
         compression: str | Zstd | None = None,
         extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
         overwrite: bool = False,
-        reuse_unchanged: bool = False,
+        reuse_unchanged: bool = True,
     ) -> None:
         super().__init__()
         if durability not in ("pool", "store"):
