@@ -43,6 +43,7 @@ from .endpoint import EndpointFile
 from .life import started
 from .listeners import ControlListener, listen_data, stop_data
 from .logs import hide_credentials
+from .lost_peers import notice_lost_peers
 from .membership import Membership
 from .metrics import ServerCollector, serve_metrics
 from .socket_files import SocketFiles
@@ -176,6 +177,8 @@ class Server:
         closing.callback(self._stop_data)
         if sockets is not None:
             sockets.protect()
+        else:
+            notice_lost_peers({self._control.port, self._data.port})
         if config.metrics_port is not None:
             collector = ServerCollector(
                 under_stores=self._under_stores,
