@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from torchcache_server.cache.saves import SaveKey
+from torchcache_server.cache.saves import SaveKey, manifest_digest
 from write_back_world import (
     KEY,
     Bucket,
@@ -132,6 +132,30 @@ def test_a_save_that_a_restart_cut_short_was_not_superseded_by_what_it_was_to_ov
         with pytest.raises(CheckpointError, match="isn't known to the server any more") as caught:
             call()
         assert not isinstance(caught.value, AlreadyExists)
+
+
+def test_a_path_that_is_saved_to_over_and_over_is_not_told_of_all_its_past() -> None:
+    """I5: what a save may overwrite is in its record, and travels with each reservation."""
+    server = Server(Bucket(), "a")
+    for number in range(60):
+        server.save(f"save {number}", overwrite=True)
+        server.upload()
+    server.reserve("next", overwrite=True)
+    replaceable = server.write_back.replaceable(KEY)
+    last = [manifest_digest(manifest_of(f"save {number}")) for number in (59, 58, 57)]
+    assert list(replaceable[:3]) == last
+    assert len(replaceable) <= 20
+
+
+def test_what_is_not_uploaded_may_all_be_overwritten() -> None:
+    """I2: the upload of each may have been stopped after its manifest was written."""
+    server = Server(Bucket(), "a")
+    for number in range(60):
+        server.save(f"save {number}", overwrite=True)
+    server.reserve("next", overwrite=True)
+    assert {manifest_digest(manifest_of(f"save {n}")) for n in range(60)} <= {
+        *server.write_back.replaceable(KEY)
+    }
 
 
 @pytest.mark.parametrize(

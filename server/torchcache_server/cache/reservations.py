@@ -35,6 +35,7 @@ LAPSED_AFTER_LEASES = 6
 """So many leases after the last renewal the bytes of a save that nobody wants to replace are dropped."""
 
 _POLLS_A_LEASE = 5
+_OLDER_KEPT = 16
 
 
 @dataclass(slots=True)
@@ -305,12 +306,18 @@ def _awaits_upload(slot: Slot, save_id: str) -> bool:
 
 
 def replaceable_by(slot: Slot, lease: Lease) -> tuple[str, ...]:
-    """The manifest_digest of each manifest that the lease's save may overwrite, sorted."""
-    replaceable = set(lease.replaceable)
-    if lease.overwrite and slot.save is not None:
+    """The manifest_digest of each manifest that the lease's save may overwrite, the newest in front.
+
+    Of a path that is saved to over and over, those before the durable one are gone; but a server that lost the claim
+    may publish one late, so some of them are kept.
+    """
+    replaceable = dict.fromkeys(lease.replaceable)
+    save = slot.save
+    if lease.overwrite and save is not None:
         # Its upload may have been stopped anywhere: its own manifest may be there, or what it was to overwrite.
-        replaceable |= {manifest_digest(slot.save.manifest), *slot.save.replaceable}
-    return tuple(sorted(replaceable))
+        older = save.replaceable[:_OLDER_KEPT] if save.state == "durable" else save.replaceable
+        replaceable |= dict.fromkeys([manifest_digest(save.manifest), *older])
+    return tuple(replaceable)
 
 
 def lost_lease(key: SaveKey, slot: Slot | None) -> CheckpointError:
