@@ -10,6 +10,7 @@
     {"do": "pool"}                                 who is in the pool, announced, passed over; what they evicted
     {"do": "save" | "load", "uri": URI, "number": N, "size": BYTES}
     {"do": "durable", "uri": URI}                  waits until all saves below are that have been committed
+    {"do": "forget", "uri": URI}                   deletes all saves below
 
 "read", "mark" and "stop" are answered by `times_s` of the calls, `errors` by class, `wrong` bytes, and `late`: calls
 that went on after their deadline.
@@ -30,7 +31,7 @@ from typing import Any, Final
 
 from tests.integration.self_describing import difference
 from torchcache.connecting import connect
-from torchcache.errors import NotResident, TorchCacheError, TransientError
+from torchcache.errors import InUse, NotResident, TorchCacheError, TransientError
 from torchcache.model import Extent, ObjectInfo
 from torchcache.registry import Registry, RegistryAddress
 
@@ -155,6 +156,20 @@ class Client:
             if (states and not waiting) or time.monotonic() > deadline:
                 return {"states": states}
             time.sleep(0.1)
+
+    def forget(self, uri: str) -> dict[str, Any]:
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            try:
+                saves = self._pool.list_saves(uri)
+                if not saves:
+                    return {}
+                for save in saves:
+                    self._pool.delete_save(save.store, save.path)
+            except (InUse, TransientError):  # whoever read it last is gone, and may not have said so
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
 
     def _call(
         self, objects: Objects, timeout_s: float, findings: Findings, *, resident_only: bool = False

@@ -129,7 +129,10 @@ class Soak:
         self.faults[kind] += 1
 
     def end_shift(self, *, from_storage: bool = False) -> None:
-        """All is uploaded, and right; with `from_storage` though the servers have lost all that they had."""
+        """All is uploaded, and right; with `from_storage` though the servers have lost all that they had.
+
+        Then its checkpoints go, as those of a run do in the end: what servers take is compared between shifts.
+        """
         assert self._shift is not None
         with self._cluster.client(0) as client:
             for root in self._shift.roots:
@@ -145,6 +148,9 @@ class Soak:
             self._shift.tell("check")
         self.counts += self._shift.counts
         self._shift.close()
+        with self._cluster.client(0) as client:
+            for root in self._shift.roots:
+                client.tell("forget", uri=f"{root}/run")
         self._shift = None
 
     def close(self) -> None:
