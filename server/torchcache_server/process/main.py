@@ -19,7 +19,7 @@ from typing import Any, Final
 import click
 
 from torchcache.errors import ConfigurationError, TorchCacheError
-from torchcache.heap import keep_freed_memory
+from torchcache.heap import keep_freed_memory, share_heaps
 from torchcache.locks import LockFile
 
 from . import logs
@@ -197,6 +197,7 @@ def run(config: ServerConfig, *, supervised: bool = False) -> int:
         return supervise(config, stop)
     _raise_descriptor_limit()
     keep_freed_memory()
+    share_heaps()
     if config.embedded is None:
         return _serve(config, stop)
     with _own_folder(config.embedded):

@@ -325,7 +325,7 @@ def object_info(ref: cache_pb2.ObjectRef) -> ObjectInfo:
     return _object_info(ref.store, ref.key, ref.version, ref.size)
 
 
-@lru_cache(32_768)  # epochs name the same objects again and again, and an id keeps its encoding
+@lru_cache(8192)  # epochs name the same objects again and again, and an id keeps its encoding; 1 KB each
 def _object_info(store: str, key: str, version: str, size: int) -> ObjectInfo:
     id_ = ObjectId(under_store_name(store), object_key(key), _bounded("version", version, MAX_NAME_BYTES))
     if not UNKNOWN_SIZE <= size <= MAX_OBJECT_BYTES:
