@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 import torchcache as tc
 from examples.seaweedfs import SeaweedFS, environment
@@ -189,6 +190,31 @@ def test_training_goes_on_as_if_it_had_never_stopped(pool: tc.Pool, root: str, w
         {str(k): v for k, v in ours["state"].items()}, {str(k): v for k, v in theirs["state"].items()}
     )
     assert ours["param_groups"] == theirs["param_groups"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [StatefulDistributedSampler, tc.LocalitySampler])
+def test_the_rest_of_a_later_epoch_is_that_epochs(pool: tc.Pool, root: str, workers: int, kind: Any) -> None:
+    """The sampler is told its epoch behind `load`, from which it is known; workers are asked for batches before."""
+
+    def loader() -> Any:
+        dataset = tc.CachedDataset(Squares(), name="squares", version=40, pool=pool)
+        sampler = kind(dataset, num_replicas=1, rank=0, seed=1)
+        return StatefulDataLoader(dataset, batch_size=4, sampler=sampler, num_workers=workers)
+
+    manager = tc.CheckpointManager(root, pool=pool)
+    first = loader()
+    first.sampler.set_epoch(1)
+    expected = []
+    for number, batch in enumerate(first):
+        expected.append(batch[:, 0].tolist())
+        if number == 4:
+            manager.save(5, {"loader": first, "epoch": 1})
+    other = loader()
+    state = {"loader": other, "epoch": 0}
+    manager.load(state)
+    other.sampler.set_epoch(state["epoch"])
+    assert [batch[:, 0].tolist() for batch in other] == expected[5:]
 
 
 def test_random_numbers_can_be_left_out(pool: tc.Pool, root: str) -> None:

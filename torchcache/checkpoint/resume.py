@@ -104,11 +104,14 @@ def is_loader(value: object) -> bool:
 
 
 def position_of(loader: Any) -> dict[str, Any]:
-    """Where a loader stands, and its own generator, which draws the order of the epochs to come."""
+    """Where a loader stands, the epoch that its sampler was told, and its own generator, which draws the order of the
+    epochs to come."""
     generator = loader.generator
+    sampler = _sampler_with_epochs(loader)
     return {
         "loader": loader.state_dict(),
         "generator": generator.get_state() if isinstance(generator, torch.Generator) else None,
+        "epoch": int(sampler.epoch) if sampler is not None else None,
     }
 
 
@@ -116,12 +119,25 @@ def go_to(loader: Any, position: Mapping[str, Any]) -> None:
     """Puts a loader where `position_of` found it; random states are to be set after this.
 
     Making the iterator draws random numbers that the loader of the first run had drawn before it was saved. So it is
-    made here, by asking for the state; the next `iter(loader)` takes that one.
+    made here, by asking for the state; the next `iter(loader)` takes that one. Its workers are asked for batches at
+    once, by the order of the sampler's epoch: that is set before, and the caller's own `set_epoch` comes to the same.
     """
+    sampler, epoch = _sampler_with_epochs(loader), position.get("epoch")
+    if sampler is not None and epoch is not None:
+        sampler.set_epoch(epoch)
     loader.load_state_dict(position["loader"])
     loader.state_dict()
     if position["generator"] is not None and isinstance(loader.generator, torch.Generator):
         loader.generator.set_state(position["generator"])
+
+
+def _sampler_with_epochs(loader: Any) -> Any | None:
+    """The sampler of a loader that draws another order for each epoch that it is told; None if there is none."""
+    batch_sampler = loader.batch_sampler
+    for sampler in (loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if callable(getattr(sampler, "set_epoch", None)) and isinstance(getattr(sampler, "epoch", None), int):
+            return sampler
+    return None
 
 
 def identity_of(value: object) -> dict[str, Any] | None:
