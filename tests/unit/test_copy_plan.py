@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from torchcache_server.cache.claims import DEAD_AFTER_LEASES, Claim, ClaimState, Displaced, Sighting, Take
 from torchcache_server.cache.copy_plan import decide_takeover, is_left_open, judge
 from torchcache_server.cache.save_records import copy_key, decode_copy, decode_save, encode_copy, encode_save
-from torchcache_server.cache.saves import Copy, ManifestKind, Save, SaveKey
+from torchcache_server.cache.saves import Copy, ManifestKind, Save, SaveKey, mark_of
 
 KEY = SaveKey("s3", "run/step-1")
 LEASE_S = 10.0
@@ -136,3 +138,20 @@ def test_a_claim_taken_from_a_committed_save_tells_of_that(confirmed: bool) -> N
         assert judge(copy(confirmed=confirmed), seen, there) == "current"
         assert judge(copy("older", confirmed=confirmed), seen, there) == "gone"
     assert judge(copy("later"), seen, "absent") == "open"
+
+
+@pytest.mark.parametrize("is_being_replaced", [False, True])
+def test_a_claim_for_a_save_that_this_one_came_after_is_behind(is_being_replaced: bool) -> None:
+    """Storage was away when this save was committed in its place."""
+    seen = sighting(save_id="before")
+    if is_being_replaced:
+        over = Displaced("owner", "before", "somebody")
+        claim = Claim("other", "later", "reserved", "somebody", LEASE_S, over=over)
+        seen = Sighting(claim, "v1", SEEN_S)
+    for confirmed in (True, False):
+        later = copy(confirmed=confirmed)
+        later = replace(later, save=replace(later.save, replaceable=("digest", mark_of("before"))))
+        for there in OLDER:
+            assert judge(later, seen, there) == ("current" if confirmed else "open")
+        assert judge(later, seen, "other") == "open"
+        assert judge(copy(confirmed=confirmed), seen, "absent") == "gone"

@@ -119,6 +119,10 @@ class Catalogue:
         if seen is not None and seen.claim.save_id == status.save_id:
             return status if seen.claim.state == "committed" else replace(status, uncertain=True)
         is_later = later is not None and later.save_id != status.save_id
+        if is_later and later is not None and self._came_after(status, later.save_id):
+            return replace(
+                status, uncertain=True
+            )  # the claim is behind: there may be more that it doesn't tell of
         # Whoever can't reach the under-store in time commits in its pool alone: then its claim still says "reserved".
         may_be_later = claim is not None and claim.state == "reserved"
         return replace(status, superseded=is_later, uncertain=status.uncertain or may_be_later)
@@ -136,6 +140,15 @@ class Catalogue:
             return self._claims.look(under_store, key, deadline=deadline), None
         except TransientError as error:
             return None, error
+
+    def _came_after(self, status: SaveStatus, save_id: str) -> bool:
+        slot = self._slots.find(status.key)
+        if slot is None:
+            return False
+        here = [copy.save for copy in tuple(slot.copies.values())] + (
+            [slot.save] if slot.save is not None else []
+        )
+        return any(save.save_id == status.save_id and save.came_after(save_id) for save in here)
 
     def _is_anothers(self, seen: Sighting) -> bool:
         return seen.claim.server_id != self._claims.server_id

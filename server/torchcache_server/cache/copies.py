@@ -136,7 +136,11 @@ class Copies:
             judged = self._judge(under_store, slot, deadline)
         except TorchCacheError as error:
             _log.warning("%s: the pool's own copy is served, unchecked: %s", slot.key, error)
-            confirmed = [copy for copy in tuple(slot.copies.values()) if copy.confirmed]
+            confirmed = [
+                copy
+                for copy in tuple(slot.copies.values())
+                if copy.confirmed and not _is_passed_over(slot, copy.save.save_id)
+            ]
             confirmed.sort(key=lambda copy: copy.save.committed_unix_s)
             return replace(status_of_copy(confirmed[-1]), uncertain=True) if confirmed else None
         return next((status_of_copy(copy) for copy, verdict, _ in judged if verdict == "current"), None)
@@ -180,7 +184,10 @@ class Copies:
         judged = []
         for copy in tuple(slot.copies.values()):
             kind = kind_of_manifest(copy.save, manifest.data if manifest is not None else None)
-            judged.append((copy, judge(copy, seen, kind), seen))
+            verdict = judge(copy, seen, kind)
+            if verdict == "current" and _is_passed_over(slot, copy.save.save_id):
+                verdict = "open"
+            judged.append((copy, verdict, seen))
         return judged
 
     def _take_over(self, under_store: UnderStore, slot: Slot, save_id: str, deadline: float) -> bool:
@@ -188,6 +195,8 @@ class Copies:
         with slot.exclusively(deadline):
             copy = slot.copies.get(save_id)
             if copy is None or slot.lease is not None or slot.deletion is not None:
+                return False
+            if _is_passed_over(slot, save_id):
                 return False
             seen = self._claims.look(under_store, slot.key, deadline=deadline)
             take = decide_takeover(
@@ -216,3 +225,9 @@ class Copies:
             self._slots.begin_save(slot, replace(copy.save, unbroken=was_committed))
             self._slots.end_copy(slot, copy.save.save_id)
             return True
+
+
+def _is_passed_over(slot: Slot, save_id: str) -> bool:
+    """Whether a save is here that was committed in that one's place: the claim may not tell yet."""
+    later = [copy.save for copy in tuple(slot.copies.values()) if copy.confirmed]
+    return any(save.came_after(save_id) for save in later)

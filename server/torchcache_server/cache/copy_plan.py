@@ -22,13 +22,8 @@ def judge(copy: Copy, seen: Sighting | None, manifest: ManifestKind) -> Verdict:
     if manifest == "ours":
         return "durable"
     claim = None if seen is None else seen.claim
-    if claim is not None and claim.over is not None and claim.save_id != copy.save.save_id:
-        return "current" if claim.over.save_id == copy.save.save_id else "gone"
     if claim is None or claim.save_id != copy.save.save_id:
-        # Given up, or published over. But whoever replaces a save may die before it commits, and its claim is released:
-        # better to bring back what was deleted while this server was down than to lose what was acknowledged.
-        is_open = claim is None or claim.state in ("reserved", "released")
-        return "current" if copy.confirmed and is_open and manifest != "other" else "gone"
+        return _judge_by_another(copy, seen, manifest)
     if claim.state == "committed":
         return "current"
     if claim.state == "reserved":
@@ -36,6 +31,22 @@ def judge(copy: Copy, seen: Sighting | None, manifest: ManifestKind) -> Verdict:
         # the path again, and finds that another has published there.
         return "current" if copy.confirmed and manifest != "other" else "open"
     return "gone"
+
+
+def _judge_by_another(copy: Copy, seen: Sighting | None, manifest: ManifestKind) -> Verdict:
+    """By a claim for another save, or none."""
+    claim = None if seen is None else seen.claim
+    # Its owner couldn't tell the under-store of the commit that took the place of the one that is named.
+    named = None if seen is None else seen.displaced
+    is_behind = named is not None and copy.save.came_after(named.save_id)
+    if claim is not None and claim.over is not None and not is_behind:
+        return "current" if claim.over.save_id == copy.save.save_id else "gone"
+    # Given up, or published over. But whoever replaces a save may die before it commits, and its claim is released:
+    # better to bring back what was deleted while this server was down than to lose what was acknowledged.
+    is_open = is_behind or claim is None or claim.state in ("reserved", "released")
+    if copy.confirmed and is_open and manifest != "other":
+        return "current"
+    return "open" if is_behind else "gone"
 
 
 def decide_takeover(

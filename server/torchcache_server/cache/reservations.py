@@ -24,7 +24,7 @@ from torchcache_server.cache.claims import (
     live_writer,
     taken_over,
 )
-from torchcache_server.cache.saves import SaveKey, manifest_digest, status_of_manifest
+from torchcache_server.cache.saves import SaveKey, is_mark, manifest_digest, mark_of, status_of_manifest
 from torchcache_server.cache.slots import Lease, Slot, Slots
 from torchcache_server.cache.small_objects import read_small, stat_or_none
 from torchcache_server.understore.base import UnderStore
@@ -160,6 +160,7 @@ class Reservations:
             raise decision.error
         if isinstance(decision, Wait):
             return decision
+        wanted.later_than = _committed(slot, seen)
         self._slots.note_lease(slot, wanted.save_id)
         if seen is not None and seen.is_committed_by_another(self._claims.server_id):
             wanted.displaces = True
@@ -305,19 +306,34 @@ def _awaits_upload(slot: Slot, save_id: str) -> bool:
     return save is not None and save.save_id == save_id and save.must_be_kept
 
 
+def _committed(slot: Slot, seen: Sighting | None) -> tuple[str, ...]:
+    """Ids of the saves that are known to be committed, by the claim or by the copies here."""
+    displaced = seen.displaced if seen is not None else None
+    copies = [copy.save.save_id for copy in tuple(slot.copies.values()) if copy.confirmed]
+    return tuple(copies if displaced is None else dict.fromkeys([displaced.save_id, *copies]))
+
+
 def replaceable_by(slot: Slot, lease: Lease) -> tuple[str, ...]:
-    """The manifest_digest of each manifest that the lease's save may overwrite, the newest in front.
+    """The manifest_digest of each manifest that the lease's save may overwrite, the newest in front, and mark_of each
+    save that it came after: while the under-store can't be told of a commit, claims name an older one.
 
     Of a path that is saved to over and over, those before the durable one are gone; but a server that lost the claim
     may publish one late, so some of them are kept.
     """
-    replaceable = dict.fromkeys(lease.replaceable)
+    replaceable = list(lease.replaceable)
+    marks = [mark_of(save_id) for save_id in lease.later_than] if lease.overwrite else []
     save = slot.save
     if lease.overwrite and save is not None:
         # Its upload may have been stopped anywhere: its own manifest may be there, or what it was to overwrite.
-        older = save.replaceable[:_OLDER_KEPT] if save.state == "durable" else save.replaceable
-        replaceable |= dict.fromkeys([manifest_digest(save.manifest), *older])
-    return tuple(replaceable)
+        older = [digest for digest in save.replaceable if not is_mark(digest)]
+        replaceable += [
+            manifest_digest(save.manifest),
+            *older[: _OLDER_KEPT if save.state == "durable" else None],
+        ]
+        if not save.is_superseded:
+            marks.append(mark_of(save.save_id))
+            marks += [] if save.state == "durable" else filter(is_mark, save.replaceable)
+    return tuple(dict.fromkeys([*replaceable, *marks]))
 
 
 def lost_lease(key: SaveKey, slot: Slot | None) -> CheckpointError:

@@ -101,7 +101,9 @@ class Save:
     metadata: bytes = field(repr=False)
     manifest: bytes = field(repr=False)
     overwrite: bool
-    replaceable: tuple[str, ...]  # manifest_digest of each manifest that this save may overwrite
+    replaceable: tuple[
+        str, ...
+    ]  # manifest_digest of each manifest that this save may overwrite; mark_of each save
     state: Literal["committed", "durable", "failed"]
     committed_unix_s: float
     writer: str = ""  # host and process, for people
@@ -144,6 +146,10 @@ class Save:
             path, save_id = self.origin(name)
             objects[name] = ObjectInfo(saved_file(self.key.store, path, name, save_id), size)
         return objects
+
+    def came_after(self, save_id: str) -> bool:
+        """Whether that save is known to have been committed when this one was reserved, to overwrite it."""
+        return mark_of(save_id) in self.replaceable
 
     @property
     def must_be_kept(self) -> bool:
@@ -248,6 +254,18 @@ def manifest_digest(manifest: bytes) -> str:
     return hashlib.sha256(manifest).hexdigest()
 
 
+_MARK = "save:"
+
+
+def mark_of(save_id: str) -> str:
+    """Stands for a save among the digests of what may be overwritten, wherever its manifest isn't known."""
+    return _MARK + save_id
+
+
+def is_mark(digest: str) -> bool:
+    return digest.startswith(_MARK)
+
+
 ManifestKind = Literal["absent", "ours", "replaceable", "other"]
 """What a manifest at a save's path is to the save. `replaceable`: it is older, and the save may overwrite it."""
 
@@ -258,7 +276,9 @@ def kind_of_manifest(save: Save, manifest: bytes | None) -> ManifestKind:
         return "absent"
     if manifest == save.manifest:
         return "ours"
-    return "replaceable" if manifest_digest(manifest) in save.replaceable else "other"
+    if manifest_digest(manifest) in save.replaceable:
+        return "replaceable"
+    return "replaceable" if save.came_after(status_of_manifest(save.key, manifest).save_id) else "other"
 
 
 def status_of_manifest(key: SaveKey, manifest: bytes) -> SaveStatus:

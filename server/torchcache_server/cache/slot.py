@@ -22,6 +22,7 @@ class Lease:
     replaceable: tuple[str, ...]  # manifest_digest of each manifest it may overwrite
     expires_s: float  # monotonic
     displaces: bool = False  # its claim took the place of another server's, of a committed save
+    later_than: tuple[str, ...] = ()  # ids of committed saves that were there when it was reserved
 
 
 @dataclass(frozen=True, slots=True)
