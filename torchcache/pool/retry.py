@@ -7,8 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from torchcache.errors import Overloaded, TorchCacheError, TransientError
+
+_MOST_OWED: Final = 4
+"""In buckets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +49,14 @@ class Budget:
             self._left = min(self._most, self._left + count * self._earned)
 
     def spend(self, count: int = 1) -> bool:
-        """Whether so many may be asked for again, which takes them. The bucket may owe some afterwards."""
+        """Whether so many may be asked for again, which takes them. The bucket may owe some afterwards.
+
+        Of one large call it owes no more than four buckets: what is earned must be able to pay that before long.
+        """
         with self._lock:
             if self._left < 1:
                 return False
-            self._left -= count
+            self._left = max(self._left - count, -_MOST_OWED * self._most)
             return True
 
 
@@ -58,7 +65,8 @@ class HedgeBudget(Budget):
 
     Where all servers wait for the same, for their share of a processor or for the network, a second is no faster than
     the first, and what it does for nothing makes all of them later. So each hedge that came too late halves what is
-    earned, down to a sixteenth, with which it is tried now and then; one that helped doubles it again.
+    earned, down to a quarter, with which it is tried now and then; one that helped doubles it again. Not less: after a
+    late call of some hundred extents no second would be tried for a hundred thousand, long after things have changed.
     """
 
     def __init__(self, most: float, share: float) -> None:
@@ -73,7 +81,7 @@ class HedgeBudget(Budget):
     def in_vain(self) -> None:
         """The first was faster after all."""
         with self._lock:
-            self._earned = max(self._share / 16, self._earned / 2)
+            self._earned = max(self._share / 4, self._earned / 2)
 
 
 def retry_budget() -> Budget:
@@ -82,7 +90,10 @@ def retry_budget() -> Budget:
 
 
 def hedge_budget() -> HedgeBudget:
-    """Of a pool in one process: a twentieth of the extents it reads may be asked for twice."""
+    """Of a pool in one process: a twentieth of the extents it reads may be asked for twice.
+
+    A call of more extents than the bucket can owe, 256, counts as one of so many.
+    """
     return HedgeBudget(64, 0.05)
 
 
