@@ -44,6 +44,8 @@ class Mapping:
     def __init__(self, fd: int, size: int, released: Callable[[], object] | None = None) -> None:
         """Raises OSError. `released` is called at the end, in any thread and at any point: it may take no lock."""
         self.size = size
+        self.is_own = os.fstat(fd).st_uid == os.geteuid()
+        """Whether the kernel tells this process which pages are in memory: it is the file's owner."""
         self._released = released
         self._unmap = _libc.munmap  # still reachable while the interpreter is torn down
         address: int | None = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, fd, 0)
@@ -60,16 +62,18 @@ class Mapping:
                 self._released()
 
 
-def populate(address: int, size: int) -> None:
+def populate(address: int, size: int, *, may_ask: bool = True) -> None:
     """Brings `size` bytes of a mapping into memory, other threads running meanwhile.
 
+    `may_ask`: the file is this process's user's own, or one that it may write to. Of all others the kernel says that
+    everything is in memory, so nothing would be brought there: pass `Mapping.is_own` of files that came from elsewhere.
     Raises OSError with EIO for what the disk can't read, or the file doesn't have: touching such a page would end the
     process by SIGBUS. Does nothing before Linux 5.14: the risk stays.
     """
     start, end = address - address % _PAGE, address + size
     # To ask costs a third of mapping them page by page, and a fiftieth where they are mapped already. Of a file that
     # was cut off the page cache may still have what is behind its new end: the last page is tried all the same.
-    if size >= _LARGE_BYTES and _are_in_memory(start, end - start):
+    if may_ask and size >= _LARGE_BYTES and _are_in_memory(start, end - start):
         start = (end - 1) // _PAGE * _PAGE
     while _madvise(start, end - start, _POPULATE_READ) != 0:
         code = ctypes.get_errno()
@@ -84,7 +88,7 @@ def populate(address: int, size: int) -> None:
 def _are_in_memory(start: int, size: int) -> bool:
     """Whether the page cache has all pages of a mapped range; False also where that can't be told.
 
-    The kernel tells it to whoever owns the file or may write to it, and a store's folder is its user's alone.
+    The kernel tells it to whoever owns the file or may write to it. To others it says that all are.
     """
     pages = -(-size // _PAGE)
     found = ctypes.create_string_buffer(pages)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from torchcache import mappings
 from torchcache.mappings import Mapping, populate
 
 PAGE = 16 * mmap.PAGESIZE  # from so much on it is asked what is in memory
@@ -44,6 +45,28 @@ def test_a_page_that_the_file_has_lost_is_an_error(file: Path) -> None:
         with pytest.raises(OSError) as caught:
             populate(mapping.address + at, size)
         assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+def test_of_others_files_the_kernels_word_is_not_asked(
+    file: Path, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says of all their pages that they are in memory, so that a fault would end the process."""
+    asked: list[int] = []
+    real = mappings._madvise
+
+    def counted(address: int, size: int, advice: int) -> int:
+        asked.append(size)
+        return int(real(address, size, advice))
+
+    monkeypatch.setattr(mappings, "_madvise", counted)
+    monkeypatch.setattr(mappings, "_are_in_memory", lambda *_: True)
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + owner)
+    mapping = mapped(file)
+    assert mapping.is_own == (owner == 0)
+    populate(mapping.address, 4 * PAGE, may_ask=mapping.is_own)
+    assert asked == ([4 * PAGE] if owner else [mmap.PAGESIZE])
 
 
 def test_a_hole_among_pages_is_filled(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class KnownRecords:
             if len(self._known) >= MAX_KNOWN:
                 self._halve()
             self._known[place] = known
-        populate(mapped.address + known.start, known.end - known.start)
+        populate(mapped.address + known.start, known.end - known.start, may_ask=mapped.is_own)
         self.warm[place] = known
         if mapped.gone:  # meanwhile: it must not be kept from here
             self.forget(place)
@@ -88,10 +88,10 @@ def read_record(mapped: Mapped, offset: int) -> Known | None:
     view, size = mapped.view, len(mapped.view)
     if not 0 <= offset <= size - IDENTITY_AT:
         return None
-    populate(mapped.address + offset, min(PAGE_BYTES, size - offset))
+    populate(mapped.address + offset, min(PAGE_BYTES, size - offset), may_ask=mapped.is_own)
     length = stated_length(view, offset)
     if length > PAGE_BYTES:
-        populate(mapped.address + offset, min(length, size - offset))
+        populate(mapped.address + offset, min(length, size - offset), may_ask=mapped.is_own)
     found = sound_record(view, offset, mapped.nonce, offset, size)
     if found is None:
         return None

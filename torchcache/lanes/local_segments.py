@@ -32,13 +32,14 @@ _alive: weakref.WeakSet[Mapping] = weakref.WeakSet()
 class Mapped:
     """A mapped segment. `used` is when it was last read, in the reader's own count; `gone`: it is wanted no more."""
 
-    __slots__ = ("address", "gone", "namespace", "nonce", "number", "used", "view")
+    __slots__ = ("address", "gone", "is_own", "namespace", "nonce", "number", "used", "view")
 
     def __init__(self, header: SegmentHeader, mapping: Mapping) -> None:
         self.number = header.number
         self.nonce = header.nonce
         self.namespace = header.namespace
         self.address = mapping.address
+        self.is_own = mapping.is_own
         buffer = pa.foreign_buffer(mapping.address, mapping.size, base=mapping)
         self.view = memoryview(buffer).cast("B")
         self.used = 0
