@@ -90,6 +90,11 @@ def test_systemd_takes_the_unit() -> None:
     assert (Path(command).name, serve) == ("torchcache", "serve")
     assert options_of(arguments) == {"config": Path("/etc/torchcache/server.toml")}
     config = from_settings(read_toml(DEPLOY / "systemd/server.toml"))
+    # Where docs/operations.md has its socket: a user can't make a folder in /run.
+    assert re.findall(r"^RuntimeDirectory.*$", unit.read_text(), re.MULTILINE) == [
+        "RuntimeDirectory=torchcache",
+        "RuntimeDirectoryMode=0700",
+    ]
     [stop] = re.findall(r"^TimeoutStopSec=(\d+)$", unit.read_text(), re.MULTILINE)
     assert config.drain_s < int(stop)
     if shutil.which("systemd-analyze"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import tempfile
@@ -114,6 +115,19 @@ def test_what_a_dead_server_left_is_removed_and_ones_own_at_the_end(folder: Path
 def test_its_folder_is_made_for_its_user_alone(folder: Path) -> None:
     SocketFiles(str(folder / "new" / "a.sock")).close()
     assert (folder / "new").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in /run, for all but root."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ConfigurationError, match=r"Permission denied\. Let root make it .*\$XDG_RUNTIME_DIR"):
+        SocketFiles(str(folder / "new" / "a.sock"))
 
 
 def test_one_that_serves_is_left_alone(folder: Path) -> None:

@@ -35,7 +35,10 @@ class SocketFiles:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigurationError(f"the folder {folder} can't be made: {error.strerror}") from None
+            raise ConfigurationError(
+                f"the folder {folder} can't be made: {error.strerror}. Let root make it for this user, with mode 0700, "
+                "or choose a path in a folder of your own, such as $XDG_RUNTIME_DIR/torchcache"
+            ) from None
         check_folder(path, os.geteuid())
         try:
             self._lock = LockFile(Path(path + LOCK))
