@@ -75,7 +75,7 @@ def test_help_and_version_come_without_the_heavy_imports() -> None:
     "words",
     [
         *([], ["status"], ["stage"], ["ls"], ["pin"], ["unpin"], ["evict"], ["limit"]),
-        *(["checkpoint", "ls"], ["checkpoint", "verify"]),
+        *(["checkpoint", "ls"], ["checkpoint", "verify"], ["doctor"]),
     ],
 )
 def test_every_help_tells_the_exit_codes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +84,8 @@ def test_every_help_tells_the_exit_codes(words: list[str], capsys: pytest.Captur
     assert "Exit codes: 0 done" in text
     assert "2 wrong usage" in text
     assert "3 no pool runs" in text
+    if words:
+        assert not [kind for kind in ("HOST:PORT", "unix:///", "etcd://", "dns://") if kind not in text]
 
 
 @pytest.mark.parametrize(

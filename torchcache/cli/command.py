@@ -25,6 +25,12 @@ EXIT_CODES = (
     "or configuration; 3 no pool runs, or it can't be reached or is overloaded: try again; 130 interrupted."
 )
 
+POOL_METAVAR = "ADDRESS"
+POOL_HELP = (
+    "The pool's servers: HOST:PORT and unix:///PATH, one or more with commas between; or where they are found: "
+    "etcd://HOST:PORT/NAME, dns://NAME:PORT."
+)
+
 _Arguments = ParamSpec("_Arguments")
 
 
@@ -66,8 +72,8 @@ def command(function: Callable[Concatenate[Session, _Arguments], int | None]) ->
     return click.option(
         "--pool",
         "pool_address",
-        metavar="HOST:PORT[,HOST:PORT...]",
-        help="The pool's servers. Default: $TORCHCACHE_POOL, else the embedded pool.",
+        metavar=POOL_METAVAR,
+        help=f"{POOL_HELP} Default: $TORCHCACHE_POOL, else the embedded pool.",
     )(wrapper)
 
 

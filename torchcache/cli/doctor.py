@@ -9,7 +9,7 @@ from dataclasses import asdict
 import click
 
 from torchcache import environment
-from torchcache.cli.command import EXIT_CODES, EXIT_FAILED, exit_code
+from torchcache.cli.command import EXIT_CODES, EXIT_FAILED, POOL_HELP, POOL_METAVAR, exit_code
 from torchcache.cli.output import Alert, Output
 from torchcache.errors import TorchCacheError
 
@@ -31,7 +31,7 @@ from torchcache.errors import TorchCacheError
     is_flag=True,
     help="Check this machine as a client of the pool. So does --pool, or $TORCHCACHE_POOL without --store.",
 )
-@click.option("--pool", "pool_address", metavar="HOST:PORT[,HOST:PORT...]", help="The pool's servers.")
+@click.option("--pool", "pool_address", metavar=POOL_METAVAR, help=POOL_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def doctor(
     stores: tuple[str, ...], *, repair: bool, client: bool, pool_address: str | None, as_json: bool
