@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from tests.unit.sample_pool import SamplePool, pool
 from torchcache import LocalitySampler
@@ -220,13 +221,35 @@ def test_a_loader_without_a_state_of_its_sampler_is_refused(pool: SamplePool) ->
         LocalitySampler(dataset, 1, 0).load_state_dict(state)
 
 
+@pytest.mark.parametrize("of_a_loader", [False, True])
+def test_torchdatas_state_goes_on_when_it_is_told_how_many_ranks_there_were(
+    pool: SamplePool, of_a_loader: bool
+) -> None:
+    dataset = cached(pool, 48, hosts=1)
+    before = [StatefulDistributedSampler(dataset, 4, rank, seed=2) for rank in range(4)]
+    had: list[int] = []
+    for sampler in before:
+        loader = StatefulDataLoader(list(range(48)), 1, sampler=sampler)
+        reading = iter(loader)
+        had += [int(next(reading)) for _ in range(3)]
+        state = loader.state_dict() if of_a_loader else sampler.state_dict()
+    after = ranks(dataset, 2, seed=2)
+    for sampler in after:
+        with pytest.raises(ConfigurationError, match="num_replicas"):
+            sampler.load_state_dict(state)
+        assert len(list(sampler)) == 24
+        sampler.load_state_dict({**state, "num_replicas": 4})
+    assert sorted([*had, *(i for sampler in after for i in sampler)]) == list(range(48))
+    LocalitySampler(dataset, 2, 0).load_state_dict({"yielded": 0})  # nothing to lose
+
+
 def test_between_batches_other_servers_may_go_on(pool: SamplePool) -> None:
     options = {"batch_size": 4, "seed": 2}
     before = ranks(cached(pool, 40, hosts=2), 2, **options)
     had = [[next(reading) for _ in range(8)] for reading in map(iter, before)]
     after = ranks(cached(pool, 40, hosts=1), 2, **options)
     for sampler in after:
-        sampler.load_state_dict({"yielded": 8, "batch_size": 4, "placement": "another"})
+        sampler.load_state_dict({"yielded": 8, "num_replicas": 2, "batch_size": 4, "placement": "another"})
     assert sorted(i for mine in [*had, *map(list, after)] for i in mine) == list(range(40))
 
 

@@ -126,7 +126,8 @@ class LocalitySampler(StatefulDistributedSampler):  # type: ignore[misc]  # torc
         It is a state of this sampler's or a StatefulDistributedSampler's, of any rank, or of a StatefulDataLoader with
         one. With another number of ranks, other servers, ranks' hosts or batch size that is possible where a global
         batch ended: what is left of the epoch is dealt out anew. Raises ConfigurationError elsewhere: samples would be
-        lost or repeated.
+        lost or repeated. Torchdata's state doesn't say how many ranks there were, so it is refused without: pass
+        `{**state, "num_replicas": ranks_of_then}`.
         """
         state = sampler_state_of(state_dict)
         if state is None:  # the loader's epoch was over
@@ -137,7 +138,17 @@ class LocalitySampler(StatefulDistributedSampler):  # type: ignore[misc]  # torc
         if state.get("placement") == self._placement:
             self._next_start = start
             return
-        world, batch_size = state.get("num_replicas", self.num_replicas), state.get("batch_size", 1)
+        world, batch_size = (
+            state.get("num_replicas", state_dict.get("num_replicas")),
+            state.get("batch_size", 1),
+        )
+        if world is None and had:
+            self.next_yielded = None
+            raise ConfigurationError(
+                f"the state is of {had} samples of one rank, and doesn't say how many ranks there were: give this "
+                'sampler {**state, "num_replicas": ranks_of_then}'
+            )
+        world = world or self.num_replicas
         if had % batch_size and had < self._total(start, world) // world:
             self.next_yielded = None
             raise ConfigurationError(
