@@ -46,15 +46,22 @@ def check_folder(path: str, *owners: int) -> None:
 
 
 def check_socket(path: str, me: int | None = None) -> None:
-    """Whether a client may show its token to who listens at `path`; nothing there is for the connection to tell.
+    """Whether a client may show its token to who listens at `path`, now or, if nobody does, later.
 
     Raises ConfigurationError for what is no socket, or belongs to another user than `me` (default: this process's) and
-    root, or may have been put there by others. Root takes everybody's.
+    root, or may have been put there by others. Root takes everybody's. Without a socket the folder alone is looked at,
+    and without that nothing: connecting tells. As a stranger may then make both, this is asked before every call, for
+    gRPC connects anew by itself.
     """
     me = os.geteuid() if me is None else me
     try:
         found = os.lstat(path)
     except FileNotFoundError:
+        try:
+            owner = Path(path).parent.stat().st_uid
+        except FileNotFoundError:
+            return
+        check_folder(path, me, *([owner] if me == 0 else []))
         return
     except OSError as error:
         raise ConfigurationError(f"the socket {path} can't be used: {error.strerror}") from None

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from torchcache_server.process.config import ServerConfig, Tls, from_settings
@@ -16,9 +17,15 @@ from torchcache_server.process.several import arguments, split
 from torchcache_server.process.socket_files import SocketFiles
 
 from torchcache.addresses import MOST_PATH_BYTES
-from torchcache.errors import ConfigurationError
+from torchcache.errors import ConfigurationError, ServerUnavailable
+from torchcache.lanes.access import Access
+from torchcache.lanes.base import ReadOptions
+from torchcache.lanes.flight import FlightLane
+from torchcache.model import Extent, ObjectId, ObjectInfo
+from torchcache.pool.control import ControlClient
 from torchcache.pool.members import Endpoint, parse_address
 from torchcache.unix_sockets import check_socket
+from torchcache.wire.v1 import cache_pb2
 
 ME = os.geteuid()
 
@@ -172,6 +179,8 @@ def test_a_folder_that_others_may_write_is_refused_at_both_ends(folder: Path, mo
             check_socket(str(path))
     path.unlink()
     with pytest.raises(ConfigurationError, match="others may write"):
+        check_socket(str(path))  # who comes first would be shown the token
+    with pytest.raises(ConfigurationError, match="others may write"):
         SocketFiles(str(path))
 
 
@@ -180,7 +189,8 @@ def test_a_folder_that_others_may_write_is_refused_at_both_ends(folder: Path, mo
 
 def test_the_token_is_shown_to_ones_own_server_alone(folder: Path) -> None:
     path = folder / "a.sock"
-    check_socket(str(path))  # nobody is there: connecting tells
+    check_socket(str(path))  # nobody is there, nor can be but ourselves: connecting tells
+    check_socket(str(folder / "none" / "a.sock"))
     with closing(listening(path)):
         check_socket(str(path))
         stranger = ME + 1
@@ -210,3 +220,29 @@ def test_sockets_and_folders_of_other_users_are_refused(folder: Path) -> None:
     path.unlink()
     with pytest.raises(ConfigurationError, match="belongs to user 4711"):
         SocketFiles(str(path))
+    with pytest.raises(ConfigurationError, match="belongs to user 4711"):
+        check_socket(str(path), 4712)
+    check_socket(str(path), 4711)
+    check_socket(str(path), 0)  # root takes everybody's
+
+
+def test_a_socket_that_strangers_may_have_put_there_since_is_shown_no_token(folder: Path) -> None:
+    """By either lane's calls: the connection was made when all was well, and is made anew by gRPC itself."""
+    path, access = folder / "a.sock", Access(token="secret")
+    control = ControlClient(f"unix://{path}", access)
+    lane = FlightLane(str(path), 0, access=access, server=f"unix://{path}", server_id="id")
+    extents = [Extent(ObjectInfo(ObjectId("s3", "a", "v"), 1))]
+    try:
+        for _ in range(2):
+            with pytest.raises(ServerUnavailable):
+                control.call("GetInfo", cache_pb2.InfoRequest(), deadline=monotonic() + 60)
+            [outcome] = lane.read(extents, [None], ReadOptions(), deadline=monotonic() + 60)
+            assert isinstance(outcome, ServerUnavailable)
+        folder.chmod(0o777)
+        with pytest.raises(ConfigurationError, match="others may write"):
+            control.call("GetInfo", cache_pb2.InfoRequest(), deadline=monotonic() + 60)
+        [outcome] = lane.read(extents, [None], ReadOptions(), deadline=monotonic() + 60)
+        assert isinstance(outcome, ConfigurationError)
+    finally:
+        control.close()
+        lane.close()

@@ -102,7 +102,7 @@ class FlightLane:
         with self._connections.call():
             client = reader = None
             try:
-                client = self._connections.channel(self._key, self._open)
+                client = self._client()
                 watch.asking()
                 reader = client.do_get(fl.Ticket(request.SerializeToString()), options)
                 if not watch.opened(reader):
@@ -156,7 +156,7 @@ class FlightLane:
         with self._connections.call():
             client = writer = reader = None
             try:
-                client = self._connections.channel(self._key, self._open)
+                client = self._client()
                 descriptor = fl.FlightDescriptor.for_command(request.SerializeToString())
                 writer, reader = client.do_put(descriptor, WRITE_SCHEMA, options)
                 sent = 0
@@ -176,6 +176,13 @@ class FlightLane:
         """See `Lane.close`."""
         self._connections.drop(self._key)
 
+    def _client(self) -> fl.FlightClient:
+        """This process's, for one call."""
+        host, _ = self._location
+        if is_unix(host):
+            check_socket(data_socket(host))
+        return self._connections.channel(self._key, self._open)
+
     def _open(self) -> fl.FlightClient:
         keep_freed_memory()
         host, port = self._location
@@ -184,9 +191,7 @@ class FlightLane:
             ("grpc.max_receive_message_length", MAX_BATCH_BYTES),
         ]
         if is_unix(host):
-            path = data_socket(host)
-            check_socket(path)
-            return fl.FlightClient(fl.Location.for_grpc_unix(path), generic_options=options)
+            return fl.FlightClient(fl.Location.for_grpc_unix(data_socket(host)), generic_options=options)
         if self._access.tls is None:
             return fl.FlightClient(fl.Location.for_grpc_tcp(host, port), generic_options=options)
         ca, certificate, key = self._access.tls.contents()

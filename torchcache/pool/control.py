@@ -29,10 +29,7 @@ class _Channel:
             *CHANNEL_OPTIONS,
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ]
-        on_this_machine = address.startswith(UNIX)
-        if on_this_machine:
-            check_socket(address.removeprefix(UNIX))
-        credentials = None if on_this_machine else access.channel_credentials()
+        credentials = None if address.startswith(UNIX) else access.channel_credentials()
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=options)
         else:
@@ -67,6 +64,8 @@ class ControlClient:
             channel: _Channel | None = None
             stub: Callable[..., Any] | None = None
             try:
+                if self.address.startswith(UNIX):
+                    check_socket(self.address.removeprefix(UNIX))
                 channel = self._connections.channel(self._key, lambda: _Channel(self.address, self._access))
                 stub = getattr(channel.stub, method)
                 return stub(request, timeout=timeout_s, metadata=metadata)
