@@ -1,7 +1,8 @@
 """Sockets in the file system: which of two is a server's, and whether strangers can have put one there.
 
 Who listens on a socket gets the token from every client. So neither side uses one that anybody but its owner and root
-could have made: it lies in a folder that only they write, and isn't reached over a link.
+could have made: it is no link, lies in a folder that only they write, and the way there leads neither through folders
+where others may put another in its place nor over their links. Whoever owns a folder on the way is trusted.
 """
 
 from __future__ import annotations
@@ -43,6 +44,24 @@ def check_folder(path: str, *owners: int) -> None:
             f"others may write the folder {folder} of the socket, and put another in its place: chmod go-w it, or "
             "take a folder of its own"
         )
+    _check_way(folder, 0, *owners)
+
+
+def _check_way(path: Path, *owners: int) -> None:
+    """Raises ConfigurationError if others than `owners` may lead `path`, which is there, to another place."""
+    for one in (*reversed(path.parents), path):
+        found = one.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            if found.st_uid not in owners:
+                raise ConfigurationError(
+                    f"{one}, on the way to the socket, is a link of user {found.st_uid}: take another"
+                )
+            _check_way(one.parent / one.readlink(), *owners)
+        elif found.st_mode & _OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
+            raise ConfigurationError(
+                f"others may write {one}, on the way to the socket, and put another in its place: chmod go-w it, or "
+                "take a folder elsewhere"
+            )
 
 
 def check_socket(path: str, me: int | None = None) -> None:

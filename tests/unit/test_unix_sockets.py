@@ -184,6 +184,36 @@ def test_a_folder_that_others_may_write_is_refused_at_both_ends(folder: Path, mo
         SocketFiles(str(path))
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_the_way_to_it_may_not_be_others_to_change(folder: Path, mode: int) -> None:
+    path = folder / "shared" / "own" / "a.sock"
+    path.parent.mkdir(parents=True, mode=0o700)
+    (folder / "link").symlink_to("shared/own")
+    for name in (path, folder / "link" / "a.sock"):
+        path.parent.parent.chmod(0o1777)  # as /tmp is
+        check_socket(str(name))
+        SocketFiles(str(name)).close()
+        path.parent.parent.chmod(mode)
+        with pytest.raises(ConfigurationError, match=r"others may write .*/shared, on the way"):
+            check_socket(str(name))
+        with pytest.raises(ConfigurationError, match=r"others may write .*/shared, on the way"):
+            SocketFiles(str(name))
+
+
+@pytest.mark.skipif(ME != 0, reason="only root gives files away")
+def test_it_is_not_reached_over_links_of_others(folder: Path) -> None:
+    (folder / "own").mkdir(mode=0o700)
+    (folder / "theirs").symlink_to("own")
+    (folder / "link").symlink_to("theirs")
+    os.lchown(folder / "theirs", 4711, -1)
+    for name in ("theirs", "link"):
+        with pytest.raises(
+            ConfigurationError, match="theirs, on the way to the socket, is a link of user 4711"
+        ):
+            check_socket(str(folder / name / "a.sock"))
+    check_socket(str(folder / "own" / "a.sock"))
+
+
 # ---- the client's side ----
 
 
