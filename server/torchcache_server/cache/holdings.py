@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from torchcache.errors import IntegrityError, TransientError
+from torchcache.errors import IntegrityError, TorchCacheError
 from torchcache.model import ChunkId, ObjectId, ObjectInfo, chunk_digest
 from torchcache.save_names import save_namespace
 from torchcache_server.cache.claim_book import ClaimBook
@@ -91,13 +91,13 @@ class Holdings:
     def is_responsible(self, save: Save, *, deadline: float) -> bool:
         """Whether it is this server, and no other, that brings the save to its end: the claim says so.
 
-        While the under-store can't be asked it goes on to be the one that it was.
+        While the under-store can't be asked, or refuses us, it goes on to be the one that it was.
         """
         try:
             return self._claims.holds(
                 self._under_store_of(save.key.store), save.key, save.save_id, deadline=deadline
             )
-        except TransientError:
+        except TorchCacheError:
             return True
 
     def chunks(self, object: ObjectInfo) -> Iterator[tuple[int, pa.Buffer]]:
@@ -134,20 +134,30 @@ class Holdings:
     def mend(self, save: Save, name: str, index: int, payload: memoryview) -> None:
         """Puts `payload`, which another server holds and was verified, in the place of a chunk that is unsound here.
 
-        Raises IntegrityError if it can't be that chunk, OutOfSpace.
+        The bad bytes go once there is room for the good ones. Raises IntegrityError if it can't be that chunk, or is
+        none afterwards, OutOfSpace.
         """
         object = save.objects[name]
         chunk = ChunkId(object.id, index)
         path, save_id = save.origin(name)
         namespace = save_namespace(save.key.store, path, save_id)
-        stored = self._store.read(chunk)
+        stored = self._store.lookup(chunk)  # also one of which only the payload can't be read
         if len(payload) != chunk.length(object.size) or (
             stored is not None and stored.digest != chunk_digest(payload)
         ):
             raise IntegrityError(
                 f"chunk {index} of {object.id} is another at another server", object=str(object.id)
             )
-        if stored is not None:
-            self._store.quarantine(chunk)
-        self._store.put(namespace, chunk, object.size, pa.py_buffer(payload))
+        good, room = pa.py_buffer(payload), self._store.reserve(namespace, chunk, len(payload))
+        try:
+            if stored is not None:
+                self._store.quarantine(chunk)
+            self._store.put(namespace, chunk, object.size, good, promised=room)
+        finally:
+            room.release()
         self._store.sync(namespace)
+        if self._sound(object, index) is None:
+            raise IntegrityError(
+                f"chunk {index} of {object.id} can't be read here, though good bytes were stored",
+                object=str(object.id),
+            )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Final
 
 import pyarrow as pa
 
 from torchcache import environment
-from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError
+from torchcache.errors import ConfigurationError, ServerUnavailable, TorchCacheError, TransientError
 from torchcache.lanes.access import Access, TlsConfig
 from torchcache.lanes.base import Outcome, ReadOptions
 from torchcache.model import ChunkId, Extent, ObjectId, ObjectInfo
@@ -30,6 +31,8 @@ from torchcache_server.cache.saves import Save
 _log = logging.getLogger(__name__)
 
 CALL_S: Final = 10.0
+SILENT_S: Final = 3.0
+"""Who took so long for no answer isn't asked again before the next look."""
 PREPARE_S: Final = 60.0
 """The bytes are synced first."""
 SLOWEST_BYTES_S: Final = 1024 * 1024
@@ -54,22 +57,29 @@ def peers_access(tokens: Sequence[ScopedToken]) -> Access:
 
 
 class Peers:
-    """The servers at `pool`, an address as clients have it, but for `server_id`. For one thread."""
+    """The servers at `pool`, an address as clients have it, but for `server_id`. For one thread, but for `close`."""
 
     def __init__(self, pool: str, access: Access, *, server_id: str) -> None:
         """Raises ConfigurationError for an address or a way to it that can't be."""
         self._session = Session(member_source(pool, access), "flight")
         self._server_id = server_id
+        self._silent: set[str] = set()  # since the last look
 
-    def look(self, save: Save) -> list[str]:
-        """Ids of the others by now, those in front that are next in order for the save, and can be reached.
-
-        Raises ServerUnavailable if none answers.
-        """
+    def look(self) -> None:
+        """Asks all of them who they are. Raises ServerUnavailable if none answers."""
         session = self._session
         members = session.refresh(session.current, time.monotonic() + CALL_S)
-        order = session.ordering.order(folder_key(save.key.store, save.key.path), members)
-        return [server for server in order if server != self._server_id]
+        self._silent = {
+            server for server, member in members.by_id.items() if member.address in members.missing
+        }
+
+    def others(self, save: Save) -> list[str]:
+        """Ids of the others that answer, as far as was found since the last look, in the save's order."""
+        members = self._session.current
+        if members is None:
+            return []
+        order = self._session.ordering.order(folder_key(save.key.store, save.key.path), members)
+        return [server for server in order if server != self._server_id and server not in self._silent]
 
     def address(self, server: str) -> str:
         """Of a server, for people."""
@@ -117,15 +127,17 @@ class Peers:
         """A chunk of a file of the save from another server, verified; None if none that answers has it sound."""
         object = save.objects[name]
         others = {object.id, _file(save, name)}  # a copy that was made later has stored it as the save's own
-        for server in self.look(save):
+        for server in self.others(save):
             for id_ in others:
+                if server in self._silent:
+                    break
                 found = self._read(server, save, ObjectInfo(id_, object.size), index)
                 if found is not None:
                     return found
         return None
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections, and so ends what is asked of others by another thread; it may be called twice."""
         self._session.close()
 
     # ---- inside ----
@@ -136,6 +148,17 @@ class Peers:
         if members is None:
             raise ServerUnavailable("the other servers of the pool aren't known yet")
         return members.known(server)
+
+    @contextmanager
+    def _noticing_silence(self, server: str) -> Iterator[None]:
+        """Around a call: one that fails for want of an answer is the last until the next look."""
+        began_s = time.monotonic()
+        try:
+            yield
+        except TransientError:
+            if time.monotonic() - began_s >= SILENT_S:
+                self._silent.add(server)
+            raise
 
     def _prepare(self, server: str, save: Save, metadata: bytes, manifest: bytes, timeout_s: float) -> None:
         request = cache_pb2.PrepareCopyRequest(
@@ -152,14 +175,16 @@ class Peers:
             committed_unix_s=save.committed_unix_s,
             replicas=save.replicas,
         )
-        self._session.ask_member(self._member(server), "PrepareCopy", request, time.monotonic() + timeout_s)
+        member = self._member(server)
+        with self._noticing_silence(server):
+            self._session.ask_member(member, "PrepareCopy", request, time.monotonic() + timeout_s)
 
     def _write(self, server: str, save: Save, call: WriteCall) -> int:
         size = sum(data.size for _, _, data in call.rows)
         deadline = time.monotonic() + CALL_S + size / SLOWEST_BYTES_S
-        return self._member(server).lane.write(
-            save.namespace, call.objects, call.rows, durable=False, deadline=deadline
-        )
+        lane = self._member(server).lane
+        with self._noticing_silence(server):
+            return lane.write(save.namespace, call.objects, call.rows, durable=False, deadline=deadline)
 
     def _read(self, server: str, save: Save, object: ObjectInfo, index: int) -> memoryview | None:
         chunk = ChunkId(object.id, index)
@@ -168,7 +193,10 @@ class Peers:
         deadline = time.monotonic() + CALL_S + extent.length / SLOWEST_BYTES_S
         outcome: Outcome
         try:
-            (outcome,) = self._member(server).lane.read([extent], [None], options, deadline=deadline)
+            with self._noticing_silence(server):
+                (outcome,) = self._member(server).lane.read([extent], [None], options, deadline=deadline)
+                if isinstance(outcome, TransientError):
+                    raise outcome
         except TorchCacheError as error:
             outcome = error
         if isinstance(outcome, memoryview):
