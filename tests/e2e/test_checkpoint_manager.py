@@ -23,6 +23,7 @@ from examples.seaweedfs import SeaweedFS, environment
 from tests.e2e.throwaway import throwaway
 from tests.unit.checkpoint_states import assert_same, blank, state
 from torchcache.checkpoint.hold import Hold
+from torchcache.checkpoint.resume import Record
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -581,3 +582,38 @@ def test_async_save_of_torch_stages_in_memory_that_all_writers_share(pool: tc.Po
         loaded = {"w": torch.empty(500_000)}
         dcp.load(loaded, storage_reader=tc.CacheStorageReader(f"{root}/{step}", pool=pool), no_dist=True)
         assert loaded["w"].eq(step).all()
+
+
+def test_a_loaders_state_in_an_entry_of_its_own_moves_to_other_ranks(
+    pool: tc.Pool, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/checkpoints.md has it for LocalitySampler; the loader itself is refused there."""
+    for name in range(24):
+        (tmp_path / f"{name:02}").write_bytes(bytes([name]))
+    files = tc.CachedDataset.from_files(f"file://{tmp_path}", pool=pool)
+
+    def loader(world: int, rank: int) -> StatefulDataLoader:
+        return StatefulDataLoader(
+            files, 2, sampler=tc.LocalitySampler(files, world, rank, batch_size=2, seed=3)
+        )
+
+    had: list[bytes] = []
+    for rank in range(3):
+        saved = loader(3, rank)
+        reading = iter(saved)
+        had += [one for _ in range(2) for one in next(reading)]
+    with tc.CheckpointManager(root, pool=pool) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "torchcache.checkpoint.manager.Record", lambda **given: Record(**given | {"world_size": 3})
+            )
+            manager.save(1, {"loader": saved, "place": saved.state_dict()})
+        with pytest.raises(tc.errors.CheckpointError, match="no position for 'loader'"):
+            manager.load({"loader": loader(2, 0), "place": {}})
+        state: dict[str, Any] = {"place": {}}
+        manager.load(state)
+    for rank in range(2):
+        sampler = tc.LocalitySampler(files, 2, rank, batch_size=2, seed=3)
+        sampler.load_state_dict(state["place"])
+        had += [one for batch in StatefulDataLoader(files, 2, sampler=sampler) for one in batch]
+    assert sorted(had) == [bytes([name]) for name in range(24)]
