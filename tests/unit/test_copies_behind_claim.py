@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from torchcache_server.cache.claims import Claim
@@ -18,7 +19,7 @@ from write_back_world import (
     soon,
 )
 
-from torchcache.errors import TransientError
+from torchcache.errors import Overloaded, TransientError
 
 
 def away(*servers: Server) -> Callable[[], None]:
@@ -180,3 +181,64 @@ def test_another_writer_does_not_end_what_its_claim_cannot_name(gives_up: bool) 
         b.write_back.tidy()
         c.upload()
         assert_settled(bucket, "third")
+
+
+def other_over_first(*, late: bool) -> tuple[Bucket, Server, Server, Callable[[], None]]:
+    """A has the first save, not uploaded, with a copy at b, maybe a late one; b commits the third in its place while
+    storage is away from both, so that the claim goes on saying that it is being written."""
+    bucket = Bucket()
+    a, b = Server(bucket, "a"), Server(bucket, "b")
+    a.reserve("first")
+    commit(a, "first", None if late else b)
+    if late:
+        prepare(b, "first", a, committed_unix_s=1.0)
+    b.reserve("third", overwrite=True)
+    back = away(a, b)
+    commit(b, "third")
+    claim = Claim.decode(bucket.objects[KEY.claim_key])
+    assert (claim.save_id, claim.state, claim.over is not None) == ("third", "reserved", True)
+    return bucket, a, b, back
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_a_copy_does_not_replace_the_save_that_was_committed_over_it(late: bool, restarts: bool) -> None:
+    bucket, _, b, back = other_over_first(late=late)
+    assert told(b) == ("third", False)
+    back()
+    if restarts:
+        b.restart()
+    assert told(b) == ("third", False)
+    tidy_late(b)
+    assert told(b) == ("third", False)
+    b.upload()
+    tidy_late(b)
+    assert_settled(bucket, "third")
+    assert told(b) == ("third", False)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_who_took_the_claim_of_a_save_that_could_not_be_told_is_overwritten(published: bool) -> None:
+    """Its owner, to which the other server was as dead while storage was away."""
+    bucket, a, b, back = other_over_first(late=False)
+    back()
+    a.write_back.tidy()
+    with pytest.raises(Overloaded):
+        a.upload()
+    a.clock_ahead_s += 4 * LEASE_S
+    if published:
+        a.upload()
+    else:
+        a.upload_half()
+    b.write_back.tidy()
+    assert told(b)[0] == "third"
+    b.upload()
+    if not published:
+        with suppress(Overloaded):
+            a.upload()
+    b.write_back.tidy()
+    b.upload()
+    a.write_back.tidy()
+    a.upload()
+    assert_settled(bucket, "third")
+    assert told(a)[0] == "third"

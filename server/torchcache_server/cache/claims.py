@@ -193,6 +193,16 @@ def decide_hold(
     return Take(seen.version)
 
 
+def decide_again(seen: Sighting, *, now_s: float) -> Take | Wait:
+    """What a server does whose save was committed in place of the one that another server's claim names.
+
+    That commit couldn't be told, and the claim goes on as before, or was taken from a writer that seemed dead. It is
+    overwritten like any committed save's; who is to overwrite it, too, may be alive.
+    """
+    is_free = seen.claim.state == "committed" or now_s >= seen.dead_at_s
+    return Take(seen.version) if is_free else Wait(seen.dead_at_s, seen.claim.server_id)
+
+
 def not_uploaded(key: SaveKey, save: Displaced) -> AlreadyExists:
     return AlreadyExists(
         f"{key} holds a checkpoint that server {save.server_id} has not uploaded yet (written by {save.writer}): pass "

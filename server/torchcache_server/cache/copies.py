@@ -230,4 +230,6 @@ class Copies:
 def _is_passed_over(slot: Slot, save_id: str) -> bool:
     """Whether a save is here that was committed in that one's place: the claim may not tell yet."""
     later = [copy.save for copy in tuple(slot.copies.values()) if copy.confirmed]
+    if slot.save is not None and not slot.save.is_superseded:
+        later.append(slot.save)
     return any(save.came_after(save_id) for save in later)

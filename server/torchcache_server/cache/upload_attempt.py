@@ -11,7 +11,7 @@ from typing import Final, Literal
 from torchcache.errors import AlreadyExists, Overloaded, TransientError
 from torchcache.model import ObjectInfo
 from torchcache_server.cache.claim_book import ClaimBook
-from torchcache_server.cache.claims import Keep, Refuse, Sighting, Take, Wait, decide_hold
+from torchcache_server.cache.claims import Keep, Refuse, Sighting, Take, Wait, decide_again, decide_hold
 from torchcache_server.cache.saves import ManifestKind, Save, kind_of_manifest
 from torchcache_server.cache.shard_source import write_out
 from torchcache_server.cache.slots import Slot, Slots
@@ -120,6 +120,10 @@ class Attempt:
         return "foreign" if isinstance(decision, Refuse) else "ours"
 
     def _decide_hold(self, seen: Sighting | None) -> Take | Keep | Wait | Refuse:
+        if seen is not None and seen.claim.server_id != self.claims.server_id:
+            named = seen.displaced
+            if named is not None and self.save.came_after(named.save_id):
+                return decide_again(seen, now_s=self.claims.now_s())
         return decide_hold(
             seen,
             key=self.save.key,
