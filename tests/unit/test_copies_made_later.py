@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from write_back_world import (
     KEY,
@@ -68,6 +70,31 @@ def test_it_does_not_bring_back_what_was_deleted_or_replaced_meanwhile() -> None
     b.write_back.tidy()
     assert not b.write_back.holdings.all()
     assert KEY.namespace("one") not in b.store.chunks
+
+
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_it_does_not_bring_back_what_is_being_deleted(comes_first: bool) -> None:
+    """The deletion was answered, and nothing of it done yet: who deletes needn't know the save's id."""
+    bucket = Bucket()
+    a, b = Server(bucket, "a"), Server(bucket, "b")
+    a.save("one")
+    if comes_first:
+        copy_later(b, "one")
+    a.write_back.delete(KEY, "", deadline=soon(), wait_s=0.0)
+    b.write_back.drop_copy(KEY, "", deadline=soon())
+    if not comes_first:
+        copy_later(b, "one")
+    b.write_back.tidy()
+    with suppress(NotCommitted):
+        status = b.write_back.get(KEY, deadline=soon())
+        raise AssertionError(status.save_id)
+    a.upload()  # the deletion ends
+    for _ in range(2):
+        b.write_back.tidy()
+        b.clock_ahead_s += 4 * LEASE_S
+    b.upload()
+    assert published(bucket) is None
+    assert not b.write_back.holdings.all()
 
 
 def test_while_storage_is_away_it_is_not_believed() -> None:

@@ -278,7 +278,7 @@ class Saves:
         """See `Pool.delete_save`."""
         deadline = time.monotonic() + timeout_s
         begun = False
-        server, others = self._where(ref)
+        server, others, save_id = self._where(ref)
         while True:
             try:
                 # Once it is noted, readers are told nothing of the save any more: nor shall they be by the copies.
@@ -291,7 +291,7 @@ class Saves:
                     return
                 raise
             if not begun:
-                Replicas(self._session, ref, others).drop()
+                self._drop_copies(ref, others, save_id)
             if done:
                 return
             begun = True
@@ -302,17 +302,25 @@ class Saves:
                     object=ref.path,
                 )
 
-    def _where(self, ref: cache_pb2.SaveRef) -> tuple[str, list[str]]:
-        """The server that has the save at the path ("": the owner, if none says so), and all others."""
+    def _drop_copies(self, ref: cache_pb2.SaveRef, servers: Sequence[str], save_id: str) -> None:
+        """Whichever was committed; and by its id one that came late, of which its server doesn't know that it was."""
+        Replicas(self._session, ref, servers).drop()
+        if save_id and not ref.save_id:
+            found = cache_pb2.SaveRef(store=ref.store, path=ref.path, part=ref.part, save_id=save_id)
+            Replicas(self._session, found, servers).drop()
+
+    def _where(self, ref: cache_pb2.SaveRef) -> tuple[str, list[str], str]:
+        """The server that has the save at the path ("": the owner, if none says so), all others, and the save's id."""
         deadline = time.monotonic() + CALL_S
         members = self._session.first_members(Retry(self._session.budget, deadline), deadline)
         if len(members.by_id) == 1:
-            return "", []
+            return "", [], ""
         try:
-            server = self._get(ref.store, ref.path, ref.part, manifest=False).server
+            found = self._get(ref.store, ref.path, ref.part, manifest=False)
+            server, save_id = found.server, found.save_id
         except NotCommitted:
-            server = self._session.ordering.owner(folder_key(ref.store, ref.path), members)
-        return server, [other for other in members.by_id if other != server]
+            server, save_id = self._session.ordering.owner(folder_key(ref.store, ref.path), members), ""
+        return server, [other for other in members.by_id if other != server], save_id
 
     def hold(
         self, ref: cache_pb2.SaveRef, reader_id: str, reader: str, *, release: bool, server: str

@@ -161,7 +161,8 @@ class Copies:
         for copy, verdict, seen in self._judge(under_store, slot, deadline):
             if verdict == "current" and not copy.confirmed:
                 with slot.exclusively(deadline):
-                    self._slots.confirm_copy(slot, copy.save.save_id)
+                    if slot.copies.get(copy.save.save_id) is copy:  # one that came since is judged by itself
+                        self._slots.confirm_copy(slot, copy.save.save_id)
             now_s = self._claims.now_s()
             patience_s = OPEN_LEASES * self._lease_s
             left_open = verdict == "open" and is_left_open(seen, now_s=now_s, patience_s=patience_s)

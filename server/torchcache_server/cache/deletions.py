@@ -87,6 +87,7 @@ class Deletions:
             if slot.lease is not None:
                 self._slots.end_lease(slot)
             self._slots.begin_deletion(slot, deletion)
+            self._mark_claim(under_store, slot, deadline)
 
     def _find(self, under_store: UnderStore, slot: Slot, deadline: float) -> Deletion:
         key, save = slot.key, slot.save
@@ -130,7 +131,7 @@ class Deletions:
     def _run(self, slot: Slot, deletion: Deletion, under_store: UnderStore) -> None:
         if slot.save is not None:  # it could not be forgotten when the deletion was noted
             self._slots.forget_save(slot)
-        self._take_claim(slot, under_store)
+        self._take_claim(slot, under_store, call_deadline())
         self._withdraw_manifest(deletion, under_store)
         self._withdraw_metadata(deletion, under_store)
         for name in self._shards(deletion, under_store):
@@ -166,13 +167,25 @@ class Deletions:
             now_s=self._clock(),
         )
 
-    def _take_claim(self, slot: Slot, under_store: UnderStore) -> None:
+    def _mark_claim(self, under_store: UnderStore, slot: Slot, deadline: float) -> None:
+        """Before the caller is told: a server that gets a copy only now must not find the save committed by the claim.
+
+        Without a claim it doesn't count. Where it can't be done now, `attempt` does it.
+        """
+        deadline = min(deadline, time.monotonic() + self._lease_s / 2)
+        try:
+            if self._claims.look(under_store, slot.key, deadline=deadline) is not None:
+                self._take_claim(slot, under_store, deadline)
+        except TorchCacheError as error:
+            _log.info("%s: the claim tells of its deletion later: %s", slot.key, error)
+
+    def _take_claim(self, slot: Slot, under_store: UnderStore, deadline: float) -> None:
         """Writes it anew each time: to other servers it is that of a living writer. Raises AlreadyExists."""
         assert slot.deletion is not None  # noqa: S101 - narrows the type
         key, save_id = slot.key, slot.deletion.save_id
         for _ in range(_LOOKS):
             self._check_running()
-            seen = self._claims.look(under_store, key, deadline=call_deadline())
+            seen = self._claims.look(under_store, key, deadline=deadline)
             decision = self._decide(key, seen)
             if isinstance(decision, Refuse):
                 raise decision.error
@@ -186,7 +199,7 @@ class Deletions:
                     state="deleting",
                     writer=f"the deletion of save {save_id}",
                     replaces="" if seen is None else seen.version,
-                    deadline=call_deadline(),
+                    deadline=deadline,
                 )
             except AlreadyExists:
                 continue
