@@ -329,23 +329,26 @@ def check_kills(seed: int, kills: int, folder: Path, storage: Storage, starter: 
     return run
 
 
-def check_many_kills(
-    name: str, folder: Path, storage_of: Callable[[Path], Storage], starter: ForkingStarter
-) -> None:
-    """Twenty kills of each seed."""
-    with proof(name) as figures:
-        runs = []
-        for seed in SEEDS:
-            run_folder = folder / str(seed)
-            run_folder.mkdir()
-            runs.append(check_kills(seed, 20, run_folder, storage_of(run_folder), starter))
-        for victim in ("rank", "coordinator", "server"):
-            figures[f"kills of a {victim}"] = sum(run.kills[victim] for run in runs)
-        figures["kills"] = sum(sum(run.kills.values()) for run in runs)
-        figures["acknowledged"] = sum(len(run.history.saved) for run in runs)
-        figures["loads"] = sum(run.loads for run in runs)
-        figures["of them with borrowed files"] = sum(run.borrowed for run in runs)
-        figures["first seed"] = SEEDS[0]
+VICTIMS: Final = ("rank", "coordinator", "server")
+
+
+def many_kills(
+    folder: Path, storage_of: Callable[[Path], Storage], starter: ForkingStarter
+) -> dict[str, int | float | str]:
+    """Twenty kills of each seed, in figures."""
+    runs = []
+    for seed in SEEDS:
+        run_folder = folder / str(seed)
+        run_folder.mkdir()
+        runs.append(check_kills(seed, 20, run_folder, storage_of(run_folder), starter))
+    return {
+        **{f"kills of a {victim}": sum(run.kills[victim] for run in runs) for victim in VICTIMS},
+        "kills": sum(sum(run.kills.values()) for run in runs),
+        "acknowledged": sum(len(run.history.saved) for run in runs),
+        "loads": sum(run.loads for run in runs),
+        "of them with borrowed files": sum(run.borrowed for run in runs),
+        "first seed": SEEDS[0],
+    }
 
 
 def test_kills_of_ranks_and_servers(tmp_path: Path, starter: ForkingStarter) -> None:
@@ -354,11 +357,16 @@ def test_kills_of_ranks_and_servers(tmp_path: Path, starter: ForkingStarter) -> 
 
 @pytest.mark.long
 def test_many_kills_of_ranks_and_servers(tmp_path: Path, starter: ForkingStarter) -> None:
-    check_many_kills("rank-kills", tmp_path, lambda folder: Storage.folder(folder / "source"), starter)
+    with proof("rank-kills") as figures:
+        figures.update(many_kills(tmp_path, lambda folder: Storage.folder(folder / "source"), starter))
 
 
 @pytest.mark.long
 def test_many_kills_of_ranks_and_servers_over_s3(tmp_path: Path, s3_server: SeaweedFS) -> None:
     # Servers forked off a process have what that found in its environment when it started.
-    with environment(s3_server.environment()), ForkingStarter() as starter:
-        check_many_kills("rank-kills-s3", tmp_path, lambda folder: Storage.bucket(s3_server), starter)
+    with (
+        proof("rank-kills-s3") as figures,
+        environment(s3_server.environment()),
+        ForkingStarter() as starter,
+    ):
+        figures.update(many_kills(tmp_path, lambda folder: Storage.bucket(s3_server), starter))
