@@ -172,7 +172,8 @@ class PoolStatistics:
     `out` maps the addresses of servers that reads pass over to the reason, `put_out` counts how often that began, and
     `probes` how often one was tried. `hedges` are calls that were late and asked of the next server too, with
     `hedged_extents` in them; `hedges_won` those that it answered first; `hedges_refused` those that were not made,
-    because a twentieth of all extents is the most that is asked for twice.
+    because a twentieth of all extents, less where hedges were in vain, may be asked for twice; a call of more than 256
+    counts as one of 256.
     """
 
     lanes: dict[str, str]
