@@ -174,6 +174,17 @@ def test_status_shows_the_orders_of_reading_that_were_told(
         assert part in out
 
 
+def test_status_says_what_did_not_fit_into_an_answer(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool.disk = {"namespaces_left_out": 1234, "orders_left_out": 5}
+    assert run(["status"]) == 0
+    err = capsys.readouterr().err
+    assert "1,234 datasets that hold the least at the server 127.0.0.1:7440 are not shown" in err
+    assert "5 orders of reading at the server 127.0.0.1:7440 are not shown" in err
+    assert run_json(capsys, "status")["servers"][0]["namespaces_left_out"] == 1234
+
+
 def test_status_shows_the_lane_to_each_server_and_what_was_read_by_it(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str]
 ) -> None:

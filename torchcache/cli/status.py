@@ -109,6 +109,12 @@ def _show(
                 f"the disk of the server {server.address} is out of service: {server.out_of_service}. Reads go on from "
                 "storage without being kept, and writes are refused; see to the disk, then restart the server"
             )
+        for left_out, what in (
+            (server.namespaces_left_out, "datasets that hold the least"),
+            (server.orders_left_out, "orders of reading"),
+        ):
+            if left_out:
+                output.warning(f"{left_out:,} {what} at the server {server.address} are not shown")
     if not output.as_json:
         _show_rates(output, rates)
         _show_servers(output, servers)

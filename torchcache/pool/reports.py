@@ -90,7 +90,9 @@ class ServerStatus:
     others' weights; 0.0 of a version that has none. `hedged_calls` are of `read_calls` those that another server was
     late for; `filling_bytes` are being fetched from under-stores now; `passed_over` are other servers, by what clients
     told this one within a minute. `saves` counts the checkpoints that it holds by how far they are: "saving", "cached",
-    "replicated", "durable", "failed"; "copy" are those that another server owns.
+    "replicated", "durable", "failed"; "copy" are those that another server owns. Of very many `namespaces` and `orders`
+    those that don't fit into an answer of some megabytes are only counted, as `namespaces_left_out`, smallest datasets
+    first, and `orders_left_out`.
     """
 
     address: str
@@ -136,6 +138,8 @@ class ServerStatus:
     filling_bytes: int = 0
     passed_over: tuple[PassedOver, ...] = ()
     saves: dict[str, int] = field(default_factory=dict)
+    namespaces_left_out: int = 0
+    orders_left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,6 +44,13 @@ from .requests import (
     wanted_ahead,
 )
 from .saves import SaveCalls
+from .status_size import (
+    MAX_NAMESPACES_BYTES,
+    MAX_ORDERS_BYTES,
+    MAX_PASSED_OVER_BYTES,
+    by_weight,
+    fitting,
+)
 
 MAX_PAGE: Final = 1000
 """Objects in a page of a listing: as many as S3 gives at once, and within the bound of a control message."""
@@ -115,6 +122,12 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
     def GetStatus(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:
         usage = self._store.usage()
         served = self._counters
+        namespaces, namespaces_left_out = fitting(
+            _namespace_status, by_weight(self._store.namespaces()), MAX_NAMESPACES_BYTES
+        )
+        orders, orders_left_out = fitting(_order_status, self._ahead.standings(), MAX_ORDERS_BYTES)
+        said_most = sorted(served.passed_over.counts().items(), key=lambda one: (-one[1], one[0]))
+        passed_over, _ = fitting(_passed_over, said_most, MAX_PASSED_OVER_BYTES)
         return pb.StatusReply(
             info=self.GetInfo(pb.InfoRequest(), context),
             store_path=str(self._facts.store_path),
@@ -139,7 +152,8 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             upload_pending_bytes=self._write_back.pending_bytes,
             saves=self._write_back.counts(),
             under_stores=[_counters(under_store) for under_store in self._under_stores.values()],
-            namespaces=map(_namespace_status, self._store.namespaces()),
+            namespaces=namespaces,
+            namespaces_left_out=namespaces_left_out,
             spare_bytes=usage.spare_bytes,
             dead_bytes=usage.dead_bytes,
             overhead_bytes=usage.overhead_bytes,
@@ -152,12 +166,10 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             damaged_kept=usage.damaged_kept,
             disk_errors=usage.disk_errors,
             out_of_service=usage.out_of_service,
-            orders=map(_order_status, self._ahead.standings()),
+            orders=orders,
+            orders_left_out=orders_left_out,
             hedged_calls=served.hedged_calls,
-            passed_over=[
-                pb.PassedOver(server_id=server_id, reason=reason, clients=clients)
-                for (server_id, reason), clients in sorted(served.passed_over.counts().items())
-            ],
+            passed_over=passed_over,
         )
 
     def SetCredentials(
@@ -355,6 +367,11 @@ def _namespace_status(usage: NamespaceUsage) -> pb.NamespaceStatus:
         quota_bytes=usage.policy.quota_bytes or 0,
         ttl_s=usage.policy.ttl_s or 0.0,
     )
+
+
+def _passed_over(said: tuple[tuple[str, str], int]) -> pb.PassedOver:
+    (server_id, reason), clients = said
+    return pb.PassedOver(server_id=server_id, reason=reason, clients=clients)
 
 
 def _order_status(ahead: Ahead) -> pb.OrderStatus:
