@@ -72,6 +72,13 @@ def wait_for_log(servers: ReplicaServers, number: int, text: str) -> None:
     wait_until(lambda: text in servers.log(number).read_text())
 
 
+def tells_of_a_copy_made_again(servers: ReplicaServers, number: int) -> bool:
+    [said] = [one for one in servers.connect().status() if one.address == servers.addresses[number]]
+    assert said.oldest_pending_s > 0
+    copies = said.copies
+    return copies is not None and copies.held == copies.wanted == 2 and copies.made > 0
+
+
 def test_a_lost_copy_is_made_again_and_outlives_the_owner(
     servers: ReplicaServers, gate: UploadGate, s3: SeaweedFS, uri: str
 ) -> None:
@@ -81,6 +88,7 @@ def test_a_lost_copy_is_made_again_and_outlives_the_owner(
     servers.end(replica)
     shutil.rmtree(servers.store(replica))
     wait_for_log(servers, owner, f"was copied to server {servers.addresses[third]}")
+    wait_until(lambda: tells_of_a_copy_made_again(servers, owner))
     wait_until(lambda: is_committed(s3, uri))  # says the claim: told late where storage is slow
     servers.end(owner)
     shutil.rmtree(servers.store(owner))

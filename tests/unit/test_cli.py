@@ -29,7 +29,7 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.model import ObjectId, ObjectInfo
-from torchcache.pool import PassedOver, SaveInfo
+from torchcache.pool import CopiesStatus, PassedOver, SaveInfo
 from torchcache.pool.reports import OrderStatus
 
 RUN = "s3://b/run/step-1"
@@ -338,8 +338,32 @@ def test_status_shows_how_far_checkpoints_are(pool: MemoryPool, capsys: pytest.C
     _, said = capsys.readouterr().out.split("checkpoints at")
     [line] = [line for line in said.splitlines() if "127.0.0.1:7440" in line]
     assert line.split()[1:7] == ["0", "31", "0", "32", "33", "34"]
+    assert line.split()[9:] == ["-"] * 4, "nothing waits, and it looks after no copies"
     [server] = run_json(capsys, "status")["servers"]
     assert server["saves"]["durable"] == 32
+    assert server["copies"] is None
+
+
+def test_status_shows_copies_and_says_loudly_that_some_are_missing(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F37. Of what waits for its upload, and for how long."""
+    copies = {"wanted": 6, "held": 6, "made": 2, "mended_chunks": 3}
+    pool.disk = {"saves": {"replicated": 3}, "oldest_pending_s": 4000.0, "copies": CopiesStatus(**copies)}
+    assert run(["status"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 h 6 min 6 of 6 2 3" in " ".join(out.split())
+    assert err == ""
+    pool.disk["copies"] = CopiesStatus(**copies | {"held": 5})
+    assert run(["status"]) == 0
+    out, err = capsys.readouterr()
+    assert "5 of 6" in out
+    assert err.startswith(
+        "torchcache: checkpoints that 127.0.0.1:7440 has yet to upload are to have 6 copies"
+    )
+    [server] = run_json(capsys, "status")["servers"]
+    assert server["oldest_pending_s"] == 4000.0
+    assert server["copies"] == copies | {"held": 5}
 
 
 def test_status_says_loudly_that_a_disk_is_out_of_service(

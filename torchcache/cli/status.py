@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torchcache.cli.output import Output
     from torchcache.cli.residencies import DatasetResidency
     from torchcache.cli.watching import Rates
-    from torchcache.pool import NamespaceStatus, Pool, PoolStatistics, ServerStatus
+    from torchcache.pool import CopiesStatus, NamespaceStatus, Pool, PoolStatistics, ServerStatus
 
 _REASONS: Final = {
     "unreachable": "they can't reach it",
@@ -104,6 +104,12 @@ def _show(
             f"the server {address} is passed over by {clients} clients: {_REASONS.get(reason, reason)}"
         )
     for server in servers:
+        copies = server.copies
+        if copies is not None and copies.held < copies.wanted:
+            output.warning(
+                f"checkpoints that {server.address} has yet to upload are to have {copies.wanted} copies and have "
+                f"{copies.held}: a server that held one is gone, and its log says why no other has taken it"
+            )
         if server.out_of_service:
             output.warning(
                 f"the disk of the server {server.address} is out of service: {server.out_of_service}. Reads go on from "
@@ -344,15 +350,35 @@ def _show_saves(output: Output, servers: list[ServerStatus]) -> None:
             _alarming(s.saves.get("failed", 0)),
             f"{s.saves.get('copy', 0):,}",
             size_text(s.upload_pending_bytes),
+            duration_text(s.oldest_pending_s) if s.oldest_pending_s else "-",
+            *_copies_texts(s.copies),
         )
         for s in servers
         if any(s.saves.values())
     ]
     if rows:
         output.table(
-            ("checkpoints at", *(f">{state}" for state in states[:-1]), ">copies of others'", ">to upload"),
+            (
+                "checkpoints at",
+                *(f">{state}" for state in states[:-1]),
+                ">copies of others'",
+                ">to upload",
+                ">oldest waits",
+                ">copies of these",
+                ">made again",
+                ">chunks mended",
+            ),
             rows,
         )
+
+
+def _copies_texts(copies: CopiesStatus | None) -> tuple[str, str, str]:
+    """Those of what waits for its upload, those made again, and chunks mended; dashes if none are looked after."""
+    if copies is None:
+        return "-", "-", "-"
+    held = f"{copies.held:,} of {copies.wanted:,}"
+    is_short = copies.held < copies.wanted
+    return Alert(held) if is_short else held, f"{copies.made:,}", f"{copies.mended_chunks:,}"
 
 
 def _show_orders(output: Output, servers: list[ServerStatus]) -> None:

@@ -3,6 +3,7 @@
 from torchcache.lanes.access import TlsConfig
 from torchcache.pool.client import Pool
 from torchcache.pool.reports import (
+    CopiesStatus,
     NamespaceStatus,
     PassedOver,
     PoolStatistics,
@@ -14,6 +15,7 @@ from torchcache.pool.reports import (
 )
 
 __all__ = [
+    "CopiesStatus",
     "NamespaceStatus",
     "PassedOver",
     "Pool",

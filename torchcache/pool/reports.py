@@ -79,6 +79,20 @@ class PassedOver:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesStatus:
+    """Copies of the checkpoints that wait for their upload at one server, which looks after them.
+
+    They are to have `wanted` at all servers together, and have `held`, as far as was found. `made` counts those made
+    again in place of lost ones, `mended_chunks` what was damaged there and fetched from another, since it started.
+    """
+
+    wanted: int
+    held: int
+    made: int
+    mended_chunks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStatus:
     """One server, as it sees itself. Counters run since it started.
 
@@ -92,7 +106,9 @@ class ServerStatus:
     told this one within a minute. `saves` counts the checkpoints that it holds by how far they are: "saving", "cached",
     "replicated", "durable", "failed"; "copy" are those that another server owns. Of very many `namespaces` and `orders`
     those that don't fit into an answer of some megabytes are only counted, as `namespaces_left_out`, smallest datasets
-    first, and `orders_left_out`.
+    first, and `orders_left_out`. `oldest_pending_s` is how long ago the checkpoint was committed that waits longest for
+    its upload there; 0.0 if none does. `copies` is None of a server that doesn't know of the others, and so looks after
+    no copies.
     """
 
     address: str
@@ -140,6 +156,8 @@ class ServerStatus:
     saves: dict[str, int] = field(default_factory=dict)
     namespaces_left_out: int = 0
     orders_left_out: int = 0
+    oldest_pending_s: float = 0.0
+    copies: CopiesStatus | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,8 +299,13 @@ def server_status(reply: cache_pb2.StatusReply, address: str) -> ServerStatus:
             for one in reply.passed_over
         ),
         saves=dict(reply.saves),
+        copies=_copies_status(reply.copies) if reply.HasField("copies") else None,
         **same,
     )
+
+
+def _copies_status(reply: cache_pb2.CopiesStatus) -> CopiesStatus:
+    return CopiesStatus(**{one.name: getattr(reply, one.name) for one in fields(CopiesStatus)})
 
 
 def _order_status(reply: cache_pb2.OrderStatus) -> OrderStatus:
@@ -307,5 +330,5 @@ _SAME = tuple(
     one.name
     for one in fields(ServerStatus)
     if one.name in cache_pb2.StatusReply.DESCRIPTOR.fields_by_name
-    and one.name not in ("under_stores", "namespaces", "orders", "passed_over", "saves")
+    and one.name not in ("under_stores", "namespaces", "orders", "passed_over", "saves", "copies")
 )

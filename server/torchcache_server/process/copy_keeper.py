@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ from torchcache_server.cache.claims import DEAD_AFTER_LEASES
 from torchcache_server.cache.holdings import Holdings
 from torchcache_server.cache.recopy_plan import Watch, begin, is_due, is_short
 from torchcache_server.cache.saves import Save
+from torchcache_server.service.counters import CopyCounts
 
 if TYPE_CHECKING:
     from .peers import Peers
@@ -48,16 +48,6 @@ class Stopped(Exception):
 
 class Unwanted(Exception):
     """The save is durable by now, or gone."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CopyCounts:
-    """`wanted` and `held` are of the saves that wait for their upload here, as far as was found; the others add up."""
-
-    wanted: int = 0
-    held: int = 0
-    made: int = 0
-    mended_chunks: int = 0
 
 
 class CopyKeeper:

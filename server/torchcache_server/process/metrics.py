@@ -16,14 +16,12 @@ from torchcache_server.cache.ahead import Ahead, StageAhead
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.service.admission import Admission
-from torchcache_server.service.counters import ServiceCounters
+from torchcache_server.service.counters import CopyCounts, ServiceCounters
 from torchcache_server.service.latencies import BOUNDS_S, Latencies
 from torchcache_server.service.passed_over import PassedOver
 from torchcache_server.service.requests import REASONS
 from torchcache_server.store import Store, StoreUsage
 from torchcache_server.understore.base import UnderStore
-
-from .copy_keeper import CopyCounts
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
@@ -41,7 +39,7 @@ class ServerCollector(Collector):
         counters: ServiceCounters,
         admission: Admission,
         ahead: StageAhead,
-        copies: Callable[[], CopyCounts],
+        copies: Callable[[], CopyCounts | None],
     ) -> None:
         self._store = store
         self._under_stores = under_stores
@@ -100,7 +98,7 @@ class ServerCollector(Collector):
             "Age of the oldest checkpoint that this server has yet to upload",
             self._write_back.holdings.oldest_s,
         )
-        yield from _copy_families(self._copies())
+        yield from _copy_families(self._copies() or CopyCounts())
         yield from _order_families(self._ahead.standings())
         yield from self._under_store_families()
 

@@ -30,7 +30,7 @@ from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.control import ControlService, ServerFacts
-from torchcache_server.service.counters import ServiceCounters
+from torchcache_server.service.counters import CopyCounts, ServiceCounters
 from torchcache_server.service.request_log import RequestLog
 from torchcache_server.service.scopes import Tokens
 from torchcache_server.store import OS, DiskCalls, Store
@@ -38,7 +38,7 @@ from torchcache_server.understore.base import UnderStore
 from torchcache_server.understore.s3 import S3UnderStore
 
 from .config import ServerConfig
-from .copy_keeper import CopyCounts, CopyKeeper
+from .copy_keeper import CopyKeeper
 from .endpoint import EndpointFile
 from .life import started
 from .listeners import ControlListener, listen_data, stop_data
@@ -188,7 +188,7 @@ class Server:
                 read_through=parts.read_through,
                 counters=parts.counters,
                 ahead=parts.ahead,
-                copies=self._copy_keeper.counts if self._copy_keeper is not None else CopyCounts,
+                copies=self._copies,
             )
             closing.enter_context(serve_metrics(config.metrics_host, config.metrics_port, collector))
         self._store = parts.store
@@ -221,6 +221,7 @@ class Server:
             store=parts.store,
             read_through=parts.read_through,
             counters=parts.counters,
+            copies=self._copies,
             log=self._log,
         )
         self._control.start(service)
@@ -285,6 +286,9 @@ class Server:
         self._admission.close()
         self._stack.close()
         return not self._stuck
+
+    def _copies(self) -> CopyCounts | None:
+        return self._copy_keeper.counts() if self._copy_keeper is not None else None
 
     def _stop_data(self) -> None:
         self._stuck = not stop_data(self._data, STOP_S)

@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -28,7 +28,7 @@ from torchcache_server.store import NamespaceUsage, Store
 from torchcache_server.understore import UnderStore
 
 from .calls import deadline_of, remaining_s
-from .counters import ServiceCounters
+from .counters import CopyCounts, ServiceCounters
 from .request_log import RequestLog, current, level_of
 from .requests import (
     dataset_name,
@@ -77,7 +77,10 @@ class ServerFacts:
 
 
 class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
-    """Translates; the interceptor has checked the token, and turns what is raised here into status."""
+    """Translates; the interceptor has checked the token, and turns what is raised here into status.
+
+    `copies` tells of the copies that the server looks after; None if it looks after none.
+    """
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
         ahead: StageAhead,
         counters: ServiceCounters,
         set_credentials: CredentialsSink,
+        copies: Callable[[], CopyCounts | None] = lambda: None,
         log: RequestLog | None = None,
     ) -> None:
         self._facts = facts
@@ -102,6 +106,7 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
         self._ahead = ahead
         self._counters = counters
         self._set_credentials = set_credentials
+        self._copies = copies
         self._log = log or RequestLog()
 
     # ---- the server ----
@@ -151,6 +156,8 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             write_calls=served.write_calls,
             upload_pending_bytes=self._write_back.pending_bytes,
             saves=self._write_back.counts(),
+            oldest_pending_s=self._write_back.holdings.oldest_s,
+            copies=_copies_status(self._copies()),
             under_stores=[_counters(under_store) for under_store in self._under_stores.values()],
             namespaces=namespaces,
             namespaces_left_out=namespaces_left_out,
@@ -372,6 +379,10 @@ def _namespace_status(usage: NamespaceUsage) -> pb.NamespaceStatus:
 def _passed_over(said: tuple[tuple[str, str], int]) -> pb.PassedOver:
     (server_id, reason), clients = said
     return pb.PassedOver(server_id=server_id, reason=reason, clients=clients)
+
+
+def _copies_status(copies: CopyCounts | None) -> pb.CopiesStatus | None:
+    return None if copies is None else pb.CopiesStatus(**asdict(copies))
 
 
 def _order_status(ahead: Ahead) -> pb.OrderStatus:

@@ -1,4 +1,4 @@
-"""What was served since start, and how fast."""
+"""What was served since start, and how fast; what is known of copies."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from .passed_over import PassedOver
 
 DATA_CALLS: Final = ("read", "read_filled", "write")
 """By Flight. "read_filled" had to wait for an under-store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyCounts:
+    """`wanted` and `held` are of the saves that wait for their upload here, as far as was found; the others add up."""
+
+    wanted: int = 0
+    held: int = 0
+    made: int = 0
+    mended_chunks: int = 0
 
 
 @dataclass

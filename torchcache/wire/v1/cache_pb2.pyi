@@ -184,7 +184,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "filled_chunks", "filled_bytes", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces", "spare_bytes", "dead_bytes", "overhead_bytes", "free_bytes", "recycled_segments", "compacted_bytes", "expired_chunks", "scrubbed_bytes", "scrub_rounds", "damaged_kept", "disk_errors", "out_of_service", "local_chunks", "local_bytes", "orders", "passed_over", "hedged_calls", "filling_bytes", "saves", "namespaces_left_out", "orders_left_out")
+    __slots__ = ("info", "store_path", "uptime_s", "capacity_bytes", "used_bytes", "chunks", "segments", "hits", "misses", "corrupt", "evicted_chunks", "passed_through", "filled_chunks", "filled_bytes", "served_bytes", "read_calls", "write_calls", "upload_pending_bytes", "under_stores", "namespaces", "spare_bytes", "dead_bytes", "overhead_bytes", "free_bytes", "recycled_segments", "compacted_bytes", "expired_chunks", "scrubbed_bytes", "scrub_rounds", "damaged_kept", "disk_errors", "out_of_service", "local_chunks", "local_bytes", "orders", "passed_over", "hedged_calls", "filling_bytes", "saves", "oldest_pending_s", "copies", "namespaces_left_out", "orders_left_out")
     class SavesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +231,8 @@ class StatusReply(_message.Message):
     HEDGED_CALLS_FIELD_NUMBER: _ClassVar[int]
     FILLING_BYTES_FIELD_NUMBER: _ClassVar[int]
     SAVES_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_PENDING_S_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     ORDERS_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     info: InfoReply
@@ -272,9 +274,23 @@ class StatusReply(_message.Message):
     hedged_calls: int
     filling_bytes: int
     saves: _containers.ScalarMap[str, int]
+    oldest_pending_s: float
+    copies: CopiesStatus
     namespaces_left_out: int
     orders_left_out: int
-    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., filled_chunks: _Optional[int] = ..., filled_bytes: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., spare_bytes: _Optional[int] = ..., dead_bytes: _Optional[int] = ..., overhead_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., recycled_segments: _Optional[int] = ..., compacted_bytes: _Optional[int] = ..., expired_chunks: _Optional[int] = ..., scrubbed_bytes: _Optional[int] = ..., scrub_rounds: _Optional[int] = ..., damaged_kept: _Optional[int] = ..., disk_errors: _Optional[int] = ..., out_of_service: _Optional[str] = ..., local_chunks: _Optional[int] = ..., local_bytes: _Optional[int] = ..., orders: _Optional[_Iterable[_Union[OrderStatus, _Mapping]]] = ..., passed_over: _Optional[_Iterable[_Union[PassedOver, _Mapping]]] = ..., hedged_calls: _Optional[int] = ..., filling_bytes: _Optional[int] = ..., saves: _Optional[_Mapping[str, int]] = ..., namespaces_left_out: _Optional[int] = ..., orders_left_out: _Optional[int] = ...) -> None: ...
+    def __init__(self, info: _Optional[_Union[InfoReply, _Mapping]] = ..., store_path: _Optional[str] = ..., uptime_s: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., segments: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., corrupt: _Optional[int] = ..., evicted_chunks: _Optional[int] = ..., passed_through: _Optional[int] = ..., filled_chunks: _Optional[int] = ..., filled_bytes: _Optional[int] = ..., served_bytes: _Optional[int] = ..., read_calls: _Optional[int] = ..., write_calls: _Optional[int] = ..., upload_pending_bytes: _Optional[int] = ..., under_stores: _Optional[_Iterable[_Union[UnderStoreCounters, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., spare_bytes: _Optional[int] = ..., dead_bytes: _Optional[int] = ..., overhead_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., recycled_segments: _Optional[int] = ..., compacted_bytes: _Optional[int] = ..., expired_chunks: _Optional[int] = ..., scrubbed_bytes: _Optional[int] = ..., scrub_rounds: _Optional[int] = ..., damaged_kept: _Optional[int] = ..., disk_errors: _Optional[int] = ..., out_of_service: _Optional[str] = ..., local_chunks: _Optional[int] = ..., local_bytes: _Optional[int] = ..., orders: _Optional[_Iterable[_Union[OrderStatus, _Mapping]]] = ..., passed_over: _Optional[_Iterable[_Union[PassedOver, _Mapping]]] = ..., hedged_calls: _Optional[int] = ..., filling_bytes: _Optional[int] = ..., saves: _Optional[_Mapping[str, int]] = ..., oldest_pending_s: _Optional[float] = ..., copies: _Optional[_Union[CopiesStatus, _Mapping]] = ..., namespaces_left_out: _Optional[int] = ..., orders_left_out: _Optional[int] = ...) -> None: ...
+
+class CopiesStatus(_message.Message):
+    __slots__ = ("wanted", "held", "made", "mended_chunks")
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    MADE_FIELD_NUMBER: _ClassVar[int]
+    MENDED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    wanted: int
+    held: int
+    made: int
+    mended_chunks: int
+    def __init__(self, wanted: _Optional[int] = ..., held: _Optional[int] = ..., made: _Optional[int] = ..., mended_chunks: _Optional[int] = ...) -> None: ...
 
 class OrderStatus(_message.Message):
     __slots__ = ("namespace", "order", "epoch", "position", "length", "chunks", "ahead_bytes", "coming_chunks", "fetched_bytes", "left_s")
