@@ -16,12 +16,15 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from torchcache_server.process.config import from_settings, parse_under_stores, read_toml
+from torchcache_server.process.config import ServerConfig, from_settings, parse_under_stores, read_toml
 from torchcache_server.process.main import main
+from torchcache_server.process.peers import Peers, peers_access
 
 from examples.ports import free_port
 from examples.seaweedfs import SeaweedFS
 from tests.integration.server_process import ServerProcess
+from torchcache.cli.app import run as torchcache
+from torchcache.tokens import Scope, ScopedToken
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DOCUMENT = DEPLOY.parent / "docs/operations.md"
@@ -69,13 +72,39 @@ def test_a_manifest_with_a_mistake_is_refused() -> None:
         kubernetes_validate.validate(wrong, "1.30", strict=True)
 
 
-def test_the_pods_server_starts_with_these_arguments() -> None:
+def assert_asks_the_others(
+    config: ServerConfig,
+    variables: dict[str, str],
+    keys: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server knows its pool and has what it takes to ask the others (F37): else it wouldn't start.
+
+    `keys` is where it finds what `torchcache keygen` makes.
+    """
+    assert torchcache(["keygen", str(folder), "--host", "a"]) == 0
+    for name, value in variables.items():
+        file = Path(value)
+        monkeypatch.setenv(name, str(folder / file.relative_to(keys)) if file.is_relative_to(keys) else value)
+    assert config.pool_address is not None
+    access = peers_access([ScopedToken(Scope.ADMIN, "t")])
+    assert access.tls is not None
+    access.channel_credentials()
+    Peers(config.pool_address, access, server_id="0" * 32).close()
+
+
+def test_the_pods_server_starts_with_these_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [pod] = [m["spec"]["template"]["spec"] for m in manifests() if m["kind"] == "StatefulSet"]
     [container] = pod["containers"]
     serve, *arguments = container["args"]
     assert serve == "serve"
     options = options_of(arguments)
     config = from_settings(options | {"under_stores": parse_under_stores(options.pop("under_store"))})
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert_asks_the_others(config, environment, Path("/keys"), tmp_path, monkeypatch)
+    [documented] = re.findall(r"TORCHCACHE_POOL=(\S+),", (DEPLOY / "kubernetes/torchcache.yaml").read_text())
+    assert config.pool_address == documented
     assert config.tls is not None
     assert config.tls.client_ca is not None
     assert config.drain_s < pod["terminationGracePeriodSeconds"]
@@ -83,13 +112,32 @@ def test_the_pods_server_starts_with_these_arguments() -> None:
     assert ports == {"control": config.port, "data": config.port + 1, "metrics": config.metrics_port}
 
 
-def test_systemd_takes_the_unit() -> None:
+def test_pods_let_clients_in_and_each_other() -> None:
+    [policy] = [m["spec"] for m in manifests() if m["kind"] == "NetworkPolicy"]
+    assert policy["podSelector"]["matchLabels"] == {"app": "torchcache"}
+    allowed = {
+        label: {port["port"] for port in rule["ports"]}
+        for rule in policy["ingress"]
+        for peer in rule["from"]
+        for label in next(iter(peer.values()))["matchLabels"].items()
+    }
+    assert allowed == {
+        ("torchcache-client", "true"): {7440, 7441},
+        ("app", "torchcache"): {7440, 7441},
+        ("kubernetes.io/metadata.name", "monitoring"): {9440},
+    }
+
+
+def test_systemd_takes_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = DEPLOY / "systemd/torchcache.service"
     [start] = re.findall(r"^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
     command, serve, *arguments = shlex.split(start)
     assert (Path(command).name, serve) == ("torchcache", "serve")
     assert options_of(arguments) == {"config": Path("/etc/torchcache/server.toml")}
     config = from_settings(read_toml(DEPLOY / "systemd/server.toml"))
+    settings = re.findall(r"^Environment=(.*)$", unit.read_text(), re.MULTILINE)
+    environment = dict(word.split("=", 1) for line in settings for word in shlex.split(line))
+    assert_asks_the_others(config, environment, Path("/etc/torchcache"), tmp_path, monkeypatch)
     # Where docs/operations.md has its socket: a user can't make a folder in /run.
     assert re.findall(r"^RuntimeDirectory.*$", unit.read_text(), re.MULTILINE) == [
         "RuntimeDirectory=torchcache",
@@ -171,7 +219,7 @@ def test_slurm_runs_a_job_between_a_server_on_each_node(tmp_path: Path, s3: Seaw
     program = (
         "import torchcache as tc; from torchcache.model import Extent; pool = tc.connect(); "
         f"data = pool.read([Extent(info) for info in pool.list('s3://{bucket}')]); "
-        "print(len(pool.status()), bytes(data[0]).decode()); pool.close()"
+        "print([server.copies is not None for server in pool.status()], bytes(data[0]).decode()); pool.close()"
     )
     settings = {
         **os.environ,
@@ -194,6 +242,6 @@ def test_slurm_runs_a_job_between_a_server_on_each_node(tmp_path: Path, s3: Seaw
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert "2 content" in done.stdout.splitlines(), done.stdout + done.stderr
+    assert "[True, True] content" in done.stdout.splitlines(), "two servers, that look after copies"
     assert {path.name for path in (tmp_path / "store").iterdir()} == {"node-1", "node-2"}
     assert not (tmp_path / "keys").exists()

@@ -147,9 +147,10 @@ def _advice(folder: Path, *, renewed: bool, scopes: Sequence[str]) -> str:
     )
     return f"""{folder}: {made}
 
-on every server (ca.pem, server.pem, server-key.pem, token; copies of token need chmod 600):
+on every server (all but ca-key.pem; copies of token need chmod 600):
+  export TORCHCACHE_TLS_CA=ca.pem TORCHCACHE_TLS_CERT=client.pem TORCHCACHE_TLS_KEY=client-key.pem
   torchcache serve --listen HOST:7440 --token-file token --tls-cert server.pem --tls-key server-key.pem \\
-    --tls-client-ca ca.pem --store ... --capacity ... --under-store s3=s3://
+    --tls-client-ca ca.pem --pool HOST:7440,... --store ... --capacity ... --under-store s3=s3://
 for every client (ca.pem, client.pem, client-key.pem, token):
   export TORCHCACHE_POOL=HOST:7440 TORCHCACHE_TOKEN_FILE=token TORCHCACHE_TLS_CA=ca.pem \\
     TORCHCACHE_TLS_CERT=client.pem TORCHCACHE_TLS_KEY=client-key.pem{less}
