@@ -129,6 +129,33 @@ def test_what_is_beaten_again_and_again_is_slow() -> None:
     assert world.out() == ["d"]
 
 
+@pytest.mark.parametrize("takes_s", [0.002, 0.012, 0.03, 0.1])
+def test_a_slow_one_is_out_as_soon_where_all_take_long(takes_s: float) -> None:
+    """F16: its call ends with the other server's answer, at less than ten times what the others take."""
+    world = World()
+    world.takes_s = dict.fromkeys(SERVERS, takes_s)
+    world.rounds(20)
+    for reads in range(LATE_IN_A_ROW):
+        assert world.out() == [], f"after {reads} reads"
+        began = world.now
+        world.now += world.health.hedge_s("a", SIZE) + takes_s
+        world.health.beaten("a", SIZE, began)
+    assert world.out() == ["a"]
+    assert "more than" in world.health.out()["a"], "its call was ended: nobody knows"
+
+
+def test_who_is_beaten_by_those_that_are_no_faster_stays() -> None:
+    """They are asked late, since they take long: one that is usually quick isn't far slower than they are."""
+    world = World()
+    world.takes_s = {"a": 0.001, **dict.fromkeys(SERVERS[1:], 0.1)}
+    world.rounds(20)
+    for _ in range(2 * LATE_IN_A_ROW):
+        began = world.now
+        world.now += HEDGE_LEAST_S + 0.1
+        world.health.beaten("a", SIZE, began)
+    assert world.out() == []
+
+
 @pytest.mark.parametrize(("count", "most"), [(1, 0), (2, 1), (3, 1), (4, 2), (7, 3)])
 def test_no_majority_is_out(count: int, most: int) -> None:
     servers = [f"server-{n}" for n in range(count)]

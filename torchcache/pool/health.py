@@ -1,9 +1,10 @@
 """How the servers of a pool do, as one process sees them: who is asked last, who is tried, when to ask twice. Pure.
 
 A server is *out* for one of three reasons: it can't be reached, it gives no sign of life, or it takes ten times as
-long as the others do for like sizes. Who is out is asked after all others; reads try it now and then (a *probe*, beside
-them, with pauses that grow), and one good answer brings it back. Who can be reached is only put out as long as no more
-than half are: where most are slow, it is the network, or we ourselves.
+long as the others do for like sizes, or so long that others answer first who were asked later. Who is out is asked
+after all others; reads try it now and then (a *probe*, beside them, with pauses that grow), and one good answer brings
+it back. Who can be reached is only put out as long as no more than half are: where most are slow, it is the network, or
+we ourselves.
 """
 
 from __future__ import annotations
@@ -27,8 +28,22 @@ KEPT: Final = 64
 ENOUGH: Final = 8
 """Times from which on they tell something."""
 
+HEDGE_TIMES: Final = 2
+"""How often the 95th percentile of its times a call takes before another server is asked too.
+
+One in twenty is beyond the percentile itself, most of them hardly, and the other server, which has to fetch what isn't
+its own, is no faster then. Short of processor time all servers lose by it, and so all of them are late.
+"""
+
 LATE_TIMES: Final = 10
 """How often the others' median a late answer takes."""
+
+BEATEN_TIMES: Final = HEDGE_TIMES + 1
+"""And how often it has taken when another answers first that was asked later: what it would have taken nobody knows.
+
+The other is asked after twice the 95th percentile, so where reads take 12 ms or more, that answer is there before ten
+times their median, however slow the first is.
+"""
 
 LATE_LEAST_S: Final = 0.03
 """What takes less is never late: a scheduler's mood."""
@@ -36,13 +51,6 @@ LATE_LEAST_S: Final = 0.03
 LATE_IN_A_ROW: Final = 4
 """So many late answers put a server out, each to a call that began after the one before was known to be late: a hiccup
 delays all calls that are under way.
-"""
-
-HEDGE_TIMES: Final = 2
-"""How often the 95th percentile of its times a call takes before another server is asked too.
-
-One in twenty is beyond the percentile itself, most of them hardly, and the other server, which has to fetch what isn't
-its own, is no faster then. Short of processor time all servers lose by it, and so all of them are late.
 """
 
 HEDGE_LEAST_S: Final = 0.1
@@ -60,7 +68,7 @@ Reason = Literal["unreachable", "silent", "slow"]
 _WORDS: Final[dict[Reason, str]] = {
     "unreachable": "it can't be reached",
     "silent": "it gives no sign of life",
-    "slow": "it takes {times:.0f} times as long as the others",
+    "slow": "it takes {times} times as long as the others",
 }
 
 
@@ -135,7 +143,7 @@ class Health:
     def beaten(self, server: str, size: int, began: float) -> None:
         """Another was faster: it takes longer than until now."""
         with self._lock:
-            self._judge(server, size, began, self._clock() - began)
+            self._judge(server, size, began, self._clock() - began, beaten=True)
 
     def silent(self, server: str) -> bool:
         """It gave no sign of life for `silence_s`. Whether it is out now."""
@@ -224,9 +232,6 @@ class Health:
         others = self._others(server, size)
         return took_s / max(_median(others), 1e-6) if len(others) >= ENOUGH else 0.0
 
-    def _is_late(self, server: str, size: int, took_s: float) -> bool:
-        return took_s >= LATE_LEAST_S and self._slowness(server, size, took_s) >= LATE_TIMES
-
     def _probe_limit_s(self, server: str, size: int) -> float:
         """What a probe may take. It may bring less than reads do: then it is compared with the next larger."""
         for larger in range(_CLASSES - _class(size)):
@@ -235,22 +240,23 @@ class Health:
                 return max(LATE_LEAST_S, LATE_TIMES * _median(others))
         return UNKNOWN_S
 
-    def _judge(self, server: str, size: int, began: float, took_s: float) -> None:
+    def _judge(self, server: str, size: int, began: float, took_s: float, *, beaten: bool = False) -> None:
         known = self._of(server)
         if known.out:
             return
-        if not self._is_late(server, size, took_s):
+        times = self._slowness(server, size, took_s) if took_s >= LATE_LEAST_S else 0.0
+        if times < (BEATEN_TIMES if beaten else LATE_TIMES):
             known.late = 0
         elif began >= known.late_at:
             known.late += 1
             known.late_at = self._clock()
             if known.late >= LATE_IN_A_ROW and self._may_leave():
-                self._put_out(server, "slow", self._slowness(server, size, took_s))
+                self._put_out(server, "slow", f"more than {times:.0f}" if beaten else f"{times:.0f}")
 
     def _may_leave(self) -> bool:
         return 2 * (1 + sum(bool(known.out) for known in self._servers.values())) <= len(self._servers)
 
-    def _put_out(self, server: str, reason: Reason, times: float = 0.0) -> None:
+    def _put_out(self, server: str, reason: Reason, times: str = "") -> None:
         known = self._of(server)
         soon = self._clock() - known.back_at < MOST_S
         known.out_at = self._clock()
