@@ -7,7 +7,9 @@ through its HTTP gateway, by a maintained client (the extra `torchcache[etcd]`).
 from __future__ import annotations
 
 import json
+import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT: Final = 2379
 TIMEOUT_S: Final = 2.0
-"""How long one host of etcd may take to answer."""
+"""How long one host of etcd may take to answer, or to go on with its answer."""
 
 MAX_ENTRY_BYTES: Final = 4096
 MAX_SERVERS: Final = 10_000
@@ -104,17 +106,21 @@ class Registry:
         self._hosts = list(address.hosts)
         self._clients: dict[tuple[str, int], Etcd3Client] = {}
         try:
-            import etcd3gw  # noqa: F401 - an extra, and slow to import
+            import etcd3gw.client  # noqa: F401 - an extra, and slow to import
         except ImportError as error:
             raise ConfigurationError(
                 f"{address} needs a client of etcd: pip install 'torchcache[etcd]'"
             ) from error
 
-    def servers(self) -> list[Announcement]:
-        """All that are announced, by id."""
-        entries = self._ask(lambda client: client.get_prefix(self.address.prefix))
-        found = (Announcement.decode(value) for value, _ in entries[:MAX_SERVERS])
-        return sorted((one for one in found if one is not None), key=lambda one: one.server_id)
+    def servers(self, *, deadline: float = math.inf) -> list[Announcement]:
+        """All that are announced, by id. No host is asked after `deadline` (`time.monotonic()`)."""
+
+        def listed(client: Etcd3Client) -> list[Announcement]:
+            entries = client.get_prefix(self.address.prefix)[:MAX_SERVERS]
+            found = (Announcement.decode(value) for value, _ in entries)
+            return sorted((one for one in found if one is not None), key=lambda one: one.server_id)
+
+        return self._ask(listed, deadline)
 
     def announce(self, server: Announcement, ttl_s: int) -> Lease:
         """Enters the server until the lease that is returned has not been kept for `ttl_s`."""
@@ -139,17 +145,23 @@ class Registry:
         while self._clients:
             self._clients.popitem()[1].session.close()
 
-    def _ask(self, request: Callable[[Etcd3Client], _T]) -> _T:
-        """Asks each host until one answers, beginning with the one that did last."""
+    def _ask(self, request: Callable[[Etcd3Client], _T], deadline: float = math.inf) -> _T:
+        """Asks each host until one answers, beginning with the one that did last. They share the time there is."""
         from etcd3gw.exceptions import Etcd3Exception
         from requests import RequestException
 
         failures = []
-        for host in list(self._hosts):
+        for asked, host in enumerate(list(self._hosts)):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                failures.append("there is no time left")
+                break
             try:
-                answer = request(self._client(host))
+                client = self._client(host)
+                client.timeout = min(TIMEOUT_S, left_s / (len(self._hosts) - asked))
+                answer = request(client)
             except (Etcd3Exception, RequestException, ValueError, KeyError) as error:
-                failures.append(f"{host_port(*host)}: {error or type(error).__name__}")
+                failures.append(f"{host_port(*host)}: {str(error) or type(error).__name__}")
                 continue
             self._hosts.remove(host)
             self._hosts.insert(0, host)
@@ -167,7 +179,6 @@ class Registry:
                 ca_cert=tls.ca,
                 cert_cert=tls.certificate,
                 cert_key=tls.key,
-                timeout=TIMEOUT_S,
             )
         return self._clients[host]
 

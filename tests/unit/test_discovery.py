@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pickle
 import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
+from time import monotonic
+from typing import Self, TypeVar
 
 import pytest
 
@@ -12,11 +18,13 @@ from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.lanes.access import Access, TlsConfig
 from torchcache.pool import discovery
 from torchcache.pool.discovery import DnsMembers, EtcdMembers, member_source
+from torchcache.pool.health import Health
 from torchcache.pool.members import Endpoint, StaticMembers
-from torchcache.registry import Announcement, RegistryAddress
+from torchcache.pool.roster import Roster
+from torchcache.registry import Announcement, Registry, RegistryAddress
 
-DEADLINE = 0.0
 TLS = Access(tls=TlsConfig())
+T = TypeVar("T")
 
 
 class Etcd:
@@ -27,7 +35,7 @@ class Etcd:
     def __init__(self, address: RegistryAddress) -> None:
         assert address.name == "p"
 
-    def servers(self) -> list[Announcement]:
+    def servers(self, *, deadline: float) -> list[Announcement]:
         if self.addresses is None:
             raise ServerUnavailable("etcd is away")
         return [
@@ -47,7 +55,7 @@ def etcd(monkeypatch: pytest.MonkeyPatch) -> type[Etcd]:
 
 
 def found(source: StaticMembers | EtcdMembers | DnsMembers) -> list[str]:
-    return [endpoint.address for endpoint in source.resolve(deadline=DEADLINE)]
+    return [endpoint.address for endpoint in source.resolve(deadline=monotonic() + 60)]
 
 
 def etcd_members(access: Access = TLS) -> EtcdMembers:
@@ -123,7 +131,7 @@ def test_a_name_stands_for_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_localhost_needs_no_tls() -> None:
     source = member_source("dns://localhost:1", Access())
-    assert Endpoint(host="127.0.0.1", port=1) in source.resolve(deadline=DEADLINE)
+    assert Endpoint(host="127.0.0.1", port=1) in source.resolve(deadline=monotonic() + 60)
 
 
 def test_a_name_elsewhere_needs_tls() -> None:
@@ -135,3 +143,157 @@ def test_a_name_elsewhere_needs_tls() -> None:
 def test_what_is_no_name_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError):
         member_source(text, TLS)
+
+
+# ---- who is asked and doesn't answer, or not to the end ----
+
+
+def within_a_minute(work: Callable[[], T]) -> T:
+    """What `work` gives or raises. Fails where it doesn't come back: it would have to be told to."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(work).result(60)
+
+
+class Peers:
+    """Hosts that take connections, and answer what `answer` does with each; nothing, by default."""
+
+    def __init__(
+        self, count: int, answer: Callable[[socket.socket, threading.Event], None] | None = None
+    ) -> None:
+        self.done = threading.Event()
+        self.listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+        self._answer = answer
+        self._taken: list[socket.socket] = []
+        self._threads = [
+            threading.Thread(target=self._serve, args=(one,)) for one in self.listeners if answer
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def address(self) -> str:
+        return f"etcd://{','.join(f'127.0.0.1:{one.getsockname()[1]}' for one in self.listeners)}/p"
+
+    def _serve(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                taken, _ = listener.accept()
+                with taken, suppress(OSError):
+                    assert self._answer is not None
+                    self._answer(taken, self.done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        for listener in self.listeners:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        for thread in self._threads:
+            thread.join()
+
+
+def trickle(taken: socket.socket, done: threading.Event) -> None:
+    """An answer of which there is always some more."""
+    taken.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+    while not done.wait(0.05):
+        taken.sendall(b" ")
+
+
+@pytest.mark.parametrize("answer", [None, trickle])
+def test_a_look_up_ends_by_its_deadline(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[socket.socket, threading.Event], None] | None
+) -> None:
+    monkeypatch.setattr("torchcache.registry.TIMEOUT_S", 3600.0)
+    with Peers(4, answer) as peers:
+        source = member_source(peers.address, TLS)
+        with pytest.raises(ServerUnavailable, match=r"can't be looked up|no host of"):
+            within_a_minute(lambda: source.resolve(deadline=monotonic() + 0.5))
+
+
+def test_a_host_that_is_silent_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchcache.registry.TIMEOUT_S", 3600.0)
+
+    def odd(taken: socket.socket, done: threading.Event) -> None:
+        taken.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nnull")
+
+    with Peers(1) as silent, Peers(1, odd) as other:
+        hosts = f"{silent.address.removesuffix('/p')},{other.address.removeprefix('etcd://')}"
+        with (
+            closing(Registry(RegistryAddress.parse(hosts))) as registry,
+            pytest.raises(ServerUnavailable) as caught,
+        ):
+            within_a_minute(lambda: registry.servers(deadline=monotonic() + 4))
+    assert "no time left" not in str(caught.value)
+
+
+class Names:
+    """Stands for DNS: it answers once it may."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hosts = ["10.0.0.1"]
+        self.may = threading.Event()
+        self.may.set()
+        monkeypatch.setattr(socket, "getaddrinfo", self._look)
+
+    def _look(self, name: str, port: int, type: socket.SocketKind) -> list[tuple[object, ...]]:
+        self.may.wait()
+        return [(0, 0, 0, "", (host, port)) for host in self.hosts]
+
+
+def test_who_was_there_last_is_asked_while_a_look_up_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "PATIENCE_S", 0.01)
+    names = Names(monkeypatch)
+    source = member_source("dns://pool.example", TLS)
+    assert found(source) == ["10.0.0.1:7440"]  # type: ignore[arg-type]
+    names.may.clear()
+    names.hosts = ["10.0.0.2"]
+    try:
+        assert within_a_minute(lambda: found(source)) == ["10.0.0.1:7440"]  # type: ignore[arg-type]
+    finally:
+        names.may.set()
+    for thread in threading.enumerate():
+        if "look-up" in thread.name:
+            thread.join()
+    names.may.clear()
+    try:
+        late = within_a_minute(lambda: found(source))  # type: ignore[arg-type]
+        assert late == ["10.0.0.2:7440"], "what a look-up found that nobody waited for is remembered"
+    finally:
+        names.may.set()
+
+
+def test_look_ups_that_hang_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = Names(monkeypatch)
+    names.may.clear()
+    source = member_source("dns://another.example", TLS)
+    try:
+        for _ in range(discovery.MOST_LOOK_UPS):
+            with pytest.raises(ServerUnavailable, match="no answer within"):
+                source.resolve(deadline=monotonic() + 0.01)
+        with pytest.raises(ServerUnavailable, match=r"16 look-ups of .* hang"):
+            source.resolve(deadline=monotonic() + 60)
+    finally:
+        names.may.set()
+
+
+def test_one_who_comes_while_another_looks_waits_no_longer_than_it_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = Names(monkeypatch)
+    names.may.clear()
+    roster = Roster(member_source("dns://slow.example", TLS), "auto", Health(), lambda: None)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(roster.members, monotonic() + 60)
+        try:
+            while not any("slow.example" in thread.name for thread in threading.enumerate()):
+                threading.Event().wait(0.01)
+            with pytest.raises(ServerUnavailable, match="still being looked for"):
+                roster.members(monotonic() + 0.01)
+        finally:
+            names.hosts = []
+            names.may.set()
+        with pytest.raises(ServerUnavailable, match="no server has joined"):
+            first.result(60)

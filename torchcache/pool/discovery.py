@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 - else getaddrinfo would in a thread, where a fork may catch it halfway
 import hashlib
 import json
 import logging
 import os
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +20,6 @@ from typing import Any, Final
 from torchcache import environment
 from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.lanes.access import Access
-from torchcache.lanes.connections import connections
 from torchcache.pool.members import (
     Endpoint,
     MemberSource,
@@ -32,6 +35,12 @@ _log = logging.getLogger(__name__)
 ETCD_HOLDS_S: Final = 5.0
 DNS_HOLDS_S: Final = 30.0
 """How long what was found is taken to hold: a server that joined is used at the latest after that."""
+
+PATIENCE_S: Final = 1.0
+"""How long a look-up is waited for where it is known which servers there were last."""
+
+MOST_LOOK_UPS: Final = 16
+"""Of one pool in a process, that are under way or hang."""
 
 _DNS: Final = "dns://"
 
@@ -51,13 +60,13 @@ class EtcdMembers:
 
     def resolve(self, *, deadline: float) -> Sequence[Endpoint]:
         """See `MemberSource.resolve`. While etcd doesn't answer, the servers that this user last saw there."""
-        return _resolve(self, self._look)
-
-    def _look(self) -> list[Endpoint]:
         registry = Registry(self.registry)
+        return _resolve(self, lambda: self._look(registry, deadline), deadline)
+
+    def _look(self, registry: Registry, deadline: float) -> list[Endpoint]:
         try:
             found = []
-            for server in registry.servers():
+            for server in registry.servers(deadline=deadline):
                 try:
                     endpoint = parse_endpoint(server.address, self.description)
                     found.append(replace(endpoint, weight=server.weight))
@@ -92,7 +101,7 @@ class DnsMembers:
 
     def resolve(self, *, deadline: float) -> Sequence[Endpoint]:
         """See `MemberSource.resolve`. While the name isn't known, the addresses that it had last."""
-        return _resolve(self, self._look)
+        return _resolve(self, self._look, deadline)
 
     def _look(self) -> list[Endpoint]:
         try:
@@ -119,23 +128,62 @@ def member_source(address: str, access: Access) -> MemberSource:
     return StaticMembers(endpoints=parse_address(address), access=access)
 
 
-def _resolve(source: MemberSource, look: Callable[[], list[Endpoint]]) -> Sequence[Endpoint]:
+def _resolve(source: MemberSource, look: Callable[[], list[Endpoint]], deadline: float) -> Sequence[Endpoint]:
     remembered = _remembered(source.description)
+    last = _recall(remembered)
+    left_s = deadline - time.monotonic()
+    looking = _LookUp(source.description, look, remembered)
     try:
-        with connections.call():  # no fork in between: a child would inherit the resolver's locks
-            found = look()
+        # Half of the time is for those who are then asked.
+        found = looking.result(min(PATIENCE_S, left_s / 2) if last else left_s)
     except ServerUnavailable as error:
-        found = _recall(remembered)
-        if not found:
+        if not last:
             raise
-        _log.warning("%s; the servers that were there last are used: %d", error.message, len(found))
-    else:
-        if not found:
-            raise ServerUnavailable(f"no server has joined the pool {source.description}")
-        _remember(remembered, found)
+        _log.warning("%s; the servers that were there last are used: %d", error.message, len(last))
+        found = last
+    if not found:
+        raise ServerUnavailable(f"no server has joined the pool {source.description}")
     for endpoint in found:
         require_tls(endpoint, source.access)
     return found
+
+
+class _LookUp:
+    """A look-up in a thread of its own: neither getaddrinfo nor an answer that trickles in ends by a deadline.
+
+    One that nobody waits for any more goes on, and what it finds is remembered for the next. Forks don't wait for it: a
+    child looks up for itself.
+    """
+
+    def __init__(self, pool: str, look: Callable[[], list[Endpoint]], remembered: Path) -> None:
+        self._pool = pool
+        self._look = look
+        self._remembered = remembered
+        self._found: Future[list[Endpoint]] = Future()
+        name = f"torchcache-look-up {pool}"
+        hanging = sum(thread.name == name for thread in threading.enumerate())
+        if hanging < MOST_LOOK_UPS:
+            threading.Thread(target=self._work, name=name, daemon=True).start()
+        else:
+            self._found.set_exception(ServerUnavailable(f"{hanging} look-ups of {pool} hang"))
+
+    def _work(self) -> None:
+        try:
+            found = self._look()
+            if found:
+                _remember(self._remembered, found)
+            self._found.set_result(found)
+        except BaseException as error:  # noqa: BLE001 - it is who waits that is to see it
+            self._found.set_exception(error)
+
+    def result(self, timeout_s: float) -> list[Endpoint]:
+        """What is found. Raises ServerUnavailable if that isn't within the time."""
+        try:
+            return self._found.result(max(0.0, timeout_s))
+        except TimeoutError:
+            raise ServerUnavailable(
+                f"{self._pool} can't be looked up: no answer within {timeout_s:.1f} s"
+            ) from None
 
 
 def _remembered(pool: str) -> Path:

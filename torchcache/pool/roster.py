@@ -123,13 +123,20 @@ class Roster:
                 self._members = replace(seen, seen_at=time.monotonic())
 
     def refresh(self, seen: Members | None, deadline: float) -> Members:
-        """Asks anew who serves, unless another thread has done so since `seen`."""
-        with self._resolving:
+        """Asks anew who serves, unless another thread has done so since `seen`.
+
+        Raises ServerUnavailable if none answers, or another thread is still asking at the deadline.
+        """
+        if not self._resolving.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise ServerUnavailable(f"the servers of {self._source.description} are still being looked for")
+        try:
             if self._members is not None and self._members is not seen:
                 return self._members
             before = self._members
             found = self._members = self._find(deadline, before)
             self._health.members(found.by_id)
+        finally:
+            self._resolving.release()
         addresses = {member.address for member in found.by_id.values()}
         for member in before.by_id.values() if before else ():
             if member.address not in addresses:
