@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from etcd3gw.lease import Lease
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +17,7 @@ from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.registry import Announcement, Registry, RegistryAddress
 
 SERVER = Announcement(server_id="s1", address="10.0.0.1:7440", instance="i1")
+LEASE = Lease(7, client=None)  # of no host yet
 
 
 @pytest.mark.parametrize(
@@ -90,3 +95,58 @@ def test_an_etcd_that_is_not_there_is_named() -> None:
     with pytest.raises(ServerUnavailable, match=r"127.0.0.1:1.*127.0.0.1:2"):
         registry.servers()
     registry.close()
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Answers everything in the same way."""
+
+    answer = b""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(200)
+        self.send_header("content-length", str(len(self.answer)))
+        self.end_headers()
+        self.wfile.write(self.answer)
+
+    def do_GET(self) -> None:
+        self.answer = b'{"etcdserver": "3.5.0"}'
+        self.do_POST()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("[]", "null", '"x"', "7", "{", '{"kvs": null}', '{"kvs": 7}', '{"kvs": [null]}', '{"kvs": [{}]}'),
+        *('{"ID": null}', '{"ID": []}', '{"ID": Infinity}', '{"result": []}', '{"result": {"TTL": null}}'),
+        "[" * 100_000,
+    ],
+)
+def test_an_answer_that_is_odd_is_none(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    """Whatever else was raised would end a server's membership, or a client's look-up."""
+    monkeypatch.setattr(Odd, "answer", answer.encode())
+    with HTTPServer(("127.0.0.1", 0), Odd) as etcd:
+        serving = threading.Thread(target=etcd.serve_forever, args=(0.01,))
+        serving.start()
+        try:
+            registry = Registry(RegistryAddress.parse(f"etcd://127.0.0.1:{etcd.server_port}/pool"))
+            asked: list[Callable[[], object]] = [
+                registry.servers,
+                lambda: registry.announce(SERVER, 10),
+                lambda: registry.keep(LEASE),
+                lambda: registry.withdraw(LEASE),
+            ]
+            raised = 0
+            for ask in asked:
+                try:
+                    ask()
+                except ServerUnavailable:
+                    raised += 1
+            assert raised > 0
+            registry.close()
+        finally:
+            etcd.shutdown()
+            serving.join()
