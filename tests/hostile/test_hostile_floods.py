@@ -244,3 +244,30 @@ def test_writes_that_break_off_store_nothing(server: HostileServer) -> None:
             writer.close()
     (held,) = server.client.read([pb.ObjectRef(store="samples", key="broken", version="1", size=-1)])
     assert "NotResident" in str(held)
+
+
+@pytest.mark.hostile("exhaustion")
+def test_what_is_gone_from_storage_leaves_nothing_in_memory(server: HostileServer) -> None:
+    """F35, I5: a dataset that was deleted since it was listed, 1.6 GB of it."""
+
+    def gone(held: Any) -> bool:
+        held.reply(404)
+        return True
+
+    server.s3.always = gone
+    refs = [
+        pb.ObjectRef(store="s3", key=f"bucket/gone-{n}", version="e", size=CHUNK_BYTES) for n in range(400)
+    ]
+    got = server.client.read(refs, timeout_s=60)
+    assert all(isinstance(each, str) and "ObjectNotFound" in each for each in got)
+
+
+@pytest.mark.hostile("exhaustion")
+def test_an_object_that_is_smaller_than_it_is_called_takes_no_memory(server: HostileServer) -> None:
+    """F35: a ticket of two kilobytes that asks for two hundred petabytes."""
+    claimed = 1 << 50
+    ref = pb.ObjectRef(store="file", key=server.ref.key, version=server.ref.version, size=claimed)
+    many = pb.ReadRequest(
+        namespace="n", objects=[ref], object=[0] * 200, offset=[0] * 200, length=[claimed] * 200, timeout_s=3
+    )
+    outcome(lambda: server.ticket(many.SerializeToString()))

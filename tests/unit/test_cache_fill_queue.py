@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -160,6 +162,39 @@ def test_a_fill_that_fails_returns_its_bytes() -> None:
         with pytest.raises(KeyError, match="broken"):
             fill.future.result(30)
         assert queue.in_flight_bytes == 0
+
+
+class Taken(bytearray):
+    """Bytes that can be watched."""
+
+
+def test_a_fill_that_fails_lets_go_of_what_it_had_read() -> None:
+    """I5: what is no longer counted is no longer there, whether or not rings of garbage are looked for."""
+    alive: list[weakref.ref[Taken]] = []
+
+    def read(into: Taken) -> None:
+        raise OSError("cut off")
+
+    def work(fill: Fill, loan: Loan, deadline: float) -> StoredChunk:
+        data = Taken(4096)
+        alive.append(weakref.ref(data))
+        try:
+            read(data)
+        except OSError as error:
+            raise ServerUnavailable("storage is away") from error
+        raise AssertionError
+
+    gc.disable()
+    try:
+        with queue_of(threads=1, limit_bytes=4096) as queue:
+            fill = Fill("it", 4096, work, time.monotonic() + 30)
+            queue.submit(fill)
+            with pytest.raises(ServerUnavailable):
+                fill.future.result(30)
+            [data] = alive
+            assert data() is None
+    finally:
+        gc.enable()
 
 
 def test_nobody_can_cancel_what_others_wait_for() -> None:

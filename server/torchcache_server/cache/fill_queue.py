@@ -21,7 +21,7 @@ from typing import Final, Literal, TypeAlias
 
 import pyarrow as pa
 
-from torchcache.errors import ConfigurationError, Overloaded, ServerUnavailable
+from torchcache.errors import ConfigurationError, Overloaded, ServerUnavailable, TorchCacheError
 from torchcache_server.store import StoredChunk
 
 _CLOSE_S = 5.0
@@ -237,7 +237,20 @@ def _run(fill: Fill, loan: Loan) -> None:
     try:
         result = fill.context.run(fill.work, fill, loan, fill.deadline)
     except BaseException as error:  # noqa: BLE001 - it is the waiters' to see
+        if isinstance(error, TorchCacheError):
+            _forget_calls(error)
         loan.release()
         fill.future.set_exception(error)
     else:
         fill.future.set_result(result)
+
+
+def _forget_calls(error: BaseException | None) -> None:
+    """Drops the tracebacks, and with them what the calls that failed had in hand: it isn't counted any more.
+
+    The future has the error, and the error's traceback a frame that has the future: a ring that only a collection of
+    the oldest generation finds, buffers and all. What our own errors say tells enough; others keep their traceback.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

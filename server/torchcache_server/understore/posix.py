@@ -93,10 +93,10 @@ class PosixUnderStore:
         key, uri = object.id.key, self._root.uri_of(object.id.key)
         check_range(object, range, uri)
         self._counters.add("read")
-        data = bytearray(range.length)
         try:
             with self._root.opened(key) as file:
                 self._check_version(file, object)
+                data = bytearray(range.length)
                 filled = _read_into(data, file, range.start)
                 # Again: a writer in place may have begun after the first look.
                 self._check_version(file, object)
