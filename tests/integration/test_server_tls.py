@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import ssl
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -14,6 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from examples.ports import free_port
 from examples.seaweedfs import environment
 from tests.integration.server_process import PlainClient, ServerProcess, refused
 from torchcache import connect
@@ -59,6 +62,7 @@ def test_both_ports_speak_tls_and_only_that(
     (source / "a").write_bytes(b"content")
     with ServerProcess(
         *("--listen", "0.0.0.0:0", "--store", tmp_path / "store", "--capacity", "1GB"),
+        *("--metrics-host", "0.0.0.0", "--metrics-port", metrics_port := free_port(beside=1)),
         *(
             "--under-store",
             f"file=file://{source}",
@@ -74,6 +78,13 @@ def test_both_ports_speak_tls_and_only_that(
         client = PlainClient(address, server.data_port, server.client.token, roots=roots)
         assert client.read(client.objects("file")) == [b"content"]
         client.close()
+        scrape = urllib.request.Request(
+            f"https://127.0.0.1:{metrics_port}/metrics",
+            headers={"Authorization": f"Bearer {server.client.token}"},
+        )
+        context = ssl.create_default_context(cafile=str(certificate[0]))
+        with urllib.request.urlopen(scrape, timeout=60, context=context) as answer:
+            assert b"torchcache_read_calls_total 1.0" in answer.read()
         with environment({"TORCHCACHE_TLS_CA": str(certificate[0])}):
             pool = connect(address, token=server.client.token)
         assert pool.read([Extent(info) for info in pool.list(f"file://{source}")]) == [b"content"]

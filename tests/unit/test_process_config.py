@@ -121,6 +121,11 @@ def test_a_server_takes_of_the_pool_by_its_capacity_and_a_factor() -> None:
         ({"weight": 0}, "a weight of 0: give 0.01 to 100"),
         ({"weight": float("nan")}, "a weight of nan"),
         ({"metrics_port": 70000}, "metrics port"),
+        (
+            {"metrics_port": 9440, "metrics_host": "0.0.0.0"},
+            "refusing to serve metrics on 0.0.0.0 without TLS.*--tls-cert.*a token.*--metrics-insecure",
+        ),
+        ({"metrics_insecure": "yes"}, "metrics_insecure must be true or false"),
         ({"scrub_rate": "fast"}, "'fast' is not a size"),
         ({"scrub_rate": -1}, "more than zero"),
         ({"scrub_rate": False}, "False is not a size"),

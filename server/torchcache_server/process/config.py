@@ -70,6 +70,7 @@ class ServerConfig:
     drain_s: float = DEFAULT_DRAIN_S
     metrics_port: int | None = None
     metrics_host: str = DEFAULT_METRICS_HOST
+    metrics_insecure: bool = False  # off loopback, too, without TLS and a token
     scrub_bytes_s: int = DEFAULT_SCRUB_BYTES_S  # 0: no scrub
     min_free_bytes: int | None = None  # None: the store chooses
     lease_s: float = DEFAULT_LEASE_S  # the same for all servers of a pool
@@ -109,6 +110,12 @@ class ServerConfig:
         if not self.under_stores:
             raise ConfigurationError("no under-store: give at least one, like --under-store s3=s3://")
         self._check_address()
+        if self.metrics_port is not None and self.tls is None and not self.metrics_open:
+            raise ConfigurationError(
+                f"refusing to serve metrics on {self.metrics_host} without TLS: give --tls-cert and --tls-key, and "
+                "Prometheus a token; or listen for it on 127.0.0.1; or say --metrics-insecure, where the network lets "
+                "only Prometheus reach that port"
+            )
         if self.join is None and self.advertise is not None:
             raise ConfigurationError("advertise is for a pool that is joined: give --join, too")
         if self.join is not None and self.advertise is None and self.host in _EVERYWHERE:
@@ -117,6 +124,11 @@ class ServerConfig:
             )
         for name, _ in self.under_stores:
             check_name(name)
+
+    @property
+    def metrics_open(self) -> bool:
+        """Whether metrics are served in the clear, to whoever asks."""
+        return self.metrics_insecure or is_loopback(self.metrics_host)
 
     @property
     def pool_address(self) -> str | None:
@@ -179,9 +191,9 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
     """The configuration that `settings` describe: names and values as in the TOML file.
 
     listen, store, capacity, under_stores (a table), token_file, tls_cert, tls_key, tls_client_ca, drain_s,
-    metrics_port, metrics_host, scrub_rate (bytes a second), min_free, lease_s, max_pending, weight, join, advertise,
-    pool, log_format, log_level, servers; an embedded server has embedded (its pool's folder), index and idle_s in place
-    of listen, store, join, pool and servers.
+    metrics_port, metrics_host, metrics_insecure, scrub_rate (bytes a second), min_free, lease_s, max_pending, weight,
+    join, advertise, pool, log_format, log_level, servers; an embedded server has embedded (its pool's folder), index
+    and idle_s in place of listen, store, join, pool and servers.
     None is the same as absent.
 
     Raises ConfigurationError, also for a setting that doesn't exist.
@@ -204,6 +216,7 @@ def from_settings(settings: Mapping[str, Any]) -> ServerConfig:
         drain_s=_number(given, "drain_s", EMBEDDED_DRAIN_S if embedded else DEFAULT_DRAIN_S),
         metrics_port=int(_number(given, "metrics_port", 0)) if "metrics_port" in given else None,
         metrics_host=_text(given, "metrics_host", DEFAULT_METRICS_HOST),
+        metrics_insecure=_flag(given, "metrics_insecure"),
         scrub_bytes_s=_size_or_zero(given, "scrub_rate", DEFAULT_SCRUB_BYTES_S),
         min_free_bytes=_size_or_zero(given, "min_free", 0) if "min_free" in given else None,
         lease_s=_number(given, "lease_s", DEFAULT_LEASE_S),
@@ -257,6 +270,7 @@ _SETTINGS: Final = (
     "drain_s",
     "metrics_port",
     "metrics_host",
+    "metrics_insecure",
     "scrub_rate",
     "min_free",
     "lease_s",
@@ -343,6 +357,13 @@ def _number(given: Mapping[str, Any], name: str, default: float) -> float:
     value = given.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigurationError(f"{name} must be a number, not {value!r}")
+    return value
+
+
+def _flag(given: Mapping[str, Any], name: str) -> bool:
+    value = given.get(name, False)
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} must be true or false, not {value!r}")
     return value
 
 

@@ -102,7 +102,14 @@ _LOG = logging.getLogger(__name__)
 @click.option(
     "--metrics-host",
     metavar="HOST",
-    help="Where they are served, to everybody who reaches it. [127.0.0.1]",
+    help="Where they are served; off loopback over TLS, as --tls-cert and the others say, for who brings a token. "
+    "[127.0.0.1]",
+)
+@click.option(
+    "--metrics-insecure",
+    is_flag=True,
+    default=None,
+    help="Serve metrics off loopback in the clear, to everybody who reaches them.",
 )
 @click.option(
     "--scrub-rate",

@@ -1,17 +1,14 @@
-"""Prometheus metrics, on loopback, if a port is given. Values are read when they are scraped."""
+"""What Prometheus is told. Values are read when they are scraped."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from torchcache.errors import ConfigurationError
 from torchcache_server.cache.ahead import Ahead, StageAhead
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.write_back import WriteBack
@@ -189,23 +186,6 @@ def _disk_families(usage: StoreUsage) -> Iterator[Family]:
     yield _gauge("store_damaged_kept", "Damaged chunks without another copy", usage.damaged_kept)
     yield _counter("store_disk_errors", "Errors of the store's disk", usage.disk_errors)
     yield _gauge("store_out_of_service", "1 if the disk is not used any more", bool(usage.out_of_service))
-
-
-@contextmanager
-def serve_metrics(host: str, port: int, collector: ServerCollector) -> Iterator[None]:
-    """Serves within the block. Raises ConfigurationError if the port is taken."""
-    registry = CollectorRegistry()
-    registry.register(collector)
-    try:
-        server, thread = start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
-        raise ConfigurationError(f"metrics can't listen on {host}, port {port}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

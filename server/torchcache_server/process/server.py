@@ -45,7 +45,8 @@ from .listeners import ControlListener, listen_data, stop_data
 from .logs import hide_credentials
 from .lost_peers import notice_lost_peers
 from .membership import Membership
-from .metrics import ServerCollector, serve_metrics
+from .metrics import ServerCollector
+from .metrics_port import serve_metrics
 from .socket_files import SocketFiles
 from .tls import TlsContents, read_tls
 from .token_file import read_or_create_tokens
@@ -190,7 +191,7 @@ class Server:
                 ahead=parts.ahead,
                 copies=self._copies,
             )
-            closing.enter_context(serve_metrics(config.metrics_host, config.metrics_port, collector))
+            closing.enter_context(serve_metrics(config, collector, tokens))
         self._store = parts.store
         self.server_id: str = parts.store.server_id
         self.data_port: int = 0 if sockets is not None else self._data.port

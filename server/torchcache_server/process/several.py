@@ -82,6 +82,8 @@ def arguments(config: ServerConfig) -> Iterator[str]:
             yield from ("--tls-client-ca", str(config.tls.client_ca))
     if config.metrics_port is not None:
         yield from ("--metrics-port", str(config.metrics_port), "--metrics-host", config.metrics_host)
+        if config.metrics_insecure:
+            yield "--metrics-insecure"
     if config.min_free_bytes is not None:
         yield from ("--min-free", str(config.min_free_bytes))
     if config.join is not None:

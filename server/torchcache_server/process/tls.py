@@ -19,14 +19,21 @@ class TlsContents:
     client_ca: bytes | None = None
 
 
+def server_context(tls: Tls) -> ssl.SSLContext:
+    """For a port that isn't gRPC's. Raises ssl.SSLError or OSError for files that can't be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tls.certificate, tls.key, password=lambda: b"")
+    if tls.client_ca is not None:
+        context.load_verify_locations(tls.client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
 def read_tls(tls: Tls) -> TlsContents:
     """Raises ConfigurationError that names the files which can't be used."""
     files = [str(file) for file in (tls.certificate, tls.key, tls.client_ca) if file is not None]
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tls.certificate, tls.key, password=lambda: b"")
-        if tls.client_ca is not None:
-            context.load_verify_locations(tls.client_ca)
+        server_context(tls)
         return TlsContents(
             tls.certificate.read_bytes(),
             tls.key.read_bytes(),
