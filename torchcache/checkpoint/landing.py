@@ -13,7 +13,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from torchcache.checkpoint.layout import GRANULE_BYTES
 from torchcache.checkpoint.manifest import Item
 from torchcache.errors import TorchCacheError
-from torchcache.lanes.copying import STEP_BYTES, copy
+from torchcache.lanes.copying import STEP_BYTES, copy, copy_and_hash
 from torchcache.model import CHUNK_BYTES, ByteRange, Extent, ObjectInfo
 
 
@@ -75,13 +75,12 @@ def _granules(item: Item, part: ByteRange, into: memoryview, file: ObjectInfo) -
 
 def _land(digest: int, into: memoryview, views: Sequence[memoryview]) -> bool:
     """Copies what `views` hold one behind the other into `into`, and says whether what then lies there is right."""
-    state, at = xxh3_64(), 0
+    hasher, at = xxh3_64(), 0
     for view in views:
-        for start in range(0, len(view), STEP_BYTES):
-            step = view[start : start + STEP_BYTES]
-            target = into[at : at + len(step)]
-            if view.readonly:  # else a lane has filled it
-                copy(step, target)
-            state.update(target)
-            at += len(step)
-    return bool(state.intdigest() == digest)
+        target = into[at : at + len(view)]
+        if view.readonly:
+            copy_and_hash(view, target, hasher)
+        else:  # a lane has filled it
+            hasher.update(target)
+        at += len(view)
+    return bool(hasher.intdigest() == digest)
