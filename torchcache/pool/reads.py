@@ -63,7 +63,10 @@ class Reading:
         alone = (
             len(self._members.by_id) == 1
             and len(self._extents) <= CALL_EXTENTS
-            and not any(info.size >= 2 * STREAM_BYTES for info, _, _ in self._extents)
+            and not any(
+                info.size >= 2 * STREAM_BYTES and not 0 <= length < 2 * STREAM_BYTES
+                for info, _, length in self._extents
+            )
         )
         if self._session.health.anyone_out:
             probe_those_out(self._session, self._members, self._extents, self._options)
