@@ -67,10 +67,18 @@ def test_where_one_cannot_know_of_a_later_save_the_others_are_asked() -> None:
     assert servers.get() == "new"
 
 
-def test_where_none_can_know_the_latest_is_taken() -> None:
-    old, new = save("old", uncertain=True), save("new", 2.0, uncertain=True)
-    assert Servers({"a": old, "b": new, "c": AWAY}).get() == "new"
-    assert Servers({"a": new, "b": old, "c": AWAY}).get() == "new"
+@pytest.mark.parametrize("committed_unix_s", [0.5, 1.0, 2.0])
+def test_where_none_can_know_no_clock_decides(committed_unix_s: float) -> None:
+    """F22: each commit has the time of its server's clock. The older of two would be what nobody wants back (I2)."""
+    one, other = save("one", uncertain=True), save("other", committed_unix_s, uncertain=True)
+    for answers in ({"a": one, "b": other, "c": AWAY}, {"a": other, "b": one, "c": AWAY}):
+        with pytest.raises(ServerUnavailable, match="which of 2 checkpoints at run/step-1 is the last"):
+            Servers(answers).get()
+
+
+def test_where_none_can_know_the_one_that_all_have_is_taken() -> None:
+    old = save("old", uncertain=True)
+    assert Servers({"a": old, "b": save("old", 2.0, uncertain=True), "c": AWAY}).get() == "old"
     assert Servers({"a": old, "b": AWAY, "c": NOTHING}).get() == "old"
     assert Servers({"a": AWAY, "b": old}).get() == "old"
 

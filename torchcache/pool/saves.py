@@ -437,9 +437,10 @@ class Saves:
         *,
         replaced: SaveInfo | None,
     ) -> SaveInfo:
-        """What a server says that knows there is nothing later; if none does, the latest of what they say.
+        """What a server says that knows there is nothing later; if none does, what all say.
 
-        Of a save that one of them knows to be `replaced` the others need not know that.
+        Of a save that one of them knows to be `replaced` the others need not know that. Raises ServerUnavailable where
+        they say different ones: when each was committed, its server's clock says, and clocks are wrong at times.
         """
 
         def ask(other: Member) -> Asked | None:
@@ -463,6 +464,13 @@ class Saves:
                 object=request.path,
             )
         certain = [one for one in told if not one.reply.uncertain]
+        saves = {one.reply.save.save_id for one in certain or told}
+        if len(saves) > 1:
+            raise ServerUnavailable(
+                f"which of {len(saves)} checkpoints at {request.path} is the last no server can know, while storage "
+                "doesn't answer or another is being saved",
+                object=request.path,
+            )
         return _info(max(certain or told, key=lambda one: float(one.reply.committed_unix_s)))
 
     def list(self, store: str, prefix: str) -> Iterator[SaveInfo]:
