@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from torchcache_server.process.config import ServerConfig, from_settings, parse_under_stores, read_toml
+from torchcache_server.process.exit_codes import REFUSED
 from torchcache_server.process.main import main
 from torchcache_server.process.peers import Peers, peers_access
 
@@ -143,6 +144,15 @@ def test_systemd_takes_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "RuntimeDirectory=torchcache",
         "RuntimeDirectoryMode=0700",
     ]
+    [given_up] = re.findall(r"^RestartPreventExitStatus=(\d+)$", unit.read_text(), re.MULTILINE)
+    assert int(given_up) == REFUSED
+    assert re.findall(
+        r"^(?:CapabilityBoundingSet|SystemCallFilter|MemoryMax)=(.*)$", unit.read_text(), re.MULTILINE
+    ) == [
+        "4G",
+        "@system-service",
+        "",
+    ]
     [stop] = re.findall(r"^TimeoutStopSec=(\d+)$", unit.read_text(), re.MULTILINE)
     assert config.drain_s < int(stop)
     if shutil.which("systemd-analyze"):
@@ -235,6 +245,17 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist_and_the_document_has_ea
     asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert len(asked) > 20
     assert {name for expr in asked for name in METRIC.findall(expr)} <= served
+    assert {
+        f"torchcache_{name}" for name in ("save_oldest_pending_seconds", "copies_wanted", "copies_held")
+    } <= {name for expr in asked for name in METRIC.findall(expr)}
+    # How much is too little depends on the disk.
+    assert [rule["expr"] for rule in rules if rule["alert"] == "TorchcacheFileSystemFull"] == [
+        "torchcache_store_free_bytes <= torchcache_store_min_free_bytes"
+    ]
+    jobs = {job for expr in asked for job in re.findall(r'job="(\w+)"', expr)}
+    assert jobs == set(re.findall(r"job_name: (\w+)", DOCUMENT.read_text())), (
+        "of another name they'd never be raised"
+    )
     assert [rule["alert"] for rule in rules if f"### {rule['alert']}\n" not in DOCUMENT.read_text()] == []
 
 

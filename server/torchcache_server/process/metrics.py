@@ -178,6 +178,9 @@ def _disk_families(usage: StoreUsage) -> Iterator[Family]:
     yield _gauge("store_dead_bytes", "Bytes in segments whose chunks are gone", usage.dead_bytes)
     yield _gauge("store_overhead_bytes", "Bytes of the index and the records", usage.overhead_bytes)
     yield _gauge("store_free_bytes", "Bytes free on the store's file system", usage.free_bytes)
+    yield _gauge(
+        "store_min_free_bytes", "Bytes that the store leaves free on its file system", usage.min_free_bytes
+    )
     yield _counter("recycled_segments", "Segment files written again", usage.recycled_segments)
     yield _counter("compacted_bytes", "Bytes copied out of segments mostly dead", usage.compacted_bytes)
     yield _counter("expired_chunks", "Chunks dropped for their time to live", usage.expired_chunks)
