@@ -30,6 +30,7 @@ from torchcache.pool.reports import (
 from torchcache.pool.saves import Saves
 from torchcache.pool.session import Session
 from torchcache.pool.writes import Writing
+from torchcache.wire.request_ids import new_request_id
 from torchcache.wire.v1 import cache_pb2
 
 STATUS_S = 30.0
@@ -116,7 +117,13 @@ class Pool:
         """
         if not extents:
             return []
-        options = ReadOptions(namespace=namespace, resident_only=resident_only, as_bytes=as_bytes, lend=lend)
+        options = ReadOptions(
+            namespace=namespace,
+            resident_only=resident_only,
+            as_bytes=as_bytes,
+            lend=lend,
+            request_id=new_request_id(),
+        )
         return Reading(self._session(), extents, into, options, time.monotonic() + timeout_s).run()
 
     def write(

@@ -122,6 +122,8 @@ class Health:
         That tells something of what happened before. An answer at the other port tells it only once the server may be
         tried, and nobody does. Who was slow or silent has to prove more.
         """
+        if not self.anyone_out:
+            return
         with self._lock:
             known = self._of(server)
             if known.out == "unreachable" and (read_at > known.out_at or server in self.due()):

@@ -51,7 +51,8 @@ class Reading:
         self._session = session
         self._extents = extents
         self._into = targets(extents, into)
-        self._options = replace(options, request_id=new_request_id())  # whoever is asked, and however often
+        # Whoever is asked, and however often.
+        self._options = options if options.request_id else replace(options, request_id=new_request_id())
         self._deadline = deadline
         self._retry = Retry(session.budget, deadline)
         self._members = session.first_members(self._retry, deadline)
@@ -89,7 +90,7 @@ class Reading:
             for number, answer in enumerate(answers)
             if not isinstance(answer, memoryview)
         ]
-        return self._follow_up(failed)
+        return self._follow_up(failed) if failed else []
 
     def _most_streams(self, server: str) -> int:
         return STREAMS.get(self._members.by_id[server].lane.name, 1)

@@ -50,7 +50,8 @@ class Session:
     def count(self, **counts: int) -> None:
         """Adds to the statistics."""
         with self._lock:
-            self._counts.update(counts)
+            for what, more in counts.items():  # Counter.update takes half as long again, twice a read
+                self._counts[what] += more
 
     def statistics(self) -> PoolStatistics:
         """See `Pool.statistics`."""
