@@ -1,7 +1,8 @@
 """Warm epochs of the same records, side by side: ours, webdataset, litdata and plain files, in one process.
 
-Everybody gives `bytes`, so that everybody has read them: a mapping that nobody touches costs nothing. Who isn't
-installed (`pip install torchcache[bench]`) is left out.
+Everybody gives `bytes`, so that everybody has read them: a mapping that nobody touches costs nothing. Ours stands there
+a second time as `decode=` gets a record: a view, of which every byte was read too, to be verified. Who isn't installed
+(`pip install torchcache[bench]`) is left out.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from benchmarks.records import Ground, ground, records_shape
 from benchmarks.rounds import alternate
 
 OURS: Final = "torchcache"
+OURS_DECODING: Final = "torchcache, decode="
 FILES: Final = "plain files"
 WEBDATASET: Final = "webdataset"
 LITDATA: Final = "litdata"
+FORMS: Final = {OURS: "as bytes", OURS_DECODING: "as decode= gets them"}
+"""Of ours; the others have `bytes` to give, whatever reads them."""
+
 GOALS: Final = {WEBDATASET: 5.0, LITDATA: 5.0}
 _SHUFFLED: Final = 1000
 """Records in webdataset's shuffle buffer."""
@@ -37,7 +42,11 @@ def measure(scale: Scale) -> Findings:
     shape = records_shape(scale)
     with ground(shape) as found:
         paths = sorted(found.source.iterdir())
-        epochs: dict[str, Epoch] = {OURS: _ours(found), FILES: _files(paths)}
+        epochs: dict[str, Epoch] = {
+            OURS: _ours(found),
+            OURS_DECODING: _ours_decoding(found),
+            FILES: _files(paths),
+        }
         if find_spec("webdataset"):
             epochs[WEBDATASET] = _webdataset(found.source.parent / "shard.tar", paths)
         if find_spec("litdata"):
@@ -45,15 +54,16 @@ def measure(scale: Scale) -> Findings:
         results = alternate(epochs, rounds=scale.rounds)
     rows = [
         Row(
-            what=f"warm epoch of {shape.count:,} records of {shape.size:,} B",
+            what=f"warm epoch of {shape.count:,} records of {shape.size:,} B, {form}",
             unit="us a record",
-            ours=us_each(results[OURS], shape.count),
-            bare=us_each(result, shape.count),
+            ours=us_each(results[ours], shape.count),
+            bare=us_each(results[name], shape.count),
             against=name,
             goal=Goal(bound=GOALS[name]) if name in GOALS else None,
         )
-        for name, result in results.items()
-        if name != OURS
+        for ours, form in FORMS.items()
+        for name in (FILES, WEBDATASET, LITDATA)
+        if name in results
     ]
     return Findings(
         title="Warm epochs beside other loaders",
@@ -70,6 +80,12 @@ def _ours(found: Ground) -> Epoch:
     dataset = tc.CachedDataset.from_files(found.source, pool=found.warm.pool)
     batches = found.shape.batches()
     return lambda: sum(_size(dataset.__getitems__(batch)) for batch in batches)
+
+
+def _ours_decoding(found: Ground) -> Epoch:
+    dataset = tc.CachedDataset.from_files(found.source, decode=len, pool=found.warm.pool)
+    batches = found.shape.batches()
+    return lambda: sum(sum(dataset.__getitems__(batch)) for batch in batches)
 
 
 def _files(paths: list[Path]) -> Epoch:
