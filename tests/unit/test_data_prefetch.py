@@ -222,7 +222,7 @@ def test_several_epochs_follow_each_other(pool: SamplePool) -> None:
 
 
 def test_what_is_missing_is_said_with_its_reason(pool: SamplePool) -> None:
-    dataset = files(pool, 20)
+    dataset = files(pool, 16)
     pool.ahead_states = {"b/d/03": "failed", "b/d/04": "later"}
     handle = dataset.prefetch(SequentialSampler(dataset), 0)
     assert handle.wait(60) is False  # as far ahead as there is room
@@ -235,7 +235,7 @@ def test_what_is_missing_is_said_with_its_reason(pool: SamplePool) -> None:
     with pytest.raises(ObjectNotFound, match="it is gone"):
         while not handle.wait(60):
             time.sleep(0.01)
-    assert handle.progress().staged == 19
+    assert handle.progress().staged == 15
     handle.cancel()
 
 

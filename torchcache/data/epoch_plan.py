@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
@@ -13,11 +14,19 @@ from torchcache.errors import TorchCacheError
 from torchcache.model import ChunkId
 from torchcache.pool.orders import AheadChunk, OrderKey, StagedAhead, ToldOrder
 
-WINDOW = 512
+WINDOW: Final = 512
 """Chunks asked for at a time: some are coming, and behind them it must be known what is here already."""
 
-HELD_UP = 128
+HELD_UP: Final = 128
 """So many while not all of them can be had yet: twice what servers fetch of an order at a time."""
+
+LATER: Final = 16
+LATER_MOST: Final = 64
+"""Of an epoch that hasn't begun, so many at a time, once those before are here: more where all were here already.
+
+Servers fetch these only while nobody waits for storage, and go on to treat them so when the epoch has begun: whatever
+is asked for then goes before them, though it is needed later. They would come when their reader waits for them.
+"""
 
 
 @dataclass(slots=True)
@@ -38,15 +47,21 @@ class Share:
     trouble: TorchCacheError | None = None  # why the server can't be asked now
     asked_s: float = float("-inf")
     reached: tuple[int, int] = (0, -1)  # epoch and position, as the server sees it
+    step: int = LATER  # how many to ask for next, of an epoch that hasn't begun
     ahead_bytes: int = 0
 
-    def window(self) -> list[int]:
-        """The chunks to ask for now."""
-        if not self.is_held_up:
-            more = min(WINDOW - len(self.open), len(self.firsts) - self.next)
-            self.open += range(self.next, self.next + max(0, more))
-            self.next += max(0, more)
+    def window(self, *, begun: bool) -> list[int]:
+        """The chunks to ask for now, of an epoch that has begun, or hasn't."""
+        if not begun:
+            self._open(0 if self.open else self.step)
+        elif not self.is_held_up:
+            self._open(WINDOW - len(self.open))
         return self.open[:HELD_UP] if self.is_held_up else list(self.open)
+
+    def _open(self, more: int) -> None:
+        end = min(self.next + max(0, more), len(self.firsts))
+        self.open += range(self.next, end)
+        self.next = end
 
     @property
     def is_done(self) -> bool:
@@ -91,6 +106,10 @@ class EpochPlan:
     def __len__(self) -> int:
         return len(self._order)
 
+    def window(self, share: Share) -> list[int]:
+        """The chunks of a share to ask for now, by their numbers."""
+        return share.window(begun=self.running or share.reached >= (self.epoch, 0))
+
     def told(self, share: Share) -> ToldOrder:
         """What the server is told."""
         return ToldOrder(
@@ -128,6 +147,7 @@ class EpochPlan:
         share.is_held_up = "later" in reply.states
         share.is_late = share.is_held_up and "coming" not in reply.states
         share.reached, share.ahead_bytes = (reply.epoch, reply.position), reply.ahead_bytes
+        share.step = LATER if "coming" in reply.states else min(2 * share.step, LATER_MOST)
         for at, (number, chunk, state) in enumerate(zip(numbers, wanted, reply.states, strict=False)):
             is_behind = is_behind or state == "later"
             if state in ("coming", "later"):

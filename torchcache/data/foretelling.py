@@ -341,7 +341,7 @@ class Foreteller:
     def _step(self, prefetch: OrderedPrefetch, plan: EpochPlan, share: Share, *, stages: bool) -> float:
         if not share.told or (share.trouble is not None and time.monotonic() < share.asked_s + TROUBLE_S):
             return TROUBLE_S
-        numbers = share.window() if stages else []
+        numbers = plan.window(share) if stages else []
         if not numbers and time.monotonic() < share.asked_s + IDLE_S:
             return IDLE_S
         wanted = plan.wanted(share, numbers)
