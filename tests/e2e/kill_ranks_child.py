@@ -1,11 +1,13 @@
 """The ranks of test_rank_kills.py: each saves one checkpoint after the other until it is killed.
 
-Run by a fork server that has done the imports. Each says "begun <step> <attempt>" before and "saved <step> <attempt>"
-after each save, "failed <step> <attempt> <why>" where that raised, in one write each.
+Run by a fork server that has done the imports. Each says "begun <step> <attempt>" before each save, and after it "saved
+<step> <attempt>", with "alone" behind it where no second server took the save, or "failed <step> <attempt> <why>" where
+it raised, in one write each.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -22,6 +24,21 @@ import torchcache as tc
 
 ROWS, COLUMNS = 512, 128
 WORLD = 2
+
+
+class Warnings(logging.Handler):
+    """What the pool warned of since it was last asked."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+
+    def taken(self) -> str:
+        texts, self._texts = self._texts, []
+        return "\n".join(texts)
 
 
 def content(step: int, attempt: int) -> dict[str, torch.Tensor]:
@@ -48,6 +65,8 @@ def main(
     )
     mesh = init_device_mesh("cpu", (WORLD,))
     pool = tc.connect(addresses, token=token)
+    warnings = Warnings()
+    logging.getLogger("torchcache").addHandler(warnings)
 
     def tell(*words: object) -> None:
         os.write(say, (" ".join(map(str, words)) + "\n").encode())
@@ -69,4 +88,5 @@ def main(
             tell("failed", step, attempt, repr(error)[:300].replace("\n", " "))
             time.sleep(0.05)
         else:
-            tell("saved", step, attempt)
+            alone = f"{path.rpartition('/')[2]} is safe on 1 server " in warnings.taken()
+            tell("saved", step, attempt, *(["alone"] if alone else []))

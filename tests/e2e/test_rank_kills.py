@@ -2,8 +2,9 @@
 
 (F1, F2, F19, F21, F30, F32, F37; I2, I3.)
 
-After every kill: each acknowledged checkpoint loads bit for bit, and whatever else the pool takes for one is whole. At
-the end all of it is in the under-store, a folder or a real S3, where torch's own reader finds it.
+After every kill: each acknowledged checkpoint loads bit for bit, and whatever else the pool takes for one is whole.
+What one server took alone, with a warning, may have to wait for that server. At the end all of it is in the
+under-store, a folder or a real S3, where torch's own reader finds it.
 """
 
 from __future__ import annotations
@@ -119,11 +120,13 @@ def _rank(*arguments: Any) -> None:
 
 
 class History:
-    """What a run has begun and what was acknowledged, by step: the attempts at it."""
+    """What a run has begun and what was acknowledged, by step: the attempts at it. `alone`: by one server, and a
+    warning said so."""
 
     def __init__(self) -> None:
         self.begun: dict[int, set[int]] = {}
         self.saved: dict[int, int] = {}
+        self.alone: set[int] = set()
         self.failures: list[str] = []
 
     def note(self, lines: list[list[str]]) -> None:
@@ -132,6 +135,7 @@ class History:
                 self.begun.setdefault(int(step), set()).add(int(attempt))
             elif what == "saved":
                 self.saved[int(step)] = int(attempt)
+                (self.alone.add if why else self.alone.discard)(int(step))
             else:
                 self.failures.append(" ".join(why))
 
@@ -198,6 +202,7 @@ class Run:
         self.history = History()
         self.kills = {"rank": 0, "coordinator": 0, "server": 0}
         self.loads = 0
+        self.waited = 0  # for a server that alone had what was acknowledged
         self.borrowed = 0  # so many of those loaded, not durable yet, had borrowed files
         self._jobs = 0
         self._job: Ranks | None = None
@@ -279,7 +284,14 @@ class Run:
         uri = f"{self.root}/step-{step}"
         try:
             info = pool.get_save(*pool.resolve(uri))
-        except (NotCommitted, ServerUnavailable):
+        except ServerUnavailable:
+            if step not in self.history.alone:
+                assert acknowledged is None, f"step {step} was acknowledged"
+                return
+            self._revive()
+            info = pool.get_save(*pool.resolve(uri))
+            self.waited += 1
+        except NotCommitted:
             assert acknowledged is None, f"step {step} was acknowledged"
             return
         found = load(tc.CacheStorageReader(uri, pool=pool))
@@ -347,6 +359,7 @@ def many_kills(
         "acknowledged": sum(len(run.history.saved) for run in runs),
         "loads": sum(run.loads for run in runs),
         "of them with borrowed files": sum(run.borrowed for run in runs),
+        "of them behind the return of the only holder": sum(run.waited for run in runs),
         "first seed": SEEDS[0],
     }
 
