@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 SERVER: Final = Path("server", "torchcache_server")
 _FORMATS: Final = Path("torchcache", "records.py")  # the store's, shared with clients
 
-_CALLS: Final = ("fsync", "fsync_dir", "rename", "sync", "_sync_names", "_sync_name")
+_CALLS: Final = ("fsync", "fsync_dir", "rename", "sync", "sync_names", "_sync_names", "_sync_name")
 _CALLS_OF_SAVES: Final = ("sync", "keep", "make_durable", "settle", "_settle", "require_intact")
 _SAVES: Final = (
     *("cache/commits.py", "cache/copies.py", "cache/slots.py", "cache/borrowing.py"),

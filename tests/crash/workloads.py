@@ -232,6 +232,7 @@ def upkeep(world: World, rng: random.Random) -> None:
     world.sync("kept")
     world.put("short", *_large(at + 100, 2))
     world.fill("limited", *_large(at + 200, 5))
+    # Whether most of its segment is dead then, and the others are moved, is for the sizes to say.
     world.put("a", *_large(at + 300, 3))
     world.sync("a")
     world.damage("a", _large(at + 300, 1)[0])
@@ -239,6 +240,13 @@ def upkeep(world: World, rng: random.Random) -> None:
     world.tidy("short")
     world.put("a", *_large(at + 300, 3))
     world.sync("a")
+    # Here it always is.
+    mostly, rest = _large(at + 500, 1), _small(at + 500, 3)
+    world.put("b", *mostly, *rest)
+    world.sync("b")
+    world.damage("b", *mostly)
+    world.scrub()
+    world.tidy()
     world.put("kept", *_large(at + 400, 2))
     world.sync("kept")
 

@@ -259,6 +259,30 @@ def test_a_failed_fsync_of_the_folder_is_no_durability(tmp_path: Path) -> None:
     store.close()
 
 
+def test_what_is_durable_stays_where_it_is_if_it_cannot_be_so_elsewhere(tmp_path: Path) -> None:
+    """I2: a segment that is mostly dead is emptied, but where its rest went can't be synced."""
+    disk = FailingDisk()
+    store = open_store(tmp_path / "live", disk)
+    fill(store, "a", range(7), MIB)
+    store.sync("a")
+    for number in range(6):
+        store.quarantine(chunk(number))
+    disk.fail("fsync", errno.EIO)
+    store.tidy()
+    assert store.usage().compacted_bytes
+    disk.mend()
+    store.tidy()
+    assert held(store, 6, MIB)
+    image = crash_image(tmp_path / "live", tmp_path / "image")
+    store.close()
+    [_, *moved_to] = segment_files(image)
+    for path in moved_to:
+        path.unlink()
+    store = open_store(image, DiskCalls())
+    assert held(store, 6, MIB)
+    store.close()
+
+
 def test_a_flag_that_cannot_be_noted_does_not_hold(tmp_path: Path) -> None:
     disk = FailingDisk()
     store = open_store(tmp_path, disk)

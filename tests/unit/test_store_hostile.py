@@ -80,6 +80,38 @@ def test_a_flag_that_comes_while_a_segment_is_emptied_waits(
     store.close()
 
 
+def test_a_sync_while_a_segment_is_emptied_is_of_what_was_moved_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I2: it syncs the file that is there; what goes from there must be durable where it went."""
+    store = _store(folder)
+    fill(store, "a", range(30))
+    [segment] = store._core.space.segments.values()
+    really = compaction._move
+
+    def moving(*arguments: Any) -> bool:
+        store.sync("a")
+        return really(*arguments)
+
+    monkeypatch.setattr(compaction, "_move", moving)
+    compaction.compact(store._core, segment, lambda _: True)
+    [now] = store._core.space.segments.values()
+    assert now is not segment and not now.unsynced
+    assert not store._core.space.namespaces["a"].names_unsynced
+    store.close()
+
+
+def test_a_dataset_is_moved_without_a_sync(folder: Path) -> None:
+    """Nobody was promised anything, and storage has it."""
+    store = _store(folder)
+    fill(store, "a", range(30))
+    [segment] = store._core.space.segments.values()
+    compaction.compact(store._core, segment, lambda _: True)
+    [now] = store._core.space.segments.values()
+    assert now is not segment and now.unsynced
+    store.close()
+
+
 def test_what_was_pinned_since_is_moved_whole(folder: Path) -> None:
     """I6: who chose the segment to yield may have looked before the pin."""
     store = _store(folder)

@@ -9,7 +9,9 @@ from typing import Final
 from torchcache.errors import OutOfSpace
 from torchcache.records import Location
 from torchcache_server.store.core import Core
+from torchcache_server.store.keeping import sync_names
 from torchcache_server.store.segments import Segment
+from torchcache_server.store.space import Namespace
 from torchcache_server.store.writing import Draft, Short, commit, give_back, release, reserve, write
 
 _MOVING: Final = -1
@@ -41,20 +43,43 @@ def _compact(core: Core, segment: Segment, stays: Callable[[bytes], bool]) -> in
             namespace.open = None
         segment.writing.add(_MOVING)
     core.close_if_done(segment)
+    moved_to: list[Segment] = []
     try:
         entries = core.index.members(segment.number)
         staying = [(key, offset) for key, offset in entries if moves_all or stays(key)]
-        if not _move(core, segment, staying):
+        if not _move(core, segment, staying, moved_to):
             return 0
     finally:
         with core.lock:
             segment.writing.discard(_MOVING)
+    with namespace.sync_lock:  # no sync may take the file for one that stays
+        if segment.synced and not _sync(core, namespace, moved_to):
+            return 0
+        removed = core.remove([segment])
     core.counts.add(evicted_chunks=len(entries) - len(staying))
-    return segment.held_bytes if core.remove([segment]) else 0
+    return segment.held_bytes if removed else 0
 
 
-def _move(core: Core, segment: Segment, entries: Sequence[tuple[bytes, int]]) -> bool:
-    """False if not all that can be read could be moved; what was moved until then is where it is now."""
+def _sync(core: Core, namespace: Namespace, moved_to: Sequence[Segment]) -> bool:
+    """What was durable is so where it is now. False if the disk doesn't make it so, now or earlier."""
+    try:
+        for segment in moved_to:
+            segment.sync(core.disk)
+        sync_names(core, namespace)
+    except OSError as error:
+        _log.error("what was moved within %r can't be synced: %s; see to the disk", namespace.name, error)
+        return False
+    with core.lock:
+        return not any(segment.sync_error for segment in namespace.segments.values())
+
+
+def _move(
+    core: Core, segment: Segment, entries: Sequence[tuple[bytes, int]], moved_to: list[Segment]
+) -> bool:
+    """False if not all that can be read could be moved; what was moved until then is where it is now.
+
+    Where that is, is added to `moved_to`.
+    """
     batch: list[Draft] = []
     size = 0
     for key, offset in entries:
@@ -63,10 +88,10 @@ def _move(core: Core, segment: Segment, entries: Sequence[tuple[bytes, int]]) ->
             batch.append(one)
             size += one.header.record_bytes
         if size >= _BATCH_BYTES:
-            if not _append(core, segment, batch):
+            if not _append(core, segment, batch, moved_to):
                 return False
             batch, size = [], 0
-    return not batch or _append(core, segment, batch)
+    return not batch or _append(core, segment, batch, moved_to)
 
 
 def _draft(core: Core, segment: Segment, key: bytes, offset: int) -> Draft | None:
@@ -83,7 +108,7 @@ def _draft(core: Core, segment: Segment, key: bytes, offset: int) -> Draft | Non
     return Draft(key, record, payload, moved_from=Location(segment.number, offset))
 
 
-def _append(core: Core, origin: Segment, drafts: Sequence[Draft]) -> bool:
+def _append(core: Core, origin: Segment, drafts: Sequence[Draft], moved_to: list[Segment]) -> bool:
     namespace = origin.header.namespace
     try:
         # The file that is emptied counts as gone: a full store has no other room to move to.
@@ -93,6 +118,7 @@ def _append(core: Core, origin: Segment, drafts: Sequence[Draft]) -> bool:
         return False
     if isinstance(reserved, Short):
         return False
+    moved_to += [part.segment for part in reserved.parts]
     try:
         for part in reserved.parts:
             write(core, part)

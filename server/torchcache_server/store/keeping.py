@@ -121,10 +121,11 @@ def sync(core: Core, name: str) -> None:
                 segment.sealed = True
                 if not segment.dropped:
                     raise
-        _sync_names(core, namespace)
+        sync_names(core, namespace)
 
 
-def _sync_names(core: Core, namespace: Namespace) -> None:
+def sync_names(core: Core, namespace: Namespace) -> None:
+    """Makes the names of the namespace's files durable. Under its `sync_lock`. Raises OSError."""
     with core.lock:
         if not namespace.names_unsynced:
             return

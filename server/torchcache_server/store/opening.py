@@ -106,7 +106,7 @@ def _load_segments(core: Core, notes: dict[int, SegmentNote], kept: Mapping[str,
         else:
             doubtful.append(segment)
         segment.close(core.disk)
-        segment.unsynced = True  # who knows what the last server came to sync
+        segment.unsynced = segment.synced = True  # who knows what the last server came to sync
     with core.index.writing() as writer:
         for number in notes.keys() - core.space.segments.keys():
             writer.delete_segment(number)

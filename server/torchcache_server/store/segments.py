@@ -59,6 +59,7 @@ class Segment:
     listed: bool = False  # the index says where the file is
     dropped: bool = False  # unlinked, or about to be
     unsynced: bool = False  # written to since the last fsync
+    synced: bool = False  # what it holds may have been promised to be durable
     sync_error: OSError | None = None  # an fsync failed
     file_lock: threading.Lock = field(
         default_factory=threading.Lock
@@ -226,7 +227,7 @@ class Segment:
                 return
             # Not being able to open it, for want of descriptors say, loses nothing: that may be tried again.
             fd = disk.open(self.path) if self.fd is None else self.fd
-            self.unsynced = False
+            self.unsynced, self.synced = False, True
             try:
                 disk.fsync(fd)
             except OSError as error:
