@@ -584,9 +584,10 @@ def test_another_size_than_saved_is_refused(pool: CheckpointPool) -> None:
 
 
 def test_metadata_is_what_torch_would_have_read(pool: CheckpointPool, tmp_path: Path) -> None:
-    dcp.save(state(), storage_writer=writer(pool))
+    saved_by, read_by = writer(pool), reader(pool)
+    dcp.save(state(), storage_writer=saved_by)
     dcp.save(state(), storage_writer=dcp.FileSystemWriter(tmp_path / "s"))
-    ours: Any = reader(pool).read_metadata()
+    ours: Any = read_by.read_metadata()
     theirs: Any = dcp.FileSystemReader(tmp_path / "s").read_metadata()
     assert ours.state_dict_metadata == theirs.state_dict_metadata
     assert list(ours.state_dict_metadata) == list(theirs.state_dict_metadata)
@@ -594,7 +595,8 @@ def test_metadata_is_what_torch_would_have_read(pool: CheckpointPool, tmp_path: 
     assert ours.storage_data.keys() == theirs.storage_data.keys()
     assert ours.version == theirs.version
     assert (ours.storage_meta.save_id, ours.storage_meta.checkpoint_id) == (pool.only_save().save_id, URI)
-    assert ours.storage_meta.load_id
+    assert (ours.storage_meta.save_id, ours.storage_meta.load_id) == (saved_by.save_id, read_by.load_id)
+    assert read_by.load_id
 
 
 def test_metadata_read_by_another_instance_will_do(pool: CheckpointPool) -> None:

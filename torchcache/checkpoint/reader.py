@@ -71,6 +71,8 @@ class CacheStorageReader(StorageReader):
         self._save_id = ""  # of what is open, or what stands for it where it has none
         self._items: dict[MetadataIndex, Item] = {}
         self._global_error: Exception | None = None
+        self.load_id = ""
+        """What `storage_meta` calls the load for which the metadata was read last."""
         self._end_calm()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,8 +235,9 @@ class CacheStorageReader(StorageReader):
             self._source = Source(self.pool, uri, saved, durable=info.state == "durable")
             self._save_id = info.save_id
             pickled_bytes = manifest.pickled_bytes
+            self.load_id = uuid.uuid4().hex
             metadata = metadata_of(
-                manifest, load_id=uuid.uuid4().hex, pickled=lambda: self._pickled(uri, info, pickled_bytes)
+                manifest, load_id=self.load_id, pickled=lambda: self._pickled(uri, info, pickled_bytes)
             )
             if len(info.manifest) >= _MANIFEST_OF_MANY_BYTES:
                 self._begin_calm(metadata)
@@ -262,7 +265,7 @@ class CacheStorageReader(StorageReader):
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         assert metadata.storage_meta is not None  # noqa: S101 - narrows the type
-        metadata.storage_meta.load_id = uuid.uuid4().hex
+        metadata.storage_meta.load_id = self.load_id = uuid.uuid4().hex
         self._source = Source(self.pool, uri, None, durable=True)
         self._save_id = _save_id_of(metadata, default=file.id.version)
         return metadata

@@ -131,6 +131,8 @@ class CacheStorageWriter(StorageWriter):
         self.replicas = replicas
         self.overwrite = overwrite
         self.reuse_unchanged = reuse_unchanged and self.compression is None
+        self.save_id = ""
+        """Of the save that this process wrote last by it, in `storage_meta` of what is read back."""
         self._given_pool = pool
         self._forget()
 
@@ -264,6 +266,7 @@ class CacheStorageWriter(StorageWriter):
         The planner is asked from this thread alone.
         """
         ticket = self._ticket_of(plan)
+        self.save_id = ticket.save_id
         sizes = [expected_bytes(item) for item in plan.items]
         # A moment's work is Python's above all.
         with garbage_waits() if sum(sizes) < A_MOMENT_BYTES else nullcontext():
