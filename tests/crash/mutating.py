@@ -48,6 +48,7 @@ _LIKELY: Final = {
     "store/ledger.py": ("tests/unit/test_store_ledger.py",),
     "store/mending.py": (_MENDING, "tests/unit/test_examination.py"),
     "store/reading.py": ("tests/crash/test_checks.py",),
+    "understore/": ("tests/unit/test_understore_posix_durable.py", "tests/unit/test_understore_posix.py"),
     "records.py": ("tests/crash/test_checks.py", "tests/unit/test_store_record.py"),
     "store/segment_scan.py": ("tests/crash/test_checks.py",),
     "store/segments.py": (

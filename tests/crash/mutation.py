@@ -1,7 +1,8 @@
 """Changes of the source, each of which takes one guarantee away. They are searched, so new calls come by themselves.
 
-Taken out are calls that make something durable or put it in place, the seams of the save's commit, and every comparison
-with a checksum or an identity; a record's seed loses its nonce, then its offset.
+Taken out are calls that make something durable or put it in place, in the store and in a POSIX under-store, the seams
+of the save's commit, and every comparison with a checksum or an identity; a record's seed loses its nonce, then its
+offset.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ SERVER: Final = Path("server", "torchcache_server")
 _FORMATS: Final = Path("torchcache", "records.py")  # the store's, shared with clients
 
 _CALLS: Final = ("fsync", "fsync_dir", "rename", "sync", "sync_names", "_sync_names", "_sync_name")
+_CALLS_OF_FILES: Final = ("fsync", "link", "rename")
+_FILES: Final = "understore/posix"
 _CALLS_OF_SAVES: Final = ("sync", "keep", "make_durable", "settle", "_settle", "require_intact")
 _SAVES: Final = (
     *("cache/commits.py", "cache/copies.py", "cache/slots.py", "cache/borrowing.py"),
@@ -109,7 +112,11 @@ def _changes_of(file: str, function: ast.FunctionDef, node: ast.AST) -> Iterator
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         called = node.value.func
         name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-        if (name in _CALLS and in_store) or (name in _CALLS_OF_SAVES and file in _SAVES):
+        if (
+            (name in _CALLS and in_store)
+            or (name in _CALLS_OF_SAVES and file in _SAVES)
+            or (name in _CALLS_OF_FILES and file.startswith(_FILES))
+        ):
             yield _Change(f"without {ast.unparse(node.value)}", node.value, "None", True)
     elif isinstance(node, ast.Compare) and (in_store or file in _CHECKED_TOO):
         if isinstance(node.ops[0], ast.Eq | ast.NotEq) and len(node.ops) == 1 and _guards(node):
