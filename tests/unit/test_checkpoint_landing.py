@@ -78,6 +78,22 @@ def test_one_wrong_bit_is_found_wherever_it_is(part: ByteRange) -> None:
             assert not granule.land(lent(granule, bytes(damaged))), (number, at)
 
 
+@pytest.mark.parametrize("filled", ["first", "last", "all"])
+def test_what_a_lane_filled_wrongly_is_found(filled: str) -> None:
+    """Of a granule in two chunks: only this checksum stands between the lane's bytes and the tensor."""
+    into = bytearray(LENGTH)
+    granule = granules(ByteRange(0, LENGTH), into)[0]
+    assert len(granule.extents) == 2
+    for wrong in (0, -1):
+        outcomes = lent(granule)
+        for number, target in enumerate(granule.targets):
+            if filled in ("all", ("first", "last")[number]):
+                target[:] = outcomes[number]
+                target[wrong] ^= 1
+                outcomes[number] = target
+        assert not granule.land(outcomes)
+
+
 def test_a_lane_may_fail() -> None:
     first = granules(ByteRange(0, LENGTH), bytearray(LENGTH))[0]
     assert not first.land([NotResident("gone"), *lent(first)[1:]])
