@@ -10,6 +10,7 @@ import pytest
 from tests.integration.own_mounts import OwnMount, fill_up
 from tests.integration.pool_server import Dataset, PoolServer
 from tests.integration.store_process_parts import PlainStarter
+from tests.proofs import proof
 from torchcache.errors import NotCommitted, OutOfSpace
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -31,6 +32,7 @@ def server(tmp_path: Path, disk: OwnMount) -> Iterator[PoolServer]:
         yield server
 
 
+@proof("full-disk", cases=1, disk="64 MiB")
 def test_a_dataset_larger_than_the_disk_is_read_right(server: PoolServer, disk: OwnMount) -> None:
     """F10, I1: what there is no room for passes through, in the first epoch and in the next."""
     dataset = Dataset(server, "set", [5 * MIB + 77] * 20)
@@ -46,6 +48,7 @@ def test_a_dataset_larger_than_the_disk_is_read_right(server: PoolServer, disk: 
     dataset.read(server.pool)
 
 
+@proof("full-disk", cases=1, disk="64 MiB")
 def test_a_save_that_does_not_fit_is_refused_and_one_that_does_is_taken(server: PoolServer) -> None:
     """F11, I2, I3, I6: cached chunks yield to a save; saves that aren't uploaded yield to nothing."""
     dataset = Dataset(server, "set", [4 * MIB] * 24)
@@ -70,6 +73,7 @@ def test_a_save_that_does_not_fit_is_refused_and_one_that_does_is_taken(server: 
     assert server.status.corrupt == 0
 
 
+@proof("full-disk", cases=1, disk="64 MiB")
 def test_somebody_else_fills_the_disk_and_frees_it_again(server: PoolServer, disk: OwnMount) -> None:
     """F10, F11, I6: to the last page, while the server runs; and once there is room again it goes on, unstarted."""
     server.hinder_upload("run/kept")
@@ -96,6 +100,7 @@ def test_somebody_else_fills_the_disk_and_frees_it_again(server: PoolServer, dis
     server.assert_loads("run/kept", 1, 12 * MIB)
 
 
+@proof("full-disk", cases=1, disk="64 MiB")
 def test_a_server_killed_on_a_full_disk_starts_there(server: PoolServer, disk: OwnMount) -> None:
     """F1, F10: a start must need no room that isn't there, or say so; nothing acknowledged is lost."""
     server.hinder_upload("run/kept")
