@@ -10,7 +10,6 @@ import ast
 import datetime
 import json
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from typing import Final
 
 from benchmarks.rounds import machine
 from tests.hostile import counting
+from tests.proofs import commit
 
 ROOT: Final = Path(__file__).parents[1]
 DOCUMENT: Final = ROOT / "docs" / "reliability.md"
@@ -97,6 +97,8 @@ FUZZ: Final = "fuzz-"
 PARTS: Final = {"hosts": ("tests/e2e/test_hosts.py", "tests/e2e/test_soak.py")}
 """Proofs of these files have a table of their own, which may be of another run than "proofs", that of all others."""
 
+_COLUMNS: Final = ("seed", "commit")
+"""Facts that aren't told among the counts."""
 _NAMED: Final = 6  # tests by name in a row; more are counted
 
 
@@ -106,7 +108,7 @@ class Proof:
 
     name: str
     counts: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, list[str]] = field(default_factory=dict)  # what can't be added: seeds, words
+    facts: dict[str, list[str]] = field(default_factory=dict)  # what can't be added: seeds, words, commits
     wall_s: float = 0.0
 
     def add(self, line: Mapping[str, object]) -> None:
@@ -150,17 +152,19 @@ def by_part(proofs: Iterable[Proof], where: Mapping[str, str]) -> dict[str, list
 
 def proofs_table(proofs: Iterable[Proof], where: Mapping[str, str], ran: str) -> str:
     """Markdown. `where`: the test file of each proof. `ran`: when and on what."""
-    rows = ["| what | how many | seed | wall time | test |", "|---|---|---|---|---|"]
+    rows = ["| what | how many | seed | wall time | commit | test |", "|---|---|---|---|---|---|"]
     for proof in proofs:
         counts = [f"{_number(value)} {key.replace('_', ' ')}" for key, value in proof.counts.items()]
-        words = [f"{k.replace('_', ' ')}: {', '.join(v)}" for k, v in proof.facts.items() if k != "seed"]
-        seeds = ", ".join(proof.facts.get("seed", []))
+        words = [
+            f"{k.replace('_', ' ')}: {', '.join(v)}" for k, v in proof.facts.items() if k not in _COLUMNS
+        ]
         test = _link(where[proof.name]) if proof.name in where else ""
         cells = (
             proof.name.replace("-", " "),
             ", ".join(counts + words),
-            seeds,
+            ", ".join(proof.facts.get("seed", [])),
             _time(proof.wall_s),
+            ", ".join(proof.facts.get("commit", [])),
             test,
         )
         rows.append(f"| {' | '.join(cells)} |")
@@ -252,12 +256,10 @@ def replace_part(document: str, name: str, content: str) -> str:
 
 
 def ran_on(day: datetime.date) -> str:
-    """The line under the table: when, of which commit, and on what it ran."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    """The line under the table: when and at which commit it was written, and on what all of it ran."""
     facts = machine()
     return (
-        f"Run on {day.isoformat()} at commit {commit}: Python {facts['python']}, {facts['system']}, "
+        f"Written on {day.isoformat()} at commit {commit()}: Python {facts['python']}, {facts['system']}, "
         f"{facts['cores']} cores of {facts['cpu']}, lmdb {facts['lmdb']}, xxhash {facts['xxhash']}."
     )
 

@@ -27,17 +27,24 @@ from tests.reliability_report import (
 
 PROOFS = {
     "crash-states.jsonl": [
-        {"proof": "crash-states", "states": 1_000_000, "seed": 7, "wall_s": 3599.6},
-        {"proof": "crash-states", "states": 234, "seed": 8, "shape": "torn", "wall_s": 0.4},
+        {"proof": "crash-states", "states": 1_000_000, "seed": 7, "wall_s": 3599.6, "commit": "1a2b3c4"},
+        {
+            "proof": "crash-states",
+            "states": 234,
+            "seed": 8,
+            "shape": "torn",
+            "wall_s": 0.4,
+            "commit": "5d6e7f8-dirty",
+        },
     ],
     "bad.jsonl": [{"proof": "bad-luck", "hit_rate": 0.5, "first_seed": 7, "last_seed": 9, "wall_s": 61.25}],
 }
 
 TABLE = """\
-| what | how many | seed | wall time | test |
-|---|---|---|---|---|
-| bad luck | 0.50 hit rate | first 7, last 9 | 61.2 s | [unit/test_luck.py](../tests/unit/test_luck.py) |
-| crash states | 1,000,234 states, shape: torn | 7, 8 | 60 min |  |
+| what | how many | seed | wall time | commit | test |
+|---|---|---|---|---|---|
+| bad luck | 0.50 hit rate | first 7, last 9 | 61.2 s |  | [unit/test_luck.py](../tests/unit/test_luck.py) |
+| crash states | 1,000,234 states, shape: torn | 7, 8 | 60 min | 1a2b3c4, 5d6e7f8-dirty |  |
 
 On a day."""
 
