@@ -14,10 +14,32 @@ from torchcache_server.process.config import (
     parse_under_stores,
     read_toml,
 )
+from torchcache_server.process.life import exposed
 
 from torchcache.errors import ConfigurationError
 
 MINIMAL = {"store": "/data/store", "capacity": "10GB", "under_stores": {"s3": "s3://"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"listen": "0.0.0.0:7440", "tls_cert": "/cert.pem", "tls_key": "/key.pem"}, True),
+        (
+            {
+                "listen": "0.0.0.0:7440",
+                "tls_cert": "/cert.pem",
+                "tls_key": "/key.pem",
+                "tls_client_ca": "/ca.pem",
+            },
+            False,
+        ),
+        ({"listen": "127.0.0.1:7440"}, False),
+        ({"listen": "unix:///run/torchcache/cache.sock"}, False),
+    ],
+)
+def test_a_port_that_strangers_reach_is_warned_of(settings: dict[str, Any], warned: bool) -> None:
+    assert (exposed(from_settings(MINIMAL | settings)) is not None) is warned
 
 
 def test_defaults(home: Path) -> None:

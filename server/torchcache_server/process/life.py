@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+from torchcache.addresses import is_loopback
 from torchcache_server.store import StoreUsage
 
 from .config import ServerConfig
@@ -28,6 +29,16 @@ def started(config: ServerConfig, *, version: str, address: str, data: str, usag
         f"torchcache {version} serves on {address} ({ports}) behind {door}; lanes flight, and local for its own user "
         f"on this machine; store {config.store}: {usage.used_bytes / _GB:.1f} of {usage.capacity_bytes / _GB:.1f} GB "
         f"held, {usage.chunks} chunks; under-stores {stores}"
+    )
+
+
+def exposed(config: ServerConfig) -> str | None:
+    """What to do about strangers who reach the data port; None if none do."""
+    if is_loopback(config.host) or (config.tls is not None and config.tls.client_ca is not None):
+        return None
+    return (
+        f"whoever reaches the data port at {config.host} can have this server take memory before a token is asked for: "
+        "give --tls-client-ca, or see to it that only clients reach it, and bound the server's memory"
     )
 
 

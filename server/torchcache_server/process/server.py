@@ -40,7 +40,7 @@ from torchcache_server.understore.s3 import S3UnderStore
 from .config import ServerConfig
 from .copy_keeper import CopyKeeper
 from .endpoint import EndpointFile
-from .life import started
+from .life import exposed, started
 from .listeners import ControlListener, listen_data, stop_data
 from .logs import hide_credentials
 from .lost_peers import notice_lost_peers
@@ -256,6 +256,8 @@ class Server:
                 usage=self._store.usage(),
             ),
         )
+        if warning := exposed(self.config):
+            _LOG.warning("%s", warning)
 
     def leave(self) -> None:
         """Takes the server out of its pool's registry, or an embedded one's endpoint away, so that nobody new comes."""
