@@ -13,6 +13,7 @@ from torchcache.errors import (
     NotResident,
     TorchCacheError,
 )
+from torchcache.lanes.base import Passing
 from torchcache.model import Extent, ObjectId
 from torchcache.pool import SaveInfo, SaveState
 from torchcache.pool.reports import Reservation
@@ -49,12 +50,18 @@ class CheckpointPool(MemoryPool):
         timeout_s: float = 60.0,
         servers: Sequence[str] = (),
         all_copies: bool = False,
+        passing: Passing | None = None,
     ) -> None:
         if self.write_error is not None:
             raise self.write_error
         with self.lock:
             for object, buffers in objects:
                 self.writes.append((namespace, object, durable, [len(b) for b in buffers]))
+                at = 0
+                for buffer in buffers:
+                    if passing is not None:
+                        passing(at, memoryview(buffer))
+                    at += len(buffer)
                 self.save_files[object] = b"".join(buffers)
 
     def _content(self, object: ObjectId) -> bytes:

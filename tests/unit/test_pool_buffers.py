@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchcache.errors import ConfigurationError
-from torchcache.lanes.base import Scattered
+from torchcache.lanes.base import Scattered, tell
 from torchcache.model import CHUNK_BYTES, ChunkId, Extent, ObjectId, ObjectInfo
 from torchcache.pool import buffers
 from torchcache.pool.buffers import CALL_BYTES, chunks, flat, targets, write_calls
@@ -50,6 +50,17 @@ def test_many_small_buffers_become_one() -> None:
     [chunk] = chunks([memoryview(bytes([i])) for i in range(200)])
     assert isinstance(chunk, pa.Buffer)
     assert bytes(chunk) == bytes(range(200))
+
+
+def test_what_is_copied_is_told_of_first_and_the_rest_by_who_sends_it() -> None:
+    told: list[tuple[int, int]] = []
+    parts = [memoryview(bytes(CHUNK_BYTES)), *(memoryview(bytes(2)) for _ in range(200))]
+    whole, joined = chunks(parts, lambda offset, piece: told.append((offset, len(piece))))
+    assert isinstance(joined, pa.Buffer)
+    assert told == [(CHUNK_BYTES + 2 * i, 2) for i in range(200)]
+    told.clear()
+    tell(whole, 0)
+    assert told == [(0, CHUNK_BYTES)]
 
 
 @settings(max_examples=20, deadline=None)

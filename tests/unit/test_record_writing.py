@@ -11,10 +11,10 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchcache.lanes import record_writing
+from torchcache.lanes import flight, record_writing
 from torchcache.lanes.base import Data, Scattered
 from torchcache.lanes.record_writing import Bytes, FileCalls, Record, SegmentWriter
-from torchcache.model import BLOCK_BYTES, ObjectId, ObjectInfo, block_digests, chunk_digest
+from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, ObjectId, ObjectInfo, block_digests, chunk_digest
 from torchcache.records import RecordHeader, encode_record, header_bytes, padding
 
 PIECE = 2 * BLOCK_BYTES
@@ -112,3 +112,43 @@ def test_small_records_go_many_to_a_call() -> None:
     records = records_of([pa.py_buffer(bytes([i % 256]) * 100) for i in range(2000)])
     assert write(records, files) == expected(records)
     assert len(files.offsets) < 10
+
+
+def test_each_piece_is_told_of_before_it_is_written() -> None:
+    """With its place in the object, whatever the chunk's number; large records and small ones."""
+    payload = random.Random(3).randbytes(3 * PIECE + 7)
+    events: list[tuple[str, int, int]] = []
+
+    class Noting(Memory):
+        def pwritev(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+            events.append(("written", offset, sum(map(len, buffers))))
+            return super().pwritev(fd, buffers, offset)
+
+    def told(offset: int, piece: memoryview) -> None:
+        assert payload[offset - CHUNK_BYTES : offset - CHUNK_BYTES + len(piece)] == piece
+        events.append(("told", offset - CHUNK_BYTES, len(piece)))
+
+    for size in (len(payload), 100):
+        events.clear()
+        data = Scattered([memoryview(payload)[:5], memoryview(payload)[5:size]], told)
+        record = Record(info(0, 2 * CHUNK_BYTES), 1, data, START)
+        write([record], Noting())
+        passed = [(at, length) for what, at, length in events if what == "told"]
+        assert [at for at, _ in passed] == [
+            sum(length for _, length in passed[:i]) for i in range(len(passed))
+        ]
+        assert sum(length for _, length in passed) == size
+        payload_at = START + record.header_bytes
+        for turn, (what, at, length) in enumerate(events):
+            if what == "written":
+                told_bytes = sum(n for w, _, n in events[:turn] if w == "told")
+                assert min(at + length - payload_at, size) <= told_bytes
+
+
+def test_the_flight_lane_tells_of_chunks_before_it_sends_them() -> None:
+    parts = [memoryview(b"abc"), memoryview(b"de")]
+    told: list[tuple[int, bytes]] = []
+    data = Scattered(parts, lambda offset, piece: told.append((offset, bytes(piece))))
+    [(batch, size)] = flight._batches([(0, 3, data)])
+    assert (batch.num_rows, size) == (1, 5)
+    assert told == [(3 * CHUNK_BYTES, b"abc"), (3 * CHUNK_BYTES + 3, b"de")]

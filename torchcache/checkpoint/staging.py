@@ -17,10 +17,13 @@ from torchcache.checkpoint.host_memory import Room, copied_bytes, to_host
 from torchcache.checkpoint.layout import align
 from torchcache.checkpoint.manifest import Item, frame_digest, payload_digests, probe_digest, probe_ranges
 from torchcache.checkpoint.metadata import dtype_name
+from torchcache.checkpoint.passing import PassingDigests
 from torchcache.checkpoint.reuse import LEAST_COMPARED_BYTES
 from torchcache.errors import CheckpointError
 
 _GUESSED_OBJECT_BYTES = 4096
+_HASHED_AS_SENT_BYTES = 1024 * 1024
+"""Of smaller payloads a pass of their own costs less than to look which of them a piece belongs to."""
 
 
 def expected_bytes(item: WriteItem) -> int:
@@ -95,8 +98,15 @@ def _probe(blob: _Blob) -> int:
     return probe_digest(blob.payload[part.start : part.end] for part in probe_ranges(len(blob.payload)))
 
 
+def _is_large(blob: _Blob) -> bool:
+    return len(blob.payload) > _HASHED_AS_SENT_BYTES
+
+
 class StagedFile:
-    """One file of a save. After `lay_out` it is ready: `buffers` are its bytes in order, `size` their sum."""
+    """One file of a save. After `lay_out` it is ready: `buffers` are its bytes in order, `size` their sum.
+
+    Whoever sends them tells `passing` of each piece first (see `lanes.base.Passing`), and then asks `describe`.
+    """
 
     def __init__(
         self,
@@ -125,7 +135,8 @@ class StagedFile:
         except BaseException:
             self.close()
             raise
-        self._blobs: list[tuple[int, _Blob]] = []
+        self._blobs: list[tuple[int, _Blob, tuple[int, ...]]] = []
+        self.passing = PassingDigests([])
 
     def _extra_bytes(self, data: torch.Tensor | io.BytesIO) -> int:
         if not isinstance(data, torch.Tensor):
@@ -136,29 +147,32 @@ class StagedFile:
     def close(self) -> None:
         """Its bytes aren't needed any more."""
         self.buffers, self._resolved, self._blobs = [], [], []
+        self.passing = PassingDigests([])
         if self._room is not None:
             self._room.give_back(self._taken)
             self._taken = 0
 
     def lay_out(self) -> None:
-        """Compresses what is to be compressed, and gives each item its place. In any thread."""
+        """Compresses what is to be compressed, gives each item its place, and hashes small ones. In any thread."""
         waiting, self._resolved = self._resolved[::-1], []
         while waiting:
             blob = waiting.pop()
             self._append(blob if self._compression is None else _compressed(blob, self._compression))
+        large = [(start + len(blob.head), blob.payload) for start, blob, _ in self._blobs if _is_large(blob)]
+        self.passing = PassingDigests(large)
 
     def _append(self, blob: _Blob) -> None:
         start = align(self.size)
         pieces: list[bytes | memoryview] = [bytes(start - self.size), blob.head, blob.payload, blob.tail]
         self.buffers += [piece for piece in pieces if len(piece)]
-        self._blobs.append((start, blob))
+        self._blobs.append((start, blob, () if _is_large(blob) else payload_digests(blob.payload)))
         self.size = start + blob.length
 
     def describe(self) -> list[tuple[WriteItem, Item]]:
-        """What the manifest says of each item; reads every byte once, for the checksums."""
-        return [(blob.item, self._item(start, blob)) for start, blob in self._blobs]
+        """What the manifest says of each item: asked once the file is sent, as checksums are taken by then."""
+        return [(blob.item, self._item(start, blob, digests)) for start, blob, digests in self._blobs]
 
-    def _item(self, start: int, blob: _Blob) -> Item:
+    def _item(self, start: int, blob: _Blob, digests: tuple[int, ...]) -> Item:
         index = blob.item.index
         return Item(
             name=index.fqn,
@@ -173,6 +187,6 @@ class StagedFile:
             payload_start=len(blob.head),
             payload_length=len(blob.payload),
             frame_digest=frame_digest(blob.head, blob.tail),
-            digests=payload_digests(blob.payload),
+            digests=self.passing.of(start + len(blob.head)) if _is_large(blob) else digests,
             probe=_probe(blob),
         )

@@ -410,13 +410,9 @@ class CacheStorageWriter(StorageWriter):
             file.close()
 
     def _write_staged(self, ticket: Ticket, file: StagedFile, taken: Takeover) -> list[WriteResult]:
+        # Hashed before it is sent, here or piece by piece on the way: a tensor that changes meanwhile must not be taken
+        # for what was sent by the next save.
         file.lay_out()
-        # Before they are sent: a tensor that changes meanwhile must not be taken for what was sent by the next save.
-        with garbage_waits():
-            results = [
-                WriteResult(index=item.index, size_in_bytes=entry.length, storage_data=entry)
-                for item, entry in file.describe()
-            ]
         objects = [(ticket.file(file.name), file.buffers)]
         taken.write(
             lambda all_copies: self.pool.write(
@@ -426,9 +422,14 @@ class CacheStorageWriter(StorageWriter):
                 timeout_s=_time_for(file.size),
                 servers=ticket.servers,
                 all_copies=all_copies,
+                passing=file.passing,
             )
         )
-        return results
+        with garbage_waits():
+            return [
+                WriteResult(index=item.index, size_in_bytes=entry.length, storage_data=entry)
+                for item, entry in file.describe()
+            ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commits the save: from here on it can be loaded. Raises AlreadyExists if another writer took over."""

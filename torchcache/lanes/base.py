@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -18,13 +18,23 @@ Outcome = memoryview | TorchCacheError
 """Of one extent: its bytes, or why not."""
 
 
+Passing: TypeAlias = Callable[[int, memoryview], None]
+"""Told of each piece of an object before it is sent, or copied to be sent: where it begins in the object, and itself.
+
+From several threads, in any order, and again if it is sent again."""
+
+
 class Scattered:
-    """Bytes that lie in several places, one behind the other. `size` of all of them."""
+    """Bytes that lie in several places, one behind the other. `size` of all of them.
 
-    __slots__ = ("parts", "size")
+    Whoever sends them tells `passing` of each piece first; see `tell`.
+    """
 
-    def __init__(self, parts: Sequence[memoryview]) -> None:
+    __slots__ = ("parts", "passing", "size")
+
+    def __init__(self, parts: Sequence[memoryview], passing: Passing | None = None) -> None:
         self.parts = tuple(parts)
+        self.passing = passing
         self.size = sum(map(len, self.parts))
 
     def __bytes__(self) -> bytes:
@@ -46,7 +56,17 @@ def parts_of(data: Data) -> tuple[memoryview, ...]:
 
 def contiguous(data: Data) -> pa.Buffer:
     """The bytes in one place: copied if they aren't yet."""
-    return pa.py_buffer(bytes(data)) if isinstance(data, Scattered) else data
+    if not isinstance(data, Scattered):
+        return data
+    return pa.py_buffer(data.parts[0] if len(data.parts) == 1 else bytes(data))
+
+
+def tell(data: Data, offset: int, pieces: Iterable[memoryview] | None = None) -> None:
+    """Says that `data`, or `pieces` of it, are about to be sent, from `offset` of the object on."""
+    if isinstance(data, Scattered) and data.passing is not None:
+        for piece in data.parts if pieces is None else pieces:
+            data.passing(offset, piece)
+            offset += len(piece)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,10 @@ from torchcache.errors import DeadlineExceeded, IntegrityError, ServerUnavailabl
 from torchcache.heap import keep_freed_memory
 from torchcache.lanes.access import Access
 from torchcache.lanes.assembly import Arrivals
-from torchcache.lanes.base import Outcome, ReadOptions, Row, contiguous
+from torchcache.lanes.base import Outcome, ReadOptions, Row, contiguous, tell
 from torchcache.lanes.connections import Connections, connections
 from torchcache.lanes.watch import Ended, Watch
-from torchcache.model import Extent, ObjectInfo, chunk_digest
+from torchcache.model import CHUNK_BYTES, Extent, ObjectInfo, chunk_digest
 from torchcache.unix_sockets import check_socket, data_socket
 from torchcache.wire import liveness
 from torchcache.wire.codec import BATCH_BYTES, BATCH_ROWS, SERVER_ID, WRITE_SCHEMA, encode_chunks
@@ -292,6 +292,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[tuple[pa.RecordBatch, int]]:
     held: list[tuple[int, int, int, pa.Buffer]] = []
     size = 0
     for number, index, scattered in rows:
+        tell(scattered, index * CHUNK_BYTES)
         data = contiguous(scattered)
         held.append((number, index, chunk_digest(memoryview(data)), data))
         size += data.size

@@ -16,8 +16,8 @@ from typing import Final, NamedTuple
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from torchcache.lanes.base import Data, parts_of
-from torchcache.model import BLOCK_BYTES, ObjectInfo
+from torchcache.lanes.base import Data, parts_of, tell
+from torchcache.model import BLOCK_BYTES, CHUNK_BYTES, ObjectInfo
 from torchcache.records import RecordHeader, aligned, encode_record, header_bytes, padding
 
 PIECE_BYTES: Final = 1024 * 1024
@@ -73,6 +73,11 @@ class Record(NamedTuple):
     offset: int
 
     @property
+    def starts_at(self) -> int:
+        """Where the chunk begins in its object."""
+        return self.number * CHUNK_BYTES
+
+    @property
     def header_bytes(self) -> int:
         return header_bytes(len(self.object.id.encoded), self.data.size)
 
@@ -99,6 +104,7 @@ class SegmentWriter:
             self._write_large(record)
             return
         parts = parts_of(record.data)
+        tell(record.data, record.starts_at)
         header = self._header(record, _digest(parts), _block_digests(parts))
         buffers: list[Bytes] = [header, *parts, padding(record.data.size)]
         if self._run_at + self._run_bytes != record.offset or self._run_bytes >= _RUN_BYTES:
@@ -116,8 +122,9 @@ class SegmentWriter:
 
     def _write_large(self, record: Record) -> None:
         whole, blocks = xxh3_64(), []
-        at = record.offset + record.header_bytes
+        payload_at = at = record.offset + record.header_bytes
         for piece in _pieces(parts_of(record.data)):
+            tell(record.data, record.starts_at + at - payload_at, piece)
             blocks.append(_block_digests(piece))
             for part in piece:
                 whole.update(part)

@@ -9,7 +9,7 @@ from typing import Final
 import pyarrow as pa
 
 from torchcache.errors import ConfigurationError
-from torchcache.lanes.base import Buffer, Data, Row, Scattered
+from torchcache.lanes.base import Buffer, Data, Passing, Row, Scattered, contiguous, tell
 from torchcache.model import CHUNK_BYTES, Extent, ObjectId, ObjectInfo
 
 CALL_BYTES: Final = 256 * 1024 * 1024
@@ -73,15 +73,20 @@ class WriteCall:
     rows: list[Row]
 
 
-def write_calls(objects: Sequence[tuple[ObjectId, Sequence[Buffer]]]) -> Iterator[WriteCall]:
-    """The chunks of `objects`, in calls of about `CALL_BYTES`. A large object spans several."""
+def write_calls(
+    objects: Sequence[tuple[ObjectId, Sequence[Buffer]]], passing: Passing | None = None
+) -> Iterator[WriteCall]:
+    """The chunks of `objects`, in calls of about `CALL_BYTES`. A large object spans several.
+
+    `passing` is of one object, and told of its bytes.
+    """
     call = WriteCall([], [])
     size = 0
     for id_, parts in objects:
         views = [flat(part) for part in parts]
         info = ObjectInfo(id_, sum(len(view) for view in views))
         place = -1
-        for index, data in enumerate(chunks(views)):
+        for index, data in enumerate(chunks(views, passing)):
             if size and (size + data.size > CALL_BYTES + _MORE_BYTES or len(call.objects) >= CALL_OBJECTS):
                 yield call
                 call, size, place = WriteCall([], []), 0, -1
@@ -94,13 +99,13 @@ def write_calls(objects: Sequence[tuple[ObjectId, Sequence[Buffer]]]) -> Iterato
         yield call
 
 
-def chunks(views: Sequence[memoryview]) -> Iterator[Data]:
+def chunks(views: Sequence[memoryview], passing: Passing | None = None) -> Iterator[Data]:
     """The concatenation of `views` in chunks, each of which may span several. Nothing is one chunk.
 
     Only what many small views make together is copied.
     """
     held: list[memoryview] = []
-    held_bytes = 0
+    start = held_bytes = 0
     for view in views:
         at = 0
         while at < len(view):
@@ -109,13 +114,18 @@ def chunks(views: Sequence[memoryview]) -> Iterator[Data]:
             held_bytes += len(part)
             at += len(part)
             if held_bytes == CHUNK_BYTES:
-                yield _data(held)
+                yield _data(held, start, passing)
+                start += CHUNK_BYTES
                 held, held_bytes = [], 0
     if held or not any(len(view) for view in views):
-        yield _data(held)
+        yield _data(held, start, passing)
 
 
-def _data(parts: Sequence[memoryview]) -> Data:
-    if 1 < len(parts) <= _MOST_PARTS:
-        return Scattered(parts)
-    return pa.py_buffer(parts[0] if len(parts) == 1 else b"".join(parts))
+def _data(parts: Sequence[memoryview], start: int, passing: Passing | None) -> Data:
+    if passing is None and len(parts) <= 1:
+        return pa.py_buffer(parts[0] if parts else b"")
+    data = Scattered(parts, passing)
+    if len(parts) <= _MOST_PARTS:
+        return data
+    tell(data, start)
+    return contiguous(data)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from torchcache.errors import ConfigurationError, TorchCacheError
-from torchcache.lanes.base import Buffer, ReadOptions
+from torchcache.lanes.base import Buffer, Passing, ReadOptions
 from torchcache.model import Extent, ObjectId, ObjectInfo
 from torchcache.placement import Placement
 from torchcache.pool import orders, policies, staging
@@ -135,6 +135,7 @@ class Pool:
         timeout_s: float = 60.0,
         servers: Sequence[str] = (),
         all_copies: bool = False,
+        passing: Passing | None = None,
     ) -> None:
         """Stores computed samples or files of a save; each object is the concatenation of its buffers.
 
@@ -142,7 +143,8 @@ class Pool:
         others' are logged, and the commit finds out; with `all_copies` that one of them has no room is raised too.
 
         `durable` acknowledges only after fsync. `timeout_s` bounds each call of about 64 MiB. Writing an object again
-        changes nothing. Raises OutOfSpace when the store has no room left that it may free.
+        changes nothing. `passing`, for one object alone, is told of its bytes before they are sent, those that are
+        sent; see `lanes.base.Passing`. Raises OutOfSpace when the store has no room left that it may free.
         """
         if objects:
             writing = Writing(
@@ -152,6 +154,7 @@ class Pool:
                 timeout_s=timeout_s,
                 servers=servers,
                 all_copies=all_copies,
+                passing=passing,
             )
             writing.run(objects)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from torchcache.errors import OutOfSpace, ServerUnavailable, TorchCacheError, TransientError
-from torchcache.lanes.base import Buffer
+from torchcache.lanes.base import Buffer, Passing
 from torchcache.model import ObjectId
 from torchcache.placement import placement_key
 from torchcache.pool.buffers import WriteCall, write_calls
@@ -25,7 +25,7 @@ class Writing:
     """One write. `timeout_s` bounds each of its calls.
 
     With `servers`, ids, all of it goes to each of them. The first must take it; of the others one that doesn't is
-    warned of and left out; unless `all_copies`, if it hasn't the room.
+    warned of and left out; unless `all_copies`, if it hasn't the room. `passing`: of the one object that is written.
     """
 
     def __init__(
@@ -37,10 +37,12 @@ class Writing:
         timeout_s: float,
         servers: Sequence[str] = (),
         all_copies: bool = False,
+        passing: Passing | None = None,
     ) -> None:
         self._session = session
         self._servers = servers
         self._all_copies = all_copies
+        self._passing = passing
         self._namespace = namespace
         self._durable = durable
         self._timeout_s = timeout_s
@@ -48,7 +50,7 @@ class Writing:
     def run(self, objects: Objects) -> None:
         """Stores `objects`. Raises the first error; what was stored by then stays."""
         if self._servers:
-            for call in write_calls(objects):
+            for call in write_calls(objects, self._passing):
                 self._write_copies(call)
             return
         deadline = time.monotonic() + self._timeout_s
@@ -87,7 +89,7 @@ class Writing:
             _log.warning("%s gets no copy at server %s: %s", self._namespace, server, error)
 
     def _write_group(self, objects: Objects) -> None:
-        for call in write_calls(objects):
+        for call in write_calls(objects, self._passing):
             self._write_call(call)
 
     def _write_call(self, call: WriteCall, server: str = "", *, patient: bool = True) -> None:
