@@ -59,8 +59,11 @@ _LIKELY: Final = {
 """Which tests are asked first, by the start of a source file's path: a run costs what comes before the killer."""
 
 
-def tests_for(mutant: Mutant, copy: Path) -> list[str]:
-    """All tests of the store and of saves; those come first that are likely to notice."""
+def tests_for(mutant: Mutant, copy: Path) -> list[list[str]]:
+    """All tests of the store and of saves, in the order in which they are asked: those first that are likely to notice.
+
+    Each list is a run of its own, since pytest has an order of its own within a run.
+    """
     file = mutant.name.partition(":")[0]
     likely = [name for start, names in _LIKELY.items() if file.startswith(start) for name in names]
     others = sorted(
@@ -69,8 +72,10 @@ def tests_for(mutant: Mutant, copy: Path) -> list[str]:
         for path in (copy / "tests" / "unit").glob(f"test_{pattern}*.py")
     )
     by_states = mutant.loses_bytes and file.startswith("store/") and _MENDING not in likely
-    first = [*_STATES, *likely] if by_states else [*likely, *_STATES]
-    return list(dict.fromkeys([*first, *others, "tests/conformance/test_stores.py"]))
+    runs = [[*_STATES], likely] if by_states else [likely, [*_STATES]]
+    asked = {test for run in runs for test in run}
+    rest = [test for test in (*others, "tests/conformance/test_stores.py") if test not in asked]
+    return [run for run in (*runs, rest) if run]
 
 
 @contextmanager
@@ -91,19 +96,24 @@ def killer_of(mutant: Mutant, free: SimpleQueue[Path], tests: Sequence[str] = ()
     """The first of `tests`, or of all, that fails for the mutant and not without it; None if none does."""
     copy = free.get()
     original = (copy / mutant.path).read_text()
-    chosen = list(tests or tests_for(mutant, copy))
+    runs = [list(tests)] if tests else tests_for(mutant, copy)
     try:
-        while True:
+        for chosen in runs:
             (copy / mutant.path).write_text(mutant.source)
-            failed = first_failure(copy, chosen)
-            if failed is None or failed.startswith(_NONE):
-                return failed
-            test = failed.partition(",")[0]
-            again = first_failure(copy, [test])
-            (copy / mutant.path).write_text(original)
-            if again is not None and first_failure(copy, [test]) is None:
-                return failed
-            chosen += ["--deselect", test]  # it fails now and then, on a busy machine say, and proves nothing
+            while (failed := first_failure(copy, chosen)) is not None:
+                if failed.startswith(_NONE):
+                    return failed
+                test = failed.partition(",")[0]
+                again = first_failure(copy, [test])
+                (copy / mutant.path).write_text(original)
+                if again is not None and first_failure(copy, [test]) is None:
+                    return failed
+                chosen += [
+                    "--deselect",
+                    test,
+                ]  # it fails now and then, on a busy machine say, and proves nothing
+                (copy / mutant.path).write_text(mutant.source)
+        return None
     finally:
         (copy / mutant.path).write_text(original)
         free.put(copy)
