@@ -17,9 +17,9 @@ import pytest
 from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.lanes.access import Access, TlsConfig
 from torchcache.pool import discovery
-from torchcache.pool.discovery import DnsMembers, EtcdMembers, member_source
+from torchcache.pool.discovery import EtcdMembers, member_source
 from torchcache.pool.health import Health
-from torchcache.pool.members import Endpoint, StaticMembers
+from torchcache.pool.members import Endpoint, MemberSource
 from torchcache.pool.roster import Roster
 from torchcache.registry import Announcement, Registry, RegistryAddress
 
@@ -54,7 +54,7 @@ def etcd(monkeypatch: pytest.MonkeyPatch) -> type[Etcd]:
     return Etcd
 
 
-def found(source: StaticMembers | EtcdMembers | DnsMembers) -> list[str]:
+def found(source: MemberSource) -> list[str]:
     return [endpoint.address for endpoint in source.resolve(deadline=monotonic() + 60)]
 
 
@@ -124,7 +124,7 @@ def test_a_name_stands_for_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(socket, "getaddrinfo", look)
     source = member_source("dns://pool.example", TLS)
-    assert found(source) == ["10.0.0.1:7440", "10.0.0.2:7440"]  # type: ignore[arg-type]
+    assert found(source) == ["10.0.0.1:7440", "10.0.0.2:7440"]
     assert source.access.tls is not None
     assert source.access.tls.server_name == "pool.example", "addresses are in no certificate"
 
@@ -247,11 +247,11 @@ def test_who_was_there_last_is_asked_while_a_look_up_hangs(monkeypatch: pytest.M
     monkeypatch.setattr(discovery, "PATIENCE_S", 0.01)
     names = Names(monkeypatch)
     source = member_source("dns://pool.example", TLS)
-    assert found(source) == ["10.0.0.1:7440"]  # type: ignore[arg-type]
+    assert found(source) == ["10.0.0.1:7440"]
     names.may.clear()
     names.hosts = ["10.0.0.2"]
     try:
-        assert within_a_minute(lambda: found(source)) == ["10.0.0.1:7440"]  # type: ignore[arg-type]
+        assert within_a_minute(lambda: found(source)) == ["10.0.0.1:7440"]
     finally:
         names.may.set()
     for thread in threading.enumerate():
@@ -259,7 +259,7 @@ def test_who_was_there_last_is_asked_while_a_look_up_hangs(monkeypatch: pytest.M
             thread.join()
     names.may.clear()
     try:
-        late = within_a_minute(lambda: found(source))  # type: ignore[arg-type]
+        late = within_a_minute(lambda: found(source))
         assert late == ["10.0.0.2:7440"], "what a look-up found that nobody waited for is remembered"
     finally:
         names.may.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -93,6 +94,26 @@ def _show(
             ),
         }
     )
+    _warn(output, servers, unreachable, slow, passed_over)
+    if not output.as_json:
+        _show_rates(output, rates)
+        _show_servers(output, servers)
+        _show_lanes(output, servers, seen, answers_s)
+        _show_disks(output, servers)
+        _show_under_stores(output, servers)
+        _show_namespaces(output, servers)
+        show_residencies(output, residencies or [])
+        _show_saves(output, servers)
+        _show_orders(output, servers)
+
+
+def _warn(
+    output: Output,
+    servers: list[ServerStatus],
+    unreachable: Sequence[str],
+    slow: Mapping[str, float],
+    passed_over: Mapping[tuple[str, str], int],
+) -> None:
     for address in unreachable:
         output.warning(f"the server {address} can't be reached; the others stand in for it")
     for address, times in slow.items():
@@ -121,16 +142,6 @@ def _show(
         ):
             if left_out:
                 output.warning(f"{left_out:,} {what} at the server {server.address} are not shown")
-    if not output.as_json:
-        _show_rates(output, rates)
-        _show_servers(output, servers)
-        _show_lanes(output, servers, seen, answers_s)
-        _show_disks(output, servers)
-        _show_under_stores(output, servers)
-        _show_namespaces(output, servers)
-        show_residencies(output, residencies or [])
-        _show_saves(output, servers)
-        _show_orders(output, servers)
 
 
 def _passed_over(servers: list[ServerStatus]) -> dict[tuple[str, str], int]:

@@ -94,9 +94,10 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Begins a connection's thread, and ends the oldest for it if there are too many."""
         with self._lock:
-            self._open[request] = None
-            oldest = next(iter(self._open)) if len(self._open) > MAX_CONNECTIONS else None
-            self._open.pop(oldest, None)  # type: ignore[arg-type]  # None is none of them
+            self._open[request] = oldest = None
+            if len(self._open) > MAX_CONNECTIONS:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
         if oldest is not None:
             with suppress(OSError):
                 socket.socket.shutdown(oldest, socket.SHUT_RDWR)  # of TLS, too, without a word to its peer
