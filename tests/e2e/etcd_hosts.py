@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.integration.own_network import Host
-from tests.integration.replica_servers import wait_until
+from tests.waiting import until
 
 ETCD_PORT, _PEER_PORT = 2379, 2380
 _ASK: Final = (
@@ -77,7 +77,7 @@ class EtcdHosts:
             found[:] = [number for number, (own, _) in says.items() if leaders == {own} != {""}]
             return bool(found)
 
-        wait_until(elected)
+        until(elected)
         return found[0]
 
     def _status(self, number: int) -> tuple[str, str]:

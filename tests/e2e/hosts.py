@@ -16,9 +16,9 @@ from typing import Any, Final
 from examples.seaweedfs import environment
 from tests.e2e.etcd_hosts import EtcdHosts
 from tests.integration.own_network import Host, OwnNetwork
-from tests.integration.replica_servers import wait_until
 from tests.integration.store_process_parts import Child, Life, PlainStarter
 from tests.proxy import Fault
+from tests.waiting import until
 from torchcache.cli.app import run as torchcache
 
 ANSWER_S: Final = 400.0
@@ -126,7 +126,7 @@ class ClientHost:
     def read_on(self, calls: int) -> None:
         """Waits until it has made so many more."""
         enough = self.tell("count")["calls"] + calls
-        wait_until(lambda: self.tell("count")["calls"] >= enough, wait_s=ANSWER_S)
+        until(lambda: self.tell("count")["calls"] >= enough, seconds=ANSWER_S)
 
     def close(self) -> None:
         self._child.close()
@@ -202,7 +202,7 @@ class Cluster:
             found = [len(seen.get(kind, ())) for kind in ("announced", "members", "out")]
             return found == [len(self.servers), len(self.servers), 0]
 
-        wait_until(all_there)
+        until(all_there)
 
     # ---- starting ----
 

@@ -14,8 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import torchcache as tc
-from tests.integration.replica_servers import ReplicaServers, wait_for_save, wait_until
+from tests.integration.replica_servers import ReplicaServers, wait_for_save
 from tests.unit.checkpoint_states import assert_same, blank
+from tests.waiting import until
 from torchcache.checkpoint import writer
 from torchcache.checkpoint.catalog import list_checkpoints
 from torchcache.checkpoint.manifest import Manifest
@@ -205,7 +206,7 @@ def test_in_a_pool_of_several_both_servers_lend(tmp_path: Path) -> None:
                 assert info.replicas == 2
             assert_same(load(servers.connect(), uri, state), state)
             wait_for_save(pool, uri, lambda info: info.state == "durable")
-            wait_until(lambda: not any(n.dirty for s in pool.status() for n in s.namespaces))
+            until(lambda: not any(n.dirty for s in pool.status() for n in s.namespaces))
         for step in range(1, 5):
             save = pool.get_save(*pool.resolve(f"{root}/step-{step}"))
             for server in pool.servers():
@@ -217,4 +218,4 @@ def test_in_a_pool_of_several_both_servers_lend(tmp_path: Path) -> None:
                     pool.delete_save(*pool.resolve(f"{root}/step-{step}"))
                 pool.release_save(seen, "reader")
             pool.delete_save(*pool.resolve(f"{root}/step-{step}"))
-        wait_until(lambda: saved(pool) == {})
+        until(lambda: saved(pool) == {})

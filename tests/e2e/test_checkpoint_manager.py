@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torchcache as tc
 from examples.seaweedfs import SeaweedFS, environment
 from tests.e2e.throwaway import throwaway
 from tests.unit.checkpoint_states import assert_same, blank, state
+from tests.waiting import until
 from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.resume import Record
 
@@ -60,13 +60,6 @@ def root(bucket: str) -> str:
 
 def keys(s3: SeaweedFS, bucket: str) -> list[str]:
     return [entry["Key"] for entry in s3.client.list_objects_v2(Bucket=bucket).get("Contents", [])]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def states(manager: tc.CheckpointManager) -> dict[int, str]:
@@ -417,7 +410,7 @@ def test_the_last_durable_one_outlives_those_that_are_not(pool: tc.Pool, tmp_pat
     assert manager.load({"a": 0}) == 3  # from the pool
     (tmp_path / "run/step-3/__0_0.distcp/in the way").rmdir()
     (tmp_path / "run/step-3/__0_0.distcp").rmdir()
-    wait_for(lambda: states(manager)[3] == "durable")
+    until(lambda: states(manager)[3] == "durable")
     manager.wait_durable(3)
     assert states(manager) == {3: "durable"}
 

@@ -13,7 +13,8 @@ import pytest
 
 from examples.seaweedfs import SeaweedFS
 from tests.integration.described_saves import load, save
-from tests.integration.replica_servers import ReplicaServers, UploadGate, wait_for_save, wait_until
+from tests.integration.replica_servers import ReplicaServers, UploadGate, wait_for_save
+from tests.waiting import until
 from torchcache.checkpoint.catalog import list_checkpoints
 from torchcache.errors import ConfigurationError, NotCommitted, ServerUnavailable
 
@@ -47,7 +48,7 @@ def servers(all_servers: ReplicaServers, gate: UploadGate) -> Iterator[ReplicaSe
     for number in range(3):
         if number not in all_servers.running:
             all_servers.start(number)
-    wait_until(lambda: kept(all_servers) == [])
+    until(lambda: kept(all_servers) == [])
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_the_copy_is_lost(servers: ReplicaServers, gate: UploadGate, uri: str) -
     assert_loads(servers, uri)
     assert_durable(servers, gate, uri)
     servers.start(replica)
-    wait_until(lambda: kept(servers) == [])
+    until(lambda: kept(servers) == [])
     assert_loads(servers, uri)
 
 
@@ -152,10 +153,10 @@ def test_an_owner_that_was_asleep_finds_its_save_uploaded(
     owner, replica = acknowledged(servers, gate, uri)
     servers.send(owner, signal.SIGSTOP)
     before = servers.log(replica).read_text().count(TAKEN_OVER)
-    wait_until(lambda: servers.log(replica).read_text().count(TAKEN_OVER) > before)
+    until(lambda: servers.log(replica).read_text().count(TAKEN_OVER) > before)
     servers.send(owner, signal.SIGCONT)
     assert_durable(servers, gate, uri)
-    wait_until(lambda: kept(servers) == [])
+    until(lambda: kept(servers) == [])
     assert servers.pool.get_save(*servers.pool.resolve(uri)).error is None
 
 
@@ -168,7 +169,7 @@ def test_a_later_save_at_another_server_is_not_passed_over(
     servers.start(owner)  # with the first save, not uploaded
     assert_loads(servers, uri, 2)
     assert_durable(servers, gate, uri, 2)
-    wait_until(lambda: kept(servers) == [])
+    until(lambda: kept(servers) == [])
     assert_loads(servers, uri, 2)
 
 
@@ -176,7 +177,7 @@ def test_a_copy_goes_with_its_checkpoint(servers: ReplicaServers, gate: UploadGa
     acknowledged(servers, gate, uri)
     servers.pool.delete_save(*servers.pool.resolve(uri))
     assert_gone(servers, uri)
-    wait_until(lambda: kept(servers) == [])
+    until(lambda: kept(servers) == [])
     save(servers.pool, uri, 2, SIZE)
     assert_durable(servers, gate, uri, 2)
 
@@ -222,4 +223,4 @@ def test_a_bit_of_one_copy_flips(
     assert_loads(servers, uri)
     assert f"is damaged at {servers.addresses[owner]}: another copy is read" in caplog.text
     assert_durable(servers, gate, uri)
-    wait_until(lambda: kept(servers) == [])
+    until(lambda: kept(servers) == [])

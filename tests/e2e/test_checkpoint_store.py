@@ -6,8 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from examples.seaweedfs import SeaweedFS, environment
 from tests.e2e.throwaway import throwaway
 from tests.unit.checkpoint_states import assert_same, blank, state
 from tests.unit.test_checkpoint_reader import Evil
+from tests.waiting import until
 from torchcache.checkpoint.manifest import Manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -76,13 +76,6 @@ def upload(s3: SeaweedFS, bucket: str, prefix: str, folder: Path) -> None:
         s3.client.upload_file(str(file), bucket, prefix + file.name)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def failure(raised: pytest.ExceptionInfo[dcp.CheckpointException]) -> BaseException:
     return raised.value.failures[0][0]
 
@@ -93,10 +86,10 @@ def test_what_lies_in_s3_is_a_stock_checkpoint(
     uri = f"s3://{bucket}/run/step-1"
     save(pool, uri, state())
     assert_same(load(pool, uri, state()), state())  # from the pool, wherever the upload is by now
-    wait_for(lambda: pool.get_save(*pool.resolve(uri)).state == "durable")
+    until(lambda: pool.get_save(*pool.resolve(uri)).state == "durable")
     names = [".metadata", ".torchcache.json", "__0_0.distcp"]
     # Durable is said as soon as it is; the claim on the path goes right after.
-    wait_for(lambda: keys(s3, bucket) == [f"run/step-1/{name}" for name in names])
+    until(lambda: keys(s3, bucket) == [f"run/step-1/{name}" for name in names])
     folder = download(s3, bucket, "run/step-1/", tmp_path / "down")
     loaded = blank(state())
     dcp.load(loaded, storage_reader=dcp.FileSystemReader(folder))

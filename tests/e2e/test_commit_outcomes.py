@@ -17,8 +17,9 @@ from tests.e2e import dying_writer_child
 from tests.e2e.dying_writer_child import POINTS
 from tests.e2e.forked import fork_server
 from tests.integration.described_saves import load, save
-from tests.integration.replica_servers import ReplicaServers, wait_for_save, wait_until
+from tests.integration.replica_servers import ReplicaServers, wait_for_save
 from tests.integration.store_process_parts import ForkingStarter
+from tests.waiting import until
 from torchcache.errors import NotCommitted
 from torchcache.pool import Pool, SaveInfo
 
@@ -60,7 +61,7 @@ class Writer:
 
     def wait_stopped(self) -> None:
         state = Path(f"/proc/{self._process.pid}/stat")
-        wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
+        until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
 
     def go_on(self) -> str:
         """How the save ends that was stopped."""
@@ -85,9 +86,7 @@ def loads(servers: ReplicaServers, uri: str, number: int) -> None:
 def durable(servers: ReplicaServers, uri: str, number: int) -> None:
     wait_for_save(servers.pool, uri, lambda info: info.state == "durable")
     loads(servers, uri, number)
-    wait_until(
-        lambda: not any(n.dirty for s in servers.pool.status() for n in s.namespaces if uri[7:] in n.name)
-    )
+    until(lambda: not any(n.dirty for s in servers.pool.status() for n in s.namespaces if uri[7:] in n.name))
 
 
 @pytest.mark.parametrize("point", POINTS)

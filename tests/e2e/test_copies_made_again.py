@@ -14,7 +14,8 @@ import pytest
 from examples.seaweedfs import SeaweedFS
 from tests.e2e.test_checkpoint_replicas import damage
 from tests.integration.described_saves import load, save
-from tests.integration.replica_servers import ReplicaServers, UploadGate, wait_for_save, wait_until
+from tests.integration.replica_servers import ReplicaServers, UploadGate, wait_for_save
+from tests.waiting import until
 from torchcache.checkpoint.catalog import list_checkpoints
 from torchcache.save_names import CLAIM_NAME
 
@@ -69,7 +70,7 @@ def is_committed(s3: SeaweedFS, uri: str) -> bool:
 
 
 def wait_for_log(servers: ReplicaServers, number: int, text: str) -> None:
-    wait_until(lambda: text in servers.log(number).read_text())
+    until(lambda: text in servers.log(number).read_text())
 
 
 def tells_of_a_copy_made_again(servers: ReplicaServers, number: int) -> bool:
@@ -88,8 +89,8 @@ def test_a_lost_copy_is_made_again_and_outlives_the_owner(
     servers.end(replica)
     shutil.rmtree(servers.store(replica))
     wait_for_log(servers, owner, f"was copied to server {servers.addresses[third]}")
-    wait_until(lambda: tells_of_a_copy_made_again(servers, owner))
-    wait_until(lambda: is_committed(s3, uri))  # says the claim: told late where storage is slow
+    until(lambda: tells_of_a_copy_made_again(servers, owner))
+    until(lambda: is_committed(s3, uri))  # says the claim: told late where storage is slow
     servers.end(owner)
     shutil.rmtree(servers.store(owner))
     assert_loads(servers, uri)
@@ -111,7 +112,7 @@ def test_what_is_damaged_at_one_server_is_fetched_from_the_other(
         )  # by the copy; the owner is told, unless it was so late that the other was asked too
         return "was damaged here: it was fetched from another server" in servers.log(owner).read_text()
 
-    wait_until(is_mended)
+    until(is_mended)
     servers.end(replica)
     assert_loads(servers, uri)
     gate.closed = False

@@ -31,10 +31,10 @@ from tests.e2e.hosts import (
 )
 from tests.integration.own_mounts import fill_up
 from tests.integration.own_network import OwnNetwork, why_no_networks
-from tests.integration.replica_servers import wait_until
 from tests.integration.self_describing import content
 from tests.proofs import proof
 from tests.proxy import Fault
+from tests.waiting import until
 
 MIB = 1 << 20
 SMALL = {f"{number:03d}": 40_000 for number in range(60)}
@@ -119,7 +119,7 @@ def wait_until_right(client: ClientHost, folder: str) -> None:
         assert not found["wrong"] and not found["late"]
         return not found["errors"]
 
-    wait_until(right)
+    until(right)
 
 
 def reads(client: ClientHost) -> None:
@@ -182,7 +182,7 @@ class TestHosts:
                     assert_right(client.tell("read", folder="small", timeout_s=READ_S))
                     return bool(cluster.gray.hits(DATA_PORT))
 
-                wait_until(met)
+                until(met)
                 resets += cluster.gray.hits(DATA_PORT)
                 cluster.gray.heal(DATA_PORT)
                 cluster.wait_for_all(client)

@@ -11,6 +11,7 @@ import pytest
 from torch.utils.data import DistributedSampler
 
 import torchcache as tc
+from tests.waiting import until
 from torchcache.errors import ServerUnavailable
 from torchcache.pool.orders import OrderKey
 
@@ -32,13 +33,6 @@ def source(tmp_path: Path) -> Path:
 def asked(pool: tc.Pool) -> int:
     """Objects that the under-stores were asked for."""
     return sum(store.read_requests for server in pool.status() for store in server.under_stores)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def read(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import torchcache as tc
 from tests.e2e.sharded import COUNT, dataset_of, write_shards
+from tests.waiting import until
 from torchcache.data.formats import Raw
 from torchcache.data.iterable_foretold import ShardParts, parts_in_order
 from torchcache.data.iterable_pass import Epoch, Pass
@@ -28,13 +28,6 @@ KINDS = ["tar", "parquet", "jsonl.zst"]  # records are read alone; blocks; shard
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tc.Pool]:
     with tc.LocalPool(tmp_path_factory.mktemp("pool")) as local_pool:
         yield local_pool
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def asked(pool: tc.Pool) -> int:

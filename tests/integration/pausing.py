@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.integration.replica_servers import wait_until
+from tests.waiting import until
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def paused(pid: int) -> Iterator[None]:
     """Within, no thread of the process runs."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        wait_until(lambda: _states(pid) == {"T"})
+        until(lambda: _states(pid) == {"T"})
         yield
     finally:
         os.kill(pid, signal.SIGCONT)

@@ -14,6 +14,7 @@ from examples.ports import free_port
 from examples.seaweedfs import environment
 from tests.integration.store_process_parts import Life, PlainStarter, Starter
 from tests.proxy import Broken, Passing, Proxy, Side
+from tests.waiting import until
 from torchcache.connecting import connect
 from torchcache.errors import TorchCacheError
 from torchcache.placement import Placement
@@ -110,7 +111,7 @@ class ReplicaServers:
         life.wait_ready()
         if hasattr(self, "token"):
             # gRPC tries an address that was dead a moment ago again after a pause: for all channels of the process.
-            wait_until(lambda: self.addresses[number] not in self._unreachable())
+            until(lambda: self.addresses[number] not in self._unreachable())
 
     def _unreachable(self) -> list[str]:
         with closing(connect(",".join(self.addresses), token=self.token)) as pool:
@@ -150,10 +151,3 @@ def wait_for_save(pool: Pool, uri: str, what: Callable[[SaveInfo], bool]) -> Sav
         assert time.monotonic() < deadline, info
         time.sleep(0.05)
     return info
-
-
-def wait_until(what: Callable[[], object], *, wait_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + wait_s
-    while not what():
-        assert time.monotonic() < deadline, "it doesn't come about"
-        time.sleep(0.05)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 from examples.etcd import Etcd
 from tests.integration.pool_server import PoolServer
 from tests.integration.self_describing import content, difference
+from tests.waiting import until
 from torchcache.connecting import connect
 from torchcache.errors import ServerUnavailable
 from torchcache.lanes.access import Access
@@ -82,13 +83,6 @@ def check(pool: Pool, objects: list[tuple[str, ObjectInfo]]) -> None:
     for (key, info), data in zip(objects, pool.read([Extent(info) for _, info in objects]), strict=True):
         assert len(data) == info.size
         assert not difference(key, 0, 0, data)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 150
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tests.integration.pausing import paused
 from tests.integration.self_describing import content, difference
 from tests.integration.server_process import ServerProcess
 from tests.proxy import Fault, FaultyProxy, Proxy
+from tests.waiting import until
 from torchcache import Pool, connect
 from torchcache.lanes.base import Outcome
 from torchcache.lanes.flight import FlightLane
@@ -30,12 +30,6 @@ PATIENCE_S = 120.0
 
 Reads = list[tuple[str, bool]]
 """Of each read the server's address, and whether it was one that fetches nothing, as probes do."""
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline
 
 
 class Servers:

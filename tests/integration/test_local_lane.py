@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from tests.integration.local_reader_child import NAMESPACE, Job, read, sample
 from tests.integration.pool_server import Dataset, PoolServer
 from tests.integration.self_describing import content, difference
 from tests.integration.store_process_parts import Child
+from tests.waiting import until
 from torchcache.connecting import connect
 from torchcache.errors import ConfigurationError
 from torchcache.lanes.local_reclaim import Reclaim
@@ -51,13 +51,6 @@ def assert_local(pool: Pool, sizes: list[int] = SIZES) -> None:
     before = pool.statistics().local_extents
     assert read(pool, sizes) == len(sizes)
     assert pool.statistics().local_extents == before + len(sizes)
-
-
-def until(true: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
-        time.sleep(0.02)
 
 
 def child(server: PoolServer, *, lane: str = "auto", uid: int | None = None) -> Child:

@@ -11,13 +11,14 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pyarrow.flight as fl
 import pytest
 
+from tests.waiting import until
 from torchcache import embedded
 from torchcache.connecting import connect
 from torchcache.embedded import read_endpoint
@@ -42,13 +43,6 @@ def check(pool: Pool) -> int:
     """Reads everything in this process; the number of read calls so far."""
     assert all(bytes(view) == CONTENT for view in pool.read(EXTENTS, namespace="samples:d@0"))
     return pool.statistics().read_calls
-
-
-def until(true: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
-        time.sleep(0.02)
 
 
 def server_pids(root: Path) -> list[int]:

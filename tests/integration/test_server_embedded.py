@@ -15,6 +15,7 @@ import pytest
 from torchcache_server.process.token_file import read_tokens
 
 from tests.integration.server_process import PlainClient, command
+from tests.waiting import until
 from torchcache.environment import credentials_digest
 from torchcache.model import ObjectId, ObjectInfo
 from torchcache.wire.v1 import cache_pb2 as pb
@@ -109,7 +110,7 @@ def test_it_says_where_it_is_and_what_it_logs(pool: Pool) -> None:
     )
     assert client.status().store_path == str(pool.folder / "store")
     client.close()
-    assert f"listening on {fields['control']}" in pool.log
+    until(lambda: f"listening on {fields['control']}" in pool.log)  # it says so once it can be found
     server.terminate()
     assert server.wait(120) == 0
     assert not (pool.folder / "endpoint.json").exists()

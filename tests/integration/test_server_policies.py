@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import random
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from examples.ports import free_port
 from tests.integration.server_process import ServerProcess
 from tests.integration.test_server_process import save, wait_for_state
 from tests.unit.store_parts import FailingDisk, find_payload, flip_bit, segment_files
+from tests.waiting import until
 from torchcache.cli.app import run
 from torchcache.connecting import connect
 from torchcache.errors import ConfigurationError, OutOfSpace
@@ -115,13 +115,6 @@ def use(
         user.pool.close()
 
 
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < deadline, f"not within 120 s: {what}"
-        time.sleep(0.05)
-
-
 Use = Callable[[ServerProcess | Server], User]
 Start = Callable[..., ServerProcess]
 
@@ -194,7 +187,7 @@ def test_what_nobody_uses_is_dropped_after_its_time(start: Start, use: Use) -> N
         user.read("first")
         user.command("limit", user.uri("first"), "--ttl", "1s")
         # Not asked for by residency: that might count as a use.
-        wait_until(lambda: user.pool.status()[0].expired_chunks == 16, "dropped")
+        until(lambda: user.pool.status()[0].expired_chunks == 16, "dropped")
         assert user.held("first") == 0
         user.command("limit", user.uri("first"), "--ttl", "none")
         user.read("first")
@@ -302,7 +295,7 @@ def test_the_scrub_finds_what_rotted_on_the_disk(start: Start, use: Use, tmp_pat
     flip_bit(where, find_payload(where, rotten[:64]) + 1_000_000)
     with start("--scrub-rate", "1GiB") as server:
         user = use(server)
-        wait_until(lambda: user.pool.status()[0].scrub_rounds >= 1, "a round of the scrub")
+        until(lambda: user.pool.status()[0].scrub_rounds >= 1, "a round of the scrub")
         [status] = user.pool.status()
         assert (status.corrupt, status.chunks) == (1, 15)
         assert status.scrubbed_bytes >= 15 * FILE_BYTES

@@ -7,8 +7,7 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from examples.ports import free_port
 from tests.integration.described_saves import save
 from tests.integration.server_process import START_S, command
+from tests.waiting import until
 from torchcache import Pool, connect
 from torchcache.errors import TransientError
 from torchcache.filesystem import TorchCacheFileSystem
@@ -92,13 +92,6 @@ def free_port_run() -> int:
 def is_free(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + START_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def is_gone(pid: int) -> bool:

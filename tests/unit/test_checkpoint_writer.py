@@ -6,8 +6,7 @@ import io
 import json
 import pickle
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from tests.collected import until_collected
 from tests.unit.checkpoint_pool import CheckpointPool
 from tests.unit.checkpoint_states import KEY, URI, assert_same, blank, folder_of, reader, state, writer
+from tests.waiting import until
 from torchcache.checkpoint import CacheStorageWriter
 from torchcache.checkpoint.frame import bytes_of
 from torchcache.checkpoint.lease import end_lease_of_thread
@@ -47,13 +47,6 @@ def pool() -> Iterator[CheckpointPool]:
 
 def renewing() -> bool:
     return any(thread.name == "torchcache-lease" for thread in threading.enumerate())
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # ---- what is asked for ----
@@ -399,11 +392,11 @@ def test_the_reservation_is_renewed_until_the_save_is_committed(pool: Checkpoint
 
     class Slow(DefaultSavePlanner):
         def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-            wait_for(lambda: pool.renewals >= 3)
+            until(lambda: pool.renewals >= 3)
             return super().resolve_data(write_item)
 
     dcp.save({"a": torch.ones(2)}, storage_writer=writer(pool), planner=Slow())
-    wait_for(lambda: not renewing())
+    until(lambda: not renewing())
     assert pool.abandoned == []
 
 
@@ -413,7 +406,7 @@ def test_a_lost_reservation_is_raised_at_the_end(pool: CheckpointPool) -> None:
 
     class Slow(DefaultSavePlanner):
         def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-            wait_for(lambda: pool.renewals >= 1 and not renewing())
+            until(lambda: pool.renewals >= 1 and not renewing())
             return super().resolve_data(write_item)
 
     with pytest.raises(dcp.CheckpointException, match="took the path over"):
@@ -427,7 +420,7 @@ def test_a_renewal_that_fails_in_passing_is_tried_again(pool: CheckpointPool) ->
 
     class Slow(DefaultSavePlanner):
         def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-            wait_for(lambda: pool.renewals >= 3)
+            until(lambda: pool.renewals >= 3)
             return super().resolve_data(write_item)
 
     dcp.save({"a": torch.ones(2)}, storage_writer=writer(pool), planner=Slow())
@@ -484,7 +477,7 @@ def test_a_thread_that_ended_gives_back_what_its_save_left(pool: CheckpointPool)
     thread = threading.Thread(target=save)
     thread.start()
     thread.join()
-    wait_for(lambda: not pool.reserved)
+    until(lambda: not pool.reserved)
 
 
 # ---- durability ----
@@ -492,7 +485,7 @@ def test_a_thread_that_ended_gives_back_what_its_save_left(pool: CheckpointPool)
 
 def test_a_save_waits_for_the_store_if_asked(pool: CheckpointPool) -> None:
     def upload() -> None:
-        wait_for(lambda: bool(pool.saved))
+        until(lambda: bool(pool.saved))
         pool.upload(*KEY)
 
     uploader = threading.Thread(target=upload)
@@ -504,7 +497,7 @@ def test_a_save_waits_for_the_store_if_asked(pool: CheckpointPool) -> None:
 
 def test_a_failed_upload_says_so(pool: CheckpointPool) -> None:
     def fail() -> None:
-        wait_for(lambda: bool(pool.saved))
+        until(lambda: bool(pool.saved))
         pool.upload(*KEY, state="failed")
 
     uploader = threading.Thread(target=fail)
