@@ -8,7 +8,6 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from torch.utils.data import DistributedSampler
 
@@ -39,10 +38,7 @@ def measure(scale: Scale) -> Findings:
         bucket = server.make_bucket()
         for number in range(count):
             server.client.put_object(Bucket=bucket, Key=f"far/{number:05d}", Body=os.urandom(OBJECT_BYTES))
-        port = urlsplit(server.endpoint_url).port
-        if port is None:
-            raise RuntimeError(f"{server.endpoint_url} has no port")
-        url = closing.enter_context(far_away(port, latency_s=LATENCY_S, bytes_s=BYTES_S))
+        url = closing.enter_context(far_away(server.endpoint_url, latency_s=LATENCY_S, bytes_s=BYTES_S))
         closing.enter_context(environment({"AWS_ENDPOINT_URL": url}))
         took: dict[bool, list[list[float]]] = {False: [], True: []}
         for turn in range(rounds):

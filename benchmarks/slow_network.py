@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
+from urllib.parse import urlsplit
 
 _PIECE_BYTES: Final = 1 << 18
 
@@ -76,8 +77,11 @@ def _end(*ends: socket.socket) -> None:
 
 
 @contextmanager
-def far_away(port: int, *, latency_s: float, bytes_s: float) -> Iterator[str]:
-    """The URL of a server at `port` of this machine as it is from far away."""
+def far_away(url: str, *, latency_s: float, bytes_s: float) -> Iterator[str]:
+    """The URL of the server at `url`, on this machine, as it is from far away."""
+    port = urlsplit(url).port
+    if port is None:
+        raise ValueError(f"{url} has no port")
     command = [sys.executable, "-m", "benchmarks.slow_network", str(port), str(latency_s), str(bytes_s)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

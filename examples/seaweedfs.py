@@ -97,7 +97,7 @@ class SeaweedFS:
             aws_access_key_id=ACCESS_KEY,
             aws_secret_access_key=SECRET_KEY,
             region_name="us-east-1",
-            config=Config(max_pool_connections=32, retries={"max_attempts": 1}, **config),
+            config=Config(max_pool_connections=64, retries={"max_attempts": 1}, **config),
         )
 
     def environment(self) -> dict[str, str]:

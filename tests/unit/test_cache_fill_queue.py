@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import pytest
-from torchcache_server.cache.fill_queue import Fill, FillQueue, Loan
+from torchcache_server.cache.fill_queue import LARGE_FILLS, SMALL_FILLS_BYTES, Fill, FillQueue, Loan
 from torchcache_server.store import StoredChunk
 
+from tests.waiting import until
 from torchcache.errors import ConfigurationError, Overloaded, ServerUnavailable
 
 
@@ -67,13 +68,47 @@ def test_tells_the_bytes_of_running_fills_alone() -> None:
         for held in (passed, other):
             held.go.set()
             held.fill.future.result(30)
-        deadline = time.monotonic() + 120
-        while (
-            queue.running_bytes and time.monotonic() < deadline
-        ):  # its thread comes to that after the result
-            time.sleep(0.001)
-        assert queue.running_bytes == 0
+        until(lambda: queue.running_bytes == 0)  # its thread comes to that after the result
         assert queue.in_flight_bytes == 6  # what was passed through is still held
+
+
+def test_many_small_fills_run_at_once_and_few_large_ones() -> None:
+    small, large = SMALL_FILLS_BYTES // 64, SMALL_FILLS_BYTES // LARGE_FILLS + 1
+    for size, at_once in ((small, 24), (large, LARGE_FILLS)):
+        with queue_of(threads=24, limit_bytes=100 * SMALL_FILLS_BYTES) as queue:
+            fills = [Held(size) for _ in range(30)]
+            for held in fills:
+                queue.submit(held.fill)
+            until(lambda: sum(held.started.is_set() for held in fills) == at_once)  # noqa: B023 - called here
+            time.sleep(0.05)
+            assert sum(held.started.is_set() for held in fills) == at_once
+            for held in fills:
+                held.go.set()
+            for held in fills:
+                held.fill.future.result(30)
+
+
+def test_threads_start_as_they_are_needed() -> None:
+    def threads() -> int:
+        return sum(thread.name.startswith("fill-") for thread in threading.enumerate())
+
+    before = threads()
+    with queue_of(threads=8, limit_bytes=100) as queue:
+        assert threads() == before
+        for _ in range(5):
+            held = Held()
+            held.go.set()
+            queue.submit(held.fill)
+            held.fill.future.result(30)
+            until(lambda: not queue.running_bytes)
+        assert 1 <= threads() - before <= 5
+        several = [Held() for _ in range(8)]
+        for held in several:
+            queue.submit(held.fill)
+        for held in several:
+            assert held.started.wait(30)
+            held.go.set()
+        assert threads() - before == 8
 
 
 def test_is_first_come_first_served() -> None:

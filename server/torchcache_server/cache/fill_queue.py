@@ -1,7 +1,7 @@
 """Fills waiting for a thread and for room: first come, first served, with a bound on the bytes in memory.
 
-Who reads comes before who fetches ahead of use. The latter get half of the threads at most, and only when no reader
-waits for one; what isn't even of the epoch that runs is fetched while no reader waits for storage at all.
+Who reads comes before who fetches ahead of use. The latter get half of what may run at most, and only when no reader
+waits; what isn't even of the epoch that runs is fetched while no reader waits for storage at all.
 
 A fill's bytes count from the moment it starts until its data lies in the store, or, if the store had no room, until
 the last reader has let go of it. Waiting fills cost nothing, so `submit` never blocks.
@@ -25,6 +25,11 @@ from torchcache.errors import ConfigurationError, Overloaded, ServerUnavailable,
 from torchcache_server.store import StoredChunk
 
 _CLOSE_S = 5.0
+
+LARGE_FILLS: Final = 16
+SMALL_FILLS_BYTES: Final = 64 << 20
+"""More than LARGE_FILLS run only while they have so many bytes together: an answer takes storage tens of milliseconds,
+which many small ones have to share; a few large ones take the whole line as it is."""
 
 QUIET_S: Final = 0.1
 """How long no reader must have waited for storage before what will be read in a later epoch is fetched."""
@@ -69,7 +74,7 @@ class Fill:
 
 
 class FillQueue:
-    """Runs fills on `threads` threads, `limit_bytes` at a time. Thread-safe; threads start with the first fill."""
+    """Runs fills on up to `threads` threads, `limit_bytes` at a time. Thread-safe; threads start as they are needed."""
 
     def __init__(self, *, threads: int, limit_bytes: int) -> None:
         if threads < 1 or limit_bytes < 1:
@@ -80,13 +85,13 @@ class FillQueue:
         self._waiting: dict[Need, deque[Fill]] = {"now": deque(), "soon": deque(), "later": deque()}
         self._running: Counter[str] = Counter()  # by need
         self._quiet_from = float("-inf")
-        self._ahead_threads = max(1, threads // 2)
         # A loan may be returned by the garbage collector, even on a thread that holds the lock: hence a lock that lets
         # it in, and returns that are only noted down, to be counted by whoever lends.
         self._returned: deque[int] = deque()
         self._changed = threading.Condition(threading.RLock())
         self._thread_count = threads
         self._threads: list[threading.Thread] = []
+        self._idle = 0
         self._closed = False
 
     @property
@@ -116,8 +121,8 @@ class FillQueue:
             if self._closed:
                 raise ServerUnavailable("the server is stopping")
             self._waiting[fill.need].append(fill)
-            if not self._threads:
-                self._start()
+            if self.waiting > self._idle and len(self._threads) < self._thread_count:
+                self._start_thread()
             self._changed.notify()
 
     def extend(self, fill: Fill, deadline: float) -> None:
@@ -149,13 +154,10 @@ class FillQueue:
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def _start(self) -> None:
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"fill-{number}", daemon=True)
-            for number in range(self._thread_count)
-        ]
-        for thread in self._threads:
-            thread.start()
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._serve, name=f"fill-{len(self._threads)}", daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def _serve(self) -> None:
         while (taken := self._take()) is not None:
@@ -183,20 +185,24 @@ class FillQueue:
                     self._lent_bytes += fill.bytes
                     self._running_bytes += fill.bytes
                     self._running[fill.need] += 1
-                    self._changed.notify()  # There may be room for the next one too.
+                    if self.waiting:
+                        self._changed.notify()  # There may be room for the next one too.
                     return fill, Loan(self, fill.bytes)
+                self._idle += 1
                 # What a collection on this very thread gives back between the count above and here wakes nobody.
                 self._changed.wait(None if pause_s is None else min(pause_s, LOOK_AGAIN_S))
+                self._idle -= 1
             return None
 
     def _pause_s(self, fill: Fill, now: float) -> float:
         """0 if the fill may start, else how long to wait at most before looking again."""
         until_late_s = max(0.001, fill.deadline - now)
-        if not self._has_room(fill):
+        at_once = self._at_once(fill)
+        if not self._has_room(fill) or self._running.total() >= at_once:
             return until_late_s
         if fill.need == "now":
             return 0
-        if self._running["soon"] + self._running["later"] >= self._ahead_threads:
+        if self._running["soon"] + self._running["later"] >= max(1, at_once // 2):
             return until_late_s
         if fill.need == "soon":
             return 0
@@ -210,7 +216,12 @@ class FillQueue:
             self._running[fill.need] -= 1
             if fill.need == "now":
                 self._quiet_from = time.monotonic()
-            self._changed.notify_all()
+            # Wakes nobody: the thread that was at it looks for the next fill itself.
+
+    def _at_once(self, fill: Fill) -> int:
+        """How many fills may run with this one."""
+        small = self._running_bytes + fill.bytes <= SMALL_FILLS_BYTES
+        return self._thread_count if small else min(self._thread_count, LARGE_FILLS)
 
     def _has_room(self, fill: Fill) -> bool:
         """A fill that is larger than the bound runs alone."""

@@ -33,7 +33,7 @@ class ReadThrough:
         store: Store,
         under_stores: Mapping[str, UnderStore],
         *,
-        fill_threads: int = 16,
+        fill_threads: int = 64,
         inflight_bytes: int = 512 * _MIB,
     ) -> None:
         self.store = store

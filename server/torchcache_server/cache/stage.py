@@ -12,8 +12,9 @@ from torchcache.model import ChunkId, ObjectInfo
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.store import Store, StoredChunk
 
-_AHEAD = 32
-"""Chunks a stage has in flight: enough to keep the fill threads busy, few enough not to bar other readers' way."""
+_AHEAD = 64
+_AHEAD_BYTES = 128 << 20
+"""What a stage has in flight: enough to keep the fill threads busy, little enough not to bar other readers' way."""
 
 
 def stage(
@@ -22,9 +23,12 @@ def stage(
     """Makes `objects` resident; tries each of them, and says in their order why one isn't held whole, if it isn't."""
     errors: list[TorchCacheError | None] = [None] * len(objects)
     pending: deque[tuple[int, ChunkId, Future[StoredChunk]]] = deque()
+    pending_bytes = 0
 
     def finish() -> None:
+        nonlocal pending_bytes
         number, chunk, future = pending.popleft()
+        pending_bytes -= chunk.length(objects[number].size)
         try:
             _land(read_through.store, chunk, future, deadline)
         except TorchCacheError as error:
@@ -40,7 +44,8 @@ def stage(
             continue
         if isinstance(answer, Future):
             pending.append((number, chunk, answer))
-        if len(pending) == _AHEAD:
+            pending_bytes += chunk.length(objects[number].size)
+        while len(pending) >= _AHEAD or pending_bytes > _AHEAD_BYTES:
             finish()
     while pending:
         finish()
