@@ -63,7 +63,7 @@ def eviction(world: World, rng: random.Random) -> None:
     for namespace in ("old", "older"):
         world.may_go(namespace)
     for number in range(at + 100, at + 140, 4):
-        world.put("new", *range(number, number + 4))
+        world.put_if_room("new", *range(number, number + 4))
     world.put("kept", at + 2)
     world.sync("kept")
 
