@@ -93,6 +93,8 @@ class FillQueue:
         self._threads: list[threading.Thread] = []
         self._idle = 0
         self._closed = False
+        self.refused = 0
+        """Fills whose turn didn't come in time."""
 
     @property
     def in_flight_bytes(self) -> int:
@@ -178,6 +180,7 @@ class FillQueue:
                 queue = next(filter(None, self._waiting.values()), self._waiting["now"])
                 now = time.monotonic()
                 if queue and queue[0].deadline <= now:
+                    self.refused += 1
                     return queue.popleft(), None
                 pause_s = self._pause_s(queue[0], now) if queue else None
                 if pause_s == 0:

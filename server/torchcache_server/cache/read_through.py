@@ -72,6 +72,11 @@ class ReadThrough:
         """Chunks that are to be fetched from under-stores, and wait for their turn."""
         return self._queue.waiting
 
+    @property
+    def refused_fills(self) -> int:
+        """Chunks whose turn to be fetched didn't come by the deadline of those who waited."""
+        return self._queue.refused
+
     def get(
         self,
         namespace: str,

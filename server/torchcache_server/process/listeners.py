@@ -16,7 +16,7 @@ from torchcache.errors import ConfigurationError
 from torchcache.unix_sockets import data_socket
 from torchcache.wire import liveness
 from torchcache.wire.v1 import cache_pb2, cache_pb2_grpc
-from torchcache_server.service.admission import Admission
+from torchcache_server.service.admission import CONTROL_THREADS, Admission
 from torchcache_server.service.control import ControlService
 from torchcache_server.service.data import DataServer
 from torchcache_server.service.interceptors import ControlInterceptor
@@ -29,7 +29,6 @@ from .tls import TlsContents
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 MAX_METADATA_BYTES: Final = 8 * 1024
-CONTROL_THREADS: Final = 64
 _SERVICE: Final = cache_pb2.DESCRIPTOR.services_by_name["Control"]
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),

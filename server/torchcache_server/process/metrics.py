@@ -83,6 +83,10 @@ class ServerCollector(Collector):
         yield _gauge("data_streams", "Data streams that run now", self._admission.streams)
         refused = self._admission.refused_streams
         yield _counter("refused_streams", "Data streams refused because too many ran", refused)
+        refused = self._admission.refused_calls
+        yield _counter("refused_calls", "Control calls refused because too many were at work", refused)
+        refused = self._read_through.refused_fills
+        yield _counter("refused_fills", "Chunks whose turn to be fetched didn't come in time", refused)
         yield _gauge("upload_pending_bytes", "Bytes not yet in the under-store", self._pending_bytes())
         yield _gauge(
             "upload_pending_seconds",

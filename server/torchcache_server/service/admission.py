@@ -15,6 +15,10 @@ MAX_STREAMS: Final = 88
 """Data streams at a time, enough for one dataset to have 64. More would share the same two cores and disk, and hold
 buffers meanwhile."""
 
+CONTROL_THREADS: Final = 64
+MAX_CALLS: Final = 56
+"""Control calls at a time. All of them may wait for storage; the threads that are left tell how the server is."""
+
 TIMES_THE_FREE: Final = 3
 """A dataset, or a save, may have so many times the streams that nobody has: three quarters, if it is the only one.
 Others find room; see ahead_shares.py.
@@ -28,7 +32,7 @@ LATELY: Final = 0.1
 
 
 class Admission:
-    """Counts the data streams, and goes once from open over draining to closed.
+    """Counts what runs, and goes once from open over draining to closed.
 
     *draining* refuses what is new and lets finish what runs; *closed* also ends the streams that still run.
     """
@@ -42,8 +46,11 @@ class Admission:
         self._streams = 0
         self._of: Counter[str] = Counter()  # streams by namespace
         self._calls = 0
+        self._begun = 0  # of the calls, those that a drain waits for
         self.refused_streams = 0
         """Told to come again, because there were as many as there may be."""
+        self.refused_calls = 0
+        """The same, of control calls."""
         self._changed = threading.Condition()
         self._state: Literal["open", "draining", "closed"] = "open"
 
@@ -81,16 +88,28 @@ class Admission:
                 self._changed.notify_all()
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Around one control call that begins something. Raises ServerUnavailable when draining."""
+    def call(self, *, begins: bool) -> Iterator[None]:
+        """Around one control call. `begins`: it begins something, which is refused while draining.
+
+        Raises Overloaded above the bound, ServerUnavailable when draining.
+        """
         with self._changed:
-            self._check_open()
+            if begins:
+                self._check_open()
+            if self._calls >= MAX_CALLS:
+                self.refused_calls += 1
+                raise Overloaded(
+                    f"the server has {self._calls} calls at work, as many as it may: try again",
+                    retry_after_s=RETRY_AFTER_S[1],
+                )
             self._calls += 1
+            self._begun += begins
         try:
             yield
         finally:
             with self._changed:
                 self._calls -= 1
+                self._begun -= begins
                 self._changed.notify_all()
 
     def _check_open(self) -> None:
@@ -111,7 +130,7 @@ class Admission:
     def wait_until_idle(self, timeout_s: float) -> bool:
         """Waits for what runs; False if something still does after `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._streams or self._calls), max(0.0, timeout_s))
+            return self._changed.wait_for(lambda: not (self._streams or self._begun), max(0.0, timeout_s))
 
     def close(self) -> None:
         """Ends the streams that still run, at their next batch."""

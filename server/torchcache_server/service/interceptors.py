@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -39,6 +40,10 @@ ALWAYS: Final = frozenset(
 )
 """Methods answered while the server drains too: whoever waits for a save to become durable goes on waiting, and what
 was begun may be ended."""
+
+
+PROMPT: Final = frozenset({HEALTH_CHECK, *(CONTROL + name for name in ("GetInfo", "GetStatus", "RenewSave"))})
+"""Methods that wait for nothing, and aren't counted: there is a thread for them whatever the others wait for."""
 
 
 def no_scope(method: str, needed: Scope, given: Scope) -> str:
@@ -91,9 +96,12 @@ class ControlInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # g
         parse: Callable[[bytes], Any] | None,
     ) -> Callable[[bytes, grpc.ServicerContext], Any]:
         kind = method.rpartition("/")[2]
+        admitted = (
+            nullcontext if method in PROMPT else partial(self._admission.call, begins=method not in ALWAYS)
+        )
 
         def answer(sent: bytes, context: grpc.ServicerContext, request: Request) -> Any:
-            with self._latencies.timed(kind), nullcontext() if method in ALWAYS else self._admission.call():
+            with self._latencies.timed(kind), admitted():
                 asked = _parsed(sent, parse)
                 request.is_about(_subject(asked))
                 return behaviour(asked, context)
