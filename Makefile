@@ -26,8 +26,10 @@ test: $(READY)
 	$(PYTEST) $(PARALLEL) -m "not long" tests/e2e tests/integration tests/hostile tests/crash
 	$(PYTEST) $(PARALLEL) -m "not long" tests/unit tests/conformance
 
+# The long tests too, then the million inputs to each parser, three quarters of an hour of them.
 test-long: $(READY)
 	$(PYTEST) --timeout=3600 --hypothesis-profile=search
+	$(MAKE) fuzz
 
 # The tests that publish figures, the long ones too, and docs/reliability.md from what they say.
 reliability: $(READY)

@@ -1,4 +1,4 @@
-"""A taste of every fuzz target: `make fuzz` runs them in earnest."""
+"""A taste of every fuzz target: `make test-long` and `make fuzz` run them in earnest."""
 
 from __future__ import annotations
 
