@@ -496,6 +496,30 @@ def test_stage_fails_where_not_all_has_room(
     assert (missing["uri"], missing["server"]) == ("s3://b/data/a", "127.0.0.1:7440")
 
 
+def test_stage_lists_what_failed_and_then_what_had_to_go(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = pool.stage
+
+    def stage_and_lose_one(objects: Sequence[ObjectInfo], **options: Any) -> None:
+        stage(objects, **options)
+        pool.resident.discard(objects[0].id)
+
+    monkeypatch.setattr(pool, "stage", stage_and_lose_one)
+    pool.errors["s3://b/data/x/2"] = ObjectNotFound("it is gone", server="node1:7440")
+    assert run(["stage", "--json", "s3://b/data"]) == 1
+    missing = json.loads(capsys.readouterr().out)["missing"]
+    assert [(one["uri"], one["server"]) for one in missing] == [
+        ("s3://b/data/x/2", "node1:7440"),
+        ("s3://b/data/a", "127.0.0.1:7440"),
+    ]
+    assert run(["stage", "s3://b/data"]) == 1
+    out, err = capsys.readouterr()
+    assert "1 missing at node1:7440: it is gone" in err
+    assert "1 missing at 127.0.0.1:7440: 1,000 of its 1,000 bytes had to go again" in err
+    assert "s3://b/data/a" in out and "s3://b/data/x/2" in out
+
+
 # ---- pin, unpin, evict, limit ----
 
 

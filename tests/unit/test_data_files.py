@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset, random_split
 
 from tests.unit.sample_pool import SamplePool, pool
-from torchcache.data import CachedDataset, progress
+from torchcache.data import CachedDataset, progress, staged
 from torchcache.data.listing import Changes
 from torchcache.errors import (
     ConfigurationError,
@@ -362,6 +362,35 @@ def test_what_had_to_go_while_the_rest_was_staged_is_missing_too(
     report = dataset.stage(progress=False, on_missing="report")
     assert (report.complete, report.missing_count, report.missing[0].server) == (False, 1, "127.0.0.1:7440")
     with pytest.raises(OutOfSpace, match="had to go again"):
+        dataset.stage(progress=False)
+
+
+def test_what_failed_and_what_had_to_go_again_are_both_missing(
+    filled: SamplePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = from_files(filled)
+    uri = "s3://bucket/data/a.png"
+    filled.errors[uri] = ObjectNotFound("gone", object=uri, server="node1:7440")
+    stage = filled.stage
+    lost: list[str] = []
+
+    def stage_and_lose_two(objects: Sequence[ObjectInfo], **options: Any) -> None:
+        stage(objects, **options)
+        held = [info.id for info in objects if info.id in filled.resident]
+        lost.extend(filled.uri(id_) for id_ in held[:2])
+        filled.resident.difference_update(held[:2])
+
+    monkeypatch.setattr(filled, "stage", stage_and_lose_two)
+    report = dataset.stage(progress=False, on_missing="report")
+    assert [(one.uri, type(one.error)) for one in report.missing] == [
+        (uri, ObjectNotFound),
+        *((one, OutOfSpace) for one in lost),
+    ]
+    assert (report.missing_count, report.residency.resident_objects) == (3, 4)
+    monkeypatch.setattr(staged, "MAX_LISTED", 1)
+    report = dataset.stage(progress=False, on_missing="report")
+    assert ([one.uri for one in report.missing], report.missing_count) == ([uri], 3)
+    with pytest.raises(ObjectNotFound, match="gone"):
         dataset.stage(progress=False)
 
 

@@ -26,8 +26,9 @@ def stage(session: Session, uri: str, pattern: str) -> int:
     """Fetch all objects under URI into the pool, ahead of use.
 
     What the pool already holds is not fetched again, so an interrupted stage goes on where it stopped. What one object
-    fails with doesn't stop the others. At the end all is there, or what isn't is listed: by how many objects, at which
-    server and why, up to 20 by name (all of them with --json), and the exit code is that of the first failure.
+    fails with doesn't stop the others. At the end all is there, or what isn't is listed, be it that it failed or that it
+    had to go again: by how many objects, at which server and why, up to 20 by name (all of them with --json), and the
+    exit code is that of the first failure.
     """
     start_s = time.monotonic()
     objects = objects_under(session.pool, uri, pattern=pattern)
@@ -42,10 +43,11 @@ def stage(session: Session, uri: str, pattern: str) -> int:
             on_missing=lambda info, error: missing.setdefault(session.pool.uri(info.id), error),
         )
     after = session.pool.residency(objects)
-    if not missing and after.resident_bytes < total_bytes:
+    if after.resident_bytes < total_bytes:
         from torchcache.pool.absent import absent  # what --help shouldn't wait for
 
-        missing = {session.pool.uri(info.id): error for info, error in absent(session.pool, objects)}
+        for info, error in absent(session.pool, objects):
+            missing.setdefault(session.pool.uri(info.id), error)
     took_s = time.monotonic() - start_s
     session.output.document(
         {

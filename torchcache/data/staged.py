@@ -32,7 +32,10 @@ class NotStaged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageReport:
-    """What the pool held when a stage ended. `missing` names the first `MAX_LISTED` of `missing_count` objects."""
+    """What the pool held when a stage ended. `missing` names the first `MAX_LISTED` of `missing_count` objects.
+
+    First come those that couldn't be staged, with what they failed with; then those that had to go again.
+    """
 
     residency: Residency
     missing: tuple[NotStaged, ...] = ()
@@ -63,19 +66,21 @@ class MissingList:
     def __init__(self, uri: Callable[[ObjectInfo], str]) -> None:
         self._uri = uri
         self._found: dict[str, NotStaged] = {}
-        self.count = 0
+        self._uris: set[str] = set()  # of those too that aren't listed: each counts once
 
     def add(self, info: ObjectInfo, error: TorchCacheError) -> None:
         """Takes one in."""
         uri = self._uri(info)
-        if uri not in self._found:
-            self.count += 1
+        if uri not in self._uris:
+            self._uris.add(uri)
             if len(self._found) < MAX_LISTED:
                 self._found[uri] = NotStaged(uri=uri, server=error.server, error=error)
 
     def report(self, residency: Residency) -> StageReport:
         """The report, with what was collected."""
-        return StageReport(residency=residency, missing=tuple(self._found.values()), missing_count=self.count)
+        return StageReport(
+            residency=residency, missing=tuple(self._found.values()), missing_count=len(self._uris)
+        )
 
 
 class Stageable(Protocol):
@@ -112,7 +117,7 @@ def stage_all(
             )
         stage(advance, missing.add)
     residency = parts.residency()
-    if not missing.count and residency.resident_objects < residency.objects:
+    if residency.resident_objects < residency.objects:
         for info, error in parts.absent():
             missing.add(info, error)
     report = missing.report(residency)
