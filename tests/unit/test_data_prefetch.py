@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Sa
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from tests.unit.sample_pool import SamplePool, pool
-from torchcache.data import CachedDataset
-from torchcache.data.foretelling import OrderedPrefetch
+from torchcache.data import CachedDataset, foretelling
+from torchcache.data.foretelling import Foreteller, OrderedPrefetch, ordered
 from torchcache.data.prefetch import ComputedPrefetch, epoch_order
 from torchcache.errors import ConfigurationError, ObjectNotFound, ServerUnavailable, TorchCacheError
 from torchcache.marks import marks
 from torchcache.model import CHUNK_BYTES, ChunkId
+from torchcache.pool.orders import State
 from torchcache.records import chunk_key
 
 __all__ = ["pool"]
@@ -219,6 +221,41 @@ def test_several_epochs_follow_each_other(pool: SamplePool) -> None:
     assert sorted(pool.told) == [0, 1]
     assert handle.progress().epoch == 1
     handle.cancel()
+
+
+def test_the_time_that_is_left_is_that_of_the_epoch_which_is_staged(
+    pool: SamplePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(foretelling, "time", SimpleNamespace(monotonic=lambda: now_s))
+    dataset = files(pool, 16)
+    foreteller: Any = Foreteller(pool, "s3://b/d", dataset._samples)  # type: ignore[arg-type]
+    handle = ordered(lambda _: range(16), epoch=0, epochs=None, running=None)
+    quarter: dict[str, State] = {f"b/d/{i:02d}": "coming" for i in range(4, 16)}
+    states = {0: quarter, 1: quarter}
+    stage_ahead = pool.stage_ahead
+
+    def of_epoch(server: str, key: Any, epoch: int, chunks: Any, **options: Any) -> Any:
+        pool.ahead_states = states[epoch]
+        return stage_ahead(server, key, epoch, chunks, **options)
+
+    monkeypatch.setattr(pool, "stage_ahead", of_epoch)
+
+    def at(time_s: float) -> tuple[int, int, float | None]:
+        nonlocal now_s
+        now_s = time_s
+        foreteller._round([handle])
+        progress = handle.progress()
+        return progress.epoch, progress.staged, progress.eta_s
+
+    assert handle.progress().eta_s is None
+    at(100)  # staging begins, and not when the prefetch was made
+    assert at(110) == (0, 4, 30)
+    states[0] = {}
+    at(1000)
+    assert at(1010) == (1, 4, 30)
+    states[1] = {}
+    assert at(1020) == (1, 16, 0)
 
 
 def test_what_is_missing_is_said_with_its_reason(pool: SamplePool) -> None:

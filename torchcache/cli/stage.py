@@ -26,9 +26,9 @@ def stage(session: Session, uri: str, pattern: str) -> int:
     """Fetch all objects under URI into the pool, ahead of use.
 
     What the pool already holds is not fetched again, so an interrupted stage goes on where it stopped. What one object
-    fails with doesn't stop the others. At the end all is there, or what isn't is listed, be it that it failed or that it
-    had to go again: by how many objects, at which server and why, up to 20 by name (all of them with --json), and the
-    exit code is that of the first failure.
+    fails with doesn't stop the others. At the end all is there, or what isn't is listed, be it that it failed or had to
+    go again: by how many objects, at which server and why, up to 20 by name (all of them with --json), and the exit
+    code is that of the first failure.
     """
     start_s = time.monotonic()
     objects = objects_under(session.pool, uri, pattern=pattern)

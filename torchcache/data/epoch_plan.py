@@ -99,6 +99,7 @@ class EpochPlan:
             if len(mine):
                 _, first = np.unique(table.marks[chunks[mine]], return_index=True)
                 self.shares.append(Share(server, chunks[mine], positions[mine], np.sort(first)))
+        self.began_s: float | None = None  # when its staging began
         self.staged_bytes = 0
         self.fetched_chunks = 0
         self._coming: set[tuple[str, int]] = set()

@@ -71,7 +71,6 @@ class OrderedPrefetch(Prefetch):
         self.reached = (0, -1)
         self.reached_s = time.monotonic()
         self.names: dict[str, str] = {}  # servers' addresses
-        self._began_s = time.monotonic()
         self._changed = threading.Condition()
         self._state = "running"
         self.wake: Callable[[], object] = lambda: None
@@ -121,7 +120,6 @@ class OrderedPrefetch(Prefetch):
                 epoch=self.first, samples=0, staged=0, staged_bytes=0, ahead_bytes=0, position=-1
             )
         reached = max((share.reached for share in plan.shares), default=(0, -1))
-        took_s = time.monotonic() - self._began_s
         staged = plan.staged
         return PrefetchProgress(
             epoch=plan.epoch,
@@ -130,7 +128,7 @@ class OrderedPrefetch(Prefetch):
             staged_bytes=plan.staged_bytes,
             ahead_bytes=sum(share.ahead_bytes for share in plan.shares),
             position=reached[1] if reached[0] == plan.epoch else -1,
-            eta_s=0.0 if plan.is_done else (len(plan) - staged) * took_s / staged if staged else None,
+            eta_s=_eta_s(plan, staged),
             missing=tuple(
                 Missing(server=self.names.get(server, server), chunks=count, why=why)
                 for (server, why), count in sorted(plan.missing().items())
@@ -159,6 +157,15 @@ class OrderedPrefetch(Prefetch):
     def _is_as_far_as_can_be(self) -> bool:
         plan = self._plan
         return plan is not None and all(share.is_done or share.is_late for share in plan.shares)
+
+
+def _eta_s(plan: EpochPlan, staged: int) -> float | None:
+    """How long the rest of this epoch takes at the pace of what is staged of it; None if that can't be said yet."""
+    if plan.is_done:
+        return 0.0
+    if plan.began_s is None or not staged:
+        return None
+    return (len(plan) - staged) * (time.monotonic() - plan.began_s) / staged
 
 
 class Foreteller:
@@ -300,6 +307,8 @@ class Foreteller:
             stages = plan.epoch >= prefetch.first and all(
                 p.is_done for p in plans if prefetch.first <= p.epoch < plan.epoch
             )
+            if stages and plan.began_s is None:
+                plan.began_s = time.monotonic()
             for share in plan.shares:
                 pause_s = min(pause_s, self._step(prefetch, plan, share, stages=stages))
         self._look_at_end(prefetch)

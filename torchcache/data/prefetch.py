@@ -41,7 +41,7 @@ class PrefetchProgress:
 
     `staged` of its `samples` are there, or were read already; `ahead_bytes` were fetched and not yet read. `position`
     counts the samples that were read, as far as servers know; -1 before the epoch begins, or where nobody knows.
-    `eta_s` is until all is staged, at the pace so far; None if that can't be told yet.
+    `eta_s` is until all of the epoch is staged, at its pace so far; None if that can't be told yet.
     """
 
     epoch: int
