@@ -26,10 +26,10 @@ from torchcache.errors import (
     ServerUnavailable,
     TorchCacheError,
 )
-from torchcache.model import CHUNK_BYTES, ObjectId, ObjectInfo, chunk_digest
+from torchcache.model import CHUNK_BYTES, ChunkId, ObjectId, ObjectInfo, chunk_digest
 from torchcache.tokens import parse_tokens
 from torchcache.wire.codec import READ_SCHEMA, SERVER_ID, WRITE_SCHEMA, decode_pieces, encode_chunks
-from torchcache.wire.status import error_from_flight
+from torchcache.wire.status import decode_error, error_from_flight
 from torchcache.wire.v1 import cache_pb2 as pb
 
 TOKEN = "a-token-of-the-tests"
@@ -393,6 +393,20 @@ def test_a_batch_that_is_too_large_is_refused(lane: Lane) -> None:
     error = refusal(lambda: lane.put(SAVE, [info], [encode_chunks(rows)]))
     assert isinstance(error, ConfigurationError)
     assert "16777216 are allowed" in str(error)
+
+
+def test_every_way_an_overload_leaves_says_when_to_come_again(lane: Lane) -> None:
+    """Who raised it named no time: of a stream, and of one extent among others."""
+    lane.store.error = Overloaded("too much is handed out")
+    batch = encode_chunks([(0, 0, chunk_digest(b"abc"), pa.py_buffer(b"abc"))])
+    whole = refusal(lambda: lane.put(SAVE, [saved("a", 3)], [batch]))
+    cold = file_object("cold", 10)
+    lane.source.refused[ChunkId(cold.id, 0)] = Overloaded("waited up to its deadline")
+    [piece] = [piece for chunk in lane.get([(cold, 0, 10)]) for piece in decode_pieces(chunk.data)]
+    assert piece.error is not None
+    for told in (whole, decode_error(piece.error)):
+        assert isinstance(told, Overloaded)
+        assert told.retry_after_s is not None and told.retry_after_s > 0
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pyarrow as pa
+import pyarrow.flight as fl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,9 +75,28 @@ def test_a_hint_when_to_come_again_survives_the_wire_and_pickling() -> None:
     ):
         assert isinstance(back, errors.Overloaded)
         assert (back.message, back.object, back.retry_after_s) == ("busy", "k", 0.25)
-    assert "retry_after_s" not in status.encode_error(errors.Overloaded("busy"))
     long = status.decode_error(status.encode_error(busy.saying("b" * 9000)))
     assert isinstance(long, errors.Overloaded) and long.retry_after_s == 0.25
+
+
+def test_nobody_is_sent_away_without_a_hint() -> None:
+    """Whoever raised it, and if gRPC itself did: by status, by Flight and as one error among others in a reply."""
+    busy = errors.Overloaded("busy")
+    for back in (
+        status.decode_error(status.encode_error(busy)),
+        status.error_from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, status.encode_error(busy)),
+        status.error_from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!"),
+        status.error_from_flight(fl.FlightServerError("busy", status.encode_error(busy).encode())),
+    ):
+        assert isinstance(back, errors.Overloaded)
+        assert back.retry_after_s == status.RETRY_AFTER_S > 0
+    assert busy.retry_after_s is None, "what was raised stays as it is"
+    assert "retry_after_s" not in status.encode_error(errors.ServerUnavailable("away"))
+
+
+def test_a_hint_of_no_time_at_all_stays_one() -> None:
+    back = status.decode_error(status.encode_error(errors.Overloaded("busy", retry_after_s=0.0)))
+    assert isinstance(back, errors.Overloaded) and back.retry_after_s == 0.0
 
 
 def test_errors_pickle_to_and_from_versions_without_a_hint() -> None:

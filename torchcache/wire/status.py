@@ -58,6 +58,9 @@ MAX_ERROR_CHARACTERS: Final = 4096
 """Of an encoded error: gRPC sends it as a header, and a client takes no more than 8 KiB of them for an answer."""
 
 
+RETRY_AFTER_S: Final = 0.25
+"""What is told with an `Overloaded` that names no time of its own."""
+
 MOST_RETRY_AFTER_S: Final = 60.0
 """Whatever a server says: it may be wrong, or lie."""
 
@@ -65,7 +68,8 @@ MOST_RETRY_AFTER_S: Final = 60.0
 def encode_error(error: TorchCacheError, *, request_id: str | None = None) -> str:
     """One line of JSON; `decode_error` gives an equal error of the same class back, its middle left out if it is long.
 
-    `request_id` is for an error among others in a reply. At most `MAX_ERROR_CHARACTERS`, all ASCII.
+    Every `Overloaded` gets a hint when to come again: RETRY_AFTER_S, if it has none of its own. `request_id` is for an
+    error among others in a reply. At most `MAX_ERROR_CHARACTERS`, all ASCII.
     """
     fields: dict[str, str | float] = {"error": type(error).__name__, "message": error.message}
     if error.object:
@@ -74,8 +78,9 @@ def encode_error(error: TorchCacheError, *, request_id: str | None = None) -> st
         fields["server"] = error.server
     if request_id := error.request_id or request_id:
         fields["request"] = request_id
-    if isinstance(error, Overloaded) and error.retry_after_s is not None:
-        fields["retry_after_s"] = round(error.retry_after_s, 3)
+    if isinstance(error, Overloaded):
+        hint_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+        fields["retry_after_s"] = round(hint_s, 3)
     text = json.dumps(fields)
     for characters in (600, 150):  # one may take six, as \uXXXX
         if len(text) <= MAX_ERROR_CHARACTERS:
@@ -135,7 +140,10 @@ def error_from_status(
         return found
     kind = _FIRST_OF_CODE.get(code, TorchCacheError)
     text = _DEFAULT_TEXT.get(code) or f"{code.name.lower().replace('_', ' ')}: {details or 'no details'}"
-    return kind(text, server=server, request_id=request_id)
+    error = kind(text, server=server, request_id=request_id)
+    if isinstance(error, Overloaded):  # gRPC's own refusal, which can't say
+        error.retry_after_s = RETRY_AFTER_S
+    return error
 
 
 _CODE_OF_FLIGHT: Final = {
