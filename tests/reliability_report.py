@@ -94,7 +94,14 @@ HOSTILE: Final = {
 
 FUZZ: Final = "fuzz-"
 """What the names of the fuzz targets' figures begin with: they have a table of their own, and may be run alone."""
-PARTS: Final = {"hosts": ("tests/e2e/test_hosts.py", "tests/e2e/test_soak.py")}
+PARTS: Final = {
+    "hosts": ("tests/e2e/test_hosts.py", "tests/e2e/test_soak.py"),
+    "datasets": (
+        "tests/e2e/test_iterable_matrix.py",
+        "tests/e2e/test_map_matrix.py",
+        "tests/e2e/test_exactness_chains.py",
+    ),
+}
 """Proofs of these files have a table of their own, which may be of another run than "proofs", that of all others."""
 
 _COLUMNS: Final = ("seed", "commit")

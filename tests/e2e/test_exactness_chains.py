@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 import torchcache as tc
 from tests.e2e.sharded import COUNT, KINDS, write_shards
 from tests.e2e.test_iterable_matrix import RANKS, WORKERS, Loader, World, check_world, flat
+from tests.proofs import proof
 
 UNEVEN = ("pad", "drop", "keep")
 
@@ -70,8 +71,11 @@ def check_chain(worlds: list[World], uneven: str, chance: random.Random) -> None
     assert missing.total() <= (most if uneven == "drop" else 0), told
 
 
-def chains(kind: type[World], pattern: str, pool: tc.Pool, chance: random.Random, shuffle: Any) -> None:
-    """One for each number of workers and ranks that begins an epoch, and each way to make ranks even."""
+def chains(
+    kind: type[World], pattern: str, pool: tc.Pool, chance: random.Random, shuffle: Any
+) -> Counter[str]:
+    """One for each number of workers and ranks that begins an epoch, and each way to make ranks even. What was done."""
+    done: Counter[str] = Counter()
     for workers, ranks, uneven in itertools.product(WORKERS, RANKS, UNEVEN):
         settings = {"shuffle": shuffle, "uneven": uneven}
         begins = kind(pattern, pool, ranks, workers, chance.choice([1, 3, 4]), settings)
@@ -80,19 +84,25 @@ def chains(kind: type[World], pattern: str, pool: tc.Pool, chance: random.Random
             for _ in range(3)
         ]
         check_chain([begins, *others], uneven, chance)
+        done += Counter(epochs=1, stops=len(others), resumes=len(others))
+    return done
 
 
-def chance_of(seed: int | None = None) -> random.Random:
-    seed = random.randrange(1 << 32) if seed is None else seed
-    print(f"seed {seed}")
-    return random.Random(seed)
+@pytest.fixture(scope="module")
+def seed() -> int:
+    """Of all that is proven in this run."""
+    chosen = random.randrange(1 << 32)
+    print(f"seed {chosen}")
+    return chosen
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_epoch_of_many_stops(pool: tc.Pool, tmp_path: Any, kind: str, shuffle: bool) -> None:
-    chains(World, write_shards(tmp_path, kind), pool, chance_of(), shuffle)
+def test_an_epoch_of_many_stops(pool: tc.Pool, tmp_path: Any, kind: str, shuffle: bool, seed: int) -> None:
+    with proof("epochs-of-many-stops", seed=seed) as figures:
+        chance = random.Random(f"{seed} {kind} {shuffle}")
+        figures.update(chains(World, write_shards(tmp_path, kind), pool, chance, shuffle))
 
 
 @pytest.fixture
@@ -105,13 +115,16 @@ def recorded(pool: tc.Pool, request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.long
 @pytest.mark.parametrize("shuffle", [True, "blocks", False])
-def test_an_epoch_of_a_recording(pool: tc.Pool, recorded: str, shuffle: bool | str) -> None:
+def test_an_epoch_of_a_recording(pool: tc.Pool, recorded: str, shuffle: bool | str, seed: int) -> None:
     """Every cell of the matrix, against every other world, and chains."""
-    chance = chance_of()
+    chance = random.Random(f"{seed} {shuffle}")
     worlds = [
         RecordedWorld(recorded, pool, ranks, workers, chance.choice([1, 3, 4]), {"shuffle": shuffle})
         for workers, ranks in itertools.product(WORKERS, RANKS)
     ]
-    for world, other in itertools.product(worlds, worlds):
-        check_world(world, other, chance)
-    chains(RecordedWorld, recorded, pool, chance, shuffle)
+    with proof("recorded-datasets", seed=seed) as figures:
+        done: Counter[str] = Counter()
+        for world, other in itertools.product(worlds, worlds):
+            done += check_world(world, other, chance)
+        chains(RecordedWorld, recorded, pool, chance, shuffle)
+        figures.update(done)

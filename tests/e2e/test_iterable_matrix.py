@@ -1,7 +1,8 @@
 """The exactness matrix: whatever the format, workers and ranks, wherever one stops, whoever goes on, the rest is whole.
 
 The readers of all ranks and workers run in this process, each an unpickled dataset that takes itself for a worker's, in
-the order in which loaders ask them. That what real loaders do is the same, test_iterable_dataset.py shows.
+the order in which loaders ask them. That what real loaders do is the same, one cell of each way of reading shows here,
+and test_iterable_dataset.py for one rank.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 import pickle
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -19,13 +20,17 @@ from typing import Any
 
 import pytest
 from torch.utils.data._utils import worker as torch_worker
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import torchcache as tc
 from tests.e2e.sharded import COUNT, KINDS, dataset_of, write_shards
+from tests.proofs import proof
 
 WORKERS = (0, 1, 2, 4)
 RANKS = (1, 2, 4)
+CELLS = list(itertools.product(WORKERS, RANKS))
 QUICK = ["tar", "parquet", "arrows", "tfrecord.gz", "raw", "jsonl.zst"]
+"""Of these every cell in the quick run; of the other kinds some cells, with more stops."""
 
 
 @contextmanager
@@ -40,6 +45,11 @@ def as_worker(dataset: Any, worker: int, workers: int) -> Iterator[None]:
         yield
     finally:
         torch_worker._worker_info = None
+
+
+Step = Sequence[list[int]]
+"""A batch of each rank."""
+Steps = Sequence[Step]
 
 
 class Loader:
@@ -109,31 +119,47 @@ class World:
         return dataset_of(self.pattern, **settings)
 
 
-def steps(loaders: list[Loader]) -> Iterator[list[list[int]]]:
+def steps(loaders: list[Loader]) -> Iterator[Step]:
     """A batch of each rank. Raises ValueError if ranks aren't even."""
     return zip(*loaders, strict=True)  # type: ignore[arg-type]
 
 
-def flat(found: list[list[list[int]]]) -> list[int]:
+def flat(found: Steps) -> list[int]:
     return [n for step in found for batch in step for n in batch]
 
 
-def check(pattern: str, pool: tc.Pool, chance: random.Random, *, shuffle: bool) -> None:
-    """One row of the matrix: all worlds, each stopped somewhere, gone on by itself and by another."""
-    for workers, ranks in itertools.product(WORKERS, RANKS):
+def check(
+    pattern: str,
+    pool: tc.Pool,
+    chance: random.Random,
+    *,
+    shuffle: bool | str,
+    cells: Iterable[tuple[int, int]] = CELLS,
+    stops: int = 1,
+) -> Counter[str]:
+    """One row of the matrix: worlds, each stopped somewhere, gone on by itself and by another. What was done."""
+    done: Counter[str] = Counter()
+    for workers, ranks in cells:
         batch = chance.choice([1, 3, 4])
         settings = {"shuffle": shuffle, "batch_size": chance.choice([None, batch])}
         world = World(pattern, pool, ranks, workers, batch, settings)
         other = World(pattern, pool, chance.choice(RANKS), chance.choice(WORKERS), 2, settings)
-        check_world(world, other, chance)
+        done += check_world(world, other, chance, stops)
+    return done
 
 
-def check_world(world: World, other: World, chance: random.Random) -> None:
+def check_world(world: World, other: World, chance: random.Random, stops: int = 1) -> Counter[str]:
     whole = list(steps(world.loaders()))
     counts = Counter(flat(whole))
     assert set(counts) == set(range(COUNT)), world
     assert counts.total() == -(-COUNT // world.ranks) * world.ranks, world
-    stop = chance.randrange(len(whole) + 1)
+    for stop in sorted(chance.sample(range(len(whole) + 1), stops)):
+        check_stop(world, other, chance, whole, stop)
+    return Counter(cells=1, stops=stops, resumes=2 * stops)
+
+
+def check_stop(world: World, other: World, chance: random.Random, whole: Steps, stop: int) -> None:
+    """`whole`: the batches of an epoch that isn't stopped."""
     told = f"{world}, stopped after {stop} batches, {other}"
     stopped = world.loaders()
     front = list(islice(steps(stopped), stop)) if stop else []
@@ -146,10 +172,15 @@ def check_world(world: World, other: World, chance: random.Random) -> None:
     assert list(steps(again)) == whole[stop:], told
 
     gone_on = other.loaders(chance.choice(states))  # any rank's is enough
-    rest = Counter(flat(list(steps(gone_on))))
+    check_rest(front, list(steps(gone_on)), other.ranks, told)
+
+
+def check_rest(front: Steps, rest: Steps, ranks: int, told: str) -> None:
+    """Together they are the epoch, and what makes `ranks` even."""
+    found = Counter(flat(rest))
     missing = Counter(range(COUNT)) - Counter(flat(front))
-    assert set(missing) <= set(rest), told
-    assert (rest - missing).total() < other.ranks, told  # what makes ranks even
+    assert set(missing) <= set(found), told
+    assert (found - missing).total() < ranks, told
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +194,85 @@ def test_the_rest_is_exactly_the_rest(pool: tc.Pool, tmp_path: Path, kind: str) 
     check(write_shards(tmp_path, kind), pool, random.Random(kind), shuffle=True)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in QUICK])
+def test_so_it_is_of_the_other_kinds(pool: tc.Pool, tmp_path: Path, kind: str) -> None:
+    check_some(write_shards(tmp_path, kind), pool, kind, shuffle=True)
+
+
+@pytest.mark.parametrize(("kind", "shuffle"), [("tar", "blocks"), ("parquet", "records"), ("jsonl", False)])
+def test_in_an_order_that_was_asked_for(
+    pool: tc.Pool, tmp_path: Path, kind: str, shuffle: bool | str
+) -> None:
+    check_some(write_shards(tmp_path, kind), pool, kind, shuffle=shuffle)
+
+
+def check_some(pattern: str, pool: tc.Pool, seed: str, *, shuffle: bool | str) -> None:
+    """A cell of one reader and one of several, with several stops each."""
+    chance = random.Random(seed)
+    cells = [(chance.choice([0, 1]), 1), (chance.choice([2, 4]), chance.choice([2, 4]))]
+    check(pattern, pool, chance, shuffle=shuffle, cells=cells, stops=3)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "jsonl.zst"])
+@pytest.mark.forks
+def test_real_loaders_of_several_ranks(pool: tc.Pool, tmp_path: Path, kind: str) -> None:
+    """One kind of each way of reading: two ranks of two workers, stopped, and gone on by three of one."""
+    pattern = write_shards(tmp_path, kind)
+
+    def loaders(ranks: int, workers: int, state: Any = None) -> list[StatefulDataLoader[Any]]:
+        made = []
+        for rank in range(ranks):
+            dataset = dataset_of(
+                pattern, pool, shuffle=True, window=16, seed=9, num_replicas=ranks, rank=rank
+            )
+            if state is not None:
+                dataset.load_state_dict(state)
+            made.append(StatefulDataLoader(dataset, batch_size=8, num_workers=workers, collate_fn=list))
+        return made
+
+    stop = random.Random(kind).randrange(1, 6)
+    stopped = loaders(2, 2)
+    running = [iter(loader) for loader in stopped]
+    front = list(islice(zip(*running, strict=True), stop))
+    states = [pickle.loads(pickle.dumps(loader.state_dict())) for loader in stopped]
+    left = list(zip(*running, strict=True))
+    check_rest(front, left, 2, f"stopped after {stop} batches")
+    again = loaders(2, 2)
+    for loader, state in zip(again, states, strict=True):
+        loader.load_state_dict(state)
+    assert list(zip(*again, strict=True)) == left
+    gone_on = list(zip(*loaders(3, 1, states[1]), strict=True))
+    check_rest(front, gone_on, 3, f"stopped after {stop} batches, gone on by three ranks")
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    """Of all that is proven in this run."""
+    chosen = random.randrange(1 << 32)
+    print(f"seed {chosen}")
+    return chosen
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_every_format(pool: tc.Pool, tmp_path: Path, kind: str, shuffle: bool) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    pattern = write_shards(tmp_path, kind)
-    for number in range(3):
-        check(pattern, pool, random.Random(seed + number), shuffle=shuffle)
+def test_of_every_format(pool: tc.Pool, tmp_path: Path, kind: str, shuffle: bool, seed: int) -> None:
+    prove(tmp_path, kind, pool, seed, shuffle=shuffle)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tar", "parquet", "arrow"])
+@pytest.mark.parametrize("shuffle", ["blocks", "records"])
+def test_of_every_order(pool: tc.Pool, tmp_path: Path, kind: str, shuffle: str, seed: int) -> None:
+    prove(tmp_path, kind, pool, seed, shuffle=shuffle)
+
+
+def prove(folder: Path, kind: str, pool: tc.Pool, seed: int, *, shuffle: bool | str) -> None:
+    """Every cell three times, with three stops each: the proof's figures."""
+    pattern = write_shards(folder, kind)
+    with proof("iterable-datasets", seed=seed) as figures:
+        done: Counter[str] = Counter()
+        for number in range(3):
+            chance = random.Random(f"{seed} {kind} {shuffle} {number}")
+            done += check(pattern, pool, chance, shuffle=shuffle, stops=3)
+        figures.update(done)

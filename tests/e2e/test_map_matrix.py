@@ -19,6 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 import torchcache as tc
+from tests.proofs import proof
 
 COUNT = 53
 RANKS = (1, 2, 4)
@@ -117,7 +118,8 @@ def flat(found: Steps) -> list[int]:
     return [n for step in found for batch in step for n in batch]
 
 
-def check_world(world: World, others: list[World], chance: random.Random) -> None:
+def check_world(world: World, others: list[World], chance: random.Random) -> Counter[str]:
+    """One stop of a world, gone on by itself and by others. What was done."""
     whole = list(steps(world.loaders()))
     counts = Counter(flat(whole))
     assert set(counts) == set(range(COUNT)), world
@@ -137,12 +139,15 @@ def check_world(world: World, others: list[World], chance: random.Random) -> Non
 
     had = len(flat(front))
     missing = Counter(range(COUNT)) - Counter(flat(front))
+    done = Counter(cells=1, stops=1, resumes=1)
     for other in others:
         state = world.state_for(other, chance.choice(states), had)  # any rank's is enough
         if state is not None:
             rest = Counter(flat(list(steps(other.loaders(state)))))
             assert set(missing) <= set(rest), (world, stop, other)
             assert (rest - missing).total() < other.ranks, (world, stop, other)
+            done["resumes"] += 1
+    return done
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -162,6 +167,22 @@ def test_in_workers_that_persist(datasets: dict[str, tc.CachedDataset], sampler:
     check_world(World(datasets["files"], sampler, 1, 2, 4, settings), [other], chance)
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.forks
+def test_with_workers(datasets: dict[str, tc.CachedDataset], workers: int) -> None:
+    """Two ranks of them, gone on by others with other workers."""
+    others = [World(datasets["files"], OURS, 3, 1, 4, {}), World(datasets["files"], OURS, 1, 0, 4, {})]
+    check_world(World(datasets["files"], OURS, 2, workers, 4, {}), others, random.Random(workers))
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    """Of all that is proven in this run."""
+    chosen = random.randrange(1 << 32)
+    print(f"seed {chosen}")
+    return chosen
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 @pytest.mark.parametrize("workers", [1, 2, 4])
@@ -169,36 +190,35 @@ def test_in_workers_that_persist(datasets: dict[str, tc.CachedDataset], sampler:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.forks
 def test_of_any_workers(
-    datasets: dict[str, tc.CachedDataset], sampler: str, kind: str, workers: int, method: str
+    datasets: dict[str, tc.CachedDataset], sampler: str, kind: str, workers: int, method: str, seed: int
 ) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    chance = random.Random(seed)
-    for ranks in RANKS if method == "fork" else (1,):
-        settings = {"multiprocessing_context": method, "persistent_workers": chance.random() < 0.5}
-        others = [
-            World(
-                datasets[kind],
-                sampler,
-                other_ranks,
-                other_workers := chance.choice(WORKERS) if method == "fork" else 0,
-                3,
-                {"multiprocessing_context": method} if other_workers else {},
-            )
-            for other_ranks in RANKS
-        ]
-        check_world(World(datasets[kind], sampler, ranks, workers, 4, settings), others, chance)
+    chance = random.Random(f"{seed} {sampler} {kind} {workers} {method}")
+    with proof("map-style-datasets", seed=seed) as figures:
+        done: Counter[str] = Counter()
+        for ranks in RANKS if method == "fork" else (1,):
+            settings = {"multiprocessing_context": method, "persistent_workers": chance.random() < 0.5}
+            others = [
+                World(
+                    datasets[kind],
+                    sampler,
+                    other_ranks,
+                    other_workers := chance.choice(WORKERS) if method == "fork" else 0,
+                    3,
+                    {"multiprocessing_context": method} if other_workers else {},
+                )
+                for other_ranks in RANKS
+            ]
+            done += check_world(World(datasets[kind], sampler, ranks, workers, 4, settings), others, chance)
+        figures.update(done)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.forks
-def test_a_chain_of_worlds(datasets: dict[str, tc.CachedDataset], kind: str, workers: int) -> None:
+def test_a_chain_of_worlds(datasets: dict[str, tc.CachedDataset], kind: str, workers: int, seed: int) -> None:
     """Stopped again and again in one epoch, each time gone on by another world."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    chance = random.Random(seed)
+    chance = random.Random(f"{seed} {kind} {workers}")
     for _ in range(3):
         missing, state = Counter(range(COUNT)), None
         while missing:
