@@ -11,6 +11,7 @@ import pytest
 from tests.reliability_report import (
     DOCUMENT,
     FAULTS,
+    GOALS,
     HOSTILE,
     INVARIANTS,
     ROOT,
@@ -91,6 +92,39 @@ def test_the_table_of_proofs(tmp_path: Path, tests_folder: Path) -> None:
     for name, lines in PROOFS.items():
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert proofs_table(read_proofs(tmp_path), proofs_in(tests_folder), "On a day.") == TABLE
+
+
+@pytest.mark.parametrize(
+    ("longest", "slow", "said"),
+    [
+        ([598.5, 1000.0], 101.6, ("yes", "yes")),
+        ([1250.0, 3.0], 104.9, ("no, 1.25 times that", "no, 1.03 times that")),
+    ],
+)
+def test_a_goal_is_told_with_whether_it_is_reached(
+    tmp_path: Path, longest: list[float], slow: float, said: tuple[str, str]
+) -> None:
+    lines: list[dict[str, object]] = [{"proof": "host-killed", "ms the longest": ms} for ms in longest]
+    p99 = {"ms their p99 with all well": 50.8, "ms their p99 with one slow": slow}
+    lines += [{"proof": "host-slow", **p99}, {"proof": "luck", "reads": 3}]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    title, _, killed, slowed, luck = proofs_table(read_proofs(tmp_path), {}, "").splitlines()[:5]
+    assert title == "| what | how many | goal | reached | seed | wall time | commit | test |"
+    assert killed.split(" | ")[1:4] == [
+        f"{max(longest):,.2f} ms the longest",
+        "the longest read at most 1 s",
+        said[0],
+    ]
+    assert slowed.split(" | ")[2:4] == ["the p99 with one slow at most twice that with all well", said[1]]
+    assert luck.split(" | ")[2:4] == ["", ""]
+
+
+def test_every_goal_is_of_figures_that_a_test_publishes() -> None:
+    files = proofs_in(ROOT / "tests")
+    for name, goal in GOALS.items():
+        published = (ROOT / files[name]).read_text()
+        for key in filter(None, (goal.key, goal.beside)):
+            assert f'"{key}"' in published
 
 
 def test_the_table_of_what_was_fuzzed(tmp_path: Path) -> None:
