@@ -550,11 +550,13 @@ def stock_with(pool: CheckpointPool, tmp_path: Path, info: Any) -> None:
             _StorageInfo("__0_0.distcp", 0, 1 << 60),
             r"should end at byte \d+ of .*__0_0\.distcp, which has \d+ bytes",
         ),
-        (_StorageInfo("__0_0.distcp", 0, 10, ["stream.zstd"]), r"stream extensions \(stream\.zstd\)"),
+        (_StorageInfo("__0_0.distcp", 0, 10, ["rot/1"]), r"stream extensions rot/1 .*_extension_registry"),
+        (_StorageInfo("__0_0.distcp", 0, 10, ["stream.zstd/1"] * 2), "through its stream extensions"),
+        (_StorageInfo("__0_0.distcp", 0, 10, [7]), "bad transforms"),
         (_StorageInfo("__0_0.distcp", 0, 100), "'w' can't be loaded with weights_only=True"),
         (_StorageInfo("__9_0.distcp", 0, 100), r"there is no .*__9_0\.distcp"),
     ],
-    ids=["length", "extension", "cut", "missing"],
+    ids=["length", "extension", "no frames", "no extension", "cut", "missing"],
 )
 def test_a_stock_checkpoint_that_lies_is_refused(
     pool: CheckpointPool, tmp_path: Path, info: Any, message: str

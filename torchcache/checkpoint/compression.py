@@ -75,13 +75,18 @@ class Zstd:
         return b"".join(made) if len(made[-1]) <= room else None
 
 
+def decompressed_limit(size: int, *, tensor_bytes: int | None) -> int:
+    """The most bytes that an item of `size` stored bytes may become: see `decompress`."""
+    any_object = max(_MOST_OF_AN_OBJECT, _MOST_RATIO * size)
+    return any_object if tensor_bytes is None else tensor_bytes + _AROUND_A_TENSOR
+
+
 def decompress(blob: bytes | bytearray, *, tensor_bytes: int | None, name: str) -> bytes:
     """What is in the frame. `tensor_bytes` is the size of the tensor that has to be in it; None of another object.
 
     Raises IntegrityError for what is no frame, or holds more than it may: then no memory is made for it.
     """
-    any_object = max(_MOST_OF_AN_OBJECT, _MOST_RATIO * len(blob))
-    most = any_object if tensor_bytes is None else tensor_bytes + _AROUND_A_TENSOR
+    most = decompressed_limit(len(blob), tensor_bytes=tensor_bytes)
     try:
         size = zstandard.frame_content_size(blob)
         if size < 0:  # other writers' frames may not say it

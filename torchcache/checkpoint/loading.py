@@ -9,13 +9,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from torchcache.checkpoint.compression import decompress
+from torchcache.checkpoint.extensions import undo
 from torchcache.checkpoint.frame import bytes_of, has_row_major_bytes
 from torchcache.checkpoint.garbage import garbage_waits
 from torchcache.checkpoint.layout import GRANULE_BYTES, Box, cut
@@ -25,6 +26,9 @@ from torchcache.checkpoint.source import Fetch, Source
 from torchcache.errors import CheckpointError
 from torchcache.model import ByteRange
 from torchcache.threads import Threads
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint._extension import ExtensionRegistry
 
 _T = TypeVar("_T")
 
@@ -115,15 +119,24 @@ def _takes(target: torch.Tensor, dtype: torch.dtype, size: int) -> bool:
 class BlobLoad(Load):
     """A torch.save blob of a tensor, fetched and loaded whole, for all requests that want some of it."""
 
-    def __init__(self, item: Item, requests: Sequence[ReadItem], planner: LoadPlanner) -> None:
+    def __init__(
+        self,
+        item: Item,
+        requests: Sequence[ReadItem],
+        planner: LoadPlanner,
+        *,
+        registry: ExtensionRegistry | None,
+    ) -> None:
         self._item = item
+        self._registry = registry
         self._requests = requests
         self._planner = planner
         self._blob = bytearray(item.payload_length)
         self.fetches = _whole(item, self._blob)
 
     def finish(self) -> None:
-        tensor = _load_safely(_unpacked(self._blob, self._item), self._item, map_location="cpu")
+        blob = _unpacked(self._blob, self._item, self._registry)
+        tensor = _load_safely(blob, self._item, map_location="cpu")
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(
                 f"{self._item.name!r} is a {type(tensor).__name__} in the checkpoint, no tensor"
@@ -145,8 +158,17 @@ class BytesLoad(Load):
     """Another object than a tensor. Without `allow_pickle` the planner, which unpickles it without any precaution, gets
     it only after torch's weights_only loader took it, and then as written anew from what that loader made."""
 
-    def __init__(self, item: Item, request: ReadItem, planner: LoadPlanner, *, allow_pickle: bool) -> None:
+    def __init__(
+        self,
+        item: Item,
+        request: ReadItem,
+        planner: LoadPlanner,
+        *,
+        allow_pickle: bool,
+        registry: ExtensionRegistry | None,
+    ) -> None:
         self._item = item
+        self._registry = registry
         self._request = request
         self._planner = planner
         self._allow_pickle = allow_pickle
@@ -154,7 +176,7 @@ class BytesLoad(Load):
         self.fetches = _whole(item, self._blob)
 
     def finish(self) -> None:
-        blob = _unpacked(self._blob, self._item)
+        blob = _unpacked(self._blob, self._item, self._registry)
         content = io.BytesIO(blob)
         if not self._allow_pickle:
             value = _load_safely(blob, self._item, map_location=None)
@@ -171,6 +193,7 @@ def plan_loads(
     *,
     require: Callable[[Item], None],
     allow_pickle: bool,
+    registry: ExtensionRegistry | None = None,
 ) -> Iterator[Load]:
     """The loads of a plan, in the order of the files. Made one by one: each may allocate what it loads into.
 
@@ -185,13 +208,13 @@ def plan_loads(
     for item, request in found:
         require(item)
         if request.type == LoadItemType.BYTE_IO:
-            if item.kind == "tensor" or (item.kind == "zstd" and item.shape is not None):
+            if item.kind == "tensor" or (item.kind in ("zstd", "stream") and item.shape is not None):
                 raise CheckpointError(f"{item.name!r} is a tensor in the checkpoint; load it into a tensor")
-            yield BytesLoad(item, request, planner, allow_pickle=allow_pickle)
+            yield BytesLoad(item, request, planner, allow_pickle=allow_pickle, registry=registry)
         elif item.kind == "tensor":
             yield RowsLoad(item, request, planner)
         elif blob := blobs.pop((item.file, item.start), None):
-            yield BlobLoad(item, blob, planner)
+            yield BlobLoad(item, blob, planner, registry=registry)
 
 
 def run_loads(loads: Iterable[Load], source: Source) -> None:
@@ -282,13 +305,15 @@ def _whole(item: Item, blob: bytearray) -> list[Fetch]:
     return [Fetch(item, ByteRange(0, len(blob)), memoryview(blob))] if blob else []
 
 
-def _unpacked(blob: bytearray, item: Item) -> bytes | bytearray:
+def _unpacked(blob: bytearray, item: Item, registry: ExtensionRegistry | None) -> bytes | bytearray:
     """The torch.save blob of an item. Raises IntegrityError."""
-    if item.kind != "zstd":
+    if item.kind not in ("zstd", "stream"):
         return blob
     size = None
     if item.dtype is not None and item.shape is not None:
         size = math.prod(item.shape) * dtype_of(item.dtype).itemsize
+    if item.kind == "stream":
+        return undo(blob, item.transforms, registry, tensor_bytes=size, name=item.name)
     return decompress(blob, tensor_bytes=size, name=item.name)
 
 

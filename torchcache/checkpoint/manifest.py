@@ -37,7 +37,7 @@ ITEM_COLUMNS = (
     "name",  # fully qualified name in the state dict
     "offset",  # of a tensor's block within the whole tensor; null of other objects
     "index",  # number of the block in the tensor's list, or null
-    "kind",  # "tensor", "opaque", "bytes" or "zstd": see Item
+    "kind",  # "tensor", "opaque", "bytes" or "zstd": see Item; of "stream" the list of its transforms
     "dtype",  # of a tensor, without "torch."; else null
     "shape",  # of a tensor's block as stored; else null
     "file",  # number in "files"
@@ -49,7 +49,7 @@ ITEM_COLUMNS = (
     "digests",  # xxh3-64 of each GRANULE_BYTES of the payload, one after the other
 )
 
-Kind = Literal["tensor", "opaque", "bytes", "zstd"]
+Kind = Literal["tensor", "opaque", "bytes", "zstd", "stream"]
 _KINDS = {"tensor", "opaque", "bytes", "zstd"}
 
 
@@ -59,8 +59,9 @@ class Item:
 
     "tensor": a torch.save blob whose payload is the tensor's elements, row-major. "opaque": a torch.save blob of a
     tensor that has no such form (sparse, quantised, a subclass). "bytes": what the planner made of another object.
-    "zstd": a zstd frame around a "tensor", which has dtype and shape then, or around "bytes". The payload of the last
-    three is the whole item.
+    "zstd": a zstd frame around a "tensor", which has dtype and shape then, or around "bytes". "stream": what stream
+    extensions made of any of these, with dtype and shape as for "zstd"; `transforms` are their descriptors. The payload
+    of the last four is the whole item.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Item:
     probe: int = field(
         default=0, compare=False
     )  # of the process that wrote it alone, see `probe_digest`; 0: unknown
+    transforms: tuple[str, ...] = ()
 
     @property
     def payload(self) -> ByteRange:
@@ -252,7 +254,7 @@ def _item_row(item: Item, numbers: dict[str, int]) -> list[Any]:
         item.name,
         item.offset,
         item.index,
-        item.kind,
+        list(item.transforms) if item.kind == "stream" else item.kind,
         item.dtype,
         item.shape,
         numbers[item.file],
@@ -331,7 +333,11 @@ def _items(rows: Any, names: list[str], files: dict[str, int]) -> Iterator[Item]
     for column in ("offset", "shape"):
         lists_of_counts(present(columns[column]))
         columns[column] = tuple(as_tuples(columns[column]))
-    require(set(columns["kind"]) <= _KINDS, "an item is of no known kind")
+    streams = [kind for kind in columns["kind"] if isinstance(kind, list)]
+    require(all(streams), "an item has no transforms")
+    texts([descriptor for of_item in streams for descriptor in of_item])
+    kinds = {kind for kind in columns["kind"] if not isinstance(kind, list)}
+    require(kinds <= _KINDS, "an item is of no known kind")
     for row in zip(*columns.values(), strict=True):
         name, offset, index, kind, dtype, shape, file, start, length, inner, inner_length, frame, digests = (
             row
@@ -340,7 +346,7 @@ def _items(rows: Any, names: list[str], files: dict[str, int]) -> Iterator[Item]
             name=name,
             offset=offset,
             index=index,
-            kind=kind,
+            kind="stream" if isinstance(kind, list) else kind,
             dtype=dtype,
             shape=shape,
             file=names[file],
@@ -350,6 +356,7 @@ def _items(rows: Any, names: list[str], files: dict[str, int]) -> Iterator[Item]
             payload_length=inner_length,
             frame_digest=int(frame, 16),
             digests=tuple(_digests(digests)),
+            transforms=tuple(kind) if isinstance(kind, list) else (),
         )
         _check_item(item, files)
         yield item

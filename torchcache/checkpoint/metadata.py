@@ -230,6 +230,11 @@ def _check(metadata: object, *, where: str) -> None:
                 "its storage_data is of another kind",
             )
             checked_name(info.relative_path)
+            transforms = getattr(info, "transform_descriptors", None) or []
+            require(
+                isinstance(transforms, list | tuple) and all(type(one) is str for one in transforms),
+                f"{index.fqn!r} has bad transforms",
+            )
             for count in (info.offset, info.length):
                 require(type(count) is int and count >= 0, f"{index.fqn!r} has a bad offset or length")
     except (ValueError, TypeError, AttributeError) as error:
@@ -257,6 +262,8 @@ def stock_metadata(
 def _storage_info(item: Item) -> StorageInfo:
     if item.kind == "zstd":
         return StorageInfo(item.file, item.start, item.length, [DESCRIPTOR])
+    if item.kind == "stream":
+        return StorageInfo(item.file, item.start, item.length, list(item.transforms))
     return StorageInfo(item.file, item.start, item.length)
 
 

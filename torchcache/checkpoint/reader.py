@@ -6,7 +6,7 @@ import os
 import uuid
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
@@ -19,7 +19,7 @@ from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.layout import metadata_name, part_name
 from torchcache.checkpoint.loading import plan_loads, run_loads
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
-from torchcache.checkpoint.manifest import Item, Manifest
+from torchcache.checkpoint.manifest import Item, Kind, Manifest
 from torchcache.checkpoint.metadata import StorageInfo, dtype_name, load_metadata, metadata_of
 from torchcache.checkpoint.source import SavedFiles, Source
 from torchcache.connecting import connect
@@ -28,6 +28,9 @@ from torchcache.local_pool import LocalPool
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, SaveInfo
 from torchcache.save_names import save_namespace, saved_file
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint._extension import ExtensionRegistry
 
 _MANIFEST_OF_MANY_BYTES: Final = 128 * MANY_ITEMS
 
@@ -42,6 +45,8 @@ class CacheStorageReader(StorageReader):
 
     `path` and `pool` are as for CacheStorageWriter. Objects other than tensors must pass torch's weights_only loading;
     `allow_pickle` hands them to the planner unchecked, which lets a checkpoint run code: only for those you trust.
+    `_extension_registry` is FileSystemReader's, experimental there: it undoes the stream extensions that items were
+    saved through.
     """
 
     def __init__(
@@ -50,10 +55,12 @@ class CacheStorageReader(StorageReader):
         *,
         pool: str | Pool | LocalPool | None = None,
         allow_pickle: bool = False,
+        _extension_registry: ExtensionRegistry | None = None,
     ) -> None:
         super().__init__()
         self.path: str | os.PathLike[str] = checkpoint_uri(path)
         self.allow_pickle = allow_pickle
+        self._extension_registry = _extension_registry
         self._given_pool = pool
         self._forget()
 
@@ -77,7 +84,12 @@ class CacheStorageReader(StorageReader):
 
     def __getstate__(self) -> dict[str, Any]:
         given = self._given_pool.pool if isinstance(self._given_pool, LocalPool) else self._given_pool
-        return {"path": self.path, "allow_pickle": self.allow_pickle, "_given_pool": given}
+        return {
+            "path": self.path,
+            "allow_pickle": self.allow_pickle,
+            "_extension_registry": self._extension_registry,
+            "_given_pool": given,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -169,7 +181,12 @@ class CacheStorageReader(StorageReader):
         if source is None:
             raise CheckpointError("set_up_storage_reader has to be called first", object=str(self.path))
         loads = plan_loads(
-            plan.items, self._items, planner, require=source.require, allow_pickle=self.allow_pickle
+            plan.items,
+            self._items,
+            planner,
+            require=source.require,
+            allow_pickle=self.allow_pickle,
+            registry=self._extension_registry,
         )
         small = sum(self._length(item) for item in plan.items) < A_MOMENT_BYTES
         if not small:
@@ -295,18 +312,14 @@ def _item(index: MetadataIndex, info: object, metadata: Metadata) -> Item:
         return info
     if not isinstance(info, StorageInfo):
         raise CheckpointError(f"{index.fqn!r} was stored by another kind of writer: {type(info).__name__}")
-    transforms = list(getattr(info, "transform_descriptors", None) or ())
-    if transforms not in ([], [DESCRIPTOR]):
-        raise CheckpointError(
-            f"{index.fqn!r} was saved through stream extensions ({', '.join(map(str, transforms))}), which only "
-            "torch's own FileSystemReader undoes"
-        )
+    transforms = tuple(getattr(info, "transform_descriptors", None) or ())
+    kind: Kind = "opaque" if not transforms else "zstd" if transforms == (DESCRIPTOR,) else "stream"
     dtype, shape = _block(index, metadata) if transforms else (None, None)
     return Item(
         name=index.fqn,
         offset=None if index.offset is None else tuple(index.offset),
         index=index.index,
-        kind="zstd" if transforms else "opaque",
+        kind=kind,
         dtype=dtype,
         shape=shape,
         file=info.relative_path,
@@ -316,6 +329,7 @@ def _item(index: MetadataIndex, info: object, metadata: Metadata) -> Item:
         payload_length=info.length,
         frame_digest=0,
         digests=(),
+        transforms=transforms if kind == "stream" else (),
     )
 
 

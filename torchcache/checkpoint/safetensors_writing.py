@@ -103,7 +103,9 @@ def _place(stored: str, name: str, tensor: Tensor, items: Sequence[Item]) -> Pla
     code = CODES.get(tensor.dtype)
     if code is None or any(item.kind not in ("tensor", "zstd") for item in items):
         what = (
-            f"of dtype {tensor.dtype}" if code is None else "no plain tensor (sparse, quantised, a subclass)"
+            f"of dtype {tensor.dtype}"
+            if code is None
+            else "no plain tensor (sparse, quantised, a subclass, saved through extensions)"
         )
         raise ConfigurationError(
             f"{stored!r} is {what}, which safetensors has no form for: leave it out with a prefix",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from torchcache.checkpoint import manifest
-from torchcache.checkpoint.compression import LEAST_BYTES, Zstd
+from torchcache.checkpoint.compression import DESCRIPTOR, LEAST_BYTES, Zstd
+from torchcache.checkpoint.extensions import descriptors_of, transform
 from torchcache.checkpoint.frame import blob_of, bytes_of, frame, has_row_major_bytes, row_major
 from torchcache.checkpoint.garbage import garbage_waits
 from torchcache.checkpoint.host_memory import Room, copied_bytes, to_host
@@ -20,6 +22,9 @@ from torchcache.checkpoint.metadata import dtype_name
 from torchcache.checkpoint.passing import PassingDigests
 from torchcache.checkpoint.reuse import LEAST_COMPARED_BYTES
 from torchcache.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint._extension import StreamTransformExtension
 
 _GUESSED_OBJECT_BYTES = 4096
 _HASHED_AS_SENT_BYTES = 1024 * 1024
@@ -44,6 +49,7 @@ class _Blob:
     head: bytes
     payload: memoryview
     tail: bytes
+    transforms: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -92,6 +98,16 @@ def _compressed(blob: _Blob, how: Zstd) -> _Blob:
     return _Blob(blob.item, "zstd", blob.dtype, blob.shape, b"", memoryview(frame), b"")
 
 
+def _transformed(blob: _Blob, extensions: Sequence[StreamTransformExtension]) -> _Blob:
+    """The blob as stream extensions make it: every one, as stock's writer does it."""
+    stream = transform([blob.head, blob.payload, blob.tail], extensions)
+    transforms = descriptors_of(extensions)
+    kind: manifest.Kind = "zstd" if transforms == (DESCRIPTOR,) else "stream"
+    # A blob that torch made anew tells nobody how large it was.
+    dtype, shape = (None, None) if blob.kind == "opaque" else (blob.dtype, blob.shape)
+    return _Blob(blob.item, kind, dtype, shape, b"", stream, b"", transforms if kind == "stream" else ())
+
+
 def _probe(blob: _Blob) -> int:
     if blob.kind != "tensor" or len(blob.payload) < LEAST_COMPARED_BYTES:
         return 0
@@ -115,16 +131,19 @@ class StagedFile:
         resolve: Callable[[WriteItem], torch.Tensor | io.BytesIO],
         *,
         compression: Zstd | None = None,
+        extensions: Sequence[StreamTransformExtension] = (),
         room: Room | None = None,
     ) -> None:
         """Resolves `items`, and copies only what isn't contiguous in CPU memory.
 
-        For that, and for what is compressed, it waits until `room` has the bytes. `close` gives them back.
+        For that, and for what is compressed or goes through `extensions`, it waits until `room` has the bytes. `close`
+        gives them back.
         """
         self.name = name
         self.buffers: list[bytes | memoryview] = []
         self.size = 0
         self._compression = compression
+        self._extensions = extensions
         data = [resolve(item) for item in items]
         self._room, self._taken = room, sum(map(self._extra_bytes, data))
         if room is not None:
@@ -141,8 +160,8 @@ class StagedFile:
     def _extra_bytes(self, data: torch.Tensor | io.BytesIO) -> int:
         if not isinstance(data, torch.Tensor):
             return 0
-        compressed = data.numel() * data.dtype.itemsize if self._compression is not None else 0
-        return copied_bytes(data) + compressed
+        is_remade = self._compression is not None or self._extensions
+        return copied_bytes(data) + (data.numel() * data.dtype.itemsize if is_remade else 0)
 
     def close(self) -> None:
         """Its bytes aren't needed any more."""
@@ -156,10 +175,14 @@ class StagedFile:
         """Compresses what is to be compressed, gives each item its place, and hashes small ones. In any thread."""
         waiting, self._resolved = self._resolved[::-1], []
         while waiting:
-            blob = waiting.pop()
-            self._append(blob if self._compression is None else _compressed(blob, self._compression))
+            self._append(self._remade(waiting.pop()))
         large = [(start + len(blob.head), blob.payload) for start, blob, _ in self._blobs if _is_large(blob)]
         self.passing = PassingDigests(large)
+
+    def _remade(self, blob: _Blob) -> _Blob:
+        if self._extensions:
+            return _transformed(blob, self._extensions)
+        return blob if self._compression is None else _compressed(blob, self._compression)
 
     def _append(self, blob: _Blob) -> None:
         start = align(self.size)
@@ -189,4 +212,5 @@ class StagedFile:
             frame_digest=frame_digest(blob.head, blob.tail),
             digests=self.passing.of(start + len(blob.head)) if _is_large(blob) else digests,
             probe=_probe(blob),
+            transforms=blob.transforms,
         )

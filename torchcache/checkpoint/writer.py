@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future as LocalFuture
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -24,6 +24,7 @@ from torch.futures import Future
 import torchcache
 from torchcache.checkpoint.compression import Zstd
 from torchcache.checkpoint.durable import wait_until_durable
+from torchcache.checkpoint.extensions import require_streams
 from torchcache.checkpoint.garbage import A_MOMENT_BYTES, garbage_waits
 from torchcache.checkpoint.holder import holder_name
 from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, Room
@@ -52,6 +53,9 @@ from torchcache.local_pool import LocalPool
 from torchcache.pool import Pool
 from torchcache.pool.reports import Reservation
 from torchcache.threads import Threads
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint._extension import StreamTransformExtension
 
 Durability = Literal["pool", "store"]
 
@@ -98,6 +102,9 @@ class CacheStorageWriter(StorageWriter):
     are neither sent nor stored again, unless compressed. In the under-store each checkpoint is whole all the same. A
     save that finds no room gives back what it has borrowed, and sends it.
 
+    `_extensions` are torch's own stream extensions, experimental there: each item's bytes go through them, as with
+    FileSystemWriter. Nothing is reused then, and readers need an `_extension_registry` that knows them.
+
     One writer may serve many saves (`checkpoint_id=` gives each its path), from several threads too, and pickles. It is
     its own stager for `dcp.async_save`, see `stage`.
     Raises ConfigurationError.
@@ -114,6 +121,7 @@ class CacheStorageWriter(StorageWriter):
         extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
         overwrite: bool = False,
         reuse_unchanged: bool = True,
+        _extensions: Sequence[StreamTransformExtension] | None = None,
     ) -> None:
         super().__init__()
         if durability not in ("pool", "store"):
@@ -126,11 +134,14 @@ class CacheStorageWriter(StorageWriter):
         self.compression = Zstd.of(compression)
         if self.compression is not None and not knows_extensions():
             raise ConfigurationError("compressed items need torch 2.7 or newer: its .metadata tells of them")
+        self._extensions = require_streams(_extensions)
+        if self._extensions and self.compression is not None:
+            raise ConfigurationError("give compression= or _extensions=, one of them")
         self.path: str | os.PathLike[str] = checkpoint_uri(path)
         self.durability: Durability = durability
         self.replicas = replicas
         self.overwrite = overwrite
-        self.reuse_unchanged = reuse_unchanged and self.compression is None
+        self.reuse_unchanged = reuse_unchanged and self.compression is None and not self._extensions
         self.save_id = ""
         """Of the save that this process wrote last by it, in `storage_meta` of what is read back."""
         self._given_pool = pool
@@ -383,6 +394,7 @@ class CacheStorageWriter(StorageWriter):
                         items,
                         planner.resolve_data,
                         compression=self.compression,
+                        extensions=self._extensions,
                         room=room,
                     )
                     writes.append(threads.submit(self._write_file, ticket, staged, taken))
