@@ -32,6 +32,13 @@ def save_namespace(store: str, path: str, save_id: str) -> str:
     return f"{SAVE_PREFIX}{store}/{path}@{save_id}"
 
 
+def split_save_namespace(namespace: str) -> tuple[str, str, str] | None:
+    """Under-store, path and save id of a `save_namespace`; None of another."""
+    where, at, save_id = namespace.removeprefix(SAVE_PREFIX).rpartition("@")
+    store, slash, path = where.partition("/")
+    return (store, path, save_id) if namespace.startswith(SAVE_PREFIX) and at and slash else None
+
+
 def put_namespace(written: ObjectId) -> str:
     """What an object to be published is stored under in the pool; its version is `save:<write_id>`."""
     return f"{PUT_PREFIX}{written.store}/{written.key}@{written.version.removeprefix(SAVE_PREFIX)}"

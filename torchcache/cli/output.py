@@ -13,6 +13,7 @@ import click
 from torchcache.errors import TorchCacheError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 _PIPE_COLUMNS = 500
@@ -35,6 +36,16 @@ class Output:
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self.one_line = False  # for each document: there are several
+        self._gathered: list[RenderableType] | None = None
+
+    @contextlib.contextmanager
+    def gather(self) -> Iterator[list[RenderableType]]:
+        """What the block would print for people goes into the list that it gets, warnings too."""
+        self._gathered = []
+        try:
+            yield self._gathered
+        finally:
+            self._gathered = None
 
     def document(self, content: Mapping[str, Any]) -> None:
         """Prints `content` if machines listen."""
@@ -44,7 +55,9 @@ class Output:
 
     def text(self, line: str) -> None:
         """Prints a line if people listen."""
-        if not self.as_json:
+        if self._gathered is not None:
+            self._gathered.append(_line(line))
+        elif not self.as_json:
             click.echo(line)
 
     def table(
@@ -72,12 +85,18 @@ class Output:
             )
         for row in rows:
             table.add_row(*(Text(cell, style="bold red" if isinstance(cell, Alert) else "") for cell in row))
+        if self._gathered is not None:
+            self._gathered.append(table)
+            return
         Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False).print(
             table
         )
 
     def warning(self, line: str) -> None:
         """Prints a line on stderr, for everybody."""
+        if self._gathered is not None:
+            self._gathered.append(_line(f"torchcache: {line}", style="bold red"))
+            return
         click.echo(f"torchcache: {line}", err=True)
 
     def error(self, error: TorchCacheError) -> None:
@@ -120,6 +139,12 @@ class Output:
                 progress.update(task, advance=bytes_done, done=done)
 
             yield advance
+
+
+def _line(line: str, *, style: str = "") -> RenderableType:
+    from rich.text import Text
+
+    return Text(line, style=style)
 
 
 def size_text(size_bytes: int) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from torchcache.cli.output import percent_text, size_text
 from torchcache.errors import TorchCacheError
+from torchcache.save_names import KEPT_PREFIXES
 
 if TYPE_CHECKING:
     from torchcache.cli.output import Output
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 ASKED_AT_ONCE: Final = 50_000
 """Objects in one question: what of a listing is kept in memory."""
+
+MOST_DATASETS: Final = 15
+"""What `status --watch` shows."""
 
 REST: Final = 20
 """Times as long as it took the answer is good: with --watch a twentieth of the time goes into listing."""
@@ -94,3 +98,33 @@ def show_residencies(output: Output, residencies: Sequence[DatasetResidency]) ->
     ]
     if rows:
         output.table(("dataset in storage", ">objects", ">size", ">in the pool", "of it"), rows)
+
+
+def show_datasets(
+    output: Output, servers: Iterable[ServerStatus], residencies: Sequence[DatasetResidency]
+) -> None:
+    """A table of the datasets that hold the most, if there are any, with what is known of all that they have."""
+    held: dict[str, list[int]] = {}
+    for server in servers:
+        for one in server.namespaces:
+            if not one.name.startswith(KEPT_PREFIXES):
+                held.setdefault(one.name, []).append(one.bytes)
+    whole = {one.name: one for one in residencies}
+    rows = []
+    for name, sizes in sorted(held.items(), key=lambda item: (-sum(item[1]), item[0]))[:MOST_DATASETS]:
+        of = whole.get(name)
+        fraction = of.fraction if of is not None else None
+        rows.append(
+            (
+                name,
+                str(len(sizes)),
+                size_text(sum(sizes)),
+                size_text(of.bytes) if of is not None and not of.error else "-",
+                "-" if fraction is None else percent_text(fraction),
+                of.error if of is not None else "",
+            )
+        )
+    if rows:
+        output.table(("dataset", ">servers", ">in the pool", ">in storage", ">resident", "error"), rows)
+    if len(held) > MOST_DATASETS:
+        output.text(f"and {len(held) - MOST_DATASETS:,} datasets that hold less")

@@ -10,12 +10,14 @@ import click
 
 from torchcache.cli.command import EXIT_CODES, Session, command
 from torchcache.cli.output import Alert, duration_text, percent_text, policy_text, size_text
-from torchcache.cli.residencies import Residencies, show_residencies
+from torchcache.cli.recent_saves import RecentSaves, show_recent_saves
+from torchcache.cli.residencies import Residencies, show_datasets, show_residencies
 from torchcache.cli.watching import watch
 from torchcache.errors import ServerUnavailable
 
 if TYPE_CHECKING:
     from torchcache.cli.output import Output
+    from torchcache.cli.recent_saves import RecentSave
     from torchcache.cli.residencies import DatasetResidency
     from torchcache.cli.watching import Rates
     from torchcache.pool import CopiesStatus, NamespaceStatus, Pool, PoolStatistics, ServerStatus
@@ -35,7 +37,8 @@ _REASONS: Final = {
     type=click.FloatRange(min=0.1),
     is_flag=False,
     flag_value=2.0,
-    help="Show it again and again, with rates, until Ctrl-C. [2] With --json a document in each line.",
+    help="Show it again and again, with rates and the newest checkpoints, until Ctrl-C. [2] With --json a document in "
+    "each line.",
 )
 @click.option(
     "--residency",
@@ -51,15 +54,18 @@ def status(session: Session, *, every_s: float | None, residency: bool) -> None:
     pool = _running_embedded_pool() if session.uses_embedded_pool else session.pool
 
     residencies = Residencies(pool) if residency else None
+    recent_saves = RecentSaves(pool) if every_s is not None else None
 
     def show(servers: list[ServerStatus], rates: list[Rates]) -> None:
-        _show(session.output, pool, servers, rates, residencies.of(servers) if residencies else None)
+        held = residencies.of(servers) if residencies else None
+        recent = recent_saves.of(servers) if recent_saves else None
+        _show(session.output, pool, servers, rates, residencies=held, recent_saves=recent)
 
     if every_s is None:
         show(pool.status(), [])
     else:
         session.output.one_line = True
-        watch(pool.status, show, every_s)
+        watch(session.output, pool.status, show, every_s)
 
 
 def _show(
@@ -67,7 +73,9 @@ def _show(
     pool: Pool,
     servers: list[ServerStatus],
     rates: list[Rates],
+    *,
     residencies: list[DatasetResidency] | None,
+    recent_saves: list[RecentSave] | None,
 ) -> None:
     from torchcache.pool.health import far_slower
 
@@ -92,15 +100,27 @@ def _show(
                 if residencies is not None
                 else {}
             ),
+            **(
+                {"checkpoints": [dataclasses.asdict(one) for one in recent_saves]}
+                if recent_saves is not None
+                else {}
+            ),
         }
     )
     _warn(output, servers, unreachable, slow, passed_over)
-    if not output.as_json:
-        _show_rates(output, rates)
-        _show_servers(output, servers)
-        _show_lanes(output, servers, seen, answers_s)
-        _show_disks(output, servers)
-        _show_under_stores(output, servers)
+    if output.as_json:
+        return
+    _show_rates(output, rates)
+    _show_servers(output, servers)
+    if recent_saves is not None:  # on a screen what matters most comes first
+        show_datasets(output, servers, residencies or [])
+        show_recent_saves(output, recent_saves)
+        _show_saves(output, servers)
+        _show_orders(output, servers)
+    _show_lanes(output, servers, seen, answers_s)
+    _show_disks(output, servers)
+    _show_under_stores(output, servers)
+    if recent_saves is None:
         _show_namespaces(output, servers)
         show_residencies(output, residencies or [])
         _show_saves(output, servers)

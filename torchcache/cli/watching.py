@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from time import monotonic, sleep
+from time import monotonic, sleep, strftime
 from typing import TYPE_CHECKING
-
-import click
 
 from torchcache.errors import TransientError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+    from torchcache.cli.output import Output
     from torchcache.pool import ServerStatus
 
 
@@ -62,6 +65,7 @@ def _rates(before: ServerStatus | None, after: ServerStatus, seconds: float) -> 
 
 
 def watch(
+    output: Output,
     look: Callable[[], list[ServerStatus]],
     show: Callable[[list[ServerStatus], list[Rates]], None],
     every_s: float,
@@ -69,15 +73,82 @@ def watch(
     """Shows what `look` finds every `every_s` seconds, until interrupted. A pool that is away is waited for."""
     before: list[ServerStatus] = []
     looked = monotonic()
-    while True:
-        try:
-            found = look()
-        except TransientError as error:
-            click.echo(f"torchcache: {error}", err=True)
-        else:
-            now = monotonic()
-            if sys.stdout.isatty():
-                click.clear()
-            show(found, rates(before, found, now - looked) if before else [])
-            before, looked = found, now
-        sleep(every_s)
+    with _display(output) as display:
+        while True:
+            try:
+                found, now = look(), monotonic()
+                with display.look(len(found)):
+                    show(found, rates(before, found, now - looked) if before else [])
+                before, looked = found, now
+            except TransientError as error:
+                display.away(error)
+            sleep(every_s)
+
+
+class Pages:
+    """Where no terminal is: each look is printed below the one before."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+
+    @contextmanager
+    def look(self, servers: int) -> Iterator[None]:
+        """Around what prints a look, at which so many servers answered."""
+        self._output.text(_title(servers))
+        yield
+
+    def away(self, error: TransientError) -> None:
+        """A look that met an error."""
+        self._output.warning(str(error))
+
+
+class Screen:
+    """On a terminal: each look takes the place of the one before. What doesn't fit is cut off at the end, until the
+    last one stays.
+    """
+
+    def __init__(self, output: Output, live: Live) -> None:
+        self._output = output
+        self._live = live
+        self._shown: list[RenderableType] = []
+
+    @contextmanager
+    def look(self, servers: int) -> Iterator[None]:
+        """See `Pages`."""
+        with self._output.gather() as shown:
+            self._output.text(_title(servers))
+            yield
+        self._shown = shown
+        self._update(shown)
+
+    def away(self, error: TransientError) -> None:
+        """The error stands above what was seen last."""
+        with self._output.gather() as shown:
+            self._output.warning(f"{_time_text()}: {error}")
+        self._update([*shown, *self._shown])
+
+    def _update(self, shown: Sequence[RenderableType]) -> None:
+        from rich.console import Group
+
+        self._live.update(Group(*shown), refresh=True)
+
+
+@contextmanager
+def _display(output: Output) -> Iterator[Pages | Screen]:
+    if output.as_json or not sys.stdout.isatty():
+        yield Pages(output)
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(file=sys.stdout, highlight=False)
+    with Live(console=console, auto_refresh=False) as live:
+        yield Screen(output, live)
+
+
+def _title(servers: int) -> str:
+    return f"{_time_text()}: {servers} {'server answers' if servers == 1 else 'servers answer'}"
+
+
+def _time_text() -> str:
+    return strftime("%H:%M:%S")
