@@ -87,6 +87,7 @@ HOSTILE: Final = {
     "deserialisation": ("pickles with code, records of samples that nobody wrote", 40),
     "bombs": ("little that unpacks to much", 30),
     "folders": ("symlinks, FIFOs, folders and rights where the server expects its own", 40),
+    "races": ("files and folders that become something else under a server that runs", 40),
     "exhaustion": ("connections, calls, streams and bytes beyond the bounds, and such as never end", 30),
     "secrets": ("every place where something is said, for tokens and storage's credentials", 20),
 }

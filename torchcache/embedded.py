@@ -22,6 +22,7 @@ from torchcache import environment
 from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.lanes.access import Access
 from torchcache.lanes.connections import connections
+from torchcache.plain_files import read_plain
 from torchcache.pool.control import ControlClient
 from torchcache.pool.members import Endpoint, parse_address
 from torchcache.presence import locked, pool_lock, presence
@@ -125,7 +126,7 @@ def running(folder: Path) -> bool:
 def read_endpoint(folder: Path) -> dict[str, Any] | None:
     """What the server in `folder` says of itself; None if nothing readable."""
     try:
-        fields = json.loads((folder / "endpoint.json").read_text())
+        fields = json.loads(read_plain(folder / "endpoint.json"))
         return fields if isinstance(fields, dict) and isinstance(fields.get("control"), str) else None
     except (OSError, ValueError):
         return None
@@ -152,7 +153,7 @@ def _count(pool: EmbeddedMembers) -> int:
     described = pool.root / "pool.json"
     if alive:
         try:
-            count = int(json.loads(described.read_text())["servers"])
+            count = int(json.loads(read_plain(described))["servers"])
         except (OSError, ValueError, KeyError, TypeError):
             count = alive
         if pool.servers is not None and pool.servers != count:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torchcache_server.process.endpoint import EndpointFile
 
 from torchcache.embedded import default_capacity_bytes, make_folder, read_endpoint, running
 from torchcache.errors import ConfigurationError, ServerUnavailable
@@ -57,6 +60,27 @@ def test_an_endpoint_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> N
     assert read_endpoint(tmp_path) is None
     (tmp_path / "endpoint.json").write_text(text)
     assert read_endpoint(tmp_path) is None
+
+
+PLACED: dict[str, Callable[[Path], object]] = {
+    "a symlink": lambda path: path.symlink_to(path.parent / "outside"),
+    "a pipe": os.mkfifo,
+    "a socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": Path.mkdir,
+    "too much": lambda path: path.write_text(" " * (2 << 20)),
+}
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize("kind", PLACED)
+def test_an_endpoint_that_is_no_file_of_ours_is_none(tmp_path: Path, kind: str) -> None:
+    """Neither waited for nor followed: what it leads to could say that the servers are elsewhere."""
+    (tmp_path / "outside").write_text('{"control": "192.0.2.1:7440", "instance": "i"}')
+    PLACED[kind](tmp_path / "endpoint.json")
+    assert read_endpoint(tmp_path) is None
+    EndpointFile(tmp_path, {"instance": "i"}).remove()
+    assert os.path.lexists(tmp_path / "endpoint.json"), "only the server's own is removed"
 
 
 def test_an_endpoint_without_a_living_server_is_stale(tmp_path: Path) -> None:

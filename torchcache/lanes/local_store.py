@@ -20,6 +20,7 @@ from torchcache.lanes.local_index import LocalIndex
 from torchcache.lanes.local_reclaim import Reclaim
 from torchcache.lanes.local_records import Known, KnownRecords
 from torchcache.lanes.local_segments import Mapped, MappedSegments
+from torchcache.plain_files import read_plain
 from torchcache.records import IDENTITY, LOCATION, SEGMENT_NUMBER
 from torchcache.wire.v1 import cache_pb2
 
@@ -210,7 +211,7 @@ def _look_at(path: Path, server_id: str, identity: tuple[int, int]) -> LocalStor
         raise ConfigurationError(
             f"the store {path} belongs to user {found.st_uid}, not to us, {os.geteuid()}"
         )
-    content = json.loads((path / IDENTITY).read_text())
+    content = json.loads(read_plain(path / IDENTITY))
     if not isinstance(content, dict) or content.get("server_id") != server_id:
         raise ConfigurationError(f"the store {path} isn't that of the server")
     with _registering:

@@ -20,6 +20,7 @@ from typing import Any, Final
 from torchcache import environment
 from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.lanes.access import Access
+from torchcache.plain_files import read_plain
 from torchcache.pool.members import (
     Endpoint,
     MemberSource,
@@ -207,7 +208,7 @@ def _remember(path: Path, endpoints: Sequence[Endpoint]) -> None:
 
 def _recall(path: Path) -> list[Endpoint]:
     try:
-        found: Any = json.loads(path.read_text())
+        found: Any = json.loads(read_plain(path))
         return [Endpoint(host=str(host), port=int(port)) for host, port in found]
     except (OSError, ValueError, TypeError):
         return []

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torchcache.plain_files import read_plain
+
 NAME = "endpoint.json"
 
 
@@ -30,7 +32,7 @@ class EndpointFile:
     def remove(self) -> None:
         """Removes the file, unless another server has written its own since."""
         try:
-            if json.loads(self._path.read_text()).get("instance") == self._fields["instance"]:
+            if json.loads(read_plain(self._path)).get("instance") == self._fields["instance"]:
                 self._path.unlink()
         except (OSError, ValueError):
             pass
