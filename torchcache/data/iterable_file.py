@@ -10,12 +10,19 @@ from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool
 
 BUFFER_BYTES: Final = 4 * 1024 * 1024
-"""What is read at once, and the memory an open shard holds."""
+"""What is read at once of a shard that is read from the front, and the memory it holds while it is open."""
 
 
 def open_shard(pool: Pool, info: ObjectInfo, namespace: str) -> BinaryIO:
-    """The shard `info`, to be read from the front, or anywhere. Raises ObjectChanged and ObjectNotFound naming it."""
+    """The shard `info`, to be read from the front. Raises ObjectChanged and ObjectNotFound naming it."""
     return io.BufferedReader(_Shard(pool, info, namespace), max(1, min(BUFFER_BYTES, info.size)))
+
+
+def open_parts(pool: Pool, info: ObjectInfo, namespace: str) -> BinaryIO:
+    """The shard `info`, of which just the bytes are read that are asked for. Raises as `open_shard`."""
+    return io.BufferedReader(
+        _Shard(pool, info, namespace), 1
+    )  # it reads what is larger than its buffer as it is
 
 
 class _Shard(io.RawIOBase):

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from torchcache import environment
 from torchcache.data import codec
-from torchcache.data.formats import Format, RecordFormat, codec_of
+from torchcache.data.formats import BlockFormat, Format, RecordFormat, codec_of
 from torchcache.data.formats.base import damaged
 from torchcache.data.formats.compression import held_whole, unpacked
-from torchcache.data.iterable_file import open_shard
+from torchcache.data.iterable_file import open_parts, open_shard
 from torchcache.data.progress import progress_bar
 from torchcache.errors import (
     IntegrityError,
@@ -214,7 +214,9 @@ class Indexing:
 
     def _read(self, info: ObjectInfo) -> ShardIndex:
         where = self._pool.uri(info.id)
-        return index_of(open_shard(self._pool, info, self._namespace), info, self._format, where)
+        in_parts = isinstance(self._format, BlockFormat) and codec_of(info.id.key) is None
+        file = (open_parts if in_parts else open_shard)(self._pool, info, self._namespace)
+        return index_of(file, info, self._format, where)
 
     def _keep(
         self, shards: Sequence[ObjectInfo], numbers: Sequence[int], made: Mapping[int, ShardIndex]

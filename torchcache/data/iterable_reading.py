@@ -16,7 +16,7 @@ import numpy as np
 from torchcache.data.formats import BlockFormat, RecordFormat, codec_of
 from torchcache.data.formats.base import BlockReader, damaged, place, rows_of
 from torchcache.data.formats.compression import held_whole, unpacked
-from torchcache.data.iterable_file import explained, open_shard
+from torchcache.data.iterable_file import explained, open_parts, open_shard
 from torchcache.data.iterable_index import Access
 from torchcache.data.iterable_order import Ints
 from torchcache.errors import IntegrityError, TorchCacheError
@@ -166,7 +166,7 @@ class BlockReading:
             records, info = self._records, self._records.info(shard)
             if not isinstance(records.format, BlockFormat):
                 raise TypeError(f"{records.format.name} has no blocks")
-            file = open_shard(records.pool, info, records.namespace)
+            file = open_parts(records.pool, info, records.namespace)
             reader = records.format.open(file, records.pool.uri(info.id))
         self._readers[shard] = reader
         while len(self._readers) > _OPEN:

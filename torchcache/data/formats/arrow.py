@@ -1,18 +1,25 @@
-"""Arrow IPC: files, whose record batches are read alone, and streams, as `datasets` keeps them, read from the front."""
+"""Arrow IPC: files, whose record batches are read alone, and streams, as `datasets` keeps them, read from the front.
+
+Of a batch of a file only the columns asked for are read, and to count its rows only its header.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar, Final
+from typing import Any, BinaryIO, ClassVar, Final, cast
 
 import pyarrow as pa
 
+from torchcache.data.formats.arrow_headers import batch_rows
 from torchcache.data.formats.base import BlockFormat, BlockReader, damaged
 from torchcache.data.formats.parquet import checked_columns
 from torchcache.errors import TorchCacheError
 
 _MAGIC: Final = b"ARROW1"
+_STREAM_BYTES: Final = 4 * 1024 * 1024
+"""Of a stream, read at once."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +40,25 @@ class ArrowReader(BlockReader):
 
     def __init__(self, file: BinaryIO, columns: Sequence[str] | None, where: str) -> None:
         self._where = where
-        self._file = file
         self.seekable = file.read(len(_MAGIC)) == _MAGIC
         file.seek(0)
+        self._file = file if self.seekable else io.BufferedReader(cast(io.RawIOBase, file), _STREAM_BYTES)
+        self._options = pa.ipc.IpcReadOptions()
         self._batches = self._opened()
-        self._columns = checked_columns(columns, self._batches.schema.names, where)
+        schema = self._batches.schema
+        self._columns = checked_columns(columns, schema, where)
+        if self._columns:
+            fields = sorted({at for name in self._columns for at in schema.get_all_field_indices(name)})
+            self._options = pa.ipc.IpcReadOptions(included_fields=fields)
+            self._file.seek(0)
+            self._batches = self._opened()
 
     def rows(self) -> list[int]:
         if self.seekable:
-            counts = [self._batch(i).num_rows for i in range(self._batches.num_record_batches)]
-        else:
-            counts = [batch.num_rows for batch in self._stream()]
-            self._file.seek(0)
-            self._batches = self._opened()
+            return batch_rows(self._file, self._where)
+        counts = [batch.num_rows for batch in self._stream()]
+        self._file.seek(0)
+        self._batches = self._opened()
         return counts
 
     def read(self, block: int) -> Any:
@@ -54,9 +67,8 @@ class ArrowReader(BlockReader):
         table = pa.Table.from_batches([batch])
         table = table if self._columns is None else table.select(self._columns)
         try:
-            table.validate(
-                full=True
-            )  # Arrow trusts the offsets in a file, and would read wherever they point
+            # Arrow trusts the offsets in a file, and would read wherever they point.
+            table.validate(full=True)
         except (pa.ArrowException, ValueError) as error:
             raise damaged(self._where, f"record batch {block} is malformed: {error}") from error
         return table
@@ -72,7 +84,7 @@ class ArrowReader(BlockReader):
     def _opened(self) -> Any:
         opener = pa.ipc.open_file if self.seekable else pa.ipc.open_stream
         try:
-            return opener(self._file)
+            return opener(self._file, options=self._options)
         except TorchCacheError:
             raise
         except (pa.ArrowException, OSError) as error:

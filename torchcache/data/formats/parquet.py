@@ -37,7 +37,7 @@ class ParquetReader(BlockReader):
             raise
         except (pa.ArrowException, OSError) as error:
             raise damaged(where, f"it is no Parquet: {error}") from error
-        self._columns = checked_columns(columns, self._file.schema_arrow.names, where)
+        self._columns = checked_columns(columns, self._file.schema_arrow, where)
 
     def rows(self) -> list[int]:
         metadata = self._file.metadata
@@ -52,10 +52,14 @@ class ParquetReader(BlockReader):
             raise damaged(self._where, f"row group {block} can't be read: {error}") from error
 
 
-def checked_columns(columns: Sequence[str] | None, names: Sequence[str], where: str) -> list[str] | None:
-    """The columns to read, None for all. Raises ConfigurationError naming one that isn't there."""
+def checked_columns(columns: Sequence[str] | None, schema: pa.Schema, where: str) -> list[str] | None:
+    """The columns to read, None for all. Raises ConfigurationError naming one that isn't there, and IntegrityError."""
     if columns is None:
         return None
+    try:
+        names = schema.names
+    except ValueError as error:
+        raise damaged(where, f"the names of its columns can't be read: {error}") from error
     missing = [name for name in columns if name not in names]
     if missing:
         raise ConfigurationError(
