@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def flip_a_byte_of_each_tensor(store: Path, tensors: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("sound", [True, False])
-def test_damage_in_the_pool_is_found_and_mended_from_sound_storage(tmp_path: Path, sound: bool) -> None:
+def test_damage_in_the_pool_is_found_and_mended_from_sound_storage(
+    tmp_path: Path, sound: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     chance = torch.Generator().manual_seed(3)
     saved = {f"t{n}": torch.rand(1_500_000 + n, generator=chance) for n in range(3)}
     home = tmp_path / "home"
@@ -45,6 +48,17 @@ def test_damage_in_the_pool_is_found_and_mended_from_sound_storage(tmp_path: Pat
         if sound:
             manager.load(into, 1)
             assert all(torch.equal(into[name], saved[name]) for name in saved)
+            warned = [
+                record.args[1]
+                for record in caplog.records
+                if record.name == "torchcache.checkpoint.source" and record.levelno == logging.WARNING
+            ]
+            shards = {shard.name for shard in home.rglob("*.distcp")}
+            assert len(warned) == len(set(warned)), "once a file"
+            assert warned
+            assert set(warned) <= shards
+            caplog.clear()
+            manager.load({name: torch.zeros_like(tensor) for name, tensor in saved.items()}, 1)
         else:
             with pytest.raises(IntegrityError):
                 manager.load(into, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +23,8 @@ from torchcache.errors import (
 from torchcache.model import ByteRange, Extent, ObjectInfo
 from torchcache.pool import Pool, SaveInfo
 from torchcache.save_names import save_namespace, saved_file
+
+_log = logging.getLogger(__name__)
 
 _READ_S = 120.0
 _LARGE_BYTES = 64 * 1024 * 1024
@@ -84,6 +88,8 @@ class Source:
         self._evicted: set[str] = set()
         self._saved_objects: dict[str, ObjectInfo] = {}
         self._stored: dict[str, ObjectInfo] = {}
+        self._warned: set[str] = set()
+        self._warning = threading.Lock()
 
     def fetch(self, fetches: Sequence[Fetch]) -> None:
         """Fills the buffers of all `fetches`, in one read or two, and checks them against the manifest.
@@ -131,8 +137,8 @@ class Source:
             )
 
     def _fetch_saved(self, saved: SavedFiles, fetches: Sequence[Fetch]) -> list[Fetch]:
-        """Reads from the pool's copy; returns those it has no good copy of."""
-        fetches = self._land(saved, fetches)
+        """Reads from the pool's copy; returns those it has no good copy of. Warns of what is damaged."""
+        fetches, unlike = self._land(saved, fetches)
         if not fetches:
             return []
         outcomes = self._pool.read_each(
@@ -142,6 +148,7 @@ class Source:
             timeout_s=_READ_S,
         )
         missing: list[Fetch] = []
+        damaged: list[Fetch] = []
         had: set[str] = set()
         problem: TorchCacheError | None = None
         for fetch, outcome in zip(fetches, outcomes, strict=True):
@@ -153,13 +160,31 @@ class Source:
             except (NotResident, IntegrityError, ServerUnavailable) as error:
                 missing.append(fetch)
                 problem = error
+                # A server forgets what it finds damaged: then it is only gone.
+                if isinstance(error, IntegrityError) or id(fetch) in unlike:
+                    damaged.append(fetch)
         if problem is not None:
             self._require_durable(saved, problem)
+        for fetch in damaged:
+            self._warn_of_damage(fetch.item)
         self._evicted |= {f.item.file for f in missing} - had
         return missing
 
-    def _land(self, saved: SavedFiles, fetches: Sequence[Fetch]) -> list[Fetch]:
-        """Fills the buffers from what lanes lend; returns those fetches that have to be read in another way."""
+    def _warn_of_damage(self, item: Item) -> None:
+        with self._warning:
+            if item.file in self._warned:
+                return
+            self._warned.add(item.file)
+        _log.warning(
+            "%s/%s is damaged in the pool (%s does not match its checksum): storage's copy is read",
+            self._uri,
+            item.file,
+            item.name,
+        )
+
+    def _land(self, saved: SavedFiles, fetches: Sequence[Fetch]) -> tuple[list[Fetch], set[int]]:
+        """Fills the buffers from what lanes lend; returns those fetches that have to be read in another way, and the
+        ids of those of them whose bytes came and were wrong."""
         left: list[Fetch] = []
         granules: list[tuple[Fetch, Granule]] = []
         for fetch in fetches:
@@ -180,10 +205,14 @@ class Source:
             )
         )
         failed: dict[int, Fetch] = {}
+        unlike: set[int] = set()
         for fetch, granule in granules:
-            if not granule.land([next(outcomes) for _ in granule.extents]):
+            came = [next(outcomes) for _ in granule.extents]
+            if not granule.land(came):
                 failed[id(fetch)] = fetch
-        return [*left, *failed.values()]
+                if all(isinstance(one, memoryview) for one in came):
+                    unlike.add(id(fetch))
+        return [*left, *failed.values()], unlike
 
     def _saved_object(self, saved: SavedFiles, name: str) -> ObjectInfo:
         """A file as the pool holds it: one value for all who read of it, so that its digest is made once."""
