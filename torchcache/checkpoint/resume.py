@@ -176,7 +176,7 @@ def require_same_data(
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of the global generators of torch (also of the current CUDA device, once in use), numpy and Python."""
+    """The states of the global generators of torch (also of all CUDA devices, once in use), numpy and Python."""
     name, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -190,7 +190,7 @@ def rng_state() -> dict[str, Any]:
         "python": list(random.getstate()),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
@@ -202,4 +202,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        states = state["cuda"]
+        if isinstance(states, torch.Tensor):  # as it was until 0.1: of the device that was current
+            torch.cuda.set_rng_state(states)
+        else:
+            torch.cuda.set_rng_state_all(states[: torch.cuda.device_count()])
