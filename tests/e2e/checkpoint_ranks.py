@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.device_mesh import init_device_mesh
@@ -141,6 +142,23 @@ def save_and_reshard(pool: Any, uri: str) -> None:
     for dimensions in (AS_SAVED, OTHERWISE):
         state = emptied(sharded(dimensions))
         dcp.load(state, storage_reader=tc.CacheStorageReader(uri, pool=pool))
+        assert_loaded(state)
+
+
+def ours_and_stock_by_name(pool: Any, uri: str) -> None:
+    """Through `torchcache://`, by torch's fsspec reader and writer and by ours: each loads what the other saved."""
+    named = uri.replace("s3://", "torchcache://s3/")
+    ours = tc.CacheStorageWriter(f"{named}/ours", pool=pool, durability="store")
+    dcp.save(sharded(AS_SAVED), storage_writer=ours)
+    dcp.save(sharded(AS_SAVED), storage_writer=FsspecWriter(f"{named}/stock", pool=pool))
+    readers = [
+        FsspecReader(f"{named}/ours", pool=pool),
+        tc.CacheStorageReader(f"{named}/ours", pool=pool),
+        tc.CacheStorageReader(f"{named}/stock", pool=pool),
+    ]
+    for reader in readers:
+        state = emptied(sharded(OTHERWISE))
+        dcp.load(state, storage_reader=reader)
         assert_loaded(state)
 
 

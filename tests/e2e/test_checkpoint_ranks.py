@@ -54,6 +54,10 @@ def manifest_of(pool: tc.Pool, uri: str) -> Manifest:
     return Manifest.decode(pool.get_save(*pool.resolve(uri)).manifest, where=uri)
 
 
+def test_by_the_name_of_the_under_store_ours_and_stock_load_each_other(bucket: str, run: Run) -> None:
+    run(ranks.ours_and_stock_by_name, bucket)
+
+
 def test_each_rank_borrows_what_it_wrote(pool: tc.Pool, bucket: str, run: Run) -> None:
     run(ranks.save_again, f"{bucket}/again")
     for step in (1, 2):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
 import torchcache as tc
 from examples.seaweedfs import SeaweedFS, environment
@@ -20,6 +21,7 @@ from tests.e2e.throwaway import throwaway
 from tests.unit.checkpoint_states import assert_same, blank, state
 from tests.unit.test_checkpoint_reader import Evil
 from tests.waiting import until
+from torchcache.checkpoint.catalog import list_checkpoints
 from torchcache.checkpoint.manifest import Manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -263,3 +265,24 @@ def test_many_items(pool: tc.Pool, other_pool: tc.Pool, bucket: str) -> None:
     save(pool, f"s3://{bucket}/x", tensors, durability="store")
     assert_same(load(pool, f"s3://{bucket}/x", tensors), tensors)
     assert_same(load(other_pool, f"s3://{bucket}/x", tensors), tensors)
+
+
+def test_an_under_store_may_be_named(pool: tc.Pool, bucket: str) -> None:
+    """As the fsspec file system names it."""
+    named, uri = f"torchcache://s3/{bucket}/run", f"s3://{bucket}/run"
+    content = state()
+    with tc.CheckpointManager(named, pool=pool, rng=False) as manager:
+        manager.save(1, dict(content))
+        manager.wait_durable(1, timeout_s=120)
+        assert manager.latest() == 1
+    assert [(c.uri, c.state) for c in list_checkpoints(pool, named)] == [(f"{uri}/step-1", "durable")]
+    save = pool.get_save(*pool.resolve(f"{named}/step-1"))
+    assert Manifest.decode(save.manifest, where=named).checkpoint == f"{uri}/step-1"
+    assert_same(load(pool, f"{named}/step-1", content), content)
+    loaded = blank(content)
+    dcp.load(loaded, storage_reader=FsspecReader(f"{named}/step-1", pool=pool))
+    assert_same(loaded, content)
+    with pytest.raises(
+        dcp.CheckpointException, match=r"should start with the name of an under-store.*file, s3"
+    ):
+        load(pool, f"torchcache://{bucket}/run/step-1", content)

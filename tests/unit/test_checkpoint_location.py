@@ -18,6 +18,7 @@ from torchcache.errors import ConfigurationError
         ("s3://bucket/run/step-1/", "s3://bucket/run/step-1"),
         ("s3://bucket/a b%20c", "s3://bucket/a b%20c"),
         ("file:///ckpt/1", "file:///ckpt/1"),
+        ("torchcache://s3/bucket/run/1/", "torchcache://s3/bucket/run/1"),
         ("/ckpt/1", "file:///ckpt/1"),
         (Path("/ckpt/1"), "file:///ckpt/1"),
         ("/ckpt/../one/", "file:///one"),
@@ -34,7 +35,8 @@ def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "given", ["", "s3://", "s3:///", "s3://b//x", "s3://b/../x", "s3://b/./x", "/", "a\0b", b"/x"]
+    "given",
+    ["", "s3://", "s3:///", "s3://b//x", "s3://b/../x", "s3://b/./x", "/", "a\0b", b"/x", "torchcache://s3"],
 )
 def test_what_names_no_folder_is_refused(given: Any) -> None:
     with pytest.raises(ConfigurationError):

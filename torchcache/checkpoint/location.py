@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchcache.errors import ConfigurationError
+from torchcache.model import ObjectId
+
+if TYPE_CHECKING:
+    from torchcache.pool import Pool
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _COLLAPSED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/[^/]")
@@ -15,6 +20,7 @@ _COLLAPSED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/[^/]")
 def checkpoint_uri(path: str | os.PathLike[str]) -> str:
     """The URI of a checkpoint's folder, from a URI or a path in the file system (made absolute).
 
+    Also of `torchcache://<under-store>/<key>`, which `at_storage` makes one of the storage's own.
     Raises ConfigurationError for what can't name a folder: an empty path, a bare scheme, ".." or empty segments.
     """
     text = os.fspath(path)
@@ -34,12 +40,21 @@ def checkpoint_uri(path: str | os.PathLike[str]) -> str:
         # Not Path.as_uri: keys of under-stores are names as they are, without percent-encoding.
         scheme, key = "file", str(Path(text).resolve())
     key = key.strip("/")
-    if not key or any(segment in {"", ".", ".."} for segment in key.split("/")):
+    if (
+        not key
+        or (scheme == "torchcache" and "/" not in key)
+        or any(segment in {"", ".", ".."} for segment in key.split("/"))
+    ):
         raise ConfigurationError(
             f"{text!r} names no folder for a checkpoint; give it one without '.', '..' or empty segments",
             object=text,
         )
     return f"{scheme}:///{key}" if scheme == "file" else f"{scheme}://{key}"
+
+
+def at_storage(pool: Pool, uri: str) -> str:
+    """A `checkpoint_uri` as the storage's own: of `torchcache://s3/bucket/x`, s3://bucket/x. Asks the pool."""
+    return pool.uri(ObjectId(*pool.resolve(uri), "")) if uri.startswith("torchcache://") else uri
 
 
 def stock_id(uri: str) -> str:
@@ -48,9 +63,9 @@ def stock_id(uri: str) -> str:
 
 
 def looks_like_checkpoint(path: object) -> bool:
-    """Whether `checkpoint_uri` takes it and its scheme is one that under-stores have."""
+    """Whether `checkpoint_uri` takes it and its scheme is one that under-stores have, or the pool's own."""
     try:
         uri = checkpoint_uri(path)  # type: ignore[arg-type]
     except (ConfigurationError, TypeError):
         return False
-    return uri.startswith(("s3://", "file://"))
+    return uri.startswith(("s3://", "file://", "torchcache://"))

@@ -18,7 +18,7 @@ from torchcache.checkpoint.garbage import A_MOMENT_BYTES, CALM_S, MANY_ITEMS, Tr
 from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.layout import metadata_name, part_name
 from torchcache.checkpoint.loading import plan_loads, run_loads
-from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
+from torchcache.checkpoint.location import at_storage, checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Kind, Manifest
 from torchcache.checkpoint.metadata import StorageInfo, dtype_name, load_metadata, metadata_of
 from torchcache.checkpoint.source import SavedFiles, Source
@@ -228,7 +228,7 @@ class CacheStorageReader(StorageReader):
         return CheckpointError(f"{uri} was overwritten while it was being loaded; load it again", object=uri)
 
     def _open(self, part: str) -> Metadata:
-        uri = str(self.path)
+        uri = at_storage(self.pool, str(self.path))
         self._part = part
         store, path = self.pool.resolve(uri)
         try:

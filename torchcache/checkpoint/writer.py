@@ -30,7 +30,7 @@ from torchcache.checkpoint.holder import holder_name
 from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, Room
 from torchcache.checkpoint.layout import MOST_FILE_BYTES, assign_files, metadata_name, part_name
 from torchcache.checkpoint.lease import Lease, end_lease_of_thread
-from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
+from torchcache.checkpoint.location import at_storage, checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
 from torchcache.checkpoint.metadata import dcp_version, describe, knows_extensions, stock_metadata
 from torchcache.checkpoint.reuse import (
@@ -236,7 +236,7 @@ class CacheStorageWriter(StorageWriter):
 
     def _reserve(self, save: _Save, ranks: int) -> list[Ticket]:
         pool = self.pool
-        uri = str(save.path)
+        uri = at_storage(pool, str(save.path))
         store, path = pool.resolve(uri)
         save_id = uuid.uuid4().hex
         first_rank = (save.rank or 0) if save.part else 0

@@ -32,6 +32,10 @@ SLOW_BYTES_S: Final = 1_000_000
 """An upload slower than this, after `CALL_S` of grace, is given up."""
 
 
+BY_NAME: Final = "torchcache://"
+"""Begins a URI that names its under-store, as fsspec's protocol of that name does."""
+
+
 def info_of(ref: cache_pb2.ObjectRef) -> ObjectInfo:
     """The object a reference names."""
     return ObjectInfo(ObjectId(ref.store, ref.key, ref.version), ref.size)
@@ -40,8 +44,11 @@ def info_of(ref: cache_pb2.ObjectRef) -> ObjectInfo:
 def split_uri(uri: str, stores: Sequence[UnderStoreName]) -> tuple[str, str]:
     """The (under-store name, key) of a URI: the under-store with the longest root that begins it.
 
-    A local path without a scheme is taken as a file: URI. Raises ConfigurationError.
+    A local path without a scheme is taken as a file: URI, and `torchcache://<under-store>/<key>` as the fsspec file
+    system has it. Raises ConfigurationError.
     """
+    if uri.startswith(BY_NAME):
+        return _split_named(uri, stores)
     full = "file://" + uri if uri.startswith("/") else uri
     # The root of an under-store is a URI too: of the folder that holds everything.
     fitting = [s for s in stores if full.startswith(s.root) or full + "/" == s.root]
@@ -50,6 +57,17 @@ def split_uri(uri: str, stores: Sequence[UnderStoreName]) -> tuple[str, str]:
         raise ConfigurationError(f"no under-store of the pool holds {uri!r}; it has: {known}", object=uri)
     best = max(fitting, key=lambda s: len(s.root))
     return best.name, full[len(best.root) :]
+
+
+def _split_named(uri: str, stores: Sequence[UnderStoreName]) -> tuple[str, str]:
+    name, _, key = uri.removeprefix(BY_NAME).partition("/")
+    if name not in {s.name for s in stores}:
+        known = ", ".join(sorted(s.name for s in stores)) or "none"
+        raise ConfigurationError(
+            f"{uri!r} should start with the name of an under-store, {BY_NAME}NAME/...; the pool has: {known}",
+            object=uri,
+        )
+    return name, key
 
 
 class Objects:
