@@ -237,6 +237,43 @@ def test_an_object_that_vanished_or_changed(s3: SeaweedFS, bucket: str) -> None:
         assert dataset[2] == kept  # what the pool holds is of the version listed
 
 
+@pytest.mark.forks
+def test_what_changes_under_a_running_epoch(s3: SeaweedFS, bucket: str) -> None:
+    """Workers read it as it is now, or say what has changed; the next epoch is of what `refresh` finds."""
+
+    def put(name: str, data: bytes) -> None:
+        s3.client.put_object(Bucket=bucket, Key=f"data/{name}", Body=data)
+
+    with tc.LocalPool() as pool:
+        renewing, raising = (
+            tc.CachedDataset.from_files(f"s3://{bucket}/data", on_change=on_change, pool=pool)
+            for on_change in ("refresh", "raise")
+        )
+        running, other = (
+            iter(DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=list))
+            for dataset in (renewing, raising)
+        )
+        had = next(running)  # workers are four batches ahead, of twelve
+        next(other)
+        names = renewing.keys()
+        changed = {names[-1]: b"longer than before " * 100, names[-3]: b"", names[-6]: b"shorter"}
+        for name, data in changed.items():
+            put(name, data)
+        put("9.bin", b"added")
+        s3.client.delete_object(Bucket=bucket, Key=f"data/{names[0]}")
+
+        expected = [changed.get(key(i), payload(i)) for i in ORDER]
+        assert [*had, *(sample for batch in running for sample in batch)] == expected
+        with pytest.raises(tc.ObjectChanged, match=rf"data/{names[-6]} has changed since"):
+            list(other)
+
+        found = renewing.refresh()
+        assert (found.added, found.removed) == (("9.bin",), (names[0],))
+        assert found.changed == tuple(sorted(changed))
+        loader = DataLoader(renewing, batch_size=4, num_workers=2, collate_fn=list)
+        assert [sample for batch in loader for sample in batch] == [*expected[1:], b"added"]
+
+
 def until_given_back(buffers: tc.BufferPool) -> None:
     """Without a collection. A thread that has read into them may be about to let go of them still."""
     end = time.monotonic() + 60
