@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 import webdataset as wds
@@ -32,6 +33,9 @@ def bucket(s3: SeaweedFS) -> str:
         put(f"text/{i}.jsonl.zst", shards.packed(texts(range(10 * i, 10 * i + 10)), ".zst"))
         put(f"table/{i}.parquet", shards.parquet(range(10 * i, 10 * i + 10)))
         put(f"images/{'cat' if i % 2 else 'dog'}/{i}.png", b"image")
+    for i in range(2):
+        put(f"digits-{i}.tar", digits())
+        put(f"digits/{i}.png", picture())
     return name
 
 
@@ -43,6 +47,22 @@ def webdataset(numbers: range) -> bytes:
                 info = tarfile.TarInfo(f"{n:06d}.{extension}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def picture() -> bytes:
+    sink = io.BytesIO()
+    PIL.Image.new("L", (3, 2)).save(sink, "png")
+    return sink.getvalue()
+
+
+def digits() -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for extension, data in (("png", picture()), ("cls", b"7"), ("json", b'{"by": "hand"}')):
+            info = tarfile.TarInfo(f"0.{extension}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
     return sink.getvalue()
 
 
@@ -69,6 +89,7 @@ def test_the_documents_run(bucket: str, tmp_path: Path, monkeypatch: pytest.Monk
         found = run("datasets.md", bucket)
         assert found["blocks"] >= 6
         assert len(found["rest"]) == 40 - 4 * 4
+        assert found["digits"][0].size == (3, 2)
 
         found = run("coming-from.md", bucket)
         assert found["blocks"] >= 8
