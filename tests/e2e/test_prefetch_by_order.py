@@ -75,7 +75,7 @@ def test_an_epoch_that_was_prefetched_asks_storage_for_nothing(
 
 
 def test_a_cache_of_half_is_used_as_well_with_the_order_known(tmp_path: Path, source: Path) -> None:
-    """Belady asks for 120 objects, an LRU cache for all 192. How near it comes, the benchmark `order` says."""
+    """Belady asks for 120 objects, an LRU cache for all 192. How near it comes, the benchmark `half` says."""
     epochs = 4
     # By flight a server knows at once what was read; of its files it hears now and then.
     with tc.LocalPool(tmp_path / "pool", capacity=COUNT * MIB // 2 + 4 * MIB, lane="flight") as pool:
