@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, StackDataset, random_split
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
@@ -68,6 +68,29 @@ def test_samples_are_the_objects_in_order(bucket: str) -> None:
         one = tc.CachedDataset.from_files(f"s3://{bucket}/data", pattern="3/*", pool=pool)
         assert len(one) == FILES // 4
         assert one.residency().fraction == 1.0  # what one dataset fetched serves the other
+
+
+def test_torchs_own_datasets_around_one_in_workers(tmp_path: Path) -> None:
+    """Each hands a batch on, or a sample, in its own way."""
+    for number in range(20):
+        (tmp_path / f"{number:02d}").write_bytes(b"%d" % (number * number))
+    with tc.LocalPool() as pool:
+        dataset = tc.CachedDataset.from_files(str(tmp_path), decode=number_of, pool=pool)
+        some, others = random_split(dataset, [13, 7], generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+        squares = [n * n for n in [*some.indices, *others.indices]]
+        for around, expected in (
+            (some, [[square] for square in squares[:13]]),
+            (ConcatDataset([others, some]), [[square] for square in squares[13:] + squares[:13]]),
+            (StackDataset(others, others.indices), [[n * n, n] for n in others.indices]),
+            (
+                StackDataset(ConcatDataset([some, others]), range(20)),
+                [[square, at] for at, square in enumerate(squares)],
+            ),
+        ):
+            loader = DataLoader(around, batch_size=3, num_workers=2)
+            batches = [torch.stack(batch if isinstance(batch, list) else [batch]) for batch in loader]
+            assert torch.cat(batches, 1).T.tolist() == expected
+        assert dataset.residency().fraction == 1.0
 
 
 def test_samples_are_in_order_where_a_folder_and_its_neighbour_begin_alike(s3: SeaweedFS) -> None:
