@@ -227,6 +227,7 @@ class StandIn:
                 saves=[cache_pb2.SaveReply(state=cache_pb2.SAVE_STATE_DURABLE)]
             ),
             "SetCredentials": cache_pb2.CredentialsReply(),
+            "Drain": cache_pb2.DrainReply(done=True),
         }
         return replies[method]
 

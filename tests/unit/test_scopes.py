@@ -43,6 +43,7 @@ def test_what_changes_something_is_not_for_readers() -> None:
         "Policy",
         "Evict",
         "Set",
+        "Drain",
     )
     for method, needed in NEEDED.items():
         assert (needed > Scope.READ) == any(word in method for word in (*changing, "Publish", "DO_PUT")), (

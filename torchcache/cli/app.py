@@ -13,6 +13,7 @@ from torchcache import __version__
 from torchcache.cli.checkpoints import checkpoint
 from torchcache.cli.command import EXIT_CODES, EXIT_FAILED, EXIT_INTERRUPTED
 from torchcache.cli.doctor import doctor
+from torchcache.cli.drain import drain
 from torchcache.cli.index import index
 from torchcache.cli.keygen import keygen
 from torchcache.cli.listing import ls
@@ -36,7 +37,21 @@ def cli(*, traceback: bool) -> None:
     """
 
 
-for _command in (serve, status, stage, index, ls, pin, unpin, evict, limit, checkpoint, doctor, keygen):
+for _command in (
+    serve,
+    status,
+    stage,
+    index,
+    ls,
+    pin,
+    unpin,
+    evict,
+    limit,
+    checkpoint,
+    drain,
+    doctor,
+    keygen,
+):
     cli.add_command(_command)
 
 

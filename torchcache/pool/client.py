@@ -10,7 +10,8 @@ from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.lanes.base import Buffer, Passing, ReadOptions
 from torchcache.model import Extent, ObjectId, ObjectInfo
 from torchcache.placement import Placement
-from torchcache.pool import orders, policies, staging
+from torchcache.pool import draining, orders, policies, staging
+from torchcache.pool.draining import Drain
 from torchcache.pool.farewell import farewell
 from torchcache.pool.lane_choice import LaneName
 from torchcache.pool.members import MemberSource
@@ -277,6 +278,16 @@ class Pool:
         ServerUnavailable with the servers that could not be told; the others were.
         """
         return policies.evict(self._session(), namespace)
+
+    def drain(self, server: str) -> Iterator[Drain]:
+        """Has the server of that address, or id, end in order; gives how far it is, at first and then every second.
+
+        It leaves the pool's registry, takes nothing new, finishes what runs, uploads what isn't in storage yet, and its
+        process ends: with exit code 0, or 1 if something is left. It goes on with that whether or not anybody goes on
+        asking. Needs a token of scope `admin`. Raises ConfigurationError for a server that isn't the pool's, or isn't
+        to be ended so, ServerUnavailable if it can't be reached, or was gone without a word of what is left.
+        """
+        return draining.drain(self._session(), server)
 
     # ---- saves of checkpoints; see wire/v1/cache.proto ----
 

@@ -21,6 +21,7 @@ import click
 from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache.heap import keep_freed_memory, share_heaps
 from torchcache.locks import LockFile
+from torchcache_server.service.draining import Draining
 
 from . import logs
 from .config import Embedded, ServerConfig, from_settings, parse_under_stores, read_toml
@@ -206,14 +207,22 @@ def run(config: ServerConfig, *, supervised: bool = False) -> int:
     keep_freed_memory()
     share_heaps()
     if config.embedded is None:
-        return _serve(config, stop)
+        return _serve(config, stop, _draining(stop, supervised=supervised))
     with _own_folder(config.embedded):
-        return _serve(config, stop)
+        return _serve(config, stop, Draining(instead="it ends when nobody uses the embedded pool any more"))
 
 
-def _serve(config: ServerConfig, stop: threading.Event) -> int:
+def _draining(stop: threading.Event, *, supervised: bool) -> Draining:
+    if supervised:
+        return Draining(
+            instead="it is one of `--servers`, and would be started again; send SIGTERM to the process that runs them"
+        )
+    return Draining(stop.set)
+
+
+def _serve(config: ServerConfig, stop: threading.Event, draining: Draining) -> int:
     log = logs.configure(config.log_format, config.log_level)
-    server = Server(config)
+    server = Server(config, draining=draining)
     log.server = server.server_id
     gc.collect()
     gc.freeze()  # what was imported stays: the collector need not walk it again and again while batches are made
@@ -266,7 +275,7 @@ def _own_folder(embedded: Embedded) -> LockFile:
 
 
 def _stop_on_signals() -> threading.Event:
-    """Set by the first SIGTERM or SIGINT; the second ends the process at once.
+    """Set by the first SIGTERM or SIGINT; the second ends the process at once. `torchcache drain` sets it too.
 
     The kernel may hand a signal to any of gRPC's threads, and then nothing wakes the main thread, in which Python runs
     its handlers, out of a wait. The wakeup descriptor is written wherever the signal lands.
@@ -279,10 +288,12 @@ def _stop_on_signals() -> threading.Event:
         signal.signal(number, lambda _number, _frame: None)
 
     def watch() -> None:
+        signals = 0
         while number := os.read(reading, 1):
             if number[0] not in (signal.SIGTERM, signal.SIGINT):
                 continue
-            if stop.is_set():
+            signals += 1
+            if signals > 1:
                 os._exit(INCOMPLETE)
             stop.set()
 

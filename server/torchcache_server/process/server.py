@@ -31,6 +31,7 @@ from torchcache_server.cache.write_back import WriteBack
 from torchcache_server.service.admission import Admission
 from torchcache_server.service.control import ControlService, ServerFacts
 from torchcache_server.service.counters import CopyCounts, ServiceCounters
+from torchcache_server.service.draining import Draining
 from torchcache_server.service.request_log import RequestLog
 from torchcache_server.service.scopes import Tokens
 from torchcache_server.store import OS, DiskCalls, Store
@@ -73,11 +74,15 @@ class _Parts:
 class Server:
     """Serves from construction until `close`."""
 
-    def __init__(self, config: ServerConfig, *, disk: DiskCalls = OS) -> None:
+    def __init__(
+        self, config: ServerConfig, *, disk: DiskCalls = OS, draining: Draining | None = None
+    ) -> None:
         """Raises ConfigurationError, or another TorchCacheError, with everything closed again.
 
-        `disk` is what the store calls: a test may give one that fails.
+        `disk` is what the store calls: a test may give one that fails. `draining` is how a call ends the server; by
+        default none does.
         """
+        self._draining = draining or Draining(instead="end it where it was started")
         self.config = config
         self._disk = disk
         self.instance = secrets.token_hex(8)
@@ -219,6 +224,9 @@ class Server:
             ),
             ahead=parts.ahead,
             set_credentials=self._set_credentials,
+            draining=self._draining,
+            drain_s=config.drain_s,
+            streams=lambda: self._admission.streams,
             store=parts.store,
             read_through=parts.read_through,
             counters=parts.counters,
@@ -282,6 +290,7 @@ class Server:
             now = time.monotonic()
             # Back before its time: what is left, if anything, isn't going to be uploaded by waiting.
             if (finished and now < until) or now >= deadline or (abandoned is not None and abandoned()):
+                self._draining.done(left)
                 return left
 
     def close(self) -> bool:

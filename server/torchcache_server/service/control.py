@@ -29,6 +29,7 @@ from torchcache_server.understore import UnderStore
 
 from .calls import deadline_of, remaining_s
 from .counters import CopyCounts, ServiceCounters
+from .draining import Draining
 from .request_log import RequestLog, current, level_of
 from .requests import (
     dataset_name,
@@ -54,6 +55,10 @@ from .status_size import (
 
 MAX_PAGE: Final = 1000
 """Objects in a page of a listing: as many as S3 gives at once, and within the bound of a control message."""
+
+
+MAX_LEFT: Final = 1000
+"""URIs that a reply names."""
 
 
 class CredentialsSink(Protocol):
@@ -96,6 +101,9 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
         set_credentials: CredentialsSink,
         copies: Callable[[], CopyCounts | None] = lambda: None,
         log: RequestLog | None = None,
+        draining: Draining | None = None,
+        drain_s: float = 0.0,
+        streams: Callable[[], int] = lambda: 0,
     ) -> None:
         self._facts = facts
         self._store = store
@@ -106,6 +114,9 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
         self._ahead = ahead
         self._counters = counters
         self._set_credentials = set_credentials
+        self._draining = draining or Draining(instead="it has no process of its own")
+        self._drain_s = drain_s
+        self._streams = streams
         self._copies = copies
         self._log = log or RequestLog()
 
@@ -187,6 +198,18 @@ class ControlService(SaveCalls, cache_pb2_grpc.ControlServicer):
             raise ConfigurationError(f"{', '.join(unknown)}: not variables that carry credentials")
         self._set_credentials(dict(request.variables))
         return pb.CredentialsReply()
+
+    def Drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainReply:
+        wait_s = min(timeout(request.wait_s), remaining_s(context)) if request.wait_s else 0.0
+        self._draining.begin()
+        left = self._draining.wait(wait_s)
+        return pb.DrainReply(
+            done=left is not None,
+            left=(left or [])[:MAX_LEFT],
+            drain_s=self._drain_s,
+            streams=self._streams(),
+            pending_bytes=self._write_back.pending_bytes,
+        )
 
     def ReportUse(self, request: pb.ReportUseRequest, context: grpc.ServicerContext) -> pb.ReportUseReply:
         use = reported_use(request)

@@ -34,7 +34,7 @@ ALWAYS: Final = frozenset(
         CONTROL + name
         for name in (
             *("GetInfo", "GetStatus", "GetSave", "ListSaves", "RenewSave", "AbandonSave"),
-            *("CommitWrite", "AbandonWrite", "ConfirmCopy", "DropCopy"),
+            *("CommitWrite", "AbandonWrite", "ConfirmCopy", "DropCopy", "Drain"),
         )
     }
 )

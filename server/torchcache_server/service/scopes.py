@@ -25,7 +25,7 @@ _WRITES: Final = (
     *("ReserveSave", "BorrowFiles", "ReturnFiles", "RenewSave", "CommitSave", "AbandonSave", "DeleteSave"),
     *("PrepareCopy", "ConfirmCopy", "DropCopy"),
 )
-_CHANGES: Final = ("SetPolicy", "Evict", "SetCredentials")
+_CHANGES: Final = ("SetPolicy", "Evict", "SetCredentials", "Drain")
 
 NEEDED: Final[Mapping[str, Scope]] = MappingProxyType(
     {HEALTH_CHECK: Scope.READ, f"{FLIGHT}DO_GET": Scope.READ, f"{FLIGHT}DO_PUT": Scope.WRITE}

@@ -870,3 +870,23 @@ class CredentialsRequest(_message.Message):
 class CredentialsReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("wait_s",)
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    wait_s: float
+    def __init__(self, wait_s: _Optional[float] = ...) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("done", "left", "drain_s", "streams", "pending_bytes")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    done: bool
+    left: _containers.RepeatedScalarFieldContainer[str]
+    drain_s: float
+    streams: int
+    pending_bytes: int
+    def __init__(self, done: bool = ..., left: _Optional[_Iterable[str]] = ..., drain_s: _Optional[float] = ..., streams: _Optional[int] = ..., pending_bytes: _Optional[int] = ...) -> None: ...

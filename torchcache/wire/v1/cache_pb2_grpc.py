@@ -194,6 +194,11 @@ class ControlStub(object):
                 request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.CredentialsRequest.SerializeToString,
                 response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.CredentialsReply.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/torchcache.v1.Control/Drain',
+                request_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DrainRequest.SerializeToString,
+                response_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DrainReply.FromString,
+                _registered_method=True)
 
 
 class ControlServicer(object):
@@ -391,6 +396,12 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -553,6 +564,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.SetCredentials,
                     request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.CredentialsRequest.FromString,
                     response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.CredentialsReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DrainRequest.FromString,
+                    response_serializer=torchcache_dot_wire_dot_v1_dot_cache__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1419,6 +1435,33 @@ class Control(object):
             '/torchcache.v1.Control/SetCredentials',
             torchcache_dot_wire_dot_v1_dot_cache__pb2.CredentialsRequest.SerializeToString,
             torchcache_dot_wire_dot_v1_dot_cache__pb2.CredentialsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchcache.v1.Control/Drain',
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.DrainRequest.SerializeToString,
+            torchcache_dot_wire_dot_v1_dot_cache__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,
