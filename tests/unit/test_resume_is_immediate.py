@@ -36,16 +36,15 @@ def asked(pool: SamplePool) -> list[Extent]:
     return [extent for extents in pool.reads for extent in extents if not extent.object.id.is_sample]
 
 
-def first_after_resume(pool: SamplePool, kind: str, data: bytes) -> Any:
-    """The first sample after `HAD` of the shard; `pool.reads` is what was read for it, and ahead of it."""
-    pool.put(f"s3://b/x.{kind}", data)
+def first_after_resume(pool: SamplePool, source: str, had: int = HAD) -> Any:
+    """The first sample after `had` of them; `pool.reads` is what was read for it, and ahead of it."""
 
     def dataset() -> CachedIterableDataset:
-        return CachedIterableDataset(f"s3://b/x.{kind}", pool=pool)  # type: ignore[arg-type]
+        return CachedIterableDataset(source, pool=pool)  # type: ignore[arg-type]
 
     stopped = dataset()
     reading = iter(stopped)
-    for _ in range(HAD):
+    for _ in range(had):
         next(reading)
     state = stopped.state_dict()
     reading.close()  # type: ignore[attr-defined]
@@ -62,7 +61,8 @@ def first_after_resume(pool: SamplePool, kind: str, data: bytes) -> Any:
 def test_records_are_read_from_the_first_that_is_left(pool: SamplePool, kind: str) -> None:
     data = shards.WRITERS[kind](range(COUNT))
     begins = data.index(b"folder/%06d." % HAD) if kind == "tar" else len(shards.WRITERS[kind](range(HAD)))
-    assert shards.NUMBER[kind](first_after_resume(pool, kind, data)) == HAD
+    pool.put(f"s3://b/x.{kind}", data)
+    assert shards.NUMBER[kind](first_after_resume(pool, f"s3://b/x.{kind}")) == HAD
     assert 0 < len(asked(pool)) <= PARTS
     assert min(extent.offset for extent in asked(pool)) == begins
 
@@ -92,8 +92,8 @@ def arrow() -> tuple[bytes, int]:
 @pytest.mark.parametrize("made", [parquet, arrow])
 def test_blocks_are_read_from_the_one_that_is_left(pool: SamplePool, made: Any) -> None:
     data, begins = made()
-    sample = first_after_resume(pool, made.__name__, data)
-    assert sample["n"] == HAD
+    pool.put(f"s3://b/x.{made.__name__}", data)
+    assert first_after_resume(pool, f"s3://b/x.{made.__name__}")["n"] == HAD
     body = [e for e in asked(pool) if e.offset < len(data) - FOOTER_BYTES and e.length > 8]
     assert min(extent.offset for extent in body) == begins
     assert sum(extent.length for extent in body) <= len(data) - begins
@@ -104,7 +104,8 @@ def test_what_can_only_be_read_from_the_front_is(pool: SamplePool, kind: str) ->
     """The exceptions: a resume skips through the shard in the middle of which one stopped."""
     name, _, packing = kind.partition(".")
     data = shards.packed(shards.WRITERS[name](range(COUNT)), packing and f".{packing}")
-    assert shards.NUMBER[name](first_after_resume(pool, kind, data)) == HAD
+    pool.put(f"s3://b/x.{kind}", data)
+    assert shards.NUMBER[name](first_after_resume(pool, f"s3://b/x.{kind}")) == HAD
     assert min(extent.offset for extent in asked(pool)) == 0
 
 
@@ -112,22 +113,8 @@ def test_of_a_compressed_dataset_only_the_shard_in_the_middle(pool: SamplePool) 
     for number in range(4):
         samples = range(number * COUNT, (number + 1) * COUNT)
         pool.put(f"s3://b/{number}.jsonl.gz", shards.packed(shards.jsonl(samples), ".gz"))
-
-    def dataset() -> CachedIterableDataset:
-        return CachedIterableDataset("s3://b/{0..3}.jsonl.gz", pool=pool)  # type: ignore[arg-type]
-
-    stopped = dataset()
-    reading = iter(stopped)
-    for _ in range(2 * COUNT + HAD):
-        next(reading)
-    state = stopped.state_dict()
-    reading.close()  # type: ignore[attr-defined]
-    resumed = dataset()
-    resumed.load_state_dict(state)
-    pool.reads.clear()
-    reading = iter(resumed)
-    assert next(reading)["n"] == 2 * COUNT + HAD
-    reading.close()  # type: ignore[attr-defined]
+    had = 2 * COUNT + HAD
+    assert first_after_resume(pool, "s3://b/{0..3}.jsonl.gz", had)["n"] == had
     assert {extent.object.id.key for extent in asked(pool)} <= {"b/2.jsonl.gz", "b/3.jsonl.gz"}
 
 
