@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchcache.data.iterable_sources import common_folder, expand, translated
+from tests.unit.memory_pool import MemoryPool
+from torchcache.data import progress
+from torchcache.data.iterable_sources import common_folder, expand, find_shards, translated
 from torchcache.errors import ConfigurationError
+from torchcache.model import ObjectId, ObjectInfo
 
 
 @pytest.mark.parametrize(
@@ -71,3 +75,22 @@ def test_any_pattern_is_an_expression(pattern: str) -> None:
 )
 def test_the_folder_of_all(uris: list[str], folder: str) -> None:
     assert common_folder(uris) == folder
+
+
+@pytest.mark.parametrize(
+    "source", ["s3://b/d/*.tar", "s3://b/d", "s3://b/d/{0000..2499}.tar"], ids=["pattern", "folder", "names"]
+)
+def test_a_long_listing_comes_in_any_order_and_says_how_far_it_is(
+    source: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "SHOWN_AFTER_S", 0.0)
+    caplog.set_level("INFO", "torchcache")
+    pool: Any = MemoryPool()
+    keys = [f"b/d/{number:04d}.tar" for number in range(2500)]
+    monkeypatch.setattr(
+        pool,
+        "list_in_any_order",
+        lambda uri: (ObjectInfo(ObjectId("s3", key, "v"), 1) for key in reversed(keys)),
+    )
+    assert [shard.id.key for shard in find_shards(pool, source)] == keys
+    assert "listing s3://b/d: 1000 objects so far" in caplog.text

@@ -10,6 +10,7 @@ from typing import Final
 
 from torchcache.data.files import checked_uri
 from torchcache.data.formats import is_shard
+from torchcache.data.progress import listing_progress
 from torchcache.errors import ConfigurationError, ObjectNotFound
 from torchcache.model import ObjectInfo
 from torchcache.pool import Pool
@@ -96,7 +97,9 @@ def _matching(pool: Pool, pattern: str) -> list[ObjectInfo]:
     folder = pattern[: _WILD.search(pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
     prefix = pool.resolve(folder + "/")[1]
     matches = re.compile(translated(pattern[len(folder) + 1 :])).fullmatch
-    found = [o for o in pool.list(folder) if matches(o.id.key.removeprefix(prefix)) and o.id.key[-1] != "/"]
+    found = [
+        o for o in _listed(pool, folder) if matches(o.id.key.removeprefix(prefix)) and o.id.key[-1] != "/"
+    ]
     if not found:
         raise ObjectNotFound(f"no object under {folder}/ matches {pattern}", object=pattern)
     return sorted(found, key=lambda object: object.id.key)
@@ -127,7 +130,7 @@ def _asked(pool: Pool, uris: Sequence[str]) -> list[ObjectInfo]:
     listed: dict[str, ObjectInfo] = {}
     for folder, count in folders.items():
         if count >= _LIST_FROM:
-            listed |= {pool.uri(o.id): o for o in pool.list(folder)}
+            listed |= {pool.uri(o.id): o for o in _listed(pool, folder)}
     found: list[ObjectInfo] = []
     for uri in uris:
         known = listed.get(uri)
@@ -141,12 +144,21 @@ def _one(pool: Pool, uri: str) -> list[ObjectInfo]:
             return [pool.stat(uri)]
         except ObjectNotFound:
             pass
-    shards = sorted((o for o in pool.list(uri) if is_shard(o.id.key)), key=lambda object: object.id.key)
+    shards = sorted((o for o in _listed(pool, uri) if is_shard(o.id.key)), key=lambda object: object.id.key)
     if not shards:
         raise ObjectNotFound(
             f"there is no shard {uri}, nor a folder of that name with shards in it", object=uri
         )
     return shards
+
+
+def _listed(pool: Pool, folder: str) -> Iterator[ObjectInfo]:
+    """All objects under a folder, in no order. Says how far it is where that takes long."""
+    with listing_progress(folder) as advance:
+        for count, info in enumerate(pool.list_in_any_order(folder), 1):
+            if not count % 1000:
+                advance(count)
+            yield info
 
 
 def common_folder(uris: Sequence[str]) -> str:
