@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -10,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.fuzz.mutating import mutated
 from tests.unit.sample_pool import SamplePool, pool
 from torchcache.data.formats import Arrow, Parquet
-from torchcache.data.formats.arrow_headers import batch_rows
+from torchcache.data.formats.arrow_headers import _BLOCK, _blocks, batch_rows
 from torchcache.data.formats.base import BlockFormat
 from torchcache.data.iterable_file import open_parts
 from torchcache.data.iterable_index import index_of
@@ -123,3 +125,23 @@ def test_an_arrow_file_that_is_cut_in_the_middle() -> None:
     data = arrow_file(wide().slice(0, 3000), 1000)
     with pytest.raises(IntegrityError, match="a batch goes beyond the end"):
         batch_rows(io.BytesIO(data[-2000:]), "x")
+
+
+def test_a_footer_that_names_the_same_bytes_again_and_again() -> None:
+    data = arrow_file(pa.table({"n": range(20)}), 1)
+    for block in [*_blocks(io.BytesIO(data), "x")]:
+        data = data.replace(_BLOCK.pack(*block), _BLOCK.pack(8, len(data) // 10, 0))
+    with pytest.raises(IntegrityError, match="its headers come to more than all of it"):
+        batch_rows(io.BytesIO(data), "x")
+
+
+def test_any_bytes_have_rows_or_are_damaged() -> None:
+    good = arrow_file(pa.table({"n": range(20)}), 5)
+    counted = 0
+    for data in mutated((good, good[-1000:]), 20_000, random.Random(7)):
+        try:
+            batch_rows(io.BytesIO(data), "x")
+            counted += 1
+        except IntegrityError:
+            continue
+    assert counted > 100, "or hardly any came so far"

@@ -32,7 +32,10 @@ def batch_rows(file: BinaryIO, where: str) -> list[int]:
     size = file.seek(0, io.SEEK_END)
     buffered = io.BufferedReader(cast(io.RawIOBase, file), _AT_ONCE_BYTES)
     try:
-        return [_rows(_header(buffered, block, size, where)) for block in _blocks(buffered, where)]
+        blocks = list(_blocks(buffered, where))
+        if sum(header_bytes for _, header_bytes, _ in blocks) > size:
+            raise ValueError("its headers come to more than all of it")  # one might be named a million times
+        return [_rows(_header(buffered, block, size, where)) for block in blocks]
     except TorchCacheError:
         raise
     except (struct.error, ValueError, OSError) as error:
