@@ -12,6 +12,9 @@ METADATA_NAME: Final = ".metadata"
 MANIFEST_NAME: Final = ".torchcache.json"
 """Behind a save's part: the file with our manifest."""
 
+MOST_MANIFEST_BYTES: Final = 512 * 1024 * 1024
+"""Larger ones aren't read, as a manifest is taken into memory whole: some two million items."""
+
 CLAIM_NAME: Final = ".torchcache.save.json"
 """Behind a save's part: the claim of whoever is saving, or deleting, there."""
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import torchcache as tc
+from torchcache import save_names
 from torchcache.errors import IntegrityError
 
 
@@ -62,3 +64,19 @@ def test_damage_in_the_pool_is_found_and_mended_from_sound_storage(
         else:
             with pytest.raises(IntegrityError):
                 manager.load(into, 1)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_manifest_in_storage_that_is_too_large_is_not_fetched(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    saved = {f"w{number:05}": torch.zeros(1) for number in range(20_000)}  # too many for a message
+    with tc.LocalPool(tmp_path / "one", capacity="64MB") as one:
+        dcp.save(saved, storage_writer=tc.CacheStorageWriter(home, pool=one, durability="store"))
+    manifest = home / save_names.MANIFEST_NAME
+    assert manifest.stat().st_size > 2 << 20
+    with manifest.open("r+b") as file:
+        file.truncate(save_names.MOST_MANIFEST_BYTES + 1)  # a hole: no more of the disk than before
+    with tc.LocalPool(tmp_path / "two", capacity="64MB") as two:
+        connected = tc.connect(two)
+        with pytest.raises(IntegrityError):
+            connected.get_save(*connected.resolve(f"file://{home}"))

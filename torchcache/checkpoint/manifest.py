@@ -27,8 +27,9 @@ import xxhash
 from torchcache.checkpoint.columns import as_tuples, counts, lists_of_counts, present, require, texts
 from torchcache.checkpoint.columns import rows as columns_of
 from torchcache.checkpoint.layout import GRANULE_BYTES, granules
-from torchcache.errors import IntegrityError
+from torchcache.errors import CheckpointError, IntegrityError
 from torchcache.model import ByteRange
+from torchcache.save_names import MOST_MANIFEST_BYTES
 
 FORMAT = "torchcache-checkpoint"
 VERSION = 1
@@ -187,7 +188,7 @@ class Manifest:
     pickled_bytes: int = 0
 
     def encode(self) -> bytes:
-        """As JSON, ASCII only."""
+        """As JSON, ASCII only. Raises CheckpointError if it would be larger than anybody reads."""
         numbers = {name: i for i, name in enumerate(self.files)}
         body = {
             "save_id": self.save_id,
@@ -204,12 +205,23 @@ class Manifest:
             "items": [_item_row(item, numbers) for item in self.items],
         }
         encoded = _canonical(body)
-        return _head(hashlib.sha256(encoded).hexdigest()) + encoded + b"}"
+        whole = _head(hashlib.sha256(encoded).hexdigest()) + encoded + b"}"
+        if len(whole) > MOST_MANIFEST_BYTES:
+            raise CheckpointError(
+                f"{self.checkpoint} has too many items, {len(self.items):,}: its manifest would have {len(whole):,} "
+                f"bytes, and at most {MOST_MANIFEST_BYTES:,} are read. Save it in parts, under several paths",
+                object=self.checkpoint,
+            )
+        return whole
 
     @classmethod
     def decode(cls, data: bytes, *, where: str) -> Manifest:
         """Reads and checks a manifest. Raises IntegrityError, naming `where`, if it is damaged or makes no sense."""
         try:
+            require(
+                len(data) <= MOST_MANIFEST_BYTES,
+                f"it has {len(data):,} bytes, and at most {MOST_MANIFEST_BYTES:,} are read",
+            )
             outer = json.loads(data)
             require(
                 isinstance(outer, dict) and outer.get("format") == FORMAT, "it is no manifest of torchcache"

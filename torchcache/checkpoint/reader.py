@@ -8,26 +8,29 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from torchcache.checkpoint.compression import DESCRIPTOR
 from torchcache.checkpoint.garbage import A_MOMENT_BYTES, CALM_S, MANY_ITEMS, Truce, garbage_waits
 from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.layout import metadata_name, part_name
 from torchcache.checkpoint.loading import plan_loads, run_loads
 from torchcache.checkpoint.location import at_storage, checkpoint_uri, looks_like_checkpoint
-from torchcache.checkpoint.manifest import Item, Kind, Manifest
-from torchcache.checkpoint.metadata import StorageInfo, dtype_name, load_metadata, metadata_of
+from torchcache.checkpoint.manifest import Item, Manifest
+from torchcache.checkpoint.metadata import load_metadata, metadata_of
 from torchcache.checkpoint.source import SavedFiles, Source
+from torchcache.checkpoint.stored import Backing, item_at
 from torchcache.connecting import connect
 from torchcache.errors import CheckpointError, IntegrityError, NotCommitted, NotResident, ObjectNotFound
 from torchcache.local_pool import LocalPool
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, SaveInfo
 from torchcache.save_names import save_namespace, saved_file
+
+MOST_METADATA_BYTES: Final = 1 << 30
+"""Of a `.metadata`: some five million items."""
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint._extension import ExtensionRegistry
@@ -148,7 +151,7 @@ class CacheStorageReader(StorageReader):
             raise self._overwritten()
         if self._calm is None and len(metadata.storage_data) >= MANY_ITEMS:
             self._begin_calm(metadata)
-        self._items = {index: _item(index, info, metadata) for index, info in metadata.storage_data.items()}
+        self._items = {index: item_at(index, info, metadata) for index, info in metadata.storage_data.items()}
 
     def _begin_calm(self, metadata: Metadata) -> None:
         """Until it has been loaded by: whoever plans from `metadata` makes objects by the ten thousand."""
@@ -208,6 +211,12 @@ class CacheStorageReader(StorageReader):
     def _length(self, request: ReadItem) -> int:
         item = self._items.get(request.storage_index)
         return 0 if item is None else item.length
+
+    def backing(self, metadata: Metadata) -> Backing:
+        """What bears out the shapes that `metadata`, as read last, claims. Good for longer than one load."""
+        if self._source is None:
+            raise CheckpointError("read_metadata has to be called first", object=str(self.path))
+        return Backing(metadata, self._source, where=str(self.path))
 
     def give_hold(self) -> Hold | None:
         """Hands the hold on what is open to the caller, to keep it for longer than one load; None of a stock one."""
@@ -298,48 +307,16 @@ class CacheStorageReader(StorageReader):
         return load_metadata(data, where=f"{uri}/{name}")
 
     def _content(self, file: ObjectInfo, namespace: str) -> bytes:
+        if file.size > MOST_METADATA_BYTES:
+            raise CheckpointError(
+                f"{file.id.key} has {file.size:,} bytes; of a checkpoint's metadata at most {MOST_METADATA_BYTES:,} "
+                "are read, as it is taken into memory whole. If it is yours and you trust it, load it with torch's own "
+                "reader",
+                object=file.id.key,
+            )
         return bytes(self.pool.read([Extent(file)], namespace=namespace)[0])
 
 
 def _save_id_of(metadata: Metadata, *, default: str) -> str:
     """The save that a Metadata belongs to; older releases of torch gave it no id."""
     return getattr(getattr(metadata, "storage_meta", None), "save_id", None) or default
-
-
-def _item(index: MetadataIndex, info: object, metadata: Metadata) -> Item:
-    """Items as they are; torch's own record of one as an Item whose payload is the whole blob, without checksums."""
-    if isinstance(info, Item):
-        return info
-    if not isinstance(info, StorageInfo):
-        raise CheckpointError(f"{index.fqn!r} was stored by another kind of writer: {type(info).__name__}")
-    transforms = tuple(getattr(info, "transform_descriptors", None) or ())
-    kind: Kind = "opaque" if not transforms else "zstd" if transforms == (DESCRIPTOR,) else "stream"
-    dtype, shape = _block(index, metadata) if transforms else (None, None)
-    return Item(
-        name=index.fqn,
-        offset=None if index.offset is None else tuple(index.offset),
-        index=index.index,
-        kind=kind,
-        dtype=dtype,
-        shape=shape,
-        file=info.relative_path,
-        start=info.offset,
-        length=info.length,
-        payload_start=0,
-        payload_length=info.length,
-        frame_digest=0,
-        digests=(),
-        transforms=transforms if kind == "stream" else (),
-    )
-
-
-def _block(index: MetadataIndex, metadata: Metadata) -> tuple[str | None, tuple[int, ...] | None]:
-    """Dtype and shape of the block of a tensor that an index means; None of another object."""
-    entry = metadata.state_dict_metadata.get(index.fqn)
-    if not isinstance(entry, TensorStorageMetadata):
-        return None, None
-    offset = None if index.offset is None else tuple(index.offset)
-    for chunk in entry.chunks:
-        if offset in (None, tuple(chunk.offsets)):
-            return dtype_name(entry.properties.dtype), tuple(chunk.sizes)
-    return None, None

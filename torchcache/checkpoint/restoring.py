@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from torchcache.checkpoint.agreement import Ranks, plain_errors
@@ -21,6 +21,7 @@ from torchcache.checkpoint.resume import (
     require_same_data,
     set_rng_state,
 )
+from torchcache.checkpoint.stored import Backing
 from torchcache.checkpoint.targets import complete, give_back, prepare
 from torchcache.errors import CheckpointError
 from torchcache.pool import Pool
@@ -31,11 +32,11 @@ _log = logging.getLogger(__name__)
 def restore(pool: Pool, uri: str, state: MutableMapping[str, Any], ranks: Ranks, *, rng: bool) -> None:
     """Puts the checkpoint at `uri` into `state`, see CheckpointManager.load. Called by all ranks, raises on all."""
     reader = CacheStorageReader(uri, pool=pool)
-    opened: list[Metadata] = []
+    opened: list[Backing] = []
     with ExitStack() as until_loaded:
 
         def open_it() -> None:
-            opened.append(reader.read_metadata())
+            opened.append(reader.backing(reader.read_metadata()))
             # torch opens it again for every load, and the reader ends its own hold with each.
             if (hold := reader.give_hold()) is not None:
                 until_loaded.enter_context(hold.kept())
@@ -46,14 +47,14 @@ def restore(pool: Pool, uri: str, state: MutableMapping[str, Any], ranks: Ranks,
 
 def _load_all(
     reader: CacheStorageReader,
-    metadata: Metadata,
+    backing: Backing,
     uri: str,
     state: MutableMapping[str, Any],
     ranks: Ranks,
     *,
     rng: bool,
 ) -> None:
-    record = _read_record(reader, metadata, state, uri, ranks)
+    record = _read_record(reader, backing, state, uri, ranks)
     if record is None and rng:
         _log.warning("%s has no state of random generators for this rank: they stay as they are", uri)
     targets: dict[str, Any] = {}
@@ -61,8 +62,8 @@ def _load_all(
     def make_targets() -> None:
         for key, value in state.items():
             if not is_loader(value):
-                targets[key] = prepare(value, metadata, key)
-        complete(targets, metadata)
+                targets[key] = prepare(value, backing.metadata, key)
+        complete(targets, backing)
 
     ranks.all_or_none(make_targets)
     with plain_errors():
@@ -81,15 +82,20 @@ def _load_all(
 
 
 def _read_record(
-    reader: CacheStorageReader, metadata: Metadata, state: MutableMapping[str, Any], uri: str, ranks: Ranks
+    reader: CacheStorageReader,
+    backing: Backing,
+    state: MutableMapping[str, Any],
+    uri: str,
+    ranks: Ranks,
 ) -> Record | None:
     """This rank's own part of the checkpoint, found fit for `state` on all ranks; None if it is another world's."""
     found: list[Record] = []
 
     def read() -> None:
         name = record_name(ranks.rank)
-        entry = metadata.state_dict_metadata.get(name)
+        entry = backing.metadata.state_dict_metadata.get(name)
         if isinstance(entry, TensorStorageMetadata):
+            backing.require([name])
             place = {name: torch.empty(entry.size, dtype=torch.uint8, device="cpu")}
             with plain_errors():
                 load(place, storage_reader=reader, no_dist=True)

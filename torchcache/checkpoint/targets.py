@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.distributed.checkpoint.stateful import Stateful
 
 from torchcache.checkpoint.resume import PREFIX
+from torchcache.checkpoint.stored import Backing
 from torchcache.errors import CheckpointError
 
 _STATE: Final = "state"
@@ -62,15 +63,18 @@ def _initialise(optimizer: torch.optim.Optimizer) -> None:
         parameter.grad = gradient
 
 
-def complete(target: dict[str, Any], metadata: Metadata) -> None:
+def complete(target: dict[str, Any], backing: Backing) -> None:
     """Adds to `target` what the checkpoint holds under its keys and it has no place for: else it would be left out.
 
     A place that holds None is none, for a tensor.
 
-    Raises CheckpointError if the checkpoint doesn't say where in the state its entries belong.
+    Raises CheckpointError if the checkpoint doesn't say where in the state its entries belong, IntegrityError if it
+    claims tensors larger than what is stored of them.
     """
+    metadata = backing.metadata
     there, _ = flatten_state_dict(target)
     paths: Mapping[str, tuple[str | int, ...]] = metadata.planner_data or {}
+    places: dict[str, tuple[str | int, ...]] = {}
     for name, entry in metadata.state_dict_metadata.items():
         missing = name not in there or (there[name] is None and isinstance(entry, TensorStorageMetadata))
         if not missing or name.startswith(f"{PREFIX}."):
@@ -82,7 +86,12 @@ def complete(target: dict[str, Any], metadata: Metadata) -> None:
             continue
         if path[0] not in target:
             continue  # the user asked for less
-        place: Any = None
+        places[name] = path
+    backing.require(
+        [name for name in places if isinstance(metadata.state_dict_metadata[name], TensorStorageMetadata)]
+    )
+    for name, path in places.items():
+        entry, place = metadata.state_dict_metadata[name], None
         if isinstance(entry, TensorStorageMetadata):
             place = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
         set_element(target, path, place)

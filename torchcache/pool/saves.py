@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from torchcache.errors import (
     DeadlineExceeded,
+    IntegrityError,
     NotCommitted,
     NotResident,
     Overloaded,
@@ -28,7 +29,13 @@ from torchcache.pool.reports import Reservation, SaveInfo, SaveState
 from torchcache.pool.retry import Retry
 from torchcache.pool.session import Asked, Session
 from torchcache.pool.writes import Writing
-from torchcache.save_names import MANIFEST_NAME, METADATA_NAME, save_namespace, saved_file
+from torchcache.save_names import (
+    MANIFEST_NAME,
+    METADATA_NAME,
+    MOST_MANIFEST_BYTES,
+    save_namespace,
+    saved_file,
+)
 from torchcache.threads import Threads
 from torchcache.wire.limits import MAX_INLINE_BYTES
 from torchcache.wire.status import decode_error
@@ -357,7 +364,14 @@ class Saves:
                 raise
         objects = Objects(self._session)
         uri = objects.uri(ObjectId(info.store, copy.key, ""))
-        return self._content(objects.stat(uri), uri.rpartition("/")[0])
+        file = objects.stat(uri)
+        if file.size > MOST_MANIFEST_BYTES:
+            raise IntegrityError(
+                f"{uri} has {file.size:,} bytes, and of a manifest at most {MOST_MANIFEST_BYTES:,} are read: it isn't "
+                "what was saved; load an older checkpoint",
+                object=uri,
+            )
+        return self._content(file, uri.rpartition("/")[0])
 
     def _content(self, object: ObjectInfo, namespace: str) -> bytes:
         deadline = time.monotonic() + CALL_S
