@@ -231,6 +231,17 @@ def test_ranks_are_even_and_global_batches_the_same(pool: tc.Pool, patterns: dic
     assert sorted(len(rank_of(rank, 4, "keep")) for rank in range(4)) == [24, 24, 24, 25]
 
 
+def test_a_spawned_worker_is_not_sent_where_records_begin(pool: tc.Pool, tmp_path: Path) -> None:
+    """Its memory doesn't grow with their number."""
+    sizes = []
+    for count in (1_000, 21_000):
+        (tmp_path / f"{count:06d}.jsonl").write_bytes(b"1\n" * count)
+        dataset = tc.CachedIterableDataset(f"{tmp_path}/{count:06d}.jsonl", shuffle=True, pool=pool)
+        sizes.append(len(pickle.dumps(dataset)))
+        assert len(list(pickle.loads(pickle.dumps(dataset)))) == count
+    assert sizes[1] - sizes[0] < 100
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_persistent_workers_see_the_epoch(pool: tc.Pool, patterns: dict[str, str], method: str) -> None:
     dataset = tc.CachedIterableDataset(

@@ -16,6 +16,7 @@ from torchcache.data.iterable_order import Ints
 from torchcache.data.iterable_reading import BlockReading, Reading, RecordReading, StreamReading
 from torchcache.data.iterable_sources import Source, common_folder, find_shards
 from torchcache.data.manifest import Manifest
+from torchcache.data.mapped_ints import MappedInts
 from torchcache.errors import TorchCacheError
 from torchcache.model import ObjectInfo
 from torchcache.pool import Pool, Residency
@@ -25,8 +26,7 @@ from torchcache.pool.absent import absent
 class ShardRecords:
     """The records of shards, numbered through all of them. Pickles.
 
-    Where records begin takes 8 bytes each, which forked workers share, and spawned ones copy. (Not tensors: torch moves
-    those to shared memory when it pickles them, and arrays that look into the old memory would look into nothing.)
+    Where records begin takes 8 bytes each, in a file that all workers map.
     """
 
     def __init__(
@@ -42,14 +42,15 @@ class ShardRecords:
         self.format = format_of(format, (shard.id.key for shard in shards))
         self.namespace = common_folder([pool.uri(shard.id) for shard in shards])
         indices, self.made = Indexing(pool, self.format, self.namespace).run(shards, on_progress)
-        self._manifest = Manifest.write(shards[0].id.store, shards, environment.home() / "manifests")
+        folder = environment.home() / "manifests"
+        self._manifest = Manifest.write(shards[0].id.store, shards, folder)
         self.access = _access(indices)
         self._counts = np.array([index.count for index in indices], dtype=np.int64)
         self._firsts = _summed(self._counts)
-        self._rows, self._starts = _joined([index.rows for index in indices]), None
-        if self.access == "records":
-            self._starts = _joined([index.starts for index in indices])
-        elif self.access == "blocks":
+        self._rows = _joined([index.rows for index in indices])
+        starts = _joined([index.starts for index in indices]) if self.access == "records" else None
+        self._starts = None if starts is None else MappedInts.write(starts, folder)
+        if self.access == "blocks":
             sizes = np.array([0 if i.rows is None else len(i.rows) for i in indices], dtype=np.int64)
             self._first_blocks = _summed(sizes)
         self._infos: dict[int, ObjectInfo] = {}
@@ -109,7 +110,7 @@ class ShardRecords:
         """Where records begin, and where the next ones do. For access "records"."""
         if self._starts is None:
             raise TypeError("only records that can be read alone have bounds")
-        starts = self._starts
+        starts = self._starts.array()
         at = self._firsts[shard] + shard + number  # each shard has one entry more than records
         return starts[at], starts[at + 1]
 

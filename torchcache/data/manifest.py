@@ -11,10 +11,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from torchcache.model import ObjectId, ObjectInfo
 _SCHEMA = pa.schema([("id", pa.large_binary()), ("size", pa.int64())])  # `ObjectId.encoded`
 BATCH_ROWS = 65_536
 _PRIVATE = "listing-"
+T = TypeVar("T")
 _UNUSED_S = 30 * 24 * 3600.0
 
 
@@ -69,17 +70,7 @@ class Manifest:
     @classmethod
     def of_batches(cls, store: str, batches: Iterable[pa.RecordBatch], folder: Path) -> Manifest:
         """`write`, of rows as `table` has them, in batches of `BATCH_ROWS`."""
-        with _writable(folder):
-            descriptor, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                digest = _write_batches(file, store, batches)
-            checksum = _checksum(pa.memory_map(name))
-            path = temporary.replace(folder / f"{checksum}.arrow")
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        path, checksum, digest = write_file(folder, lambda file: _write_batches(file, store, batches))
         return cls(path, checksum, digest)
 
     def moved_to(self, folder: Path) -> Manifest:
@@ -159,6 +150,24 @@ def private_folder(folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
+def write_file(folder: Path, write: Callable[[IO[bytes]], T]) -> tuple[Path, str, T]:
+    """A file for `map_file` in `folder`, its checksum, and what `write` returned, which wrote it.
+
+    Files in `folder` that nobody has mapped for a month are removed. Raises ConfigurationError if it can't be written.
+    """
+    with _writable(folder):
+        descriptor, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            returned = write(file)
+        checksum = _checksum(pa.memory_map(name))
+        return temporary.replace(folder / f"{checksum}.arrow"), checksum, returned
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 @contextlib.contextmanager
 def _writable(folder: Path) -> Iterator[None]:
     """Makes the folder, and what is done in it; an OSError is then told as one of the folder."""
@@ -216,21 +225,30 @@ def _checksum(file: pa.MemoryMappedFile) -> str:
     return str(xxhash.xxh3_128_hexdigest(file.read_buffer()))
 
 
-def _map(path: Path, checksum: str) -> _OpenList:
+def map_file(path: Path, checksum: str, what: str = "files") -> pa.MemoryMappedFile:
+    """The file, a dataset's list of `what`, if it is the one that was written.
+
+    Raises ObjectNotFound if it is gone, IntegrityError if it is damaged.
+    """
     try:
         file = pa.memory_map(str(path))
     except FileNotFoundError as error:
         raise ObjectNotFound(
-            f"the dataset's list of files, {path}, is gone, or was made on another machine: create the dataset again, "
+            f"the dataset's list of {what}, {path}, is gone, or was made on another machine: create the dataset again, "
             "on this machine",
             object=str(path),
         ) from error
     except OSError as error:
-        raise IntegrityError(f"the dataset's list of files, {path}, can't be read: {error}") from error
+        raise IntegrityError(f"the dataset's list of {what}, {path}, can't be read: {error}") from error
     if _checksum(file) != checksum:
-        raise IntegrityError(f"the dataset's list of files, {path}, is damaged: create the dataset again")
+        raise IntegrityError(f"the dataset's list of {what}, {path}, is damaged: create the dataset again")
     with contextlib.suppress(OSError):
         os.utime(path)  # still in use: see _sweep
+    return file
+
+
+def _map(path: Path, checksum: str) -> _OpenList:
+    file = map_file(path, checksum)
     reader = pa.ipc.open_file(file)
     batches = [_Rows.of(reader.get_batch(i)) for i in range(reader.num_record_batches)]
     length = sum(len(rows.sizes) for rows in batches)
