@@ -1,8 +1,8 @@
 """`make demo-cluster`: a pool of four servers in etcd, two ranks that train through it, and a server that is killed.
 
 Trains once undisturbed and once with `kill -9` to one of the servers on the way, and checks that nobody could tell: no
-rank failed or started again, and the weights are equal, bit for bit. In between it shows what `torchcache status
---watch` shows.
+rank failed or started again, and the weights are equal, bit for bit. `torchcache status --watch` runs beside all that;
+what it shows before, while and after the server dies is printed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import random
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from contextlib import ExitStack, closing
@@ -87,17 +89,59 @@ def wait_for(servers: int, timeout_s: float = 60.0) -> None:
             time.sleep(0.2)
 
 
-def show_status(title: str) -> None:
-    """What `torchcache status` says now; with --watch it would do so again and again."""
-    console.print(f"  [bold]torchcache status[/], {title}:")
-    said = subprocess.run(
-        [sys.executable, "-m", "torchcache.cli", "status"], check=True, capture_output=True, text=True
-    )
-    servers = re.split(r"\n\s*\n", said.stdout.strip())[0]  # tables of lanes, disks and data follow
-    console.print(servers, markup=False, highlight=False, soft_wrap=True)
+class StatusWatch:
+    """`torchcache status --watch`, which runs beside everything else, and what it says, look by look."""
+
+    def __init__(self) -> None:
+        self._looks: list[str] = []
+        self._changed = threading.Condition()
+        command = [sys.executable, "-m", "torchcache.cli", "status", "--watch", "1"]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            with self._changed:
+                if re.match(r"[\d:]{8}: \d+ servers? answers?$", line):
+                    self._looks.append("")
+                if self._looks:
+                    self._looks[-1] += line
+                self._changed.notify_all()
+
+    def show(self, title: str, servers: int, timeout_s: float = 60.0) -> None:
+        """Prints the next whole look at which so many servers answer."""
+        with self._changed:
+            seen = len(self._looks)
+            deadline = time.monotonic() + timeout_s
+            while not (whole := [look for look in self._looks[seen:-1] if f": {servers} server" in look]):
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    raise DemoFailed(
+                        f"torchcache status --watch never showed {servers} servers: {self._looks[-1:]}"
+                    )
+                self._changed.wait(1.0)
+        console.print(f"  [bold]torchcache status --watch[/], {title}:")
+        most_important = re.split(r"\n[^\n]*lane from here", whole[0])[0]  # lanes, disks and storage follow
+        console.print(most_important.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.send_signal(signal.SIGINT)  # Ctrl-C
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join()
 
 
-def train(data: str, run_uri: str, *, what: str, victim: CacheServer | None = None) -> Run:
+def train(data: str, run_uri: str, watch: StatusWatch, victim: CacheServer | None = None) -> Run:
     """Two ranks under torchrun, whose events rank 0 prints; kills `victim` somewhere in the middle."""
     run = Run()
     kill_at = random.randrange(STEPS // 3, 2 * STEPS // 3)
@@ -105,15 +149,16 @@ def train(data: str, run_uri: str, *, what: str, victim: CacheServer | None = No
     command += ["-m", "examples.train_ranks", data, run_uri, "--events"]
     command += [f"--epochs={EPOCHS}", f"--save-every={SAVE_EVERY}"]
     with progress() as bar, (FOLDER / "train.log").open("a") as log:
-        task = bar.add_task(what, total=STEPS, note="")
+        task = bar.add_task("train", total=STEPS, note="")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         for line in process.stdout or ():
             note(json.loads(line), run)
             bar.update(task, completed=run.last_step, note=f"{len(run.saves)} saves")
             if victim is not None and run.last_step >= kill_at:
+                watch.show(f"at step {run.last_step}", SERVERS)
                 victim.kill()
-                console.print(f"  kill -9 to one of the servers at step {run.last_step}")
-                show_status("a moment later")
+                console.print("  [bold]kill -9[/] to one of the servers")
+                watch.show("a moment later", SERVERS - 1)
                 victim = None
         code = process.wait()
     if code:
@@ -121,21 +166,20 @@ def train(data: str, run_uri: str, *, what: str, victim: CacheServer | None = No
     return run
 
 
-def demo(s3: SeaweedFS, servers: list[CacheServer]) -> None:
+def demo(s3: SeaweedFS, servers: list[CacheServer], watch: StatusWatch) -> None:
     bucket = "cluster"
     s3.client.create_bucket(Bucket=bucket)
     console.rule(f"1. {SERVERS} servers have joined a pool in etcd")
-    wait_for(SERVERS)
-    show_status("before anything is read")
+    watch.show("before anything is read", SERVERS)
     upload(s3, bucket, "digits", digits(), 1797)
 
     console.rule(f"2. Train on {RANKS} ranks, undisturbed")
     data = f"s3://{bucket}/digits"
-    whole = train(data, f"s3://{bucket}/whole", what="train")
-    show_status("with everything cached")
+    whole = train(data, f"s3://{bucket}/whole", watch)
+    watch.show("with everything cached", SERVERS)
 
     console.rule("3. Train again, while a server dies")
-    broken = train(data, f"s3://{bucket}/run", what="train", victim=random.choice(servers))
+    broken = train(data, f"s3://{bucket}/run", watch, victim=random.choice(servers))
     check(not broken.resumes and broken.last_step == STEPS, "no rank failed or had to start again")
     check(whole.weights == broken.weights is not None, "the final weights are equal, bit for bit")
     saved = [save["step"] for save in broken.saves]
@@ -144,7 +188,7 @@ def demo(s3: SeaweedFS, servers: list[CacheServer]) -> None:
         last = pool.list_saves(f"s3://{bucket}/run")
         check({save.state for save in last} == {"durable"}, "those that are kept are durable in S3")
     wait_for(SERVERS - 1)
-    show_status("at the end: etcd's lease of the dead server has run out")
+    watch.show("at the end: etcd's lease of the dead server has run out", SERVERS - 1)
 
 
 def main() -> int:
@@ -168,7 +212,9 @@ def main() -> int:
             for n in range(SERVERS)
         ]
         try:
-            demo(s3, servers)
+            wait_for(SERVERS)
+            with StatusWatch() as watch:
+                demo(s3, servers, watch)
         except DemoFailed as failed:
             console.print(f"[red]The demo failed:[/] {failed}")
             return 1
