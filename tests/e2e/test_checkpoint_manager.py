@@ -24,6 +24,8 @@ from tests.unit.checkpoint_states import assert_same, blank, state
 from tests.waiting import until
 from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.resume import Record
+from torchcache.checkpoint.stager import default_stager
+from torchcache.checkpoint.stager_memory import Memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -551,8 +553,10 @@ def test_an_error_of_a_save_behind_is_not_lost(pool: tc.Pool, root: str) -> None
 
 
 def test_async_save_of_torch_stages_in_memory_that_all_writers_share(pool: tc.Pool, root: str) -> None:
+    default_stager().close()
     weights = torch.zeros(500_000)
     futures: list[Any] = []
+    addresses = set()
     for step in range(4):
         weights.fill_(step)
         future: Any = dcp.async_save(
@@ -569,8 +573,12 @@ def test_async_save_of_torch_stages_in_memory_that_all_writers_share(pool: tc.Po
             )
             with pytest.raises(dcp.CheckpointException):
                 failed.result(300)
+        memory = default_stager()._memory
+        assert isinstance(memory, Memory)
+        addresses.add(memory._whole.data_ptr())
     for future in futures:
         future.result(300)
+    assert len(addresses) == 1
     for step in range(4):
         loaded = {"w": torch.empty(500_000)}
         dcp.load(loaded, storage_reader=tc.CacheStorageReader(f"{root}/{step}", pool=pool), no_dist=True)

@@ -190,6 +190,29 @@ def _read(pipe: Connection) -> None:
 
 
 @pytest.mark.forks
+def test_another_process_gets_a_copy_of_what_is_not_shared() -> None:
+    """Pickled twice, and read here meanwhile: nothing moves under whoever reads it."""
+    context = multiprocessing.get_context("fork")
+    stager = Stager()
+    staged = stager.stage({"a": torch.ones(1000), "b": {"c": torch.full((10,), 2.0)}})
+    where = addresses(staged)
+    for _ in range(2):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_read, args=(theirs,))
+        process.start()
+        ours.send(staged)
+        assert ours.recv() == (dict, 1000.0, True)
+        ours.send(None)
+        assert ours.recv() == 1000.0
+        process.join()
+    assert addresses(staged) == where
+    assert staged["b"]["c"].eq(2).all()
+    assert stager._memory is not None
+    del staged
+    assert addresses(stager.stage({"a": torch.ones(1000), "b": {"c": torch.ones(10)}})) == where
+
+
+@pytest.mark.forks
 def test_another_process_reads_shared_memory_without_a_copy() -> None:
     import torch.multiprocessing as mp
 

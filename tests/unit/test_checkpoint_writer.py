@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.staging import AsyncStager
 
 from tests.collected import until_collected
 from tests.unit.checkpoint_pool import CheckpointPool
@@ -67,6 +68,11 @@ def test_what_is_not_available_is_refused(options: dict[str, Any], message: str)
 
 def test_one_replica_is_what_there_is() -> None:
     assert CacheStorageWriter(URI, replicas=1, compression=None).checkpoint_id == URI
+
+
+def test_torch_takes_a_writer_for_its_own_stager() -> None:
+    """Else it copies the state into memory that is new each time."""
+    assert isinstance(CacheStorageWriter(URI), AsyncStager)
 
 
 # ---- what is written ----

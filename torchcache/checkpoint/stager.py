@@ -106,7 +106,8 @@ class Stager:
                 self._memory = None  # before the next is made
                 self._memory = self._make(plan.size)
             save = StagedSave()
-            staged = Staged(plan.carry_out(self._memory.places))
+            content = plan.carry_out(self._memory.places)
+            staged = Staged(content, is_shared=isinstance(self._memory, SharedMemory))
             weakref.finalize(self._memory.lend(staged), save.release).atexit = False
             self._save = save
             return staged, save

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from torchcache.checkpoint.stager_plan import Plan, Wanted
+
 
 class Staged(dict[str, Any]):
-    """A staged state. A dict that can be watched: whoever saves it holds it until the save is done."""
+    """A staged state. A dict that can be watched: whoever saves it holds it until the save is done.
+
+    What isn't in shared memory goes to another process as a copy: torch would swap the memory under all its tensors.
+    """
+
+    def __init__(self, content: Mapping[str, Any], *, is_shared: bool) -> None:
+        super().__init__(content)
+        self._is_shared = is_shared
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (dict, (dict(self),))
+        if self._is_shared:
+            return (dict, (dict(self),))
+        return (dict, (Plan(self).carry_out(_apart),))
+
+
+def _apart(wanted: Sequence[Wanted]) -> list[torch.Tensor]:
+    """As `Memory.places`, each in memory of its own."""
+    return [torch.empty(shape, dtype=dtype, device="cpu") for _, dtype, shape, _ in wanted]
 
 
 class Memory:

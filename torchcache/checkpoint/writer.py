@@ -168,6 +168,8 @@ class CacheStorageWriter(StorageWriter):
 
     # ---- staging for async_save ----
 
+    _synchronize_after_execute = False  # torch takes for its AsyncStager only what has this, too
+
     @property
     def should_synchronize_after_execute(self) -> bool:
         """No: `stage` returns when all is copied."""
