@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,8 @@ from tests.integration.replica_servers import ReplicaServers, UploadGate, wait_f
 from tests.waiting import until
 from torchcache.checkpoint.catalog import list_checkpoints
 from torchcache.errors import ConfigurationError, NotCommitted, ServerUnavailable
+from torchcache.pool import lane_choice
+from torchcache.pool.hedging import Calls
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -110,6 +113,36 @@ def test_the_copy_is_lost(servers: ReplicaServers, gate: UploadGate, uri: str) -
     servers.start(replica)
     until(lambda: kept(servers) == [])
     assert_loads(servers, uri)
+
+
+@pytest.mark.parametrize("place", ["the copy", "neither"])
+def test_the_server_on_this_machine_is_asked_first(
+    servers: ReplicaServers, gate: UploadGate, uri: str, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """The others are as if on other machines."""
+    _, replica = acknowledged(servers, gate, uri)
+    beside = replica if place == "the copy" else servers.order(uri)[2]
+    near = servers.ids[servers.addresses[beside]]
+    local_store, run = lane_choice.local_store, Calls.run
+
+    def only_near(info: Any, server_id: str) -> Any:
+        if server_id != near:
+            raise ConfigurationError("it is on another machine")
+        return local_store(info, server_id)
+
+    asked: list[str] = []
+
+    def noted(self: Calls, groups: Any) -> Any:
+        asked.extend(part.server for group in groups for part in group if part.extent.object.id.is_save)
+        return run(self, groups)
+
+    monkeypatch.setattr(lane_choice, "local_store", only_near)
+    monkeypatch.setattr(Calls, "run", noted)
+    assert_loads(servers, uri)
+    assert asked
+    assert asked[0] == near
+    if place == "the copy":
+        assert set(asked) == {near}
 
 
 def test_both_are_lost_and_one_comes_back(servers: ReplicaServers, gate: UploadGate, uri: str) -> None:

@@ -7,17 +7,18 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from torchcache.errors import IntegrityError, NotResident, TorchCacheError
 from torchcache.lanes.base import Outcome, ReadOptions
-from torchcache.model import STRIPE_BYTES, Extent
+from torchcache.model import STRIPE_BYTES, Extent, ObjectId
 from torchcache.placement import placement_key
 from torchcache.pool.buffers import allocate, targets
 from torchcache.pool.hedging import Attempt, Calls
 from torchcache.pool.probing import probe_those_out
 from torchcache.pool.retry import Retry
-from torchcache.pool.routing import Part, advance, check_extents, next_step, placed, streams
+from torchcache.pool.routing import Order, Part, advance, check_extents, next_step, placed, streams
 from torchcache.pool.session import Session
 from torchcache.wire.request_ids import new_request_id
 
@@ -95,13 +96,17 @@ class Reading:
     def _most_streams(self, server: str) -> int:
         return STREAMS.get(self._members.by_id[server].lane.name, 1)
 
-    def _order(self, key: bytes) -> list[str]:
-        return self._session.ordering.order(key, self._members)
+    def _order(self, object: ObjectId) -> Order:
+        """Who is asked for bytes of an object, by placement key."""
+        ordering = self._session.ordering
+        # Copies of a save aren't only where its key says, and what this machine has needs no network.
+        order = ordering.nearest_first if object.is_save else ordering.order
+        return partial(order, members=self._members)
 
     def _plan(self) -> list[Part]:
         parts: list[Part] = []
         for number, (extent, into) in enumerate(zip(self._extents, self._into, strict=True)):
-            runs = streams(placed(extent, self._order), STREAM_BYTES, self._most_streams)
+            runs = streams(placed(extent, self._order(extent.object.id)), STREAM_BYTES, self._most_streams)
             if len(runs) == 1:
                 parts.append(Part(number, extent, into, runs[0][1]))
             else:
@@ -182,6 +187,7 @@ class Reading:
             return
         self._members = self._session.current or self._members
         for part in again:
-            order = self._order(placement_key(part.extent.object.id, part.extent.offset))
+            id_ = part.extent.object.id
+            order = list(self._order(id_)(placement_key(id_, part.extent.offset)))
             if order != list(part.order):
                 part.order, part.turn = order, 0
