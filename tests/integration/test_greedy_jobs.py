@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.flight as fl
 import pytest
 from torchcache_server.service.admission import MAX_STREAMS
 
 from tests.integration.server_process import PlainClient, ServerProcess
-from torchcache.wire.codec import decode_pieces
+from torchcache.errors import Overloaded
+from torchcache.model import CHUNK_BYTES, chunk_digest
+from torchcache.wire.codec import WRITE_SCHEMA, decode_pieces, encode_chunks
+from torchcache.wire.status import error_from_flight
 from torchcache.wire.v1 import cache_pb2 as pb
 
 FILES = 12
@@ -118,3 +123,76 @@ def test_memory_keeps_its_bound_while_more_is_asked_for_than_there_is_room(serve
     peak_bytes = 1024 * int(status.partition("VmHWM:")[2].split()[0])
     print(f"peak {peak_bytes / 1e6:.0f} MB")
     assert peak_bytes < MEMORY_BYTES
+
+
+WRITERS = MAX_STREAMS + 8
+WRITERS_BYTES = 1_800_000_000
+"""32 streams with a batch twice over, the first batches of those that are refused, and the process. Without a bound of
+their own writers took 2.1 GB."""
+BATCHES, CHUNKS_A_BATCH = 4, 3
+
+
+@pytest.fixture
+def roomy(tmp_path: Path, home: Path) -> Iterator[ServerProcess]:
+    """Its store takes all that is written."""
+    with ServerProcess(
+        *("--listen", "127.0.0.1:0", "--store", tmp_path / "store", "--capacity", "5GB", "--min-free", "0"),
+        *("--under-store", f"file=file://{tmp_path}"),
+        token_file=home / "token",
+    ) as server:
+        yield server
+
+
+@pytest.mark.long
+def test_memory_keeps_its_bound_while_many_write(roomy: ServerProcess) -> None:
+    """Large batches by more streams than there may be; half of them stop in the middle, the others end (F35)."""
+    data = bytes(CHUNK_BYTES)
+    row, count = (chunk_digest(data), pa.py_buffer(data)), BATCHES * CHUNKS_A_BATCH
+    ended = threading.Event()
+
+    def write(number: int) -> None:
+        """Raises what the server refuses it with."""
+        ref = pb.ObjectRef(store="samples", key=f"{number}", version="1", size=count * len(data))
+        request = pb.WriteRequest(namespace=f"flood-{number % 4}", objects=[ref])
+        headers = [(b"authorization", f"Bearer {roomy.client.token}".encode())]
+        options = fl.FlightCallOptions(headers=headers, timeout=GREEDY_S)
+        descriptor = fl.FlightDescriptor.for_command(request.SerializeToString())
+        writer, metadata = roomy.client.flight.do_put(descriptor, WRITE_SCHEMA, options)
+        try:
+            with suppress(pa.ArrowInvalid, OSError):  # refused already: closing says why
+                for first in range(0, count, CHUNKS_A_BATCH):
+                    indices = range(first, first + CHUNKS_A_BATCH)
+                    writer.write_batch(encode_chunks([(0, index, *row) for index in indices]))
+                    if number % 2 and first:
+                        ended.wait()
+                        break
+                writer.done_writing()
+                while (answer := metadata.read()) and pb.WriteReply.FromString(answer.to_pybytes()).working:
+                    pass
+        finally:
+            writer.close()
+
+    def insist(number: int) -> int:
+        """How often it was refused."""
+        refused = 0
+        while True:
+            try:
+                write(number)
+                return refused
+            except fl.FlightError as error:
+                if ended.is_set() or number % 2:
+                    return refused
+                assert isinstance(error_from_flight(error), Overloaded), error
+                refused += 1
+                time.sleep(0.2)
+
+    with ThreadPoolExecutor(WRITERS) as threads:
+        writing = [threads.submit(insist, number) for number in range(WRITERS)]
+        try:
+            refused = sum(one.result() for one in writing[::2])
+        finally:
+            ended.set()
+    status = Path(f"/proc/{roomy.process.pid}/status").read_text()
+    peak_bytes = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    print(f"peak {peak_bytes / 1e6:.0f} MB; {refused} times refused")
+    assert peak_bytes < WRITERS_BYTES

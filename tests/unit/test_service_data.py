@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.flight as fl
 import pytest
-from torchcache_server.service.admission import RETRY_AFTER_S, Admission
+from torchcache_server.service.admission import MAX_WRITERS, RETRY_AFTER_S, Admission
 from torchcache_server.service.counters import ServiceCounters
 from torchcache_server.service.data import DataServer
 from torchcache_server.service.interceptors import flight_error
@@ -215,6 +216,25 @@ def test_streams_are_bounded(lane: Lane) -> None:
     assert lane.admission.wait_until_idle(60)  # a stream has ended a little after its last batch
     assert lane.get([(cold, 0, 10)]).read_all().num_rows == 1
     assert lane.admission.wait_until_idle(60)
+
+
+def test_writers_are_fewer_than_streams() -> None:
+    """F35: of one dataset three quarters of them; who reads finds room beside them, and so do others who write."""
+    admission = Admission()
+    with ExitStack() as running:
+        for _ in range(MAX_WRITERS * 3 // 4):
+            running.enter_context(admission.write_stream("a"))
+        with pytest.raises(Overloaded, match="open that write"), admission.write_stream("a"):
+            pass
+        for number in range(MAX_WRITERS // 4):
+            running.enter_context(admission.write_stream(f"b{number}"))
+        with pytest.raises(Overloaded, match="open that write"), admission.write_stream("c"):
+            pass
+        running.enter_context(admission.stream("a"))
+        assert admission.streams == MAX_WRITERS + 1
+    assert admission.refused_streams == 2
+    with admission.write_stream("a"):
+        assert admission.streams == 1
 
 
 def test_who_finds_no_room_is_told_how_long_streams_last() -> None:

@@ -15,6 +15,10 @@ MAX_STREAMS: Final = 88
 """Data streams at a time, enough for one dataset to have 64. More would share the same two cores and disk, and hold
 buffers meanwhile."""
 
+MAX_WRITERS: Final = 32
+"""Of the streams, those that write. While a batch is received it takes its size twice, in buffers of gRPC's that fill
+whether or not anybody reads: their number is the bound of what writers take of the memory, some 33 MB each."""
+
 CONTROL_THREADS: Final = 64
 MAX_CALLS: Final = 56
 """Control calls at a time. All of them may wait for storage; the threads that are left tell how the server is."""
@@ -45,6 +49,7 @@ class Admission:
         self._max_streams = max_streams
         self._streams = 0
         self._of: Counter[str] = Counter()  # streams by namespace
+        self._writers: Counter[str] = Counter()  # those of them that write
         self._calls = 0
         self._begun = 0  # of the calls, those that a drain waits for
         self.refused_streams = 0
@@ -71,7 +76,7 @@ class Admission:
                 raise Overloaded(
                     f"the server has {self._streams} streams open, {mine} of them for {namespace[:200]}, as many as it "
                     "may: try again",
-                    retry_after_s=min(max(self._lasts_s, RETRY_AFTER_S[0]), RETRY_AFTER_S[1]),
+                    retry_after_s=self._retry_after_s(),
                 )
             self._streams += 1
             self._of[namespace] += 1
@@ -86,6 +91,32 @@ class Admission:
                 if not self._of[namespace]:
                     del self._of[namespace]
                 self._changed.notify_all()
+
+    @contextmanager
+    def write_stream(self, namespace: str) -> Iterator[None]:
+        """The same as `stream`, around one that writes: there may be fewer of them."""
+        with self._changed:
+            mine, writers = self._writers[namespace], self._writers.total()
+            free = MAX_WRITERS - writers
+            if free <= 0 or mine >= TIMES_THE_FREE * free:
+                self.refused_streams += 1
+                raise Overloaded(
+                    f"the server has {writers} streams open that write, {mine} of them into {namespace[:200]}, as many "
+                    "as it may: try again",
+                    retry_after_s=self._retry_after_s(),
+                )
+            self._writers[namespace] += 1
+        try:
+            with self.stream(namespace):
+                yield
+        finally:
+            with self._changed:
+                self._writers[namespace] -= 1
+                if not self._writers[namespace]:
+                    del self._writers[namespace]
+
+    def _retry_after_s(self) -> float:
+        return min(max(self._lasts_s, RETRY_AFTER_S[0]), RETRY_AFTER_S[1])
 
     @contextmanager
     def call(self, *, begins: bool) -> Iterator[None]:

@@ -86,7 +86,7 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
                 raise ConfigurationError("a write needs a descriptor with a WriteRequest as its command")
             plan = write_plan(descriptor.command)
             request.is_about(plan.namespace)
-            running.enter_context(self._admission.stream(plan.namespace))
+            running.enter_context(self._admission.write_stream(plan.namespace))
             running.enter_context(self._counters.latencies.timed("write"))
             self._counters.add(write_calls=1)
             if reader.schema != WRITE_SCHEMA:
@@ -94,9 +94,7 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
             with heartbeats(writer):
                 if plan.is_save:
                     self._store.keep(plan.namespace, True)
-                written = sum(
-                    self._store_group(plan.namespace, group) for group in self._groups(plan, reader)
-                )
+                written = self._store_all(plan, reader)
                 if plan.durable:
                     self._store.sync(plan.namespace)
             self._counters.add(written_bytes=written)
@@ -127,28 +125,38 @@ class DataServer(fl.FlightServerBase):  # type: ignore[misc]  # pyarrow is untyp
                     "do_get", took_s, lambda: f": {len(plan.object)} extents, {read.sent_bytes} bytes"
                 )
 
-    def _groups(self, plan: WritePlan, reader: Any) -> Iterator[list[Row]]:
+    def _store_all(self, plan: WritePlan, reader: Any) -> int:
+        """Stores what comes, in groups; how many bytes that was.
+
+        A client may stop in the middle, and stay: nothing of what was stored is held while its next batch is awaited.
+        """
         group: list[Row] = []
-        size = 0
-        for received in reader:
-            batch = received.data
+        size = written = 0
+        while (rows := self._next_rows(plan, reader)) is not None:
+            group += rows
+            size += sum(row[2].size for row in rows)
+            del rows
+            if size >= GROUP_BYTES:
+                self._store.put_many(plan.namespace, group)
+                written += size
+                group, size = [], 0
+        if group:
+            self._store.put_many(plan.namespace, group)
+        return written + size
+
+    def _next_rows(self, plan: WritePlan, reader: Any) -> list[Row] | None:
+        """What the next batch brings; None behind the last."""
+        while True:
+            try:
+                batch = reader.read_chunk().data
+            except StopIteration:
+                return None
             if batch is None:
                 continue
             if batch.nbytes > MAX_BATCH_BYTES:
                 raise ConfigurationError(f"a batch of {batch.nbytes} bytes: {MAX_BATCH_BYTES} are allowed")
             self._admission.check_running()
-            rows = [checked_row(plan, *row) for row in decode_chunks(batch)]
-            group += rows
-            size += sum(row[2].size for row in rows)
-            if size >= GROUP_BYTES:
-                yield group
-                group, size = [], 0
-        if group:
-            yield group
-
-    def _store_group(self, namespace: str, group: list[Row]) -> int:
-        self._store.put_many(namespace, group)
-        return sum(row[2].size for row in group)
+            return [checked_row(plan, *row) for row in decode_chunks(batch)]
 
 
 def _request(call: str, context: Any) -> Request:
