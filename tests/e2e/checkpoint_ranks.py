@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -301,6 +302,46 @@ def save_from_a_thread(pool: Any, uri: str) -> None:
     state["model"]["plain"].zero_()
     future.result(300)
     load_sharded(pool, uri)
+
+
+def save_one_behind_the_other(pool: Any, uri: str) -> None:
+    """While a save is held up, the next waits to be staged, or is refused: on each rank, and no two are mixed."""
+    go_on = threading.Event()
+
+    class HeldUp(DefaultSavePlanner):
+        def resolve_data(self, write_item: WriteItem) -> Any:
+            assert go_on.wait(120)
+            return super().resolve_data(write_item)
+
+    def begin(step: int, stager: Stager) -> Any:
+        return dcp.async_save(
+            {"w": torch.full((1000,), step), f"of-{rank}": torch.full((1000,), step)},
+            checkpoint_id=f"{uri}/step-{step}",
+            storage_writer=tc.CacheStorageWriter(uri, pool=pool),
+            planner=HeldUp(),
+            async_stager=stager,
+        )
+
+    rank = dist.get_rank()
+    stager, refusing = Stager(), Stager(when_busy="refuse")
+    futures = [begin(0, stager)]
+    behind = threading.Thread(target=lambda: futures.append(begin(1, stager)))
+    behind.start()
+    behind.join(0.3)
+    assert behind.is_alive()
+    go_on.set()
+    behind.join(120)
+    for future in futures:
+        future.result(120)
+    go_on.clear()
+    futures = [begin(2, refusing)]
+    assert_raises(tc.CheckpointError, "still reads the staged state", begin, 3, refusing)
+    go_on.set()
+    futures[0].result(120)
+    for step in range(3):
+        loaded = {"w": torch.zeros(1000).long(), f"of-{rank}": torch.zeros(1000).long()}
+        dcp.load(loaded, storage_reader=tc.CacheStorageReader(f"{uri}/step-{step}", pool=pool))
+        assert all(tensor.eq(step).all() for tensor in loaded.values()), step
 
 
 # ---- CheckpointManager ----

@@ -129,6 +129,10 @@ def test_async_saves_from_another_process(bucket: str, run: Run) -> None:
     run(ranks.save_from_a_process, f"{bucket}/run")
 
 
+def test_saves_that_overlap_go_one_behind_the_other(bucket: str, run: Run) -> None:
+    run(ranks.save_one_behind_the_other, f"{bucket}/run")
+
+
 def test_the_manager_on_two_ranks(pool: tc.Pool, bucket: str, run: Run) -> None:
     run(ranks.manage, f"{bucket}/run")
     # Another number of ranks has no use for the positions of two, and is told; all else it loads.
