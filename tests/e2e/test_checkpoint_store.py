@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 import torchcache as tc
 from examples.seaweedfs import SeaweedFS, environment
@@ -124,6 +125,15 @@ def test_checkpoints_in_the_file_system(pool: tc.Pool, tmp_path: Path) -> None:
     assert_same(loaded, state())
     dcp.save(state(), storage_writer=dcp.FileSystemWriter(tmp_path / "stock"))
     assert_same(load(pool, str(tmp_path / "stock"), state()), state())
+
+
+def test_torch_s_format_tools_both_ways(pool: tc.Pool, tmp_path: Path) -> None:
+    content = {"a": {"w": torch.arange(1000.0), "n": 3}, "b": torch.ones(4, 5, dtype=torch.bfloat16)}
+    save(pool, tmp_path / "ours", content, durability="store")
+    dcp_to_torch_save(tmp_path / "ours", tmp_path / "all.pt")
+    assert_same(torch.load(tmp_path / "all.pt", weights_only=True), content)
+    torch_save_to_dcp(tmp_path / "all.pt", tmp_path / "theirs")
+    assert_same(load(pool, tmp_path / "theirs", content), content)
 
 
 def test_large_states_travel_in_several_files(pool: tc.Pool, other_pool: tc.Pool, bucket: str) -> None:
