@@ -209,7 +209,7 @@ def test_the_hostile_suite_is_counted_by_group() -> None:
     counts = {group: {"tests/a.py": least - 1, "tests/b/c.py": 1} for group, (_, least) in HOSTILE.items()}
     table = hostile_table(counts).splitlines()
     assert table[2].startswith("| keys | 120 |") and "[b/c.py](../tests/b/c.py)" in table[2]
-    assert table[-1] == "| all | 610 | | |"
+    assert table[-1] == f"| all | {sum(least for _, least in HOSTILE.values())} | | |"
     counts["bombs"] = {"tests/a.py": 29}
     with pytest.raises(ValueError, match="'bombs': 30 are due"):
         hostile_table(counts)
