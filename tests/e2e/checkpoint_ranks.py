@@ -451,7 +451,7 @@ def stage_for_a_process(pool: Any, uri: str) -> None:
     from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
     stager = Stager(shared=True)
-    state = {"w": torch.zeros(200_000)}
+    state = {"w": torch.zeros(200_000), **sharded(AS_SAVED)["model"]}
     futures: list[Any] = []
     addresses = set()
     for step in range(4):

@@ -14,6 +14,7 @@ class Staged(dict[str, Any]):
     """A staged state. A dict that can be watched: whoever saves it holds it until the save is done.
 
     What isn't in shared memory goes to another process as a copy: torch would swap the memory under all its tensors.
+    So do DTensors: torch crashes where several that it sends lie in one storage.
     """
 
     def __init__(self, content: Mapping[str, Any], *, is_shared: bool) -> None:
@@ -21,9 +22,10 @@ class Staged(dict[str, Any]):
         self._is_shared = is_shared
 
     def __reduce__(self) -> tuple[object, ...]:
-        if self._is_shared:
+        plan = Plan(self)
+        if self._is_shared and not plan.has_dtensors:
             return (dict, (dict(self),))
-        return (dict, (Plan(self).carry_out(_apart),))
+        return (dict, (plan.carry_out(_apart),))
 
 
 def _apart(wanted: Sequence[Wanted]) -> list[torch.Tensor]:

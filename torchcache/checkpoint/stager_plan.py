@@ -25,11 +25,13 @@ class Plan:
         self._wanted: list[Wanted] = []
         self._known: dict[tuple[Any, ...], int] = {}
         self.size = 0
+        self.has_dtensors = False
         self._tree = {key: self._note(value) for key, value in state.items()}
 
     def _note(self, value: Any) -> Callable[[list[torch.Tensor]], Any]:
         """Plans the copy of a value; what is returned makes it, from the staged tensors."""
         if isinstance(value, DTensor):
+            self.has_dtensors = True
             number, mesh, placements = self._number(value.to_local()), value.device_mesh, value.placements
             shape, stride = value.shape, value.stride()
             return lambda staged: DTensor.from_local(
