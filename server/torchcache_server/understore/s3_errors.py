@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from email.utils import parsedate_to_datetime
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -53,6 +55,7 @@ _OVERLOAD_CODES = {
     "ThrottlingException",
     "TooManyRequests",
 }
+_MOST_SKEW_S = 15 * 60  # of a signed request, by S3's rules
 _SHORTEST_SECRET = 8  # what is shorter is none, and may be a part of any word
 _DAMAGED = (boto.IncompleteReadError, boto.FlexibleChecksumError)
 
@@ -65,6 +68,15 @@ def status_of(error: boto.ClientError) -> int:
 def code_of(error: boto.ClientError) -> str:
     """S3's error code; the status as text where there was no body to hold one."""
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def clock_off_s(error: boto.ClientError, now_s: float) -> float:
+    """How far `now_s`, of this machine, is ahead of the server's clock by the Date of its answer; 0.0 if it has none."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    try:
+        return now_s - parsedate_to_datetime(str(headers.get("date", ""))).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
 
 
 def is_credential_error(error: Exception) -> bool:
@@ -109,6 +121,13 @@ def translate(error: Exception, *, action: Action, uri: str, endpoint: str) -> T
 def _refused(error: boto.ClientError, *, action: Action, uri: str, endpoint: str) -> TorchCacheError:  # noqa: PLR0911
     code, status = code_of(error), status_of(error)
     said = str(error.response.get("Error", {}).get("Message", "")) or code
+    off_s = clock_off_s(error, time.time())
+    if status == 403 and abs(off_s) > _MOST_SKEW_S:  # the answer to a HEAD has no body that could say so
+        return ConfigurationError(
+            f"{endpoint} refuses to {action} {uri}: this machine's clock is {abs(off_s) / 60:.0f} minutes "
+            f"{'ahead of' if off_s > 0 else 'behind'} the server's; set the clock",
+            object=uri,
+        )
     if code in _CREDENTIAL_CODES:
         return ConfigurationError(
             f"{endpoint} refuses to {action} {uri}: {_CREDENTIAL_CODES[code]}", object=uri
