@@ -71,7 +71,7 @@ def code_of(error: boto.ClientError) -> str:
 
 
 def clock_off_s(error: boto.ClientError, now_s: float) -> float:
-    """How far `now_s`, of this machine, is ahead of the server's clock by the Date of its answer; 0.0 if it has none."""
+    """How far `now_s`, of this machine, is ahead of the server by the Date of its answer; 0.0 if it has none."""
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     try:
         return now_s - parsedate_to_datetime(str(headers.get("date", ""))).timestamp()
