@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import pytest
-from torchcache_server.cache.fill_queue import LARGE_FILLS, SMALL_FILLS_BYTES, Fill, FillQueue, Loan
+from torchcache_server.cache.fill_queue import (
+    LARGE_FILLS,
+    SMALL_AHEAD_BYTES,
+    SMALL_FILLS_BYTES,
+    Fill,
+    FillQueue,
+    Loan,
+)
 from torchcache_server.store import StoredChunk
 
 from tests.waiting import until
@@ -78,6 +85,23 @@ def test_many_small_fills_run_at_once_and_few_large_ones() -> None:
         with queue_of(threads=24, limit_bytes=100 * SMALL_FILLS_BYTES) as queue:
             fills = [Held(size) for _ in range(30)]
             for held in fills:
+                queue.submit(held.fill)
+            until(lambda: sum(held.started.is_set() for held in fills) == at_once)  # noqa: B023 - called here
+            time.sleep(0.05)
+            assert sum(held.started.is_set() for held in fills) == at_once
+            for held in fills:
+                held.go.set()
+            for held in fills:
+                held.fill.future.result(30)
+
+
+def test_of_what_is_ahead_half_as_many_run_and_of_large_ones_half_of_few() -> None:
+    large = SMALL_AHEAD_BYTES // (LARGE_FILLS // 2) + 1
+    for size, at_once in ((1024, 12), (large, LARGE_FILLS // 2)):
+        with queue_of(threads=24, limit_bytes=100 * SMALL_FILLS_BYTES) as queue:
+            fills = [Held(size) for _ in range(20)]
+            for held in fills:
+                held.fill.need = "soon"
                 queue.submit(held.fill)
             until(lambda: sum(held.started.is_set() for held in fills) == at_once)  # noqa: B023 - called here
             time.sleep(0.05)

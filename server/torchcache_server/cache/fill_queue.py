@@ -31,6 +31,9 @@ SMALL_FILLS_BYTES: Final = 64 << 20
 """More than LARGE_FILLS run only while they have so many bytes together: an answer takes storage tens of milliseconds,
 which many small ones have to share; a few large ones take the whole line as it is."""
 
+SMALL_AHEAD_BYTES: Final = 8 << 20
+"""The same of what is fetched ahead of use, half as many: what a reader waits for shares the line with it."""
+
 QUIET_S: Final = 0.1
 """How long no reader must have waited for storage before what will be read in a later epoch is fetched."""
 
@@ -81,9 +84,9 @@ class FillQueue:
             raise ConfigurationError(f"fills need threads and bytes, not {threads} and {limit_bytes}")
         self._limit_bytes = limit_bytes
         self._lent_bytes = 0
-        self._running_bytes = 0
         self._waiting: dict[Need, deque[Fill]] = {"now": deque(), "soon": deque(), "later": deque()}
-        self._running: Counter[str] = Counter()  # by need
+        self._running: Counter[Need] = Counter()
+        self._running_bytes: Counter[Need] = Counter()
         self._quiet_from = float("-inf")
         # A loan may be returned by the garbage collector, even on a thread that holds the lock: hence a lock that lets
         # it in, and returns that are only noted down, to be counted by whoever lends.
@@ -106,7 +109,7 @@ class FillQueue:
     @property
     def running_bytes(self) -> int:
         """Bytes of the fills that run."""
-        return self._running_bytes
+        return self._running_bytes.total()
 
     @property
     def waiting(self) -> int:
@@ -139,8 +142,8 @@ class FillQueue:
                 self._waiting["now"].append(fill)
                 self._changed.notify()
             else:
-                self._running[before] -= 1
-                self._running["now"] += 1
+                self._count(fill, before, -1)
+                self._count(fill, "now", 1)
 
     def close(self) -> None:
         """Fails the fills that wait, and gives the running ones a moment to end. May be called twice."""
@@ -186,8 +189,7 @@ class FillQueue:
                 if pause_s == 0:
                     fill = queue.popleft()
                     self._lent_bytes += fill.bytes
-                    self._running_bytes += fill.bytes
-                    self._running[fill.need] += 1
+                    self._count(fill, fill.need, 1)
                     if self.waiting:
                         self._changed.notify()  # There may be room for the next one too.
                     return fill, Loan(self, fill.bytes)
@@ -200,12 +202,11 @@ class FillQueue:
     def _pause_s(self, fill: Fill, now: float) -> float:
         """0 if the fill may start, else how long to wait at most before looking again."""
         until_late_s = max(0.001, fill.deadline - now)
-        at_once = self._at_once(fill)
-        if not self._has_room(fill) or self._running.total() >= at_once:
+        if not self._has_room(fill) or self._running.total() >= self._at_once(fill):
             return until_late_s
         if fill.need == "now":
             return 0
-        if self._running["soon"] + self._running["later"] >= max(1, at_once // 2):
+        if self._running["soon"] + self._running["later"] >= self._ahead_at_once(fill):
             return until_late_s
         if fill.need == "soon":
             return 0
@@ -215,16 +216,25 @@ class FillQueue:
 
     def _ended(self, fill: Fill) -> None:
         with self._changed:
-            self._running_bytes -= fill.bytes
-            self._running[fill.need] -= 1
+            self._count(fill, fill.need, -1)
             if fill.need == "now":
                 self._quiet_from = time.monotonic()
             # Wakes nobody: the thread that was at it looks for the next fill itself.
 
+    def _count(self, fill: Fill, need: Need, number: int) -> None:
+        self._running[need] += number
+        self._running_bytes[need] += number * fill.bytes
+
     def _at_once(self, fill: Fill) -> int:
         """How many fills may run with this one."""
-        small = self._running_bytes + fill.bytes <= SMALL_FILLS_BYTES
+        small = self._running_bytes.total() + fill.bytes <= SMALL_FILLS_BYTES
         return self._thread_count if small else min(self._thread_count, LARGE_FILLS)
+
+    def _ahead_at_once(self, fill: Fill) -> int:
+        """How many of those that are ahead of use."""
+        ahead_bytes = self._running_bytes["soon"] + self._running_bytes["later"]
+        small = ahead_bytes + fill.bytes <= SMALL_AHEAD_BYTES
+        return max(1, (self._thread_count if small else min(self._thread_count, LARGE_FILLS)) // 2)
 
     def _has_room(self, fill: Fill) -> bool:
         """A fill that is larger than the bound runs alone."""
