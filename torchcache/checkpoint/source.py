@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -88,8 +87,7 @@ class Source:
         self._evicted: set[str] = set()
         self._saved_objects: dict[str, ObjectInfo] = {}
         self._stored: dict[str, ObjectInfo] = {}
-        self._warned: set[str] = set()
-        self._warning = threading.Lock()
+        self._warned: dict[str, object] = {}
 
     def fetch(self, fetches: Sequence[Fetch]) -> None:
         """Fills the buffers of all `fetches`, in one read or two, and checks them against the manifest.
@@ -171,10 +169,9 @@ class Source:
         return missing
 
     def _warn_of_damage(self, item: Item) -> None:
-        with self._warning:
-            if item.file in self._warned:
-                return
-            self._warned.add(item.file)
+        first = object()  # of all threads one finds its own; and what holds a lock can't be pickled
+        if self._warned.setdefault(item.file, first) is not first:
+            return
         _log.warning(
             "%s/%s is damaged in the pool (%s does not match its checksum): storage's copy is read",
             self._uri,
