@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -133,6 +134,33 @@ def test_a_footer_that_names_the_same_bytes_again_and_again() -> None:
         data = data.replace(_BLOCK.pack(*block), _BLOCK.pack(8, len(data) // 10, 0))
     with pytest.raises(IntegrityError, match="its headers come to more than all of it"):
         batch_rows(io.BytesIO(data), "x")
+
+
+class _Counted(io.BytesIO):
+    """Counts the bytes that are read of it."""
+
+    asked = 0
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer)
+        self.asked += size
+        return size
+
+
+@pytest.mark.parametrize("negative", [0, 1, 2], ids=["offset", "header", "body"])
+def test_a_footer_whose_negative_lengths_hide_the_others(negative: int) -> None:
+    data = arrow_file(pa.table({"n": range(40)}), 1)
+    blocks = [*_blocks(io.BytesIO(data), "x")]
+    for number, block in enumerate(blocks):
+        # Headers as long as nearly all of the file, and as many bytes less: in sum there are none.
+        claimed = [8, len(data) - 8 if number < 20 else 8 - len(data) if negative == 1 else 0, 0]
+        if number >= 20 and negative != 1:
+            claimed[negative] = -8
+        data = data.replace(_BLOCK.pack(*block), _BLOCK.pack(*claimed))
+    file = _Counted(data)
+    with pytest.raises(IntegrityError, match="a batch has a negative place or length"):
+        batch_rows(file, "x")
+    assert file.asked <= 2 * 16 * KIB
 
 
 def test_any_bytes_have_rows_or_are_damaged() -> None:

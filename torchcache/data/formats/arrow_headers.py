@@ -33,6 +33,8 @@ def batch_rows(file: BinaryIO, where: str) -> list[int]:
     buffered = io.BufferedReader(cast(io.RawIOBase, file), _AT_ONCE_BYTES)
     try:
         blocks = list(_blocks(buffered, where))
+        if any(min(block) < 0 for block in blocks):
+            raise ValueError("a batch has a negative place or length")  # such would offset others in the sum
         if sum(header_bytes for _, header_bytes, _ in blocks) > size:
             raise ValueError("its headers come to more than all of it")  # one might be named a million times
         return [_rows(_header(buffered, block, size, where)) for block in blocks]
@@ -65,7 +67,7 @@ def _blocks(file: BinaryIO, where: str) -> Iterator[tuple[int, int, int]]:
 def _header(file: BinaryIO, block: tuple[int, int, int], size: int, where: str) -> bytes:
     """A batch's header, without what stands before it."""
     offset, header_bytes, body_bytes = block
-    if min(block) < 0 or offset + header_bytes + body_bytes > size:
+    if offset + header_bytes + body_bytes > size:
         raise ValueError("a batch goes beyond the end")
     file.seek(offset)
     header = read_exactly(file, header_bytes, where)
