@@ -56,6 +56,8 @@ _OVERLOAD_CODES = {
     "TooManyRequests",
 }
 _MOST_SKEW_S = 15 * 60  # of a signed request, by S3's rules
+# Codes that leave the reason open, or name it. The answer to a HEAD has no body: botocore takes its status for a code.
+_MAY_BE_SKEW = {"", "403", "RequestTimeTooSkewed"}
 _SHORTEST_SECRET = 8  # what is shorter is none, and may be a part of any word
 _DAMAGED = (boto.IncompleteReadError, boto.FlexibleChecksumError)
 
@@ -122,7 +124,7 @@ def _refused(error: boto.ClientError, *, action: Action, uri: str, endpoint: str
     code, status = code_of(error), status_of(error)
     said = str(error.response.get("Error", {}).get("Message", "")) or code
     off_s = clock_off_s(error, time.time())
-    if status == 403 and abs(off_s) > _MOST_SKEW_S:  # the answer to a HEAD has no body that could say so
+    if status == 403 and code in _MAY_BE_SKEW and abs(off_s) > _MOST_SKEW_S:
         return ConfigurationError(
             f"{endpoint} refuses to {action} {uri}: this machine's clock is {abs(off_s) / 60:.0f} minutes "
             f"{'ahead of' if off_s > 0 else 'behind'} the server's; set the clock",
