@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CONNECTIONS = 64
+CONNECTIONS = 96
+"""Kept for reuse. All 64 threads that fill may ask at once, uploads and listings beside them: a connection beyond these
+is closed after its call, with a warning of urllib3's, and the next call opens another."""
+
 _AWS = (".amazonaws.com", ".amazonaws.com.cn")
 _CONNECT_S = 5.0
 _PATIENCE_S = (16.0, 4.0, 1.0)
