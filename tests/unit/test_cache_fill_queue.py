@@ -135,6 +135,48 @@ def test_threads_start_as_they_are_needed() -> None:
         assert threads() - before == 8
 
 
+def test_a_thread_that_starts_may_return_what_was_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection in the new thread, before it says that it runs, finds a loan in a ring of garbage."""
+    with queue_of(threads=2, limit_bytes=10) as queue:
+        lent = Loan(queue, 0)
+
+        class Starting(threading.Thread):
+            def _set_ident(self) -> None:
+                super()._set_ident()  # type: ignore[misc]
+                lent.release()
+
+        first, second = Held(), Held()
+        queue.submit(first.fill)
+        assert first.started.wait(30)
+        monkeypatch.setattr(threading, "Thread", Starting)
+        submitting = threading.Timer(0.0, queue.submit, (second.fill,))
+        submitting.daemon = True
+        submitting.start()
+        assert second.started.wait(30)
+        for held in (first, second):
+            held.go.set()
+
+
+def test_where_no_thread_can_be_started_those_that_are_there_do() -> None:
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with queue_of(threads=2, limit_bytes=10) as queue, pytest.MonkeyPatch.context() as patch:
+        first, second = Held(), Held()
+        first.go.set()
+        second.go.set()
+        patch.setattr(threading.Thread, "start", no_more)
+        with pytest.raises(ServerUnavailable, match="no thread can be started to fetch it"):
+            queue.submit(Held().fill)
+        assert queue.waiting == 0
+        patch.undo()
+        queue.submit(first.fill)
+        patch.setattr(threading.Thread, "start", no_more)
+        queue.submit(second.fill)
+        for held in (first, second):
+            held.fill.future.result(30)
+
+
 def test_is_first_come_first_served() -> None:
     """A small fill doesn't overtake a large one for ever."""
     with queue_of(threads=4, limit_bytes=10) as queue:

@@ -15,6 +15,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
@@ -73,6 +74,7 @@ class Fill:
     deadline: float
     future: Future[StoredChunk] = field(default_factory=Future)
     need: Need = "now"
+    running: bool = False
     context: Context = field(default_factory=copy_context)
 
 
@@ -119,16 +121,21 @@ class FillQueue:
     def submit(self, fill: Fill) -> None:
         """Queues `fill`. Its future gets the result of its `work`, or Overloaded if its turn doesn't come.
 
-        Raises ServerUnavailable after `close`.
+        Raises ServerUnavailable after `close`, and if there is no thread for it and none can be started.
         """
         fill.future.set_running_or_notify_cancel()  # Shared by its waiters: none of them may cancel it.
+        thread: threading.Thread | None = None
         with self._changed:
             if self._closed:
                 raise ServerUnavailable("the server is stopping")
             self._waiting[fill.need].append(fill)
             if self.waiting > self._idle and len(self._threads) < self._thread_count:
-                self._start_thread()
+                name = f"fill-{len(self._threads)}"
+                thread = threading.Thread(target=self._serve, name=name, daemon=True)
+                self._threads.append(thread)
             self._changed.notify()
+        if thread is not None:
+            self._start(thread, fill)
 
     def extend(self, fill: Fill, deadline: float) -> None:
         """A reader waits for a fill now. One that hasn't started waits until `deadline`, if its own is sooner."""
@@ -141,7 +148,7 @@ class FillQueue:
                 self._waiting[before].remove(fill)
                 self._waiting["now"].append(fill)
                 self._changed.notify()
-            else:
+            elif fill.running:  # else it is just being told that its turn didn't come
                 self._count(fill, before, -1)
                 self._count(fill, "now", 1)
 
@@ -157,12 +164,21 @@ class FillQueue:
             fill.future.set_exception(ServerUnavailable("the server is stopping", object=fill.name))
         until = time.monotonic() + _CLOSE_S
         for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
+            if thread.ident is not None:  # one that isn't started yet ends as soon as it is
+                thread.join(max(0.0, until - time.monotonic()))
 
-    def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._serve, name=f"fill-{len(self._threads)}", daemon=True)
-        thread.start()
-        self._threads.append(thread)
+    def _start(self, thread: threading.Thread, fill: Fill) -> None:
+        """Starts it, without the lock: a collection in the new thread, for which `start` waits, may return loans."""
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no more
+            with self._changed:
+                self._threads.remove(thread)
+                if self._threads:
+                    return
+                with suppress(ValueError):
+                    self._waiting[fill.need].remove(fill)
+            raise ServerUnavailable(f"no thread can be started to fetch {fill.name}: {error}") from error
 
     def _serve(self) -> None:
         while (taken := self._take()) is not None:
@@ -189,6 +205,7 @@ class FillQueue:
                 if pause_s == 0:
                     fill = queue.popleft()
                     self._lent_bytes += fill.bytes
+                    fill.running = True
                     self._count(fill, fill.need, 1)
                     if self.waiting:
                         self._changed.notify()  # There may be room for the next one too.
@@ -216,6 +233,7 @@ class FillQueue:
 
     def _ended(self, fill: Fill) -> None:
         with self._changed:
+            fill.running = False
             self._count(fill, fill.need, -1)
             if fill.need == "now":
                 self._quiet_from = time.monotonic()
