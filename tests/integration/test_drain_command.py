@@ -191,13 +191,13 @@ def test_it_is_told_how_far_the_server_is(two: Two) -> None:
     assert (last.done, last.left, last.streams) == (True, (), 0)
     assert two.second.process.wait(120) == 0
     with pytest.raises(ServerUnavailable, match="can't be reached"), closing(two.connect(ADMIN)) as pool:
-        next(pool.drain(two.second.address))
+        pool.drain(two.second.address)
 
 
 def test_a_signal_that_follows_does_not_cut_it_short(two: Two) -> None:
     """Kubernetes sends one to whatever is to go. A second one does."""
     writer, metadata = begin_write(two.first.client)
-    next(two.pool.drain(two.first.address))
+    two.pool.drain(two.first.address)
     two.first.process.send_signal(signal.SIGTERM)
     assert next(two.pool.drain(two.first.address)).streams == 1
     writer.write_batch(encode_chunks([(0, 0, chunk_digest(SHARD), pa.py_buffer(SHARD))]))
@@ -227,6 +227,6 @@ def test_an_embedded_pool_is_not_drained(
 @pytest.mark.parametrize("token", [WRITE, READ])
 def test_it_takes_a_token_of_scope_admin(two: Two, token: str) -> None:
     with closing(two.connect(token)) as pool, pytest.raises(ConfigurationError, match="scope admin"):
-        next(pool.drain(two.first.address))
+        pool.drain(two.first.address)
     (two.source / "a").write_bytes(b"a")
     assert two.first.client.read(two.first.client.objects("file")) == [b"a"]

@@ -46,7 +46,7 @@ def drain(session: Session, server: str, *, wait: bool) -> int:
         session.output.text(f"not in storage yet: {uri}")
     if state.left:
         session.output.text(
-            f"{state.address} has drained, but for {len(state.left)}; a server on the same store goes on with them"
+            f"{state.address} has drained, but for these; a server on the same store goes on with them"
         )
         return EXIT_FAILED
     session.output.text(f"{state.address} has drained: all is in storage")

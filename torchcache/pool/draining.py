@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from torchcache.errors import ConfigurationError, DeadlineExceeded, ServerUnavailable
+from torchcache.errors import ConfigurationError, ServerUnavailable, TransientError
 from torchcache.pool.members import Member
 from torchcache.pool.retry import Retry
 from torchcache.pool.session import Session
@@ -34,20 +34,33 @@ class Drain:
 
 
 def drain(session: Session, server: str) -> Iterator[Drain]:
-    """See `Pool.drain`."""
+    """See `Pool.drain`. It has begun when this returns."""
     deadline = time.monotonic() + CALL_S
     member = _found(session, server, deadline)
-    state = _ask(session, member, 0.0)
+    return _states(session, member, _ask(session, member, 0.0))
+
+
+def _states(session: Session, member: Member, state: Drain) -> Iterator[Drain]:
     yield state
     while not state.done:
-        try:
-            state = _ask(session, member, LOOK_S)
-        except (ServerUnavailable, DeadlineExceeded) as error:
-            raise ServerUnavailable(
-                f"{member.address} drained, and then was gone without a word of what is left: its log says that",
-                server=member.address,
-            ) from error
+        state = _asked_again(session, member)
         yield state
+
+
+def _asked_again(session: Session, member: Member) -> Drain:
+    """One answer that doesn't come says nothing: the channel may have been closed since the server left the pool."""
+    for pause_s in (LOOK_S / 4, LOOK_S, None):
+        try:
+            return _ask(session, member, LOOK_S)
+        except TransientError as error:
+            if pause_s is None:
+                raise ServerUnavailable(
+                    f"{member.address} drained, and can't be reached any more: its log says what is left, if it has "
+                    "ended",
+                    server=member.address,
+                ) from error
+            time.sleep(pause_s)
+    raise AssertionError
 
 
 def _ask(session: Session, member: Member, wait_s: float) -> Drain:
