@@ -37,6 +37,12 @@ class Waiting(cache_pb2_grpc.ControlServicer):
         assert self.go.wait(120)
         return pb.SaveReply()
 
+    def CommitWrite(self, request: pb.CommitWriteRequest, context: Any) -> pb.CommitWriteReply:
+        return pb.CommitWriteReply()
+
+    def AbandonSave(self, request: pb.AbandonSaveRequest, context: Any) -> pb.AbandonSaveReply:
+        return pb.AbandonSaveReply()
+
     def GetInfo(self, request: pb.InfoRequest, context: Any) -> pb.InfoReply:
         return pb.InfoReply(server_id="it")
 
@@ -90,6 +96,8 @@ def test_while_all_others_wait_a_server_says_how_it_is(control: Control) -> None
         assert error.retry_after_s is not None
         assert control.admission.refused_calls == 1
         assert control.call("GetInfo", pb.InfoRequest()).server_id == "it"
+        assert control.call("CommitWrite", pb.CommitWriteRequest()) == pb.CommitWriteReply()
+        assert control.call("AbandonSave", pb.AbandonSaveRequest()) == pb.AbandonSaveReply()
         control.service.go.set()
         for call in waiting:
             call.result(120)
@@ -98,7 +106,7 @@ def test_while_all_others_wait_a_server_says_how_it_is(control: Control) -> None
 
 def test_a_drain_waits_for_what_begins_something_and_for_nothing_else() -> None:
     admission = Admission()
-    with admission.call(begins=False):
+    with admission.call():
         assert admission.wait_until_idle(0.0)
         with admission.call(begins=True):
             assert not admission.wait_until_idle(0.0)

@@ -21,7 +21,9 @@ whether or not anybody reads: their number is the bound of what writers take of 
 
 CONTROL_THREADS: Final = 64
 MAX_CALLS: Final = 56
-"""Control calls at a time. All of them may wait for storage; the threads that are left tell how the server is."""
+ENDING_CALLS: Final = 4
+"""Control calls at a time, and so many more that end what was begun. All of them may wait for storage; the threads that
+are left tell how the server is."""
 
 TIMES_THE_FREE: Final = 3
 """A dataset, or a save, may have so many times the streams that nobody has: three quarters, if it is the only one.
@@ -119,15 +121,16 @@ class Admission:
         return min(max(self._lasts_s, RETRY_AFTER_S[0]), RETRY_AFTER_S[1])
 
     @contextmanager
-    def call(self, *, begins: bool) -> Iterator[None]:
-        """Around one control call. `begins`: it begins something, which is refused while draining.
+    def call(self, *, begins: bool = False, ends: bool = False) -> Iterator[None]:
+        """Around one control call. `begins`: it begins something, which is refused while draining. `ends`: it ends
+        something, and gives back what that takes.
 
         Raises Overloaded above the bound, ServerUnavailable when draining.
         """
         with self._changed:
             if begins:
                 self._check_open()
-            if self._calls >= MAX_CALLS:
+            if self._calls >= MAX_CALLS + (ENDING_CALLS if ends else 0):
                 self.refused_calls += 1
                 raise Overloaded(
                     f"the server has {self._calls} calls at work, as many as it may: try again",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Final
 
@@ -42,8 +42,17 @@ ALWAYS: Final = frozenset(
 was begun may be ended."""
 
 
-PROMPT: Final = frozenset({HEALTH_CHECK, *(CONTROL + name for name in ("GetInfo", "GetStatus", "RenewSave"))})
-"""Methods that wait for nothing, and aren't counted: there is a thread for them whatever the others wait for."""
+PROMPT: Final = frozenset(
+    {HEALTH_CHECK}
+    | {
+        CONTROL + name
+        for name in ("GetInfo", "GetStatus", "Drain", "RenewSave", "CommitWrite", "AbandonWrite")
+    }
+)
+"""Methods that don't wait for storage, and aren't counted: there is a thread for them whatever others wait for."""
+
+ENDING: Final = frozenset({CONTROL + name for name in ("AbandonSave", "ConfirmCopy", "DropCopy")})
+"""Methods that may, and end what was begun: others leave them some threads."""
 
 
 def no_scope(method: str, needed: Scope, given: Scope) -> str:
@@ -96,9 +105,9 @@ class ControlInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # g
         parse: Callable[[bytes], Any] | None,
     ) -> Callable[[bytes, grpc.ServicerContext], Any]:
         kind = method.rpartition("/")[2]
-        admitted = (
-            nullcontext if method in PROMPT else partial(self._admission.call, begins=method not in ALWAYS)
-        )
+        admitted: Callable[[], AbstractContextManager[None]] = nullcontext
+        if method not in PROMPT:
+            admitted = partial(self._admission.call, begins=method not in ALWAYS, ends=method in ENDING)
 
         def answer(sent: bytes, context: grpc.ServicerContext, request: Request) -> Any:
             with self._latencies.timed(kind), admitted():
