@@ -6,6 +6,7 @@ import functools
 import gc
 import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,8 +88,13 @@ def models_of_botocore() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def patient_forks() -> Iterator[None]:
-    """gRPC's threads may be kept from ending for longer than who trains would wait for a fork."""
+    """gRPC's threads may be kept from ending for longer than who trains would wait for a fork.
+
+    A loader's iterator that only the garbage collector finds waits so long for workers that can't end by themselves.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:
+            patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 1.0)
         patch.setattr("torchcache.lanes.connections.THREAD_WAIT_S", GRPC_ENDS_S)
         patch.setattr(connections, "_patience_s", GRPC_ENDS_S)
         yield

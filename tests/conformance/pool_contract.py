@@ -206,7 +206,7 @@ class PoolContract:
     def test_no_server(self) -> None:
         pool = connect("127.0.0.1:1", token="x" * 32, lane=self.lane)
         with pytest.raises(ServerUnavailable):
-            pool.read([Extent(ObjectInfo(ObjectId("samples", "x", "1"), -1))], timeout_s=4.0)
+            pool.read([Extent(ObjectInfo(ObjectId("samples", "x", "1"), -1))], timeout_s=1.5)
 
     def test_bad_arguments(self, servers: PoolServers, pool: Pool) -> None:
         info, namespace = servers.make("bad/1", 1000), servers.namespace("bad")

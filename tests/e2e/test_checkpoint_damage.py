@@ -69,7 +69,8 @@ def test_damage_in_the_pool_is_found_and_mended_from_sound_storage(
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_manifest_in_storage_that_is_too_large_is_not_fetched(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    saved = {f"w{number:05}": torch.zeros(1) for number in range(20_000)}  # too many for a message
+    # Too much for a message.
+    saved = {f"w{number:05}" + "x" * 1000: torch.zeros(1) for number in range(2_500)}
     with tc.LocalPool(tmp_path / "one", capacity="64MB") as one:
         dcp.save(saved, storage_writer=tc.CacheStorageWriter(home, pool=one, durability="store"))
     manifest = home / save_names.MANIFEST_NAME

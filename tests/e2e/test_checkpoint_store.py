@@ -269,10 +269,12 @@ def test_without_a_pool_the_embedded_one_is_used(s3: SeaweedFS, bucket: str) -> 
     tc.LocalPool().close()
 
 
-def test_many_items(pool: tc.Pool, other_pool: tc.Pool, bucket: str) -> None:
+def test_many_items(pool: tc.Pool, other_pool: tc.Pool, bucket: str, s3: SeaweedFS) -> None:
     """Metadata and manifest of a large model are larger than a control message may be."""
-    tensors = {f"model.layers.{i}.block.weight": torch.full((2,), i) for i in range(15_000)}
+    tensors = {f"{i:05}." + "x" * 1000: torch.full((2,), i) for i in range(4_500)}
     save(pool, f"s3://{bucket}/x", tensors, durability="store")
+    for name in (".metadata", ".torchcache.json"):
+        assert s3.client.head_object(Bucket=bucket, Key=f"x/{name}")["ContentLength"] > 4 << 20
     assert_same(load(pool, f"s3://{bucket}/x", tensors), tensors)
     assert_same(load(other_pool, f"s3://{bucket}/x", tensors), tensors)
 

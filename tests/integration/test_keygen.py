@@ -135,7 +135,7 @@ def test_only_who_has_a_certificate_and_the_token_is_served(tmp_path: Path, keys
         for tls in strangers:
             pool = connect(address, token=server.client.token, tls=tls, lane="flight")
             with pytest.raises(TorchCacheError):
-                pool.read([Extent(infos[0])], timeout_s=3)
+                pool.read([Extent(infos[0])], timeout_s=1.5)
             pool.close()
 
 

@@ -21,7 +21,7 @@ CLOCK = Path(__file__).with_name("wrong_clock")
 ROOT = Path(__file__).parents[2]
 DAY_S = 86_400
 SIZE = 200_000
-LEASE_S = 10.0
+LEASE_S = 3.0
 
 
 def off_by(seconds: int) -> Mapping[str, str]:

@@ -141,7 +141,7 @@ def test_of_a_manifest_no_more_than_a_bound_is_made_or_read(
     assert len(pool.saved) == 1
 
 
-@pytest.mark.parametrize("count", [20_000, pytest.param(200_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [8_000, pytest.param(200_000, marks=pytest.mark.long)])
 def test_many_entries_in_bounded_memory(count: int) -> None:
     properties = TensorProperties(dtype=torch.float32)
     names = [f"model.layers.{number:06}.weight" for number in range(count)]

@@ -565,9 +565,9 @@ def test_status_is_of_those_that_answer(server: StandIn) -> None:
 def test_no_server_at_all() -> None:
     pool = connect("127.0.0.1:1", token="secret")
     with pytest.raises(ServerUnavailable, match=r"127.0.0.1:1 can be reached: .*; is this the address"):
-        pool.read([whole(sample(1))], timeout_s=4)
+        pool.read([whole(sample(1))], timeout_s=1.5)
     with pytest.raises(ServerUnavailable, match=r"127.0.0.1:1"):
-        pool.write("samples:d@0", [(sample(1), [b"x"])], timeout_s=4)
+        pool.write("samples:d@0", [(sample(1), [b"x"])], timeout_s=1.5)
 
 
 def test_a_wrong_token_is_said_at_once(server: StandIn) -> None:
