@@ -78,10 +78,10 @@ def test_an_endpoint_that_is_no_file_of_ours_is_none(tmp_path: Path, kind: str) 
     """Neither waited for nor followed: what it leads to could say that the servers are elsewhere."""
     (tmp_path / "outside").write_text('{"control": "192.0.2.1:7440", "instance": "i"}')
     PLACED[kind](tmp_path / "endpoint.json")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     assert read_endpoint(tmp_path) is None
     EndpointFile(tmp_path, {"instance": "i"}).remove()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert os.path.lexists(tmp_path / "endpoint.json"), "only the server's own is removed"
 
 
