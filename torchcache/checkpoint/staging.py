@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from torchcache.checkpoint import manifest
-from torchcache.checkpoint.compression import DESCRIPTOR, LEAST_BYTES, Zstd
+from torchcache.checkpoint.compression import DESCRIPTOR, LEAST_BYTES, Zstd, decompressed_limit
 from torchcache.checkpoint.extensions import descriptors_of, transform
 from torchcache.checkpoint.frame import blob_of, bytes_of, frame, has_row_major_bytes, row_major
 from torchcache.checkpoint.garbage import garbage_waits
@@ -93,15 +93,29 @@ def _compressed(blob: _Blob, how: Zstd) -> _Blob:
     if blob.kind == "opaque" or len(blob.payload) < LEAST_BYTES:
         return blob
     frame = how.compress([blob.head, blob.payload, blob.tail])
-    if frame is None:
+    if frame is None or blob.length > _most_undone(blob, len(frame)):
         return blob
     return _Blob(blob.item, "zstd", blob.dtype, blob.shape, b"", memoryview(frame), b"")
 
 
+def _most_undone(blob: _Blob, size: int) -> int:
+    """The most that readers let `size` bytes become which are stored for the blob: beyond it they refuse a bomb."""
+    return decompressed_limit(size, tensor_bytes=len(blob.payload) if blob.kind == "tensor" else None)
+
+
 def _transformed(blob: _Blob, extensions: Sequence[StreamTransformExtension]) -> _Blob:
-    """The blob as stream extensions make it: every one, as stock's writer does it."""
+    """The blob as stream extensions make it: every one, as stock's writer does it.
+
+    Raises CheckpointError for one that gets so small that readers would refuse it.
+    """
     stream = transform([blob.head, blob.payload, blob.tail], extensions)
     transforms = descriptors_of(extensions)
+    if blob.length > _most_undone(blob, len(stream)):
+        raise CheckpointError(
+            f"{blob.item.index.fqn!r}, an object of {blob.length:,} bytes, becomes {len(stream):,} by "
+            f"{', '.join(transforms)}: readers refuse what unpacks to so much more than is stored. Save it as a tensor "
+            "or as several objects, or without _extensions: compression='zstd' stores it as it is"
+        )
     kind: manifest.Kind = "zstd" if transforms == (DESCRIPTOR,) else "stream"
     # A blob that torch made anew tells nobody how large it was.
     dtype, shape = (None, None) if blob.kind == "opaque" else (blob.dtype, blob.shape)
