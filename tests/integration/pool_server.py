@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tests.integration.described_saves import load, save
 from tests.integration.self_describing import content, difference
 from tests.integration.store_process_parts import PlainStarter
 from torchcache.connecting import connect
@@ -97,9 +96,13 @@ class PoolServer:
     # ---- checkpoints ----
 
     def save(self, path: str, number: int, size: int, *, overwrite: bool = False) -> None:
+        from tests.integration.described_saves import save  # torch, which other processes need not import
+
         save(self.pool, self._uri(path), number, size, overwrite=overwrite)
 
     def assert_loads(self, path: str, number: int, size: int) -> None:
+        from tests.integration.described_saves import load
+
         assert load(self.pool, self._uri(path), size) == (number, [])
 
     def hinder_upload(self, path: str) -> Path:
