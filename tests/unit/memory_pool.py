@@ -26,6 +26,8 @@ from torchcache.pool import (
     ServerStatus,
     UnderStoreStatus,
 )
+from torchcache.pool.members import UnderStoreName
+from torchcache.pool.objects import BY_NAME, split_uri
 from torchcache.pool.orders import AheadChunk, OrderKey, StagedAhead, State, ToldOrder
 
 
@@ -47,6 +49,7 @@ class MemoryPool:
         self.saved: dict[tuple[str, str, str], SaveInfo] = {}
         self.save_files: dict[ObjectId, bytes] = {}
         self.resident: set[ObjectId] = set()
+        self.staged_under: set[str] = set()  # namespaces
         self.holds: dict[str, str] = {}  # reader -> save id
         self.errors: dict[str, TorchCacheError] = {}  # by URI: what reading it raises
         self.reads: list[list[Extent]] = []
@@ -68,6 +71,8 @@ class MemoryPool:
         return root + object.key if root.endswith("/") else f"{root}/{object.key}"
 
     def resolve(self, uri: str) -> tuple[str, str]:
+        if uri.startswith(BY_NAME):
+            return split_uri(uri, [UnderStoreName(name, root) for name, root in self.roots.items()])
         uri = f"file://{uri}" if uri.startswith("/") else uri
         for store, root in sorted(self.roots.items(), key=lambda item: -len(item[1])):
             prefix = root if root.endswith("/") else root + "/"
@@ -173,6 +178,7 @@ class MemoryPool:
         cancelled: Callable[[], bool] | None = None,
         on_missing: Callable[[ObjectInfo, TorchCacheError], None] | None = None,
     ) -> None:
+        self.staged_under.add(namespace)
         failed: list[TorchCacheError] = []
         for object in objects:
             uri = self.uri(object.id)

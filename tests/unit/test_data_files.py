@@ -52,6 +52,28 @@ def test_samples_are_the_objects_by_key_bytewise(filled: SamplePool) -> None:
     assert all(type(sample) is bytes for sample in dataset.__getitems__([0, 1]))
 
 
+@pytest.mark.parametrize("record_bytes", [None, 1])
+def test_the_name_of_an_under_store_names_the_same_dataset(
+    filled: SamplePool, record_bytes: int | None
+) -> None:
+    by_uri = from_files(filled, record_bytes=record_bytes)
+    by_name = from_files(filled, "torchcache://s3/bucket/data/", record_bytes=record_bytes)
+    assert by_name.keys() == by_uri.keys()
+    assert by_name[0] == by_uri[0]
+    assert filled.namespaces == {"s3://bucket/data"}  # by which commands pin, limit and evict it
+    by_uri.stage(progress=False)
+    assert by_name.residency() == by_uri.residency()
+    by_name.stage(progress=False)
+    assert filled.staged_under == {"s3://bucket/data"}
+
+
+def test_an_under_store_without_a_folder_is_no_dataset(filled: SamplePool) -> None:
+    with pytest.raises(ConfigurationError, match="names no bucket or folder"):
+        from_files(filled, "torchcache://s3/")
+    with pytest.raises(ConfigurationError, match="the pool has: file, s3"):
+        from_files(filled, "torchcache://gs/bucket")
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [

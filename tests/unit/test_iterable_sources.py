@@ -78,6 +78,23 @@ def test_the_folder_of_all(uris: list[str], folder: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "source",
+    ["{}b/d/*.tar", "{}b/d", "{}b/d/{{0..8}}.tar", "{}b/d/3.tar"],
+    ids=["pattern", "folder", "names", "name"],
+)
+def test_shards_are_found_alike_by_the_name_of_their_storage(source: str) -> None:
+    pool: Any = MemoryPool()
+    for number in range(9):
+        pool.put(f"s3://b/d/{number}.tar", b"x")
+    stats: list[str] = []
+    stat, pool.stat = pool.stat, lambda uri: stats.append(uri) or stat(uri)
+    by_uri, asked = find_shards(pool, source.format("s3://")), stats.copy()
+    stats.clear()
+    assert find_shards(pool, source.format("torchcache://s3/")) == by_uri
+    assert stats == asked
+
+
+@pytest.mark.parametrize(
     "source", ["s3://b/d/*.tar", "s3://b/d", "s3://b/d/{0000..2499}.tar"], ids=["pattern", "folder", "names"]
 )
 def test_a_long_listing_comes_in_any_order_and_says_how_far_it_is(

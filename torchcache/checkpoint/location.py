@@ -5,13 +5,8 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torchcache.errors import ConfigurationError
-from torchcache.model import ObjectId
-
-if TYPE_CHECKING:
-    from torchcache.pool import Pool
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _COLLAPSED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/[^/]")
@@ -50,11 +45,6 @@ def checkpoint_uri(path: str | os.PathLike[str]) -> str:
             object=text,
         )
     return f"{scheme}:///{key}" if scheme == "file" else f"{scheme}://{key}"
-
-
-def at_storage(pool: Pool, uri: str) -> str:
-    """A `checkpoint_uri` as the storage's own: of `torchcache://s3/bucket/x`, s3://bucket/x. Asks the pool."""
-    return pool.uri(ObjectId(*pool.resolve(uri), "")) if uri.startswith("torchcache://") else uri
 
 
 def stock_id(uri: str) -> str:

@@ -17,7 +17,7 @@ from torchcache.checkpoint.garbage import A_MOMENT_BYTES, CALM_S, MANY_ITEMS, Tr
 from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.layout import metadata_name, part_name
 from torchcache.checkpoint.loading import plan_loads, run_loads
-from torchcache.checkpoint.location import at_storage, checkpoint_uri, looks_like_checkpoint
+from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
 from torchcache.checkpoint.metadata import load_metadata, metadata_of
 from torchcache.checkpoint.source import SavedFiles, Source
@@ -27,6 +27,7 @@ from torchcache.errors import CheckpointError, IntegrityError, NotCommitted, Not
 from torchcache.local_pool import LocalPool
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, SaveInfo
+from torchcache.pool.storage_uris import at_storage
 from torchcache.save_names import save_namespace, saved_file
 
 MOST_METADATA_BYTES: Final = 1 << 30

@@ -18,6 +18,7 @@ from torchcache.connecting import connect
 from torchcache.errors import CheckpointError, ConfigurationError, ObjectNotFound
 from torchcache.local_pool import LocalPool
 from torchcache.pool import Pool
+from torchcache.pool.storage_uris import at_storage
 
 _USUAL_NAME: Final = "model"
 
@@ -54,7 +55,7 @@ def open_safetensors(
     As `safetensors.safe_open`, over the pool; arguments and errors are those of `load_safetensors`.
     """
     connected = connect(pool)
-    found = _find(connected, checkpoint_uri(uri))
+    found = _find(connected, at_storage(connected, checkpoint_uri(uri)))
     return SafetensorsFile(Shards.open(connected, found), torch.device(device))
 
 

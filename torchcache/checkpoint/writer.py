@@ -30,7 +30,7 @@ from torchcache.checkpoint.holder import holder_name
 from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, Room
 from torchcache.checkpoint.layout import MOST_FILE_BYTES, assign_files, metadata_name, part_name
 from torchcache.checkpoint.lease import Lease, end_lease_of_thread
-from torchcache.checkpoint.location import at_storage, checkpoint_uri, looks_like_checkpoint
+from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
 from torchcache.checkpoint.manifest import Item, Manifest
 from torchcache.checkpoint.metadata import dcp_version, describe, knows_extensions, stock_metadata
 from torchcache.checkpoint.reuse import (
@@ -52,6 +52,7 @@ from torchcache.errors import CheckpointError, ConfigurationError, OutOfSpace
 from torchcache.local_pool import LocalPool
 from torchcache.pool import Pool
 from torchcache.pool.reports import Reservation
+from torchcache.pool.storage_uris import at_storage
 from torchcache.threads import Threads
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from torchcache.heap import keep_freed_memory
 from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Pool, Residency
 from torchcache.pool.absent import absent
+from torchcache.pool.storage_uris import at_storage
 
 _log = logging.getLogger("torchcache")
 
@@ -49,7 +50,7 @@ class FileSamples:
         on_change: OnChange = "raise",
     ) -> None:
         """Lists the objects. Raises ConfigurationError for wrong arguments, ObjectNotFound if there are no objects."""
-        self.uri = checked_uri(uri)
+        self.uri = checked_uri(at_storage(pool, checked_uri(uri)))
         self._pattern = pattern
         self._decode = decode
         self._output = checked_output(output, decode=decode, buffers=buffers)

@@ -14,6 +14,7 @@ from torchcache.data.progress import listing_progress
 from torchcache.errors import ConfigurationError, ObjectNotFound
 from torchcache.model import ObjectInfo
 from torchcache.pool import Pool
+from torchcache.pool.storage_uris import at_storage
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -32,7 +33,7 @@ def find_shards(pool: Pool, source: Source) -> list[ObjectInfo]:
     """
     shards: list[ObjectInfo] = []
     named: list[str] = []
-    for uri in _uris(source):
+    for uri in _uris(pool, source):
         if _WILD.search(uri):
             shards += _asked(pool, named)
             named = []
@@ -48,8 +49,8 @@ def find_shards(pool: Pool, source: Source) -> list[ObjectInfo]:
     return shards
 
 
-def _uris(source: Source) -> Iterator[str]:
-    """URIs without braces."""
+def _uris(pool: Pool, source: Source) -> Iterator[str]:
+    """URIs without braces, as the storage's own."""
     given = [source] if isinstance(source, str | os.PathLike) else source
     if not isinstance(given, Iterable) or isinstance(given, bytes):
         raise ConfigurationError(
@@ -59,7 +60,7 @@ def _uris(source: Source) -> Iterator[str]:
     for item in given:
         for expanded in expand(os.fspath(item) if isinstance(item, os.PathLike) else item):
             empty = False
-            yield checked_uri(expanded) + ("/" if str(expanded).endswith("/") else "")
+            yield at_storage(pool, checked_uri(expanded)) + ("/" if str(expanded).endswith("/") else "")
     if empty:
         raise ConfigurationError("a dataset needs at least one shard: the list is empty")
 
