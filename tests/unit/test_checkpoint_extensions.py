@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import sys
 from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
@@ -10,12 +11,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.unit.checkpoint_pool import CheckpointPool
-from tests.unit.checkpoint_states import reader, writer
-from torchcache.checkpoint import compression
+from tests.unit.checkpoint_states import URI, reader, writer
+from torchcache.checkpoint import CacheStorageWriter, compression
+from torchcache.checkpoint.extensions import undo
 from torchcache.checkpoint.lease import end_lease_of_thread
 from torchcache.checkpoint.manifest import Manifest
+from torchcache.checkpoint.metadata import StorageInfo, stock_metadata
+from torchcache.errors import CheckpointError, ConfigurationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -31,7 +36,7 @@ class Bzip2(StreamTransformExtension):
 
     @staticmethod
     def from_descriptor(version: str) -> Bzip2:
-        return Bzip2()
+        return {"1": Bzip2}[version]()
 
     def get_descriptor(self) -> str:
         return "stream.bzip2/1"
@@ -108,3 +113,44 @@ def test_a_tensor_in_a_stream_may_get_as_small_as_it_likes(pool: CheckpointPool)
     found = {"zeros": torch.ones(SAME), "few": None}
     dcp.load(found, storage_reader=reader(pool, _extension_registry=registry()), no_dist=True)
     assert torch.equal(cast(torch.Tensor, found["zeros"]), torch.zeros(SAME)) and found["few"] == "words"
+
+
+# ---- what a torch, or a registry, doesn't have ----
+
+
+def as_torch_2_6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in: neither the module of extensions, nor a place for them in `.metadata`."""
+    monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint._extension", None)
+    monkeypatch.delitem(StorageInfo.__dataclass_fields__, "transform_descriptors")
+
+
+def test_an_older_torch_refuses_what_it_cannot_write_or_read(
+    pool: CheckpointPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dcp.save({"w": torch.zeros(SAME)}, storage_writer=writer(pool, compression="zstd"), no_dist=True)
+    items = Manifest.decode(pool.only_save().manifest, where="x").items
+    as_torch_2_6(monkeypatch)
+    refused: list[dict[str, Any]] = [{"compression": "zstd"}, {"_extensions": [Bzip2()]}]
+    for options in refused:
+        with pytest.raises(ConfigurationError, match=r"need torch 2\.7"):
+            CacheStorageWriter(URI, **options)
+    assert CacheStorageWriter(URI, _extensions=[]).checkpoint_id == URI
+    with pytest.raises(
+        CheckpointError, match=r"'w' was saved through .*bzip2/1: load it with torch 2\.7 or newer"
+    ):
+        undo(b"", ["stream.bzip2/1"], None, tensor_bytes=None, name="w")
+    with pytest.raises(
+        CheckpointError, match=r"'w' was saved through stream.zstd/1.*use torch 2\.7 or newer"
+    ):
+        stock_metadata(Metadata({}), items, checkpoint_id=URI, save_id="s")
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "message"),
+    [("stream.bzip2/2", "KeyError"), ("stream.other/1", "ValueError: Unknown")],
+)
+def test_an_extension_that_the_registry_cannot_give_is_named(descriptor: str, message: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"'w' was saved through .*{descriptor} \({message}.*register them"
+    ):
+        undo(b"", [descriptor], registry(), tensor_bytes=None, name="w")

@@ -61,6 +61,26 @@ def transform(
     return collected.getbuffer()
 
 
+def extensions_of(
+    descriptors: Sequence[str], registry: ExtensionRegistry | None, *, name: str
+) -> Sequence[StreamTransformExtension]:
+    """What undoes the transforms of the item `name`. Raises CheckpointError for those that `registry`, or torch's own
+    where it is None, can't give."""
+    through = f"{name!r} was saved through the stream extensions {', '.join(map(str, descriptors))}"
+    try:
+        from torch.distributed.checkpoint._extension import ExtensionRegistry
+    except ImportError as error:
+        raise CheckpointError(f"{through}: load it with torch 2.7 or newer") from error
+    try:
+        found = (registry or ExtensionRegistry()).from_descriptor_list(descriptors)
+    except Exception as error:  # torch hands on whatever an extension raises
+        raise CheckpointError(
+            f"{through} ({type(error).__name__}: {error}): register them, in versions that read this, in the "
+            "ExtensionRegistry given as CacheStorageReader(_extension_registry=...)"
+        ) from error
+    return cast("Sequence[StreamTransformExtension]", found)
+
+
 def undo(
     blob: bytes | bytearray,
     descriptors: Sequence[str],
@@ -71,24 +91,15 @@ def undo(
 ) -> bytes:
     """What went into `transform`; `tensor_bytes` as for `decompress`.
 
-    Raises CheckpointError for transforms that `registry` doesn't have, IntegrityError for what they can't undo, or
-    what gets larger than it may.
+    Raises CheckpointError as `extensions_of`, IntegrityError for what they can't undo, or what gets larger than it may.
     """
-    from torch.distributed.checkpoint._extension import ExtensionRegistry
-
-    try:
-        extensions = (registry or ExtensionRegistry()).from_descriptor_list(descriptors)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{name!r} was saved through the stream extensions {', '.join(map(str, descriptors))} ({error}): register "
-            "them in the ExtensionRegistry given as CacheStorageReader(_extension_registry=...)"
-        ) from error
+    extensions = extensions_of(descriptors, registry, name=name)
     most = decompressed_limit(len(blob), tensor_bytes=tensor_bytes)
     found = bytearray()
     try:
         stream = cast(IO[bytes], io.BytesIO(blob))
         for extension in extensions:
-            stream = cast("StreamTransformExtension", extension).transform_from(stream)
+            stream = extension.transform_from(stream)
         while len(found) <= most and (piece := stream.read(_PIECE_BYTES)):
             found += piece
     except Exception as error:  # of a foreign library's own kinds

@@ -260,11 +260,15 @@ def stock_metadata(
 
 
 def _storage_info(item: Item) -> StorageInfo:
-    if item.kind == "zstd":
-        return StorageInfo(item.file, item.start, item.length, [DESCRIPTOR])
-    if item.kind == "stream":
-        return StorageInfo(item.file, item.start, item.length, list(item.transforms))
-    return StorageInfo(item.file, item.start, item.length)
+    transforms = [DESCRIPTOR] if item.kind == "zstd" else list(item.transforms)
+    if not transforms:
+        return StorageInfo(item.file, item.start, item.length)
+    if not knows_extensions():
+        raise CheckpointError(
+            f"{item.name!r} was saved through {', '.join(transforms)}, which a .metadata of torch {torch.__version__} "
+            "can't tell: use torch 2.7 or newer"
+        )
+    return StorageInfo(item.file, item.start, item.length, transforms)
 
 
 def knows_extensions() -> bool:

@@ -113,8 +113,8 @@ def _transformed(blob: _Blob, extensions: Sequence[StreamTransformExtension]) ->
     if blob.length > _most_undone(blob, len(stream)):
         raise CheckpointError(
             f"{blob.item.index.fqn!r}, an object of {blob.length:,} bytes, becomes {len(stream):,} by "
-            f"{', '.join(transforms)}: readers refuse what unpacks to so much more than is stored. Save it as a tensor "
-            "or as several objects, or without _extensions: compression='zstd' stores it as it is"
+            f"{', '.join(transforms)}: readers refuse what unpacks to so much more than is stored. Save it as an "
+            "ordinary tensor or as several objects, or without _extensions: compression='zstd' stores it as it is"
         )
     kind: manifest.Kind = "zstd" if transforms == (DESCRIPTOR,) else "stream"
     # A blob that torch made anew tells nobody how large it was.

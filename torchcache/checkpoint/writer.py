@@ -136,6 +136,8 @@ class CacheStorageWriter(StorageWriter):
         if self.compression is not None and not knows_extensions():
             raise ConfigurationError("compressed items need torch 2.7 or newer: its .metadata tells of them")
         self._extensions = require_streams(_extensions)
+        if self._extensions and not knows_extensions():
+            raise ConfigurationError("_extensions need torch 2.7 or newer: its .metadata tells of them")
         if self._extensions and self.compression is not None:
             raise ConfigurationError("give compression= or _extensions=, one of them")
         self.path: str | os.PathLike[str] = checkpoint_uri(path)
