@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torchcache.errors import (
     ServerUnavailable,
 )
 from torchcache.model import ObjectId, ObjectInfo
+from torchcache.pool import Residency
 
 __all__ = ["pool"]
 
@@ -414,6 +416,54 @@ def test_what_failed_and_what_had_to_go_again_are_both_missing(
     assert ([one.uri for one in report.missing], report.missing_count) == ([uri], 3)
     with pytest.raises(ObjectNotFound, match="gone"):
         dataset.stage(progress=False)
+
+
+@pytest.mark.parametrize("listed", [0, 1, 2, 3, 4, 5, 6, 10_000])
+def test_each_missing_object_counts_once_however_many_are_listed(
+    filled: SamplePool, listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staged, "MAX_LISTED", listed)
+    for key in ["0.png", "empty.png"]:
+        filled.put(f"s3://bucket/data/{key}", b"")
+    dataset = from_files(filled)
+    failing = [f"s3://bucket/data/{key}" for key in ("0.png", "empty.png", "a.png", "b/2.png")]
+    stage = filled.stage
+
+    def stage_and_lose_one(objects: Sequence[ObjectInfo], **options: Any) -> None:
+        stage(objects, **options)
+        for info in objects:
+            if filled.uri(info.id) == failing[2]:
+                for _ in range(3):  # as of a large one, whose chunks fail at several servers
+                    options["on_missing"](info, filled.errors[failing[2]])
+        filled.resident.discard(filled.stat("s3://bucket/data/c.txt").id)
+
+    filled.errors.update({uri: ObjectNotFound("gone", object=uri) for uri in failing})
+    monkeypatch.setattr(filled, "stage", stage_and_lose_one)
+    report = dataset.stage(progress=False, on_missing="report")
+    assert report.missing_count == 5
+    uris = [one.uri for one in report.missing]
+    assert len(uris) == min(listed, 5)
+    assert set(uris) <= {*failing, "s3://bucket/data/c.txt"}
+    assert not report.complete
+
+
+def test_any_number_of_missing_objects_takes_memory_for_those_that_are_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(staged, "MAX_LISTED", 10)
+    missing = staged.MissingList(lambda info: f"s3://bucket/data/{info.id.key}")
+    count = 20_000
+    tracemalloc.start()
+    for take in (missing.add_failed, missing.add_absent):
+        for number in range(count):
+            info = ObjectInfo(ObjectId("s3", f"{number:08d}", "v"), 1)
+            take(info, ObjectNotFound("gone", object=info.id.key))
+    held_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    nothing = Residency(objects=count, resident_objects=0, bytes=count, resident_bytes=0)
+    report = missing.report(nothing)
+    assert (len(report.missing), report.missing_count) == (10, count)
+    assert held_bytes < 10 * count
 
 
 def test_a_position_over_other_files_is_refused(filled: SamplePool) -> None:

@@ -61,26 +61,40 @@ class StageReport:
 
 
 class MissingList:
-    """Collects what can't be staged, each object once."""
+    """Collects what can't be staged, and then what the pool doesn't hold: each object once, in memory for `MAX_LISTED`.
+
+    Beyond those that are listed, what couldn't be staged is counted when the pool turns out not to hold it. Of an empty
+    object it holds all there is, so that one counts at once.
+    """
 
     def __init__(self, uri: Callable[[ObjectInfo], str]) -> None:
         self._uri = uri
         self._found: dict[str, NotStaged] = {}
-        self._uris: set[str] = set()  # of those too that aren't listed: each counts once
+        self._others = 0  # that count, and aren't listed
 
-    def add(self, info: ObjectInfo, error: TorchCacheError) -> None:
-        """Takes one in."""
+    def add_failed(self, info: ObjectInfo, error: TorchCacheError) -> None:
+        """Takes in what couldn't be staged; a large object may come several times."""
+        if not self._is_listed(info, error):
+            self._others += not info.size
+
+    def add_absent(self, info: ObjectInfo, error: TorchCacheError) -> None:
+        """Takes in what the pool doesn't hold, once all has been staged: each once."""
+        if not self._is_listed(info, error):
+            self._others += 1
+
+    def _is_listed(self, info: ObjectInfo, error: TorchCacheError) -> bool:
+        """Lists it if there is room."""
         uri = self._uri(info)
-        if uri not in self._uris:
-            self._uris.add(uri)
-            if len(self._found) < MAX_LISTED:
-                self._found[uri] = NotStaged(uri=uri, server=error.server, error=error)
+        if uri not in self._found:
+            if len(self._found) >= MAX_LISTED:
+                return False
+            self._found[uri] = NotStaged(uri=uri, server=error.server, error=error)
+        return True
 
     def report(self, residency: Residency) -> StageReport:
         """The report, with what was collected."""
-        return StageReport(
-            residency=residency, missing=tuple(self._found.values()), missing_count=len(self._uris)
-        )
+        found = tuple(self._found.values())
+        return StageReport(residency=residency, missing=found, missing_count=len(found) + self._others)
 
 
 class Stageable(Protocol):
@@ -115,11 +129,11 @@ def stage_all(
             advance = closing.enter_context(
                 progress_bar(f"stage {count:,} {noun}", count, parts.total_bytes, noun)
             )
-        stage(advance, missing.add)
+        stage(advance, missing.add_failed)
     residency = parts.residency()
     if residency.resident_objects < residency.objects:
         for info, error in parts.absent():
-            missing.add(info, error)
+            missing.add_absent(info, error)
     report = missing.report(residency)
     if not report.complete and on_missing == "raise":
         _log.warning("stage: %s", report)
