@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.unit.checkpoint_pool import CheckpointPool
 from tests.unit.checkpoint_states import URI, reader, writer
-from torchcache.checkpoint import CacheStorageWriter, compression
+from torchcache.checkpoint import CacheStorageWriter, compression, stored
 from torchcache.checkpoint.extensions import undo
 from torchcache.checkpoint.lease import end_lease_of_thread
 from torchcache.checkpoint.manifest import Manifest
@@ -113,6 +113,19 @@ def test_a_tensor_in_a_stream_may_get_as_small_as_it_likes(pool: CheckpointPool)
     found = {"zeros": torch.ones(SAME), "few": None}
     dcp.load(found, storage_reader=reader(pool, _extension_registry=registry()), no_dist=True)
     assert torch.equal(cast(torch.Tensor, found["zeros"]), torch.zeros(SAME)) and found["few"] == "words"
+
+
+def test_a_stream_that_packs_better_than_zstd_is_believed_where_it_can_be_undone(
+    pool: CheckpointPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "_MOST_RATIO", 100)
+    dcp.save({"w": torch.zeros(SAME)}, storage_writer=writer(pool, _extensions=[Bzip2()]), no_dist=True)
+    (item,) = Manifest.decode(pool.only_save().manifest, where="x").items
+    assert item.length * stored._MOST_RATIO < 4 * SAME
+    able, unable = reader(pool, _extension_registry=registry()), reader(pool)
+    able.backing(able.read_metadata()).require(["w"])
+    with pytest.raises(CheckpointError, match=r"bzip2/1 .*register them"):
+        unable.backing(unable.read_metadata()).require(["w"])
 
 
 # ---- what a torch, or a registry, doesn't have ----

@@ -217,7 +217,7 @@ class CacheStorageReader(StorageReader):
         """What bears out the shapes that `metadata`, as read last, claims. Good for longer than one load."""
         if self._source is None:
             raise CheckpointError("read_metadata has to be called first", object=str(self.path))
-        return Backing(metadata, self._source, where=str(self.path))
+        return Backing(metadata, self._source, where=str(self.path), registry=self._extension_registry)
 
     def give_hold(self) -> Hold | None:
         """Hands the hold on what is open to the caller, to keep it for longer than one load; None of a stock one."""

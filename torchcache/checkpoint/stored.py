@@ -4,37 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from torchcache.checkpoint.compression import DESCRIPTOR
+from torchcache.checkpoint.extensions import extensions_of
 from torchcache.checkpoint.manifest import Item, Kind
 from torchcache.checkpoint.metadata import StorageInfo, dtype_name
 from torchcache.checkpoint.source import Source
 from torchcache.errors import CheckpointError, IntegrityError
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint._extension import ExtensionRegistry
+
 _MOST_RATIO: Final = 1 << 15
 """A zstd block of 128 KiB that holds one value takes four bytes."""
+_ZSTD: Final = DESCRIPTOR.partition("/")[0]
 
 
 class Backing:
-    """Whether tensors are stored as large as a checkpoint's `metadata` says: asked before memory is made for them."""
+    """Whether tensors are stored as large as a checkpoint's `metadata` says: asked before memory is made for them.
 
-    def __init__(self, metadata: Metadata, source: Source, *, where: str) -> None:
+    What extensions of `registry` make of an item nobody can tell before it is read: those that the user brings are
+    trusted with it.
+    """
+
+    def __init__(
+        self, metadata: Metadata, source: Source, *, where: str, registry: ExtensionRegistry | None = None
+    ) -> None:
         self.metadata = metadata
         self._source = source
         self._where = where
+        self._registry = registry
 
     def require(self, names: Collection[str]) -> None:
-        """Raises IntegrityError for a tensor of which the files, as large as they really are, can't hold all."""
-        most = dict.fromkeys(names, 0)
+        """Raises IntegrityError for a tensor of which the files, as large as they really are, can't hold all, and
+        CheckpointError for one that went through extensions which the registry doesn't have."""
+        most: dict[str, float] = dict.fromkeys(names, 0)
         for index, info in (self.metadata.storage_data or {}).items() if most else ():
             if index.fqn in most:
                 item = item_at(index, info, self.metadata)
                 self._source.require(item)
-                is_packed = item.kind in ("zstd", "stream")
-                most[index.fqn] += item.length * (_MOST_RATIO if is_packed else 1)
+                most[index.fqn] += self._most_bytes(item)
         for name, held in most.items():
             entry = self.metadata.state_dict_metadata[name]
             if not isinstance(entry, TensorStorageMetadata):
@@ -47,6 +59,15 @@ class Backing:
                     "older checkpoint",
                     object=self._where,
                 )
+
+    def _most_bytes(self, item: Item) -> float:
+        """What the stored bytes of an item can become at most."""
+        if item.kind not in ("zstd", "stream"):
+            return item.length
+        if all(transform.partition("/")[0] == _ZSTD for transform in item.transforms):
+            return item.length * _MOST_RATIO
+        extensions_of(item.transforms, self._registry, name=item.name)
+        return math.inf
 
 
 def item_at(index: MetadataIndex, info: object, metadata: Metadata) -> Item:
