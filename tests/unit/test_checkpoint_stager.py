@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
 import os
@@ -96,6 +97,19 @@ def test_shared_memory_is_kept_by_the_dict() -> None:
     with pytest.raises(CheckpointError):
         stager.stage({"a": torch.zeros(1000)})
     del staged
+    stager.stage({"a": torch.zeros(1000)})
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_shallow_copy_is_of_the_same_tensors_and_keeps_the_memory(shared: bool) -> None:
+    stager = Stager(shared=shared, when_busy="refuse")
+    staged = stager.stage({"a": torch.ones(1000)})
+    copied = copy.copy(staged)
+    assert copied["a"] is staged["a"]
+    del staged
+    with pytest.raises(CheckpointError, match="still reads the staged state"):
+        stager.stage({"a": torch.zeros(1000)})
+    del copied
     stager.stage({"a": torch.zeros(1000)})
 
 

@@ -67,7 +67,8 @@ class Stager:
     """Copies a state so that training can go on while it is saved: torch's AsyncStager, for `dcp.async_save`.
 
     The copy goes into memory that is kept and used for the next save: pinned if there is a GPU; with `shared`, memory
-    that the process of `AsyncCheckpointerType.PROCESS` reads without a further copy. It is as large as the state on
+    that the process of `AsyncCheckpointerType.PROCESS` reads without a further copy, but for a state with DTensors:
+    torch can't send several of one memory, so all of it is copied once more to be sent. It is as large as the state on
     this rank, once. While an earlier save still reads it, `stage` waits for that to end, or with `when_busy="refuse"`
     raises CheckpointError; two saves are never mixed. Thread-safe. `close` gives the memory back.
     """

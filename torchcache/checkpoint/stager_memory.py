@@ -20,6 +20,13 @@ class Staged(dict[str, Any]):
     def __init__(self, content: Mapping[str, Any], *, is_shared: bool) -> None:
         super().__init__(content)
         self._is_shared = is_shared
+        self._original: Staged | None = None
+
+    def __copy__(self) -> Staged:
+        """Of the same tensors, as of any dict. It holds the memory as this one does."""
+        copied = Staged(self, is_shared=self._is_shared)
+        copied._original = self
+        return copied
 
     def __reduce__(self) -> tuple[object, ...]:
         plan = Plan(self)
