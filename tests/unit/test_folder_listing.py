@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from torchcache.errors import IntegrityError, ServerUnavailable
 from torchcache.model import ObjectId, ObjectInfo
-from torchcache.pool.folder_listing import FolderListing, FolderPart
+from torchcache.pool import folder_listing
+from torchcache.pool.folder_listing import FLAT_OBJECTS, FolderListing, FolderPart
 from torchcache.pool.key_space import KeySpace
 
 KEYS = st.lists(st.text("ab/", min_size=1, max_size=8), max_size=60, unique=True)
@@ -75,15 +76,17 @@ def info(key: str) -> ObjectInfo:
     return ObjectInfo(ObjectId("s3", key, "v"), 1)
 
 
-def no_list() -> Iterator[ObjectInfo]:
-    raise AssertionError("folders can be listed here")
+def large(prefix: str) -> Iterator[ObjectInfo]:
+    """A flat listing that shows one folder, so that folders are listed each; it isn't gone through to its end."""
+    yield from (info(f"{prefix}large/{number}") for number in range(FLAT_OBJECTS))
+    raise AssertionError("folders are listed here")
 
 
 @given(keys=KEYS, page=st.integers(1, 5))
 def test_everything_comes_once(keys: list[str], page: int) -> None:
     below = ["root/" + key for key in keys]
     tree = Tree(below, page)
-    found = Counter(o.id.key for o in FolderListing(tree.ask).objects("root/", otherwise=no_list))
+    found = Counter(o.id.key for o in FolderListing(tree.ask, large).objects("root/"))
     assert found == Counter(key for key in below if not key.endswith("/"))
     assert set(tree.asked.values()) == {1}
 
@@ -104,7 +107,7 @@ NAMES = st.one_of(
 def test_everything_comes_once_from_folders_that_are_cut(keys: list[str], page: int, order: Order) -> None:
     below = ["root/" + key for key in keys]
     tree = Tree(below, page, order=order, cuts=True)
-    found = Counter(o.id.key for o in FolderListing(tree.ask).objects("root/", otherwise=no_list))
+    found = Counter(o.id.key for o in FolderListing(tree.ask, large).objects("root/"))
     assert found == Counter(key for key in below if not key.endswith("/"))
 
 
@@ -127,7 +130,7 @@ class Patient:
 def test_a_long_folder_is_listed_from_other_keys_on_too(name: str) -> None:
     keys = [f"root/{name.format(n)}" for n in range(1000)]
     ask = Patient(Tree(keys, 20, cuts=True))
-    found = Counter(o.id.key for o in FolderListing(ask).objects("root/", otherwise=no_list))
+    found = Counter(o.id.key for o in FolderListing(ask, large).objects("root/"))
     assert found == Counter(keys)
     assert ask.cut.is_set()
 
@@ -140,7 +143,7 @@ def test_a_storage_that_loses_its_order_is_an_error() -> None:
         return replace(part, objects=[info("root/1"), info("root/0")]) if behind else part
 
     with pytest.raises(IntegrityError, match="root/"):
-        list(FolderListing(ask).objects("root/", otherwise=no_list))
+        list(FolderListing(ask, large).objects("root/"))
     assert threads() == []
 
 
@@ -152,7 +155,7 @@ def test_one_without_order_is_never_cut() -> None:
         assert not behind
         return tree.ask(prefix, token, behind)
 
-    found = Counter(o.id.key for o in FolderListing(ask).objects("root/", otherwise=no_list))
+    found = Counter(o.id.key for o in FolderListing(ask, large).objects("root/"))
     assert found == Counter(keys)
 
 
@@ -174,8 +177,69 @@ def test_cuts_halve() -> None:
 
 
 def test_what_can_not_be_listed_so_is_listed_as_ever() -> None:
-    listing = FolderListing(lambda prefix, token, behind: None)
-    assert list(listing.objects("root/", otherwise=lambda: iter([info("x")]))) == [info("x")]
+    listing = FolderListing(lambda prefix, token, behind: None, lambda prefix: iter([info("x")]))
+    assert list(listing.objects("root/")) == [info("x")]
+
+
+class Flat:
+    """Lists the keys of a tree as S3 does without a delimiter, and counts the answers."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.answers = 0
+
+    def __call__(self, prefix: str) -> Iterator[ObjectInfo]:
+        keys = sorted(key for key in self.tree.keys if key.startswith(prefix))
+        page = folder_listing.FLAT_OBJECTS
+        for start in range(0, len(keys), page):
+            self.answers += 1
+            yield from map(info, keys[start : start + page])
+
+
+@pytest.mark.parametrize("above", ["", "train/"])
+def test_many_small_folders_take_a_call_an_answer(above: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_listing, "FLAT_OBJECTS", 100)
+    keys = [f"root/{above}{folder:04d}/{number}.tar" for folder in range(250) for number in range(2)]
+    tree = Tree(keys, 1000)
+    flat = Flat(tree)
+    found = Counter(o.id.key for o in FolderListing(tree.ask, flat).objects("root/"))
+    assert found == Counter(keys)
+    assert flat.answers == 5
+    assert sum(tree.asked.values()) == len(above.split("/"))  # the root, and the folder that has them
+
+
+def test_large_folders_are_listed_side_by_side_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_listing, "FLAT_OBJECTS", 100)
+    keys = [f"root/{folder:02d}/{number:04d}.jpg" for folder in range(12) for number in range(40)]
+    tree = Tree(keys, 1000)
+    flat = Flat(tree)
+    found = Counter(o.id.key for o in FolderListing(tree.ask, flat).objects("root/"))
+    assert found == Counter(keys)
+    assert flat.answers == 1  # by which that shows
+    assert set(tree.asked) == {("root/", "|0"), *((f"root/{folder:02d}/", "|0") for folder in range(12))}
+
+
+@given(keys=KEYS, page=st.integers(1, 5), shown=st.integers(1, 8), threads=st.integers(1, 3))
+def test_everything_comes_once_partly_flat(keys: list[str], page: int, shown: int, threads: int) -> None:
+    below = ["root/" + key for key in keys if not key.endswith("/")]
+    tree = Tree(below, page)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_listing, "FLAT_OBJECTS", shown)
+        patch.setattr(folder_listing, "THREADS", threads)
+        found = Counter(o.id.key for o in FolderListing(tree.ask, Flat(tree)).objects("root/"))
+    assert found == Counter(below)
+
+
+def test_a_reader_who_has_enough_ends_a_flat_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_listing, "FLAT_OBJECTS", 10)
+    # Below a folder of its own: the listing's threads have it.
+    tree = Tree([f"root/x/{folder:05d}/0" for folder in range(500)], 1000)
+    flat = Flat(tree)
+    objects = FolderListing(tree.ask, flat).objects("root/")
+    assert next(objects)
+    objects.close()  # type: ignore[attr-defined]
+    assert threads() == []
+    assert flat.answers < 50
 
 
 def threads() -> list[str]:
@@ -191,13 +255,13 @@ def test_an_error_comes_and_ends_it() -> None:
         return tree.ask(prefix, token, behind)
 
     with pytest.raises(ServerUnavailable, match="S3 is away"):
-        list(FolderListing(ask).objects("root/", otherwise=no_list))
+        list(FolderListing(ask, large).objects("root/"))
     assert threads() == []
 
 
 def test_a_reader_who_has_enough_ends_it() -> None:
     tree = Tree([f"root/{folder}/{n}" for folder in range(300) for n in range(2)], 1000)
-    objects = FolderListing(tree.ask).objects("root/", otherwise=no_list)
+    objects = FolderListing(tree.ask, large).objects("root/")
     assert next(objects)
     objects.close()  # type: ignore[attr-defined]
     assert threads() == []

@@ -3,6 +3,8 @@
 Folders are listed next to each other. One that turns out to be long is cut: at some key, from which on another thread
 lists, while the first goes on up to there. Where the cuts are is guessed, and what lies beyond a range's end is left to
 its neighbour, so that each key comes once, wherever they are.
+
+What lies in many small folders is listed flat instead, as one: that takes a call a thousand keys, not one a folder.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from queue import Queue
 from typing import Final
 
@@ -24,6 +27,9 @@ CUT_FROM: Final = 4
 
 WORTH_PARTS: Final = 4
 """What seems to have fewer left isn't cut."""
+
+FLAT_OBJECTS: Final = 1000
+"""Of an answer to a flat listing."""
 
 _PARTS_AHEAD: Final = 32
 """Answers that wait for the reader: of a thousand objects each at most."""
@@ -44,6 +50,9 @@ class FolderPart:
 
 Ask = Callable[[str, str, str], FolderPart | None]
 """The part of (prefix, token, key): without a token the first, of what comes behind the key. None: it can't be told."""
+
+ListFlat = Callable[[str], Iterator[ObjectInfo]]
+"""All objects under a folder, one answer after the other."""
 
 
 @dataclass(slots=True)
@@ -95,10 +104,14 @@ class _Range:
 
 
 class FolderListing:
-    """Asks for folders, `THREADS` at a time, those found last first: few wait then, however many there are."""
+    """Asks for folders, `THREADS` at a time, those found last first: few wait then, however many there are.
 
-    def __init__(self, ask: Ask) -> None:
+    Where folders can't be listed, or are many and small, it goes by `list_flat`.
+    """
+
+    def __init__(self, ask: Ask, list_flat: ListFlat) -> None:
         self._ask = ask
+        self._list_flat = list_flat
         self._waiting: deque[_Range] = deque()
         self._long: list[_Range] = []  # those that may be cut
         self._busy = 0
@@ -106,14 +119,15 @@ class FolderListing:
         self._changed = threading.Condition()
         self._parts: Queue[Sequence[ObjectInfo] | BaseException | None] = Queue(_PARTS_AHEAD)
 
-    def objects(self, folder: str, *, otherwise: Callable[[], Iterator[ObjectInfo]]) -> Iterator[ObjectInfo]:
-        """All objects under `folder`, in no order; what `otherwise` gives where folders can't be listed.
+    def objects(self, folder: str) -> Iterator[ObjectInfo]:
+        """All objects under `folder`, in no order.
 
         Raises IntegrityError where a storage that listed by key doesn't go on so.
         """
         first = self._ask(folder, "", "")
-        if first is None:
-            yield from otherwise()
+        flat = self._list_flat(folder) if first is None else self._flat_if_denser(folder, first)
+        if first is None or flat is not None:
+            yield from flat or ()
             return
         yield from self._taken(_Range(_Folder(folder)), first)
         if not self._waiting:
@@ -146,8 +160,12 @@ class FolderListing:
         try:
             while (task := self._next()) is not None:
                 try:
-                    part = self._ask(task.folder.prefix, task.token, "" if task.token else task.low)
-                    if objects := self._taken(task, part or FolderPart((), (), "")):
+                    folder = task.folder
+                    part = self._ask(folder.prefix, task.token, "" if task.token else task.low)
+                    flat = self._flat_if_denser(folder.prefix, part) if part and not folder.parts else None
+                    if flat is not None:
+                        self._put_all(flat)
+                    elif objects := self._taken(task, part or FolderPart((), (), "")):
                         self._parts.put(objects)
                 finally:
                     self._done()
@@ -155,6 +173,24 @@ class FolderListing:
             self._parts.put(error)
         finally:
             self._parts.put(None)
+
+    def _flat_if_denser(self, prefix: str, part: FolderPart) -> Iterator[ObjectInfo] | None:
+        """A flat listing of the folder whose first part is `part`, if it takes fewer answers, one after the other.
+
+        It does if one answer has the objects of more folders than are asked for at a time.
+        """
+        if len(part.folders) <= THREADS:
+            return None
+        flat = self._list_flat(prefix)
+        objects = [*islice(flat, FLAT_OBJECTS)]
+        folders = {object.id.key.rpartition("/")[0] for object in objects}
+        if len(objects) == FLAT_OBJECTS and len(folders) <= THREADS:
+            return None
+        return chain(objects, flat)
+
+    def _put_all(self, objects: Iterator[ObjectInfo]) -> None:
+        while not self._ended and (some := [*islice(objects, FLAT_OBJECTS)]):
+            self._parts.put(some)
 
     def _next(self) -> _Range | None:
         """What to ask for, once there is something; None when no more can come."""

@@ -99,7 +99,9 @@ class Objects:
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         """See `Pool.list`."""
         store, key = self.resolve(uri)
-        prefix = key if not key or key.endswith("/") else key + "/"
+        return self._flat(store, key if not key or key.endswith("/") else key + "/")
+
+    def _flat(self, store: str, prefix: str) -> Iterator[ObjectInfo]:
         after = ""
         while True:
             request = cache_pb2.ListRequest(store=store, prefix=prefix, start_after=after, limit=PAGE_OBJECTS)
@@ -115,7 +117,7 @@ class Objects:
         folder = key if not key or key.endswith("/") else key + "/"
         if not folder:
             return self.list(uri)  # of buckets there is no listing
-        return FolderListing(partial(self._folder, store)).objects(folder, otherwise=lambda: self.list(uri))
+        return FolderListing(partial(self._folder, store), partial(self._flat, store)).objects(folder)
 
     def _folder(self, store: str, prefix: str, token: str, behind: str) -> FolderPart | None:
         request = cache_pb2.ListFolderRequest(store=store, prefix=prefix, token=token, start_after=behind)
