@@ -120,7 +120,7 @@ class Ours:
 
     def counted(self, length: int) -> tc.CachedIterableDataset:
         dataset = self._shards("tfrecord", "", length)
-        dataset.length = length  # type: ignore[attr-defined]
+        dataset.length = length
         return dataset
 
     def recorded(self, sizes: list[int]) -> tc.CachedIterableDataset:

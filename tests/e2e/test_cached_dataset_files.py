@@ -76,7 +76,7 @@ def test_torchs_own_datasets_around_one_in_workers(tmp_path: Path) -> None:
         (tmp_path / f"{number:02d}").write_bytes(b"%d" % (number * number))
     with tc.LocalPool() as pool:
         dataset = tc.CachedDataset.from_files(str(tmp_path), decode=number_of, pool=pool)
-        some, others = random_split(dataset, [13, 7], generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+        some, others = random_split(dataset, [13, 7], generator=torch.Generator().manual_seed(1))
         squares = [n * n for n in [*some.indices, *others.indices]]
         for around, expected in (
             (some, [[square] for square in squares[:13]]),

@@ -163,10 +163,10 @@ class Flipped(StreamTransformExtension):
         return "stream.flipped/2"
 
     def transform_to(self, output: IO[bytes]) -> IO[bytes]:
-        return Flipped.Stream(output)  # type: ignore[return-value]
+        return Flipped.Stream(output)
 
     def transform_from(self, input: IO[bytes]) -> IO[bytes]:
-        return Flipped.Stream(input)  # type: ignore[return-value]
+        return Flipped.Stream(input)
 
 
 def flip(data: Any) -> bytes:
@@ -241,7 +241,7 @@ def test_a_stack_of_frames_that_becomes_too_much_is_refused() -> None:
 
 def test_what_is_no_extension() -> None:
     with pytest.raises(ConfigurationError, match="StreamTransformExtension"):
-        tc.CacheStorageWriter("/tmp/x", _extensions=["zstd"])  # type: ignore[list-item]
+        tc.CacheStorageWriter("/tmp/x", _extensions=["zstd"])
     with pytest.raises(ConfigurationError, match="give one"):
         tc.CacheStorageWriter("/tmp/x", _extensions=[ZStandard(), Flipped()])
     with pytest.raises(ConfigurationError, match="one of them"):

@@ -15,6 +15,7 @@ from torchcache_server.cache.fill_queue import (
     Fill,
     FillQueue,
     Loan,
+    Need,
 )
 from torchcache_server.store import StoredChunk
 
@@ -79,37 +80,34 @@ def test_tells_the_bytes_of_running_fills_alone() -> None:
         assert queue.in_flight_bytes == 6  # what was passed through is still held
 
 
+def assert_runs_at_once(count: int, size: int, need: Need) -> None:
+    """Of more fills than may run on 24 threads, so many do, and no more."""
+    with queue_of(threads=24, limit_bytes=100 * SMALL_FILLS_BYTES) as queue:
+        fills = [Held(size) for _ in range(30)]
+
+        def running() -> int:
+            return sum(held.started.is_set() for held in fills)
+
+        for held in fills:
+            held.fill.need = need
+            queue.submit(held.fill)
+        until(lambda: running() == count)
+        time.sleep(0.05)
+        assert running() == count
+        for held in fills:
+            held.go.set()
+        for held in fills:
+            held.fill.future.result(30)
+
+
 def test_many_small_fills_run_at_once_and_few_large_ones() -> None:
-    small, large = SMALL_FILLS_BYTES // 64, SMALL_FILLS_BYTES // LARGE_FILLS + 1
-    for size, at_once in ((small, 24), (large, LARGE_FILLS)):
-        with queue_of(threads=24, limit_bytes=100 * SMALL_FILLS_BYTES) as queue:
-            fills = [Held(size) for _ in range(30)]
-            for held in fills:
-                queue.submit(held.fill)
-            until(lambda: sum(held.started.is_set() for held in fills) == at_once)  # noqa: B023 - called here
-            time.sleep(0.05)
-            assert sum(held.started.is_set() for held in fills) == at_once
-            for held in fills:
-                held.go.set()
-            for held in fills:
-                held.fill.future.result(30)
+    assert_runs_at_once(24, SMALL_FILLS_BYTES // 64, "now")
+    assert_runs_at_once(LARGE_FILLS, SMALL_FILLS_BYTES // LARGE_FILLS + 1, "now")
 
 
 def test_of_what_is_ahead_half_as_many_run_and_of_large_ones_half_of_few() -> None:
-    large = SMALL_AHEAD_BYTES // (LARGE_FILLS // 2) + 1
-    for size, at_once in ((1024, 12), (large, LARGE_FILLS // 2)):
-        with queue_of(threads=24, limit_bytes=100 * SMALL_FILLS_BYTES) as queue:
-            fills = [Held(size) for _ in range(20)]
-            for held in fills:
-                held.fill.need = "soon"
-                queue.submit(held.fill)
-            until(lambda: sum(held.started.is_set() for held in fills) == at_once)  # noqa: B023 - called here
-            time.sleep(0.05)
-            assert sum(held.started.is_set() for held in fills) == at_once
-            for held in fills:
-                held.go.set()
-            for held in fills:
-                held.fill.future.result(30)
+    assert_runs_at_once(12, 1024, "soon")
+    assert_runs_at_once(LARGE_FILLS // 2, SMALL_AHEAD_BYTES // (LARGE_FILLS // 2) + 1, "soon")
 
 
 def test_threads_start_as_they_are_needed() -> None:
@@ -142,7 +140,7 @@ def test_a_thread_that_starts_may_return_what_was_lent(monkeypatch: pytest.Monke
 
         class Starting(threading.Thread):
             def _set_ident(self) -> None:
-                super()._set_ident()  # type: ignore[misc]
+                super()._set_ident()
                 lent.release()
 
         first, second = Held(), Held()

@@ -75,7 +75,7 @@ def claim(pool: CheckpointPool, folder: Path, name: str, size: tuple[int, ...], 
 
 
 def restored(pool: CheckpointPool, state: dict[str, Any]) -> dict[str, Any]:
-    restore(pool, URI, state, Ranks(), rng=False)  # type: ignore[arg-type]
+    restore(pool, URI, state, Ranks(), rng=False)
     return state
 
 

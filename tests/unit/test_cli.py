@@ -475,10 +475,8 @@ def test_stage_reports_the_first_failure_after_all_were_tried(
     assert capsys.readouterr().err == "torchcache: there is nothing that matches '*.png' under s3://b/data\n"
 
 
-def test_stage_fails_where_not_all_has_room(
-    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What came later made the pool let go of what came before: nothing failed, and yet not all is there."""
+def lose_one(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is staged later has the first object of all go again."""
     stage = pool.stage
 
     def stage_and_lose_one(objects: Sequence[ObjectInfo], **options: Any) -> None:
@@ -486,6 +484,13 @@ def test_stage_fails_where_not_all_has_room(
         pool.resident.discard(objects[0].id)
 
     monkeypatch.setattr(pool, "stage", stage_and_lose_one)
+
+
+def test_stage_fails_where_not_all_has_room(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came later made the pool let go of what came before: nothing failed, and yet not all is there."""
+    lose_one(pool, monkeypatch)
     assert run(["stage", "s3://b/data"]) == 1
     out, err = capsys.readouterr()
     assert "1,000 of its 1,000 bytes had to go again" in err
@@ -499,13 +504,7 @@ def test_stage_fails_where_not_all_has_room(
 def test_stage_lists_what_failed_and_then_what_had_to_go(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = pool.stage
-
-    def stage_and_lose_one(objects: Sequence[ObjectInfo], **options: Any) -> None:
-        stage(objects, **options)
-        pool.resident.discard(objects[0].id)
-
-    monkeypatch.setattr(pool, "stage", stage_and_lose_one)
+    lose_one(pool, monkeypatch)
     pool.errors["s3://b/data/x/2"] = ObjectNotFound("it is gone", server="node1:7440")
     assert run(["stage", "--json", "s3://b/data"]) == 1
     missing = json.loads(capsys.readouterr().out)["missing"]

@@ -60,7 +60,7 @@ def save(
 
 
 def recent(pool: MemoryPool, *, wait_s: float = 60.0) -> RecentSaves:
-    return RecentSaves(pool, wait_s=wait_s)  # type: ignore[arg-type]
+    return RecentSaves(pool, wait_s=wait_s)
 
 
 # ---- checkpoints ----

@@ -61,7 +61,7 @@ class Control:
         self.listener = ControlListener(
             config, Tokens(parse_tokens(TOKEN)), self.admission, Latencies(), None
         )
-        self.listener.start(self.service)  # type: ignore[arg-type]
+        self.listener.start(self.service)
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.listener.port}")
         self.stub = cache_pb2_grpc.ControlStub(self.channel)
 
@@ -91,7 +91,7 @@ def test_while_all_others_wait_a_server_says_how_it_is(control: Control) -> None
             assert control.service.at_work.acquire(timeout=120)
         with pytest.raises(grpc.RpcError) as one_more:
             control.call("GetSave", pb.GetSaveRequest(path="p"))
-        error = error_from_status(one_more.value.code(), one_more.value.details())  # type: ignore[attr-defined]
+        error = error_from_status(one_more.value.code(), one_more.value.details())
         assert isinstance(error, Overloaded)
         assert error.retry_after_s is not None
         assert control.admission.refused_calls == 1

@@ -196,25 +196,27 @@ class Flat:
             yield from map(info, keys[start : start + page])
 
 
-@pytest.mark.parametrize("above", ["", "train/"])
-def test_many_small_folders_take_a_call_an_answer(above: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def listed(keys: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Tree, Flat]:
+    """Who was asked for them, once all have been listed, each once."""
     monkeypatch.setattr(folder_listing, "FLAT_OBJECTS", 100)
-    keys = [f"root/{above}{folder:04d}/{number}.tar" for folder in range(250) for number in range(2)]
     tree = Tree(keys, 1000)
     flat = Flat(tree)
     found = Counter(o.id.key for o in FolderListing(tree.ask, flat).objects("root/"))
     assert found == Counter(keys)
+    return tree, flat
+
+
+@pytest.mark.parametrize("above", ["", "train/"])
+def test_many_small_folders_take_a_call_an_answer(above: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [f"root/{above}{folder:04d}/{number}.tar" for folder in range(250) for number in range(2)]
+    tree, flat = listed(keys, monkeypatch)
     assert flat.answers == 5
     assert sum(tree.asked.values()) == len(above.split("/"))  # the root, and the folder that has them
 
 
 def test_large_folders_are_listed_side_by_side_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_listing, "FLAT_OBJECTS", 100)
     keys = [f"root/{folder:02d}/{number:04d}.jpg" for folder in range(12) for number in range(40)]
-    tree = Tree(keys, 1000)
-    flat = Flat(tree)
-    found = Counter(o.id.key for o in FolderListing(tree.ask, flat).objects("root/"))
-    assert found == Counter(keys)
+    tree, flat = listed(keys, monkeypatch)
     assert flat.answers == 1  # by which that shows
     assert set(tree.asked) == {("root/", "|0"), *((f"root/{folder:02d}/", "|0") for folder in range(12))}
 
