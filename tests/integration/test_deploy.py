@@ -30,6 +30,10 @@ from torchcache.tokens import Scope, ScopedToken
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DOCUMENT = DEPLOY.parent / "docs/operations.md"
 METRIC = re.compile(r"torchcache_[a-z_]+")
+SELECTED = re.compile(r"(\w+)\{([^{}]*)\}")
+LABEL = re.compile(r'(\w+)="([^"]*)"')
+ADDED = {"job", "instance"}
+"""Labels that Prometheus adds to what it scrapes."""
 
 STUB_SRUN = """#!/usr/bin/env bash
 # Runs what it is given once for each node, at its loopback address, or once in all if it isn't told of tasks.
@@ -225,38 +229,93 @@ def metrics(tmp_path: Path, home: Path) -> str:
             return str(answer.read().decode())
 
 
-def test_promtool_takes_the_alerts_and_the_metrics(metrics: str) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
+@pytest.fixture(scope="module")
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
         pytest.skip("promtool is not installed: Debian's package prometheus has it")
+    return found
+
+
+def alerts() -> dict[str, str]:
+    """The expression of each."""
+    groups = yaml.safe_load((DEPLOY / "monitoring/alerts.yml").read_text())["groups"]
+    return {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
+
+
+def alert_tests() -> list[dict[str, Any]]:
+    return list(yaml.safe_load((DEPLOY / "monitoring/alerts_test.yml").read_text())["tests"])
+
+
+def labelled(text: str) -> set[tuple[str, str, str]]:
+    """Of each metric named in a query or an exposition, each label with its value."""
+    return {
+        (name, label, value)
+        for name, labels in SELECTED.findall(text)
+        for label, value in LABEL.findall(labels)
+        if label not in ADDED
+    }
+
+
+def test_promtool_takes_the_alerts_and_the_metrics(promtool: str, metrics: str) -> None:
     subprocess.run([promtool, "check", "rules", DEPLOY / "monitoring/alerts.yml"], check=True, timeout=60)
     subprocess.run([promtool, "check", "metrics"], input=metrics, text=True, check=True, timeout=60)
     assert 'torchcache_call_seconds_count{call="read_filled"} 1.0' in metrics
+
+
+def test_alerts_are_raised_when_they_should_be_and_not_else(promtool: str) -> None:
+    done = subprocess.run(
+        [promtool, "test", "rules", "alerts_test.yml"],
+        cwd=DEPLOY / "monitoring",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_alert_has_a_test_that_raises_it_and_one_that_does_not() -> None:
+    """And none is of an alert that isn't there: promtool takes an unknown one for one that isn't raised."""
+    asked = [test for group in alert_tests() for test in group["alert_rule_test"]]
+    assert {test["alertname"] for test in asked if test["exp_alerts"]} == alerts().keys()
+    assert {test["alertname"] for test in asked if not test["exp_alerts"]} == alerts().keys()
+
+
+def test_alerts_are_tested_with_series_that_a_server_has(metrics: str) -> None:
+    """Those of under-stores with whatever names these have."""
+    series = [one["series"] for group in alert_tests() for one in group["input_series"]]
+    given = {name for one in series for name in METRIC.findall(one)}
+    assert given == {name for expr in alerts().values() for name in METRIC.findall(expr)}
+    of_under_stores = {name for name, label, _ in labelled(metrics) if label == "under_store"}
+    tested = labelled("\n".join(series))
+    assert {name for name, label, _ in tested if label == "under_store"} <= of_under_stores
+    assert {one for one in tested if one[1] != "under_store"} <= labelled(metrics)
 
 
 def test_alerts_and_dashboard_ask_for_metrics_that_exist_and_the_document_has_each_alert(
     metrics: str,
 ) -> None:
     served = set(METRIC.findall(metrics))
-    groups = yaml.safe_load((DEPLOY / "monitoring/alerts.yml").read_text())["groups"]
-    rules = [rule for group in groups for rule in group["rules"]]
     dashboard = json.loads((DEPLOY / "monitoring/dashboard.json").read_text())
-    asked = [rule["expr"] for rule in rules]
+    asked = [*alerts().values()]
     asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert len(asked) > 20
     assert {name for expr in asked for name in METRIC.findall(expr)} <= served
+    assert labelled("\n".join(asked)) <= labelled(metrics)
     assert {
         f"torchcache_{name}" for name in ("save_oldest_pending_seconds", "copies_wanted", "copies_held")
     } <= {name for expr in asked for name in METRIC.findall(expr)}
     # How much is too little depends on the disk.
-    assert [rule["expr"] for rule in rules if rule["alert"] == "TorchcacheFileSystemFull"] == [
-        "torchcache_store_free_bytes <= torchcache_store_min_free_bytes"
-    ]
+    assert (
+        alerts()["TorchcacheFileSystemFull"]
+        == "torchcache_store_free_bytes <= torchcache_store_min_free_bytes"
+    )
     jobs = {job for expr in asked for job in re.findall(r'job="(\w+)"', expr)}
     assert jobs == set(re.findall(r"job_name: (\w+)", DOCUMENT.read_text())), (
         "of another name they'd never be raised"
     )
-    assert [rule["alert"] for rule in rules if f"### {rule['alert']}\n" not in DOCUMENT.read_text()] == []
+    assert [alert for alert in alerts() if f"### {alert}\n" not in DOCUMENT.read_text()] == []
 
 
 def test_slurm_runs_a_job_between_a_server_on_each_node(tmp_path: Path, s3: SeaweedFS) -> None:
