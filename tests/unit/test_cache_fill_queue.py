@@ -296,6 +296,19 @@ def test_a_fill_that_fails_lets_go_of_what_it_had_read() -> None:
         gc.enable()
 
 
+def test_a_fill_whose_error_is_its_own_cause_ends_like_any_other() -> None:
+    def work(fill: Fill, loan: Loan, deadline: float) -> StoredChunk:
+        error = ServerUnavailable("storage is away")
+        raise error from error
+
+    with queue_of(threads=1, limit_bytes=10) as queue:
+        for _ in range(2):  # by the same thread
+            fill = Fill("it", 10, work, time.monotonic() + 30)
+            queue.submit(fill)
+            with pytest.raises(ServerUnavailable, match="away"):
+                fill.future.result(30)
+
+
 def test_nobody_can_cancel_what_others_wait_for() -> None:
     with queue_of(threads=1, limit_bytes=10) as queue:
         first, second = Held(), Held()

@@ -108,3 +108,17 @@ def test_the_budget_is_refilled_by_successes_alone() -> None:
     with pytest.raises(ServerUnavailable):
         recorder.run(*[ServerUnavailable("down")] * 100)
     assert recorder.retries == 4
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_no_error_is_its_own_cause(tokens: int) -> None:
+    """Whoever follows a chain of causes would never come to its end."""
+    recorder = Recorder(RetryPolicy(tries=4), RetryBudget(tokens))
+    with pytest.raises(ServerUnavailable, match="down") as raised:
+        recorder.run(*[ServerUnavailable("down")] * 4)
+    error: BaseException | None = raised.value
+    chain: list[BaseException] = []
+    while error is not None:
+        assert all(error is not one for one in chain)
+        chain.append(error)
+        error = error.__cause__ or error.__context__

@@ -53,20 +53,22 @@ class _Shard(io.RawIOBase):
             try:
                 self._pool.read([extent], namespace=self._namespace, into=[target])
             except TorchCacheError as error:
-                raise explained(self._pool, self._info, error) from error
+                raise explained(self._pool, self._info, error)  # noqa: B904 - it has its cause
         self._at += len(target)
         return len(target)
 
 
 def explained(pool: Pool, info: ObjectInfo, error: TorchCacheError) -> TorchCacheError:
-    """A shard that is no longer what was listed, in the user's terms; other errors as they are."""
+    """A shard that is no longer what was listed, in the user's terms, its cause set; other errors as they are."""
     if not isinstance(error, ObjectNotFound | ObjectChanged):
         return error
     uri = pool.uri(info.id)
     happened = "is gone" if isinstance(error, ObjectNotFound) else "has changed"
-    return type(error)(
+    told = type(error)(
         f"the shard {uri} {happened} since this dataset was created: create it again, it lists the shards anew",
         object=uri,
         server=error.server,
         request_id=error.request_id,
     )
+    told.__cause__ = error
+    return told

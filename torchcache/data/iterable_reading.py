@@ -105,7 +105,7 @@ class RecordReading:
         if isinstance(outcome, IntegrityError):
             return outcome
         if isinstance(outcome, TorchCacheError):
-            raise explained(self._records.pool, self._records.info(shard), outcome) from outcome
+            raise explained(self._records.pool, self._records.info(shard), outcome)
         if not isinstance(format_, RecordFormat):
             raise TypeError(f"{format_.name} has no records that are read alone")
         url = self._urls.get(shard)

@@ -293,6 +293,8 @@ def _forget_calls(error: BaseException | None) -> None:
     The future has the error, and the error's traceback a frame that has the future: a ring that only a collection of
     the oldest generation finds, buffers and all. What our own errors say tells enough; others keep their traceback.
     """
-    while error is not None:
+    forgotten: set[int] = set()
+    while error is not None and id(error) not in forgotten:  # a chain of causes may end in a ring
+        forgotten.add(id(error))
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

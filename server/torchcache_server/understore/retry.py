@@ -89,7 +89,9 @@ class Retrier:
                 return result
             failures += 1
             if failures >= most or not self._budget.take():
-                raise _gave_up(last, failures) from last
+                if failures == 1:
+                    raise last  # and not `from` itself
+                raise last.saying(f"{last.message}; {failures} tries failed") from last
             pause_s = self._pause_s(failures, last)
             if time.monotonic() + pause_s >= deadline:
                 raise _too_late(uri, failures, last) from last
@@ -108,9 +110,3 @@ def _too_late(uri: str, failures: int, last: TorchCacheError | None) -> Deadline
         else " before it could be asked for"
     )
     return DeadlineExceeded(f"the deadline for {uri} passed{why}", object=uri)
-
-
-def _gave_up(error: TorchCacheError, failures: int) -> TorchCacheError:
-    if failures == 1:
-        return error
-    return error.saying(f"{error.message}; {failures} tries failed")
