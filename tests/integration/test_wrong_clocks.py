@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -38,11 +40,25 @@ def seconds(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def server(tmp_path: Path, seconds: int) -> Iterator[PoolServer]:
     """Its clock is wrong."""
-    through = ["env", *(f"{name}={value}" for name, value in off_by(seconds).items())]
-    with PoolServer(
-        tmp_path, starter=PlainStarter(through=through), more=("--lease-s", str(LEASE_S))
-    ) as server:
+    with server_off_by(seconds, tmp_path) as server:
         yield server
+
+
+def server_off_by(seconds: int, folder: Path, *, source: Path | None = None) -> PoolServer:
+    folder.mkdir(exist_ok=True)
+    through = ["env", *(f"{name}={value}" for name, value in off_by(seconds).items())]
+    return PoolServer(
+        folder, source=source, starter=PlainStarter(through=through), more=("--lease-s", str(LEASE_S))
+    )
+
+
+@pytest.fixture
+def two_servers(tmp_path: Path, seconds: int) -> Iterator[tuple[PoolServer, PoolServer]]:
+    """Over one under-store, their clocks two days apart. They meet in the claims there, each with a pool of its own."""
+    with ExitStack() as stack:
+        one = stack.enter_context(server_off_by(seconds, tmp_path / "one", source=tmp_path))
+        other = stack.enter_context(server_off_by(-seconds, tmp_path / "other", source=tmp_path))
+        yield one, other
 
 
 def test_saves_at_a_server_whose_clock_is_wrong(server: PoolServer, seconds: int) -> None:
@@ -63,21 +79,70 @@ def test_leases_at_a_server_whose_clock_is_wrong(server: PoolServer) -> None:
     server.pool.reserve_save(store, path, "", "first", overwrite=False, writer="first")
 
     with pytest.raises(AlreadyExists):
-        asked_for_while_the_first_renews(server, store, path)
+        asked_for_while_the_first_renews(server, server, store, path)
     server.pool.reserve_save(store, path, "", "third", overwrite=False, writer="third")
     with pytest.raises(AlreadyExists):
         server.pool.renew_save(store, path, "", "first")
 
 
-def asked_for_while_the_first_renews(server: PoolServer, store: str, path: str) -> None:
+def asked_for_while_the_first_renews(
+    server: PoolServer, other: PoolServer, store: str, path: str, *, overwrite: bool = False
+) -> None:
+    """The first at `server`; the `other` is asked."""
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(
-            server.pool.reserve_save, store, path, "", "second", overwrite=False, writer="second"
+            other.pool.reserve_save, store, path, "", "second", overwrite=overwrite, writer="second"
         )
         while not asked.done():
             server.pool.renew_save(store, path, "", "first")
             time.sleep(0.1)
         asked.result()
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+def test_a_writer_at_a_server_of_another_clock_is_let_live_and_die(
+    two_servers: tuple[PoolServer, PoolServer], overwrite: bool
+) -> None:
+    """F22, I3, I4: what another server's claim is worth is told by its changes, not by any clock."""
+    one, other = two_servers
+    store, path = one.pool.resolve(f"file://{one.source}/run/step-1")
+    one.pool.reserve_save(store, path, "", "first", overwrite=overwrite, writer="first")
+    with pytest.raises(AlreadyExists, match=r"another save of .* is being written by first"):
+        asked_for_while_the_first_renews(one, other, store, path, overwrite=overwrite)
+
+    def is_taken_over() -> bool:  # not at once: the claim may be told once more that the first lives
+        try:
+            other.pool.reserve_save(store, path, "", "third", overwrite=overwrite, writer="third")
+        except AlreadyExists:
+            return False
+        return True
+
+    until(is_taken_over)
+    other.pool.abandon_save(store, path, "", "third")
+    other.save("run/step-1", 4, SIZE)
+    until(lambda: other.pool.get_save(store, path).state == "durable")
+    for server in two_servers:
+        server.assert_loads("run/step-1", 4, SIZE)
+
+
+def test_saves_at_servers_of_different_clocks(two_servers: tuple[PoolServer, PoolServer]) -> None:
+    """F22, I2, I6: what waits for its upload isn't taken for dead by a clock, and what was saved last counts."""
+    one, other = two_servers
+    in_the_way = one.hinder_upload("run/step-1")
+    one.save("run/step-1", 1, SIZE)
+    with pytest.raises(AlreadyExists, match="not uploaded yet"):
+        other.save("run/step-1", 2, SIZE)
+    one.assert_loads("run/step-1", 1, SIZE)
+
+    for number, server in enumerate((other, one, other), 3):
+        server.save("run/step-1", number, SIZE, overwrite=True)
+        server.assert_loads("run/step-1", number, SIZE)
+    shutil.rmtree(in_the_way)
+    store, path = one.pool.resolve(f"file://{one.source}/run/step-1")
+    until(lambda: other.pool.get_save(store, path).state == "durable")
+    for server in two_servers:
+        until(lambda server=server: server.status.upload_pending_bytes == 0)
+        server.assert_loads("run/step-1", 5, SIZE)
 
 
 CLIENT = """\
