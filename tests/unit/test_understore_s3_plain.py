@@ -93,8 +93,9 @@ class Idle:
         self.closed = True
 
 
-def test_what_the_server_has_closed_is_not_kept() -> None:
+def test_what_the_server_has_closed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A burst leaves as many connections as it needed at once; a trickle behind it uses one of them."""
+    monkeypatch.setattr("torchcache_server.understore.s3_plain.LOOK_S", 0.0)
     gets: Any = PlainGets(lambda: None, None, 1.0, 1.0)  # any, for it is given connections that are none
     way = model()
     burst = [Idle() for _ in range(4)]
@@ -113,6 +114,21 @@ def test_what_the_server_has_closed_is_not_kept() -> None:
     gets.close()
     gets._keep(way, late := Idle())
     assert late.closed
+
+
+def test_what_is_idle_is_not_looked_at_with_every_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchcache_server.understore.s3_plain.LOOK_S", 1e9)
+    gets: Any = PlainGets(lambda: None, None, 1.0, 1.0)  # any, for it is given connections that are none
+    way = model()
+    gets._keep(way, Idle())
+    gets._keep(way, closed := Idle(is_spoiled=True))
+    assert not closed.closed
+    gets._keep(way, good := Idle())
+    assert gets._connection(way) is good
+    gets._idle[way.scheme, way.netloc].popleft()
+    monkeypatch.setattr(gets, "_connected", lambda way: "a new one")
+    assert gets._connection(way) == "a new one"
+    assert closed.closed  # a connection is looked at before it is used, whatever the time
 
 
 @pytest.fixture

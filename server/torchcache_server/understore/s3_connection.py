@@ -14,7 +14,8 @@ import select
 import socket
 import ssl
 import struct
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
@@ -25,11 +26,12 @@ _FIRST_BYTES: Final = 4096
 """Received of a head at a time. What comes with it of the body has to be copied."""
 
 _HEAD_ENDS: Final = re.compile(rb"\n\r?\n")
-_STATUS: Final = re.compile(rb"HTTP/1\.1 (?:200|206)(?: [^\r\n]*)?")
-_FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n]*)")
+_GRANTED: Final = re.compile(
+    r"HTTP/1\.1 (?:200|206)(?: [^\r\n]*)?(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n]*)*"
+)
+_FIELD: Final = re.compile(r"\r\n([^:\r\n]+):[ \t]*([^\r\n]*)")
 _ONCE: Final = frozenset({"connection", "content-length", "transfer-encoding"})
 _LENGTH: Final = re.compile(r"[0-9]{1,18}")
-_UNSENDABLE: Final = re.compile(r"[\r\n\0]")
 _TIMEVAL: Final = struct.Struct("@ll")
 
 
@@ -42,19 +44,15 @@ class Head(NamedTuple):
 
 def granted(head: bytes) -> Head | None:
     """What a head says, up to the empty line; None if it isn't that of a granted GET, plainly framed. Pure."""
-    status, *lines = head.split(b"\r\n")
-    if _STATUS.fullmatch(status) is None:
+    text = head.decode("latin-1")
+    if _GRANTED.fullmatch(text) is None:
         return None
-    headers: dict[str, str] = {}
-    for line in lines:
-        field = _FIELD.fullmatch(line)
-        if field is None:
-            return None
-        name = field[1].decode().lower()
-        if name not in headers:
-            headers[name] = field[2].decode("latin-1").rstrip(" \t")
-        elif name in _ONCE:
-            return None
+    fields = _FIELD.findall(text)
+    headers = {
+        name.lower(): value.rstrip(" \t") for name, value in reversed(fields)
+    }  # the first of a name stays
+    if len(headers) < len(fields) and not _ONCE.isdisjoint(_repeated(fields)):
+        return None
     length = headers.get("content-length", "")
     if (
         _LENGTH.fullmatch(length) is None
@@ -63,6 +61,11 @@ def granted(head: bytes) -> Head | None:
     ):
         return None
     return Head(headers, int(length))
+
+
+def _repeated(fields: Sequence[tuple[str, str]]) -> set[str]:
+    """Names that come more than once."""
+    return {name for name, count in Counter(name.lower() for name, _ in fields).items() if count > 1}
 
 
 class Connection:
@@ -94,45 +97,52 @@ class Connection:
         except BaseException:
             self._socket.close()
             raise
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
 
     @property
     def is_spoiled(self) -> bool:
         """Whether the connection, which is idle, was closed, or says what nobody asked for."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(self._poll.poll(0))
 
     def ask(self, path: str, headers: Mapping[str, str]) -> Head | http.client.HTTPResponse:
         """GETs `path` with just these `headers`. The answer's body comes from `readinto`, or from the response.
 
         Raises ValueError for what no header can hold, and http.client's errors.
         """
-        if any(map(_UNSENDABLE.search, (path, *headers.values()))):
-            raise ValueError("a header can't hold line breaks")
         lines = [f"GET {path} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
+        request = "\r\n".join(lines)
+        if not request.count("\r") == request.count("\n") == len(lines) - 1 or "\0" in request:
+            raise ValueError("a header can't hold line breaks")
         try:
-            self._socket.sendall("\r\n".join(lines).encode("latin-1"))
+            self._socket.sendall(request.encode("latin-1"))
         except BlockingIOError:
             raise TimeoutError("timed out") from None
         return self._answer()
 
     def _answer(self) -> Head | http.client.HTTPResponse:
-        came = bytearray()
+        came = b""
         while True:
-            piece = bytearray(_FIRST_BYTES)
-            count = self._receive(memoryview(piece))
+            piece = self._received()
             searched = max(0, len(came) - 2)
-            came += memoryview(piece)[:count]
+            came += piece
             end = _HEAD_ENDS.search(came, searched)
             if end is not None:
                 # The line break before the empty line belongs to the last field.
-                head, rest = granted(bytes(came[: end.start()]).removesuffix(b"\r")), bytes(came[end.end() :])
+                head, rest = granted(came[: end.start()].removesuffix(b"\r")), came[end.end() :]
                 if head is None or len(rest) > head.length:
-                    return self._by_http_client(bytes(came))
+                    return self._by_http_client(came)
                 self._ahead = memoryview(rest)
                 return head
-            if not count or len(came) >= HEAD_BYTES:
-                return self._by_http_client(bytes(came))
+            if not piece or len(came) >= HEAD_BYTES:
+                return self._by_http_client(came)
+
+    def _received(self) -> bytes:
+        """What has come, `_FIRST_BYTES` at most; nothing if no more comes."""
+        try:
+            return self._socket.recv(_FIRST_BYTES)
+        except BlockingIOError:
+            raise TimeoutError("timed out") from None
 
     def _by_http_client(self, came: bytes) -> http.client.HTTPResponse:
         """The standard library's view of an answer that begins with what `came`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import ssl
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,6 +27,9 @@ from urllib3.exceptions import ProtocolError
 
 from torchcache_server.understore.s3_connection import Connection, Head
 from torchcache_server.understore.s3_signing import ALGORITHM, Keys, Scope, escaped, signed
+
+LOOK_S: Final = 0.5
+"""How often connections that nobody uses are looked at: a system call, which may make all others wait."""
 
 _ERROR_BYTES: Final = 64 * 1024
 _OWN: Final = {"x-amz-content-sha256", "x-amz-date", "x-amz-security-token", "x-amz-checksum-mode"}
@@ -134,6 +138,7 @@ class PlainGets:
         self._ways: dict[str, Way] = {}
         self._idle: defaultdict[tuple[str, str], deque[Connection]] = defaultdict(deque)
         self._tls: ssl.SSLContext | None = None
+        self._look_from = 0.0  # monotonic
         self._closed = False
         self._lock = threading.Lock()
 
@@ -215,12 +220,14 @@ class PlainGets:
 
     def _keep(self, way: Way, connection: Connection) -> None:
         """For the next GET. Those idle longest are closed here if the server has closed them; all, once closed."""
+        ended = []
         with self._lock:
             idle = self._idle[way.scheme, way.netloc]
             idle.append(connection)
-            ended = []
-            while idle and (self._closed or idle[0].is_spoiled):
-                ended.append(idle.popleft())
+            if self._closed or time.monotonic() >= self._look_from:
+                self._look_from = time.monotonic() + LOOK_S
+                while idle and (self._closed or idle[0].is_spoiled):
+                    ended.append(idle.popleft())
         for one in ended:
             one.close()
 

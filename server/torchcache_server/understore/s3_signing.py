@@ -52,15 +52,14 @@ def signed(path: str, headers: Mapping[str, str], keys: Keys, scope: Scope, now:
     sent = {**headers, "x-amz-content-sha256": _NO_BODY, "x-amz-date": stamp}
     if keys.token:
         sent["x-amz-security-token"] = keys.token
-    names = sorted(sent)
-    lines = "".join(f"{name}:{sent[name].strip()}\n" for name in names)
-    request = f"GET\n{path}\n\n{lines}\n{';'.join(names)}\n{_NO_BODY}"
+    names = ";".join(sorted(sent))
+    lines = "".join([f"{name}:{value.strip()}\n" for name, value in sorted(sent.items())])
+    request = f"GET\n{path}\n\n{lines}\n{names}\n{_NO_BODY}"
     within = f"{stamp[:8]}/{scope.region}/{scope.service}/aws4_request"
     text = f"{ALGORITHM}\n{stamp}\n{within}\n{hashlib.sha256(request.encode()).hexdigest()}"
-    key = _signing_key(keys, stamp[:8], scope)
-    signature = hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+    signature = hmac.digest(_signing_key(keys, stamp[:8], scope), text.encode(), "sha256").hex()
     sent["authorization"] = (
-        f"{ALGORITHM} Credential={keys.access}/{within}, SignedHeaders={';'.join(names)}, Signature={signature}"
+        f"{ALGORITHM} Credential={keys.access}/{within}, SignedHeaders={names}, Signature={signature}"
     )
     return sent
 
@@ -69,5 +68,5 @@ def signed(path: str, headers: Mapping[str, str], keys: Keys, scope: Scope, now:
 def _signing_key(keys: Keys, day: str, scope: Scope) -> bytes:
     key = f"AWS4{keys.secret}".encode()
     for part in (day, scope.region, scope.service, "aws4_request"):
-        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+        key = hmac.digest(key, part.encode(), "sha256")
     return key
