@@ -15,6 +15,7 @@ import pytest
 from examples.ports import free_port
 from tests.integration.pausing import paused
 from tests.integration.server_process import ServerProcess
+from tests.waiting import until
 from torchcache import Pool, connect
 from torchcache.errors import ServerUnavailable, TransientError
 from torchcache.model import Extent, ObjectId, ObjectInfo
@@ -90,6 +91,17 @@ def test_a_server_that_hangs_is_no_reason_to_wait_when_it_is_the_only_one(two: S
     with paused(two.servers[0].process.pid), pytest.raises(ServerUnavailable):
         alone.read([Extent(info) for info in infos], timeout_s=150)
     alone.close()
+
+
+def test_status_goes_on_without_a_server_that_hangs_and_has_it_again(two: Servers) -> None:
+    hanging, other = (server.address for server in two.servers)
+    assert len(two.pool.status()) == 2
+    with paused(two.servers[0].process.pid):
+        for _ in range(2):
+            assert [status.address for status in two.pool.status()] == [other]
+            assert two.pool.unreachable() == [hanging]
+            assert two.pool.answers_s()[hanging] is None
+    until(lambda: len(two.pool.status()) == 2 and two.pool.unreachable() == [])
 
 
 def test_a_pool_is_of_use_with_an_address_that_swallows(two: Servers, swallowing: str) -> None:

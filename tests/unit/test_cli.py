@@ -246,7 +246,10 @@ def test_status_shows_servers_and_under_stores(pool: MemoryPool, capsys: pytest.
 def test_watched_status_shows_what_happens_meanwhile(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Looked at three times, away once: rates are of what came since the last look that was answered."""
+    """Looked at while it is away once, and starts anew: rates are of what came since the last look that was answered.
+
+    Another joins that has long been there, is away at the next look, and back at the one after.
+    """
     [first] = pool.status()
     later = dataclasses.replace(
         first,
@@ -255,9 +258,11 @@ def test_watched_status_shows_what_happens_meanwhile(
         hits=first.hits + 3,
         hedged_calls=first.hedged_calls + 5,
     )
-    restarted = dataclasses.replace(later, instance="another", served_bytes=500)
-    looks = iter([[first], [later], None, [restarted]])
-    clock = iter([0.0, 0.0, 2.0, 4.0])
+    restarted = dataclasses.replace(later, instance="another", served_bytes=500, uptime_s=1.0)
+    joins = dataclasses.replace(first, instance="other", served_bytes=36610)
+    back = dataclasses.replace(joins, served_bytes=joins.served_bytes + 4000, uptime_s=joins.uptime_s + 4)
+    looks = iter([[first], [later], None, [restarted], [restarted, joins], [restarted], [restarted, back]])
+    clock = iter([0.0, 2.0, 4.0, 6.0, 8.0, 10.0])
 
     def look() -> list[Any]:
         found = next(looks, KeyboardInterrupt)
@@ -274,7 +279,8 @@ def test_watched_status_shows_what_happens_meanwhile(
     printed = capsys.readouterr()
     assert "it is away" in printed.err
     documents = [json.loads(line) for line in printed.out.splitlines()]
-    assert [document.get("rates", [{}])[0].get("flight_bytes") for document in documents] == [None, 3000, 250]
+    found = [[rate["flight_bytes"] for rate in document.get("rates", [])] for document in documents]
+    assert found == [[], [3000], [250], [0, 10], [0], [0, 1000]]
     [rate] = documents[1]["rates"]
     assert (rate["local_bytes"], rate["hit_rate"], rate["hedged_calls"]) == (1000, 1.0, 2.5)
 

@@ -559,6 +559,22 @@ def test_status_is_of_those_that_answer(server: StandIn) -> None:
     pool.close()
 
 
+def test_status_goes_on_without_a_server_that_dies(servers: dict[str, StandIn], wide: Pool) -> None:
+    assert len(wide.status()) == len(servers)
+    assert wide.unreachable() == []
+    gone = servers["b"]
+    others = {server.address for server in servers.values()} - {gone.address}
+    gone.__exit__(None, None, None)
+    assert {status.address for status in wide.status()} == others
+    assert wide.unreachable() == [gone.address]
+    assert wide.answers_s()[gone.address] is None
+
+    retries = wide.statistics().retries
+    assert {status.address for status in wide.status()} == others
+    assert wide.statistics().retries == retries, "who is known to be away is not waited for at each look"
+    gone.__enter__()
+
+
 # ---- no server ----
 
 

@@ -130,7 +130,10 @@ def _why_unreachable(endpoint: Endpoint) -> str:
         return "nobody listens there: does `torchcache serve` run, on that port, and not on loopback only?"
     except OSError as error:
         return f"the network says: {error.strerror or error}"
-    return "something listens there that doesn't answer as a server: is TLS on one side only, or is it the wrong port?"
+    return (
+        "something listens there that doesn't answer as a server: does it hang (see 'A server that hangs or is slow' "
+        "in docs/operations.md), is TLS on one side only, or is it the wrong port?"
+    )
 
 
 def _why_silent(path: str) -> str:
@@ -147,7 +150,7 @@ def _why_silent(path: str) -> str:
             return "nobody listens there any more: start the server again"
         except OSError as error:
             return f"the kernel says: {error.strerror or error}"
-    return "something listens there that doesn't answer as a server: is it the path of the control socket?"
+    return "something listens there that doesn't answer as a server: does it hang, or is it another socket's path?"
 
 
 def _in_use(pool: Pool) -> Iterator[Finding]:

@@ -79,7 +79,9 @@ def _show(
 ) -> None:
     from torchcache.pool.health import far_slower
 
-    unreachable, seen, answers_s = pool.unreachable(), pool.statistics(), pool.answers_s()
+    seen, answers_s = pool.statistics(), pool.answers_s()
+    answering = {server.address for server in servers}
+    unreachable = [address for address in pool.unreachable() if address not in answering]
     slow = far_slower({address: took_s for address, took_s in answers_s.items() if took_s is not None})
     passed_over = _passed_over(servers)
     output.document(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic, sleep, strftime
@@ -37,10 +37,20 @@ class Rates:
     hedged_calls: float
 
 
-def rates(before: Sequence[ServerStatus], after: Sequence[ServerStatus], seconds: float) -> list[Rates]:
-    """Of each server in `after`. One that was not there before, or has started anew since, counts from its start."""
-    known = {server.instance: server for server in before}
-    return [_rates(known.get(server.instance), server, seconds) for server in after]
+Seen = Mapping[str, tuple["ServerStatus", float]]
+"""By instance: how a server was when it was last seen, and when that was, monotonic."""
+
+
+def rates(seen: Seen, after: Sequence[ServerStatus], now: float) -> list[Rates]:
+    """Of each server in `after`, since it was seen. One that wasn't yet, or has started anew since, counts from its
+    start; if that was before the last look, what it has done a second on the average.
+    """
+    looked = max(at for _, at in seen.values())
+    found = []
+    for server in after:
+        before, since = seen.get(server.instance, (None, min(looked, now - server.uptime_s)))
+        found.append(_rates(before, server, now - since))
+    return found
 
 
 def _rates(before: ServerStatus | None, after: ServerStatus, seconds: float) -> Rates:
@@ -71,15 +81,14 @@ def watch(
     every_s: float,
 ) -> None:
     """Shows what `look` finds every `every_s` seconds, until interrupted. A pool that is away is waited for."""
-    before: list[ServerStatus] = []
-    looked = monotonic()
+    seen: dict[str, tuple[ServerStatus, float]] = {}
     with _display(output) as display:
         while True:
             try:
                 found, now = look(), monotonic()
                 with display.look(len(found)):
-                    show(found, rates(before, found, now - looked) if before else [])
-                before, looked = found, now
+                    show(found, rates(seen, found, now) if seen else [])
+                seen |= {server.instance: (server, now) for server in found}
             except TransientError as error:
                 display.away(error)
             sleep(every_s)

@@ -426,8 +426,8 @@ class Pool:
     # ---- the pool itself ----
 
     def status(self) -> list[ServerStatus]:
-        """How every server is. Raises ServerUnavailable if one that answered before no longer does."""
-        asked = self._session().ask_each("GetStatus", cache_pb2.StatusRequest(), timeout_s=STATUS_S)
+        """How every server is that answers; `unreachable` names the others. Raises ServerUnavailable if none does."""
+        asked = self._session().ask_all("GetStatus", cache_pb2.StatusRequest(), timeout_s=STATUS_S)
         return [server_status(one.reply, one.member.address) for one in asked]
 
     def servers(self, *, opens: bool = True) -> dict[str, str]:
@@ -450,8 +450,7 @@ class Pool:
 
     def unreachable(self) -> list[str]:
         """The addresses of servers that did not answer when last asked: others stand in for them."""
-        members = self._session().current
-        return [*members.missing] if members else []
+        return self._session().silent()
 
     def answers_s(self) -> dict[str, float | None]:
         """How long each server takes to say that it lacks something, in seconds, by its address.

@@ -93,9 +93,11 @@ def answers_s(session: Session, timeout_s: float) -> dict[str, float | None]:
     deadline = time.monotonic() + timeout_s
     members = session.first_members(Retry(session.budget, deadline), deadline)
     until = min(deadline, time.monotonic() + PROBE_S)
+    answering = [one for one in members.by_id.values() if one.address not in session.silent()]
     with Threads(ASKED_AT_ONCE, name="torchcache-answers") as threads:
-        asked = {one.address: threads.submit(_answer_s, one.lane, until) for one in members.by_id.values()}
-        return {address: took.result() for address, took in asked.items()}
+        asked = {one.address: threads.submit(_answer_s, one.lane, until) for one in answering}
+        took_s = {address: took.result() for address, took in asked.items()}
+    return {one.address: took_s.get(one.address) for one in members.by_id.values()}
 
 
 def _answer_s(lane: Lane, deadline: float) -> float | None:

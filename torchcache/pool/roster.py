@@ -27,6 +27,9 @@ INFO_S: Final = 5.0
 
 ASKED_AT_ONCE: Final = 32
 
+INFO_AGAIN_S: Final = 1.0
+"""The same, of one that was silent when it was last asked."""
+
 LOOK_AGAIN_S: Final = 5.0
 """How often servers that did not answer are asked again."""
 
@@ -35,6 +38,7 @@ class Roster:
     """Thread-safe. `asked` is called for each server that said who it is.
 
     `lanes` and `reasons` are of all servers there were, by their addresses; `uses` what their local lanes count.
+    `silent` are the addresses of those that didn't answer when they were last asked how or who they are.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Roster:
         self.lanes: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
         self.uses: list[UseReports] = []
+        self.silent: set[str] = set()
 
     @property
     def current(self) -> Members | None:
@@ -134,6 +139,7 @@ class Roster:
                 return self._members
             before = self._members
             found = self._members = self._find(deadline, before)
+            self.silent = set(found.missing)
             self._health.members(found.by_id)
         finally:
             self._resolving.release()

@@ -17,7 +17,8 @@ from torchcache.pool.lane_choice import LaneName
 from torchcache.pool.members import Member, Members, MemberSource, Ordering
 from torchcache.pool.reports import PoolStatistics
 from torchcache.pool.retry import Retry, hedge_budget, retry_budget
-from torchcache.pool.roster import Roster
+from torchcache.pool.roster import ASKED_AT_ONCE, INFO_AGAIN_S, INFO_S, Roster
+from torchcache.threads import Threads
 
 _log = logging.getLogger(__name__)
 
@@ -214,6 +215,59 @@ class Session:
                     without(members.by_id[left.pop(0)], error)
                 members = self.current or members
                 left = [server for server in left if server in members.by_id]
+
+    def ask_all(self, method: str, request: Any, *, timeout_s: float) -> list[Asked]:
+        """One control call to every server, side by side: the replies of those that answer.
+
+        The others are `silent` from then on, and not waited for again. Raises an error of theirs if all are.
+        """
+        deadline = time.monotonic() + timeout_s
+        members = self.first_members(Retry(self.budget, deadline), deadline)
+        with Threads(ASKED_AT_ONCE, name="torchcache-ask") as threads:
+            asked = [
+                threads.submit(self._ask_in_time, member, members, method, request, deadline)
+                for member in members.by_id.values()
+            ]
+            outcomes = [one.result() for one in asked]
+        answers = [one for one in outcomes if isinstance(one, Asked)]
+        errors = [one for one in outcomes if isinstance(one, TransientError)]
+        try:
+            if not answers and errors:
+                raise errors[-1]
+            return answers
+        finally:
+            del asked, outcomes, errors  # an error holds this frame
+
+    def _ask_in_time(
+        self, member: Member, members: Members, method: str, request: Any, deadline: float
+    ) -> Asked | TransientError | None:
+        """The reply, or why there is none; None if the server has left the pool meanwhile."""
+        was_silent = member.address in self._roster.silent
+        if len(members.by_id) > 1:
+            deadline = min(deadline, time.monotonic() + (INFO_AGAIN_S if was_silent else INFO_S))
+        retry = Retry(self.budget, deadline)
+        while True:
+            try:
+                answer = self.ask_member(member, method, request, deadline)
+            except TransientError as error:
+                if was_silent or not self.wait(retry, error, members, deadline):
+                    self._roster.silent.add(member.address)
+                    return error
+            else:
+                self._roster.silent.discard(member.address)
+                return answer
+            members = self.current or members
+            if (known := members.by_id.get(member.server_id)) is None:
+                return None
+            member = known
+
+    def silent(self) -> list[str]:
+        """The addresses of servers that did not answer when they were last asked how, or who, they are."""
+        members, silent = self.current, self._roster.silent
+        if members is None:
+            return []
+        known = [*(member.address for member in members.by_id.values()), *members.missing]
+        return [address for address in dict.fromkeys(known) if address in silent]
 
     def wait(self, retry: Retry, error: TorchCacheError, members: Members | None, deadline: float) -> bool:
         """Whether to try again after `error`; if so it has paused, and looked anew who serves."""
