@@ -8,6 +8,7 @@ import pickle
 import stat
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,18 @@ def test_a_token_given_is_carried_but_never_shown() -> None:
     again = pickle.loads(pickle.dumps(pool))
     assert again._source.access.bearer() == "Bearer hush-hush"
     assert "hush" not in repr(pool) + repr(pool._source)
+
+
+@pytest.mark.parametrize(
+    "more", ["\n", "\nhush", "\0", " ", "\x7f", "\u00e9", "\udc80", "\r\nx-other: header"], ids=ascii
+)
+def test_a_token_that_cannot_travel_is_refused_and_not_shown(more: str) -> None:
+    """gRPC would say "internal: Invalid metadata", or raise an error of another kind that holds the token."""
+    pool = connect("localhost:1", token=f"hush-hush{more}")
+    with pytest.raises(ConfigurationError, match=r"no token: .* without the line's end") as refused:
+        pool.status()
+    assert "hush" not in "".join(traceback.format_exception(refused.value)) + repr(refused.value)
+    pool.close()
 
 
 def test_a_token_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:

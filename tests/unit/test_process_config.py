@@ -223,6 +223,13 @@ def test_ipv6_addresses() -> None:
     assert from_settings(MINIMAL | {"listen": "[::1]:7440"}).address == "[::1]:7440"
 
 
+@pytest.mark.parametrize("text", ["/run/torchcache/server.sock:7440", "/:1", "//x:1", "[/x]:1", "/../x:1"])
+def test_a_path_is_listened_on_only_where_it_is_called_a_socket(text: str) -> None:
+    """As a host it would be one, of any form, without the port that was asked for."""
+    with pytest.raises(ConfigurationError, match="is no address to listen on"):
+        parse_listen(text)
+
+
 @pytest.mark.parametrize("content", ["listen = ", "\xff"])
 def test_a_broken_file_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "broken.toml"

@@ -55,11 +55,16 @@ class Access:
     def bearer(self) -> str | None:
         """The value of the `authorization` header; None without a token, which the server then refuses to serve.
 
-        Raises ConfigurationError for a file that can't be used; see `read_token`.
+        Raises ConfigurationError for a file that can't be used, see `read_token`, and for what no header can hold.
         """
         token = self.token
         if token is None and self.token_file is not None:
             token = read_token(self.token_file)
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            where = "token=" if self.token is not None else f"the token file {self.token_file}"
+            raise ConfigurationError(
+                f"{where} is no token: give its printable characters alone, without the line's end or blanks"
+            )
         return f"Bearer {token}" if token else None
 
     def without_token(self) -> str:

@@ -238,7 +238,8 @@ def parse_listen(text: str) -> tuple[str, int]:
         return parse_unix(text, within=text), 0
     host, colon, port = text.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
-    if not colon or not bare or not port.isascii() or not port.isdigit() or (":" in bare and host == bare):
+    is_host = bool(bare) and not is_unix(bare) and (":" not in bare or host != bare)
+    if not colon or not is_host or not port.isascii() or not port.isdigit():
         raise ConfigurationError(
             f"{text!r} is no address to listen on: write HOST:PORT, like {DEFAULT_LISTEN}, or unix:///folder/name.sock"
         )
