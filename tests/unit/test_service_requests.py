@@ -178,6 +178,13 @@ def test_writes_that_are_refused(namespace: str, object_: pb.ObjectRef, message:
         write_plan(put(namespace, object_))
 
 
+def test_files_of_saves_are_not_remembered() -> None:
+    """I5: those of the next save are others."""
+    remembered = [requests.object_info(one) is requests.object_info(one) for one in (OBJECT, SAMPLE, SAVED)]
+    assert remembered == [True, True, False]
+    assert requests.object_info(SAVED) == requests.object_info(SAVED)
+
+
 def test_timeouts_are_bounded() -> None:
     assert timeout(0) == requests.DEFAULT_CALL_S
     assert timeout(5) == 5

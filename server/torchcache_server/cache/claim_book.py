@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
+from typing import Final
 
 from torchcache.errors import AlreadyExists
 from torchcache_server.cache.claims import Claim, ClaimState, Displaced, Sighting
 from torchcache_server.cache.saves import SaveKey
 from torchcache_server.cache.small_objects import read_small, stat_or_none, write_small
 from torchcache_server.understore.base import UnderStore
+
+FORGET_LEASES: Final = 60
+"""The claim of a path of which nothing else is known is forgotten when nobody has asked for it for so many leases."""
 
 
 class ClaimBook:
@@ -23,6 +27,7 @@ class ClaimBook:
         self._lease_s = lease_s
         self._clock = clock
         self._seen: dict[SaveKey, Sighting] = {}
+        self._asked_s: dict[SaveKey, float] = {}  # when the sighting of that path was wanted last
         self._lock = threading.Lock()
 
     def look(self, under_store: UnderStore, key: SaveKey, *, deadline: float) -> Sighting | None:
@@ -30,6 +35,8 @@ class ClaimBook:
         found = stat_or_none(under_store, key.claim_key, deadline=deadline)
         with self._lock:
             known = self._seen.get(key)
+            if known is not None:
+                self._asked_s[key] = self._clock()
         if found is None:
             return self._note(key, None)
         if known is not None and known.version == found.id.version:
@@ -42,6 +49,18 @@ class ClaimBook:
     def now_s(self) -> float:
         """The time that sightings are measured in."""
         return self._clock()
+
+    def forget_but(self, known: Container[SaveKey]) -> None:
+        """Forgets the claims of other paths than these, once nobody counts how long they haven't changed.
+
+        Others' claims vanish without a word: who reads a path, or had a copy, has seen it, and doesn't look again.
+        """
+        now_s = self._clock()
+        with self._lock:
+            for key, seen in tuple(self._seen.items()):
+                unasked_s = now_s - max(self._asked_s[key], seen.dead_at_s)
+                if key not in known and unasked_s >= FORGET_LEASES * self._lease_s:
+                    del self._seen[key], self._asked_s[key]
 
     def holds(self, under_store: UnderStore, key: SaveKey, save_id: str, *, deadline: float) -> bool:
         """Whether the claim is this server's, for this save."""
@@ -146,6 +165,8 @@ class ClaimBook:
         with self._lock:
             if seen is None:
                 self._seen.pop(key, None)
+                self._asked_s.pop(key, None)
             else:
                 self._seen[key] = seen
+                self._asked_s[key] = self._clock()
         return seen

@@ -47,6 +47,12 @@ class Readers:
             with self._slots.changed:
                 slot.readers.pop(reader_id, None)
 
+    def tidy(self, slot: Slot) -> None:
+        """Forgets those that are gone without a word."""
+        if slot.readers:
+            with self._slots.changed:
+                self._forget_gone(slot)
+
     def require_none(self, slot: Slot, save_id: str) -> None:
         """Raises InUse, naming one, if somebody reads the save."""
         with self._slots.changed:

@@ -57,7 +57,7 @@ class Loan:
         return self.base.namespaces_of(self.files)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Slot:
     """One path."""
 
@@ -95,6 +95,13 @@ class Slot:
             yield
         finally:
             self._exclusive.release()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known of the path: one that is made anew would be the same."""
+        one = (self.lease, self.save, self.deletion)
+        many = (self.readers, self.copies, self.loans, self.spent, self.dead_leases, self.garbage)
+        return not any(each is not None for each in one) and not any(many)
 
     @property
     def pending_bytes(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -71,6 +72,18 @@ class Slots:
     def all(self) -> list[Slot]:
         with self.changed:
             return list(self._slots.values())
+
+    def forget_empty(self) -> frozenset[SaveKey]:
+        """Forgets the paths of which nothing is known; returns those that are left.
+
+        Not one that a thread has in hand, which may be about to note something there, or in whose lock another waits.
+        """
+        with self.changed:
+            for key in [key for key, slot in self._slots.items() if slot.is_empty]:
+                # Nobody can come by it meanwhile: that takes the lock.
+                if (in_hand := weakref.ref(self._slots.pop(key))()) is not None:
+                    self._slots[key] = in_hand
+            return frozenset(self._slots)
 
     # ---- leases ----
 

@@ -399,8 +399,18 @@ class WriteBack:
 
     def tidy(self) -> None:
         """One round of the janitor: leases of dead writers, claims of dead saves, bytes that belong to nobody."""
+        self._tidy_slots()
+        self._forget_evicted()
+        self._claims.forget_but(self._slots.forget_empty())
+        self._publisher.tidy()
+        self._orphans.sweep(self._publisher.namespaces | self._slots.used() | self._slots.guarded)
+
+    # ---- inside ----
+
+    def _tidy_slots(self) -> None:
         unreachable: set[str] = set()
         for slot in self._slots.all():
+            self._readers.tidy(slot)
             if slot.key.store in unreachable:
                 continue
             try:
@@ -414,11 +424,6 @@ class WriteBack:
                 unreachable.add(slot.key.store)
             except TorchCacheError as error:
                 _log.warning("%s can't be tidied: %s", slot.key, error)
-        self._forget_evicted()
-        self._publisher.tidy()
-        self._orphans.sweep(self._publisher.namespaces | self._slots.used() | self._slots.guarded)
-
-    # ---- inside ----
 
     def _forget_evicted(self) -> None:
         """Of a durable save that eviction has taken, the under-store tells as much as its record."""

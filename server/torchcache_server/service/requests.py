@@ -322,10 +322,16 @@ def object_infos(refs: Iterable[cache_pb2.ObjectRef]) -> list[ObjectInfo]:
 
 def object_info(ref: cache_pb2.ObjectRef) -> ObjectInfo:
     """The object a reference names. Raises ConfigurationError."""
-    return _object_info(ref.store, ref.key, ref.version, ref.size)
+    # The files of a save are written and read once or twice, and every save's are others.
+    remembers = not ref.version.startswith(SAVE_PREFIX)
+    return (_remembered_info if remembers else _object_info)(ref.store, ref.key, ref.version, ref.size)
 
 
 @lru_cache(8192)  # epochs name the same objects again and again, and an id keeps its encoding; 1 KB each
+def _remembered_info(store: str, key: str, version: str, size: int) -> ObjectInfo:
+    return _object_info(store, key, version, size)
+
+
 def _object_info(store: str, key: str, version: str, size: int) -> ObjectInfo:
     id_ = ObjectId(under_store_name(store), object_key(key), _bounded("version", version, MAX_NAME_BYTES))
     if not UNKNOWN_SIZE <= size <= MAX_OBJECT_BYTES:
