@@ -15,15 +15,19 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import threading
 from functools import cache
 from typing import Final
 
 _LARGEST: Final = 32 * 1024 * 1024 - 64 * 1024
 """Just below the largest block that glibc learns from: it then keeps up to 64 MiB of freed memory."""
 
+_LOOKED_AT: Final = 128 * 1024
+"""From 64 KiB on, freeing a block makes glibc look at how much is free at its heap's end."""
 
 _HEAPS: Final = 4
 _M_ARENA_MAX: Final = -8
+_M_TRIM_THRESHOLD: Final = -1
 
 
 @cache
@@ -46,5 +50,47 @@ def share_heaps() -> None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _HEAPS)
 
 
+def give_back_freed_memory() -> None:
+    """Gives the pages that nothing lies on back to the kernel, in milliseconds; who needs them next gets new ones.
+
+    malloc_trim leaves the ends of all heaps but the first. Those are given back when a thread frees a large block in
+    its heap, and more is free there than a bound: no less than 64 MiB, once glibc has learnt.
+    """
+    if not _is_glibc():
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    libc.mallopt(_M_TRIM_THRESHOLD, 0)
+    try:
+        _free_in_all_heaps(libc)
+    finally:
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST)
+
+
+def _free_in_all_heaps(libc: ctypes.CDLL) -> None:
+    """New threads get the heaps that no other thread has, then all of them in turn."""
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    over = threading.Event()
+
+    def free_one() -> None:
+        libc.free(libc.malloc(_LOOKED_AT))
+        over.wait()  # or the next would get the same heap
+
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(2 * _HEAPS):
+            thread = threading.Thread(target=free_one, name="heap", daemon=True)
+            thread.start()
+            threads.append(thread)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+@cache
 def _is_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"

@@ -55,6 +55,38 @@ with tempfile.TemporaryFile() as file:
     print(len(re.findall(rb"<heap nr", file.read())))
 """
 
+GIVEN_BACK = """
+import ctypes, re, sys, threading
+from torchcache.heap import give_back_freed_memory, keep_freed_memory, share_heaps
+keep_freed_memory()
+share_heaps()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+def taken():  # KiB
+    with open("/proc/self/status") as file:
+        return int(re.search(r"RssAnon:\\s+(\\d+)", file.read())[1])
+freed, over = threading.Barrier(9), threading.Event()
+def work():  # 8 MiB, and behind them one block that stays, or the end of the heap
+    blocks = [libc.malloc(64 << 10) for _ in range(128)]
+    for block in blocks:
+        ctypes.memset(block, 1, 64 << 10)
+    if STAYS:
+        libc.malloc(5000)
+    for block in blocks:
+        libc.free(block)
+    freed.wait()
+    over.wait()
+before = taken()
+for _ in range(8):
+    threading.Thread(target=work).start()
+freed.wait()
+if sys.argv[1] == "give":
+    give_back_freed_memory()
+print(taken() - before)
+over.set()
+"""
+
 
 def number(program: str, how: str) -> int:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
@@ -77,3 +109,12 @@ def test_what_a_batch_freed_serves_the_next() -> None:
 def test_threads_share_a_few_heaps() -> None:
     assert number(THREADS, "share") <= 4
     assert number(THREADS, "leave") > 4, "malloc does so by itself now"
+
+
+@glibc
+@pytest.mark.parametrize("stays", [True, False], ids=["amid the heaps", "at their ends"])
+def test_what_was_freed_is_given_back(stays: bool) -> None:
+    """I5."""
+    program = f"STAYS = {stays}{GIVEN_BACK}"
+    assert number(program, "give") < 2 * 1024
+    assert number(program, "keep") > 24 * 1024, "malloc does so by itself now"

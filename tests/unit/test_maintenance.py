@@ -9,10 +9,12 @@ import pytest
 from torchcache_server.cache.maintenance import (
     BUSY_SHARE,
     LONGEST_PAUSE_S,
+    QUIET_S,
     ROUND_S,
     SCRUB_S,
     Chores,
     Maintenance,
+    Rest,
 )
 from torchcache_server.store import ScrubStep
 
@@ -166,6 +168,32 @@ def test_errors_are_logged_and_tried_again_ever_later(caplog: pytest.LogCaptureF
     time.run(600)
     assert store.scrubbed - before == pytest.approx(600 * 32 * MIB, rel=0.05)
     assert store.tidied < 700
+
+
+def test_memory_is_given_back_once_nothing_runs() -> None:
+    """I5: not amid the work, nor again and again after it."""
+    time = Time(Scripted(), rate=0)
+    done, given_back = 0, []
+    rest = Rest(
+        busy=lambda: time.busy, done=lambda: done, give_back=lambda: given_back.append(time.now - ended)
+    )
+    time.chores = Chores(Scripted(), scrub_bytes_s=0, busy=lambda: time.busy, now=time.now, rest=rest)
+    ended = time.now
+    time.run(10 * QUIET_S)
+    assert not given_back, "nothing was done yet"
+    for _ in range(100):  # short calls, of which none runs while it is looked
+        done += 1
+        time.run(QUIET_S / 2)
+    time.busy = True  # one long one, that is counted when it ends
+    time.run(10 * QUIET_S)
+    assert not given_back
+    time.busy, ended = False, time.now
+    done += 1
+    time.run(100 * QUIET_S)
+    assert given_back == [pytest.approx(QUIET_S, abs=2)]
+    done, ended = done + 1, time.now
+    time.run(100 * QUIET_S)
+    assert len(given_back) == 2
 
 
 def test_the_thread_works_and_ends() -> None:

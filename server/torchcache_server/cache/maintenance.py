@@ -1,13 +1,18 @@
-"""What a store needs done while nobody asks for it: tidying every second, and a scrub that goes round at a set rate."""
+"""What a server needs done while nobody asks for it.
+
+The store is tidied every second, and scrubbed at a set rate; once nothing runs any more, freed memory is given back.
+"""
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from torchcache.heap import give_back_freed_memory
 from torchcache_server.cache.work_queue import retry_delay_s
 from torchcache_server.store import ScrubStep
 
@@ -22,6 +27,9 @@ ROUND_S: Final = 3600.0
 
 BUSY_SHARE: Final = 0.125
 """Of the scrub's rate while streams run. Not none: a server that is never idle has its disk verified too."""
+
+QUIET_S: Final = 10.0
+"""With nothing done for so long, freed memory is given back: who comes next has to wait for new pages, for once."""
 
 LONGEST_PAUSE_S: Final = 60.0
 CLOSE_S: Final = 10.0
@@ -64,10 +72,51 @@ class Chore:
         self.due_s = now + pause_s
 
 
+def give_back_memory() -> None:
+    """That of garbage too, which Python looks for the less often the more there is that isn't."""
+    gc.collect()
+    give_back_freed_memory()
+
+
+class Rest:
+    """Gives memory back once what the server does has ended, and `done`, which counts it, has stood for `QUIET_S`."""
+
+    def __init__(
+        self,
+        *,
+        busy: Callable[[], bool],
+        done: Callable[[], int],
+        give_back: Callable[[], None] = give_back_memory,
+    ) -> None:
+        self._busy = busy
+        self._done = done
+        self._give_back = give_back
+        self._seen = done()
+        self._quiet_from: float | None = None  # None: nothing was done since memory was given back
+
+    def look(self, now: float) -> float:
+        """Returns in how many seconds to look again."""
+        done = self._done()
+        if done != self._seen or self._busy():
+            self._seen, self._quiet_from = done, now
+        elif self._quiet_from is not None and now - self._quiet_from >= QUIET_S:
+            self._quiet_from = None
+            self._give_back()
+        return TIDY_S
+
+
 class Chores:
     """When what is due. Not thread-safe; `now` is time.monotonic(), or a test's."""
 
-    def __init__(self, store: Tended, *, scrub_bytes_s: int, busy: Callable[[], bool], now: float) -> None:
+    def __init__(
+        self,
+        store: Tended,
+        *,
+        scrub_bytes_s: int,
+        busy: Callable[[], bool],
+        now: float,
+        rest: Rest | None = None,
+    ) -> None:
         self._store = store
         self._rate = scrub_bytes_s
         self._busy = busy
@@ -77,6 +126,8 @@ class Chores:
         self._chores = [Chore("tidying the store", self._tidy)]
         if scrub_bytes_s:
             self._chores.append(Chore("the scrub", self._scrub))
+        if rest is not None:
+            self._chores.append(Chore("giving memory back", rest.look))
 
     def step(self, now: float) -> float:
         """Does what is due, and returns in how many seconds something is again."""
@@ -109,11 +160,13 @@ class Chores:
 
 
 class Maintenance:
-    """The thread that does the chores of one store, from construction until `close`."""
+    """The thread that does the chores of one server, from construction until `close`."""
 
-    def __init__(self, store: Tended, *, scrub_bytes_s: int, busy: Callable[[], bool]) -> None:
+    def __init__(
+        self, store: Tended, *, scrub_bytes_s: int, busy: Callable[[], bool], rest: Rest | None = None
+    ) -> None:
         """`scrub_bytes_s` 0 runs no scrub. `busy` says whether the server has others to serve now."""
-        self._chores = Chores(store, scrub_bytes_s=scrub_bytes_s, busy=busy, now=time.monotonic())
+        self._chores = Chores(store, scrub_bytes_s=scrub_bytes_s, busy=busy, now=time.monotonic(), rest=rest)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="maintenance", daemon=True)
         self._thread.start()

@@ -24,7 +24,7 @@ from torchcache.unix_sockets import data_socket
 from torchcache.wire.v1 import cache_pb2
 from torchcache_server import understore
 from torchcache_server.cache.ahead import StageAhead
-from torchcache_server.cache.maintenance import Maintenance
+from torchcache_server.cache.maintenance import Maintenance, Rest
 from torchcache_server.cache.policies import Policies
 from torchcache_server.cache.read_through import ReadThrough
 from torchcache_server.cache.write_back import WriteBack
@@ -127,16 +127,28 @@ class Server:
             max_pending_bytes=config.max_pending_bytes or config.capacity_bytes * 3 // 4,
         )
         closing.callback(self._write_back.close)
+        counters = ServiceCounters()
         maintenance = Maintenance(
-            store, scrub_bytes_s=config.scrub_bytes_s, busy=lambda: self._admission.streams > 0
+            store,
+            scrub_bytes_s=config.scrub_bytes_s,
+            busy=self._is_busy,
+            rest=Rest(busy=self._is_busy, done=lambda: self._bytes_moved(counters)),
         )
         closing.callback(maintenance.close)
         return _Parts(
             store=store,
             read_through=read_through,
             ahead=StageAhead(store, read_through),
-            counters=ServiceCounters(),
+            counters=counters,
         )
+
+    def _is_busy(self) -> bool:
+        return self._admission.streams > 0
+
+    def _bytes_moved(self, counters: ServiceCounters) -> int:
+        """By its clients and to or from storage, so far: what takes memory worth giving back."""
+        stored = [one.counters.read_bytes + one.counters.write_bytes for one in self._under_stores.values()]
+        return counters.served_bytes + counters.written_bytes + sum(stored)
 
     def _keep_copies(self, read_through: ReadThrough, tokens: Sequence[ScopedToken]) -> None:
         """Sees to it that checkpoints lie on as many servers as they should, if it knows of others."""
