@@ -33,7 +33,9 @@ SHIFTS: Final = 4
 KEPT: Final = {"socket", *(f"connection to {port}" for port in (S3_PORT, ETCD_PORT))}
 """Connections; a "socket" is one that the other end has reset since, or one that listens."""
 
-SETTLES_S: Final = 20.0
+SETTLES_S: Final = 30.0
+"""Longer than a server waits before it gives freed memory back (maintenance.QUIET_S)."""
+
 MOST_MEMORY: Final = 1.05
 LONG_MINUTES: Final = 30.0
 """From this length on memory is judged: before that it is still on its way to what it will be."""
@@ -58,7 +60,7 @@ def test_a_pool_under_faults_of_every_kind(tmp_path: Path) -> None:
         for kind in chance.sample(kinds, len(kinds)):
             soak.meet(kind)
         soak.end_shift()
-        before = [Quiet(server) for server in soak.steady]
+        quiet = [settled(soak)]
         began = time.monotonic()
         for shift in range(SHIFTS):
             soak.begin_shift()
@@ -67,7 +69,8 @@ def test_a_pool_under_faults_of_every_kind(tmp_path: Path) -> None:
                 if time.monotonic() - began > 60 * _MINUTES * (shift + 1) / SHIFTS:
                     break
             soak.end_shift()
-        after = [Quiet(server) for server in soak.steady]
+            quiet.append(settled(soak))
+        before, after = quiet[0], quiet[-1]
         soak.begin_shift()
         soak.meet("kills")
         soak.end_shift(from_storage=True)
@@ -97,6 +100,15 @@ def test_a_pool_under_faults_of_every_kind(tmp_path: Path) -> None:
         )
         assert max(more) <= 1
         assert _MINUTES < LONG_MINUTES or max(growth) <= MOST_MEMORY
+
+
+def settled(soak: Soak) -> list[Quiet]:
+    """What the steady servers take between two shifts, printed: where a run fails, that tells since when it grew."""
+    found = [Quiet(server) for server in soak.steady]
+    print(
+        f"after {sum(soak.faults.values())} faults:", *(f"{one.memory_bytes / 1e6:.1f} MB" for one in found)
+    )
+    return found
 
 
 class Quiet:
