@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
-from torchcache_server.cache.read_through import ReadThrough
+from torchcache_server.cache.read_through import FILL_THREADS, ReadThrough
 from torchcache_server.store import Store, StoredChunk
 
 from tests.unit.scripted_under_store import ScriptedUnderStore, content, object_of
@@ -231,6 +231,23 @@ def test_bytes_under_way_are_bounded(
         assert isinstance(answer, Future)
         answer.result(30)
     assert source.most_under_way == 2
+
+
+def test_as_many_small_objects_are_under_way_as_fill_a_long_line(
+    reads: ReadThrough, source: ScriptedUnderStore
+) -> None:
+    """More than 200 MB/s and 50 ms ask for, in records of 114,660 B: some wait for the server's own work."""
+    line = int(200e6 * 0.05 / 114_660)
+    assert 1.4 * line < FILL_THREADS
+    source.answer.clear()
+    wanted = [(object_of(100, f"key-{n}"), 0) for n in range(2 * FILL_THREADS)]
+    answers = reads.get_many("data", wanted, deadline=soon())
+    source.wait_for_reads(FILL_THREADS)
+    source.answer.set()
+    for answer in answers:
+        assert isinstance(answer, Future)
+        answer.result(30)
+    assert source.most_under_way == FILL_THREADS
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,10 @@ _MIB = 1024 * 1024
 _FILL_S = 30.0
 """What a fill may take once it has started, if those who wait have less patience: it is of use to the next."""
 
+FILL_THREADS: Final = 128
+"""How many small objects are fetched at a time. 200 MB/s from storage that is 50 ms away are 87 of 114,660 B under way,
+and others are being stored meanwhile."""
+
 SLOW_FETCH_S: Final = 5.0
 """A fetch that takes longer is logged."""
 
@@ -33,7 +37,7 @@ class ReadThrough:
         store: Store,
         under_stores: Mapping[str, UnderStore],
         *,
-        fill_threads: int = 64,
+        fill_threads: int = FILL_THREADS,
         inflight_bytes: int = 512 * _MIB,
     ) -> None:
         self.store = store

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CONNECTIONS = 96
-"""Kept for reuse. All 64 threads that fill may ask at once, uploads and listings beside them: a connection beyond these
-is closed after its call, with a warning of urllib3's, and the next call opens another."""
+CONNECTIONS = 160
+"""Kept for reuse. All 128 threads that fill may ask at once, uploads and listings beside them: a connection beyond
+these is closed after its call, with a warning of urllib3's, and the next call opens another."""
 
 _AWS = (".amazonaws.com", ".amazonaws.com.cn")
 _CONNECT_S = 5.0
