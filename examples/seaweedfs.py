@@ -184,8 +184,10 @@ def _weed() -> str:
 
 
 def _distinct_ports(count: int) -> list[int]:
-    """Ports that are free now, and whose neighbour at +10000, weed's gRPC port, is free too."""
+    """Ports that are free now, and whose neighbour at +10000, weed's gRPC port, is free too, and none of them."""
     ports: set[int] = set()
     while len(ports) < count:
-        ports.add(free_port(beside=10_000))
+        port = free_port(beside=10_000)
+        if ports.isdisjoint((port - 10_000, port + 10_000)):
+            ports.add(port)
     return sorted(ports)
