@@ -14,7 +14,7 @@ from torchcache_server.process.config import (
     parse_under_stores,
     read_toml,
 )
-from torchcache_server.process.life import exposed
+from torchcache_server.process.life import exposed, open_key
 
 from torchcache.errors import ConfigurationError
 
@@ -216,6 +216,23 @@ def test_an_under_store_is_given_once() -> None:
 
 def test_an_uri_may_hold_an_equals_sign() -> None:
     assert parse_under_stores(["d=file:///a=b"]) == {"d": "file:///a=b"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_warned"), [(0o600, False), (0o640, False), (0o604, True), (0o644, True)]
+)
+def test_of_a_private_key_that_everybody_may_read_the_log_warns(
+    tmp_path: Path, mode: int, is_warned: bool
+) -> None:
+    """Of a group's, as Kubernetes and Debian's ssl-cert have it, not."""
+    key = tmp_path / "key.pem"
+    key.touch(mode)
+    key.chmod(mode)
+    config = from_settings(MINIMAL | {"tls_cert": str(tmp_path / "cert.pem"), "tls_key": str(key)})
+    warning = open_key(config)
+    assert (warning is not None) is is_warned
+    assert warning is None or f"{key} (mode {mode:04o})" in warning
+    assert open_key(from_settings(MINIMAL)) is None
 
 
 def test_ipv6_addresses() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import stat
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -39,6 +40,19 @@ def exposed(config: ServerConfig) -> str | None:
     return (
         f"whoever reaches the data port at {config.host} can have this server take memory before a token is asked for: "
         "give --tls-client-ca, or see to it that only clients reach it, and bound the server's memory"
+    )
+
+
+def open_key(config: ServerConfig) -> str | None:
+    """What to do about a private key that everybody may read whom its folder lets in; None if there is none."""
+    if config.tls is None:
+        return None
+    mode = stat.S_IMODE(config.tls.key.stat().st_mode)
+    if not mode & stat.S_IROTH:
+        return None
+    return (
+        f"everybody whom its folder lets in may read the private key {config.tls.key} (mode {mode:04o}) "
+        "and be this server to its clients: give it mode 0600, or, as a secret of Kubernetes, defaultMode 0440"
     )
 
 

@@ -41,7 +41,7 @@ from torchcache_server.understore.s3 import S3UnderStore
 from .config import ServerConfig
 from .copy_keeper import CopyKeeper
 from .endpoint import EndpointFile
-from .life import exposed, started
+from .life import exposed, open_key, started
 from .listeners import ControlListener, listen_data, stop_data
 from .logs import hide_credentials
 from .lost_peers import notice_lost_peers
@@ -276,8 +276,9 @@ class Server:
                 usage=self._store.usage(),
             ),
         )
-        if warning := exposed(self.config):
-            _LOG.warning("%s", warning)
+        for warning in (exposed(self.config), open_key(self.config)):
+            if warning is not None:
+                _LOG.warning("%s", warning)
 
     def leave(self) -> None:
         """Takes the server out of its pool's registry, or an embedded one's endpoint away, so that nobody new comes."""
