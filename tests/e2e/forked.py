@@ -9,5 +9,7 @@ from multiprocessing.context import ForkServerContext
 def fork_server() -> ForkServerContext:
     """Its processes are as `spawn`'s, but a hundred times sooner there. Opened descriptors are passed by `DupFd`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.dying_writer_child", "tests.e2e.kill_ranks_child"])
+    context.set_forkserver_preload(
+        ["tests.e2e.dying_writer_child", "tests.e2e.kill_ranks_child", "tests.e2e.two_rank_child"]
+    )
     return context
