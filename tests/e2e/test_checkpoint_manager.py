@@ -21,8 +21,11 @@ import torchcache as tc
 from examples.seaweedfs import SeaweedFS, environment
 from tests.e2e.throwaway import throwaway
 from tests.unit.checkpoint_states import assert_same, blank, state
+from tests.unit.test_checkpoint_extensions import Bzip2
+from tests.unit.test_checkpoint_extensions import registry as extension_registry
 from tests.waiting import until
 from torchcache.checkpoint.hold import Hold
+from torchcache.checkpoint.manifest import Manifest
 from torchcache.checkpoint.resume import Record
 from torchcache.checkpoint.stager import default_stager
 from torchcache.checkpoint.stager_memory import Memory
@@ -69,6 +72,37 @@ def states(manager: tc.CheckpointManager) -> dict[int, str]:
 
 
 # ---- saving and loading ----
+
+
+def test_stream_extensions_both_ways(pool: tc.Pool, root: str) -> None:
+    """All goes through them, the random state and the loader's position too."""
+    extended = tc.CheckpointManager(
+        root, pool=pool, _extensions=[Bzip2()], _extension_registry=extension_registry()
+    )
+    random.seed(3)
+    extended.save(1, state())
+    extended.save_async(2, state()).result(120)
+    expected = random.random()
+    for step in (1, 2):
+        info = pool.get_save(*pool.resolve(f"{root}/step-{step}"))
+        items = Manifest.decode(info.manifest, where=root).items
+        assert {item.transforms for item in items} == {("stream.bzip2/1",)}
+        loaded = blank(state())
+        random.seed(0)
+        assert extended.load(loaded, step) == step
+        assert_same(loaded, state())
+        assert random.random() == expected
+    plain = tc.CheckpointManager(root, pool=pool)
+    with pytest.raises(tc.CheckpointError, match=r"stream\.bzip2/1"):
+        plain.load(blank(state()), 1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"_extensions": [object()]}, {"durability": "disk"}, {"replicas": 0}, {"extra_memory_bytes": 0}]
+)
+def test_wrong_settings_are_refused_before_the_first_save(pool: tc.Pool, root: str, wrong: Any) -> None:
+    with pytest.raises(tc.ConfigurationError, match=next(iter(wrong))):
+        tc.CheckpointManager(root, pool=pool, **wrong)
 
 
 def test_all_kinds_of_values_come_back(pool: tc.Pool, root: str) -> None:

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.unit import checkpoint_states
 from tests.unit.checkpoint_pool import CheckpointPool
-from torchcache.checkpoint import CacheStorageWriter, writer
+from torchcache.checkpoint import CacheStorageReader, CacheStorageWriter, writer
 from torchcache.checkpoint.host_memory import Room, copied_bytes, to_host
 from torchcache.errors import ConfigurationError
 
@@ -91,7 +91,26 @@ def test_a_save_keeps_to_its_bound(monkeypatch: pytest.MonkeyPatch, compression:
     assert all(torch.equal(found[name], state[name]) for name in state)
 
 
+def test_objects_count_once_it_is_known_how_large_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together with a tensor that is copied, and one object that is larger than all of the bound."""
+    pool, room = CheckpointPool(), Room(400_000)
+    monkeypatch.setattr(writer, "Room", lambda _: room)
+    state: dict[str, Any] = {f"object-{n:02d}": "ab" * 10_000 + str(n) for n in range(40)}
+    state |= {"object-20": "c" * 500_000, "tensor": torch.arange(10_000.0).view(100, 100).t()}
+    to = checkpoint_states.writer(pool, URI, extra_memory_bytes=400_000)
+    dcp.save(state, storage_writer=to, no_dist=True)
+    assert 500_000 <= room.most_taken < 500_000 + 400_000
+    room.take(400_000)  # all of it was given back
+    names = [object.key.rpartition("/")[2] for _, object, _, _ in pool.writes]
+    assert len(names) == len(set(names)) > 40 * 20_000 // 200_000
+    found = {name: torch.zeros(100, 100) if name == "tensor" else None for name in state}
+    dcp.load(found, storage_reader=checkpoint_states.reader(pool, URI), no_dist=True)
+    assert torch.equal(found.pop("tensor"), state.pop("tensor"))  # type: ignore[arg-type]
+    assert found == state
+
+
 @pytest.mark.parametrize("wrong", [0, -1, "512MB", None, 1.5])
 def test_what_is_no_bound(wrong: Any) -> None:
-    with pytest.raises(ConfigurationError, match="extra_memory_bytes"):
-        CacheStorageWriter(URI, extra_memory_bytes=wrong)
+    for made in (CacheStorageWriter, CacheStorageReader):
+        with pytest.raises(ConfigurationError, match="extra_memory_bytes"):
+            made(URI, extra_memory_bytes=wrong)

@@ -75,7 +75,7 @@ def claim(pool: CheckpointPool, folder: Path, name: str, size: tuple[int, ...], 
 
 
 def restored(pool: CheckpointPool, state: dict[str, Any]) -> dict[str, Any]:
-    restore(pool, URI, state, Ranks(), rng=False)
+    restore(reader(pool, URI), state, Ranks(), rng=False)
     return state
 
 

@@ -1,4 +1,4 @@
-"""Memory that a save takes beside the state: for what lies on a GPU, or isn't contiguous, until it is written."""
+"""Memory that saves and loads take beside the state: for what can't be written from, or received, where it lies."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from typing import Final
 import torch
 
 from torchcache.checkpoint.frame import has_row_major_bytes
+from torchcache.errors import ConfigurationError
 
 EXTRA_MEMORY_BYTES: Final = 512 * 1024 * 1024
+
+
+def checked_bound(extra_memory_bytes: object) -> int:
+    """What users give as `extra_memory_bytes`. Raises ConfigurationError."""
+    if type(extra_memory_bytes) is not int or extra_memory_bytes < 1:
+        raise ConfigurationError(f"extra_memory_bytes={extra_memory_bytes!r}: give 1 or more")
+    return extra_memory_bytes
 
 
 class Room:
@@ -30,6 +38,11 @@ class Room:
             )
             self._taken += need_bytes
             self.most_taken = max(self.most_taken, self._taken)
+
+    def correct(self, guessed_bytes: int, bytes: int) -> None:
+        """Of what was taken by a guess, so many turned out to be needed. Doesn't wait."""
+        self.give_back(guessed_bytes - bytes)
+        self.most_taken = max(self.most_taken, self._taken)
 
     def give_back(self, bytes: int) -> None:
         with self._changed:

@@ -19,6 +19,7 @@ from torchcache.checkpoint.compression import decompress
 from torchcache.checkpoint.extensions import undo
 from torchcache.checkpoint.frame import bytes_of, has_row_major_bytes
 from torchcache.checkpoint.garbage import garbage_waits
+from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES
 from torchcache.checkpoint.layout import GRANULE_BYTES, Box, cut
 from torchcache.checkpoint.manifest import Item
 from torchcache.checkpoint.metadata import dtype_of
@@ -45,6 +46,8 @@ class Load(ABC):
     the planner, in the thread that loads."""
 
     fetches: list[Fetch]
+    extra_bytes = 0
+    """What it takes beside its target, until it is finished and forgotten."""
 
     @property
     def fetched_bytes(self) -> int:
@@ -78,10 +81,12 @@ class RowsLoad(Load):
         if not box.fits:
             raise CheckpointError(f"the plan asks for {box} of {item.name!r}: that isn't in the checkpoint")
         self.fetches, self._source = fetch_box(item, box, dtype, self._target)
+        self.extra_bytes = memory_of(self._source)
 
     def finish(self) -> None:
         if self._source is not None:
             self._target.copy_(self._source)
+            self._source = None
         self._planner.commit_tensor(self._request, self._target)
 
 
@@ -102,6 +107,11 @@ def fetch_box(
         source = rows.as_strided(box.lengths, box.strides)
         memory = bytes_of(rows)
     return [Fetch(item, part, memory[part.start - first : part.end - first]) for part in reads], source
+
+
+def memory_of(source: torch.Tensor | None) -> int:
+    """Bytes behind what `fetch_box` is to be copied from."""
+    return 0 if source is None else source.untyped_storage().nbytes()
 
 
 def _takes(target: torch.Tensor, dtype: torch.dtype, size: int) -> bool:
@@ -133,6 +143,7 @@ class BlobLoad(Load):
         self._planner = planner
         self._blob = bytearray(item.payload_length)
         self.fetches = _whole(item, self._blob)
+        self.extra_bytes = _blob_bytes(item)
 
     def finish(self) -> None:
         blob = _unpacked(self._blob, self._item, self._registry)
@@ -174,6 +185,7 @@ class BytesLoad(Load):
         self._allow_pickle = allow_pickle
         self._blob = bytearray(item.payload_length)
         self.fetches = _whole(item, self._blob)
+        self.extra_bytes = _blob_bytes(item)
 
     def finish(self) -> None:
         blob = _unpacked(self._blob, self._item, self._registry)
@@ -217,14 +229,22 @@ def plan_loads(
             yield BlobLoad(item, blob, planner, registry=registry)
 
 
-def run_loads(loads: Iterable[Load], source: Source) -> None:
-    """Fetches and finishes all loads, several reads at a time; loads are taken one by one, as their turn comes."""
+def run_loads(loads: Iterable[Load], source: Source, *, extra_memory_bytes: int = EXTRA_MEMORY_BYTES) -> None:
+    """Fetches and finishes all loads, several reads at a time; loads are taken one by one, as their turn comes.
+
+    Those under way take at most `extra_memory_bytes` beside their targets, or one more that is large.
+    """
+    most_held = max(extra_memory_bytes - READ_BYTES, 0)  # before the next group is made
+    held = 0
     under_way: deque[tuple[list[Load], list[Future[None]]]] = deque()
     with Threads(_READERS, name="torchcache-load") as threads:
         try:
             for group, reads in _calmly(batches(loads)):
                 under_way.append((group, [threads.submit(source.fetch, read) for read in reads]))
-                if len(under_way) >= _BATCHES_UNDER_WAY:
+                held += _held(group)
+                del group, reads
+                while under_way and (len(under_way) >= _BATCHES_UNDER_WAY or held > most_held):
+                    held -= _held(under_way[0][0])
                     _finish(*under_way.popleft())
             while under_way:
                 _finish(*under_way.popleft())
@@ -242,6 +262,11 @@ def _calmly(batches: Iterator[_T]) -> Iterator[_T]:
         if batch is None:
             return
         yield batch
+        del batch  # with all its memory, before the next is made
+
+
+def _held(loads: Sequence[Load]) -> int:
+    return sum(load.extra_bytes for load in loads)
 
 
 def _finish(loads: list[Load], futures: list[Future[None]]) -> None:
@@ -252,16 +277,21 @@ def _finish(loads: list[Load], futures: list[Future[None]]) -> None:
 
 
 def batches(loads: Iterable[Load]) -> Iterator[tuple[list[Load], list[list[Fetch]]]]:
-    """Loads in groups of about READ_BYTES, each with its fetches as reads of at most READ_BYTES."""
+    """Loads in groups of about READ_BYTES, each with its fetches as reads of at most READ_BYTES.
+
+    What they take beside their targets counts as what they fetch.
+    """
     group: list[Load] = []
-    filled = 0
+    filled = extra = 0
     for load in loads:
         size = load.fetched_bytes
-        if group and (filled + size > READ_BYTES or len(group) >= _EXTENTS_A_READ):
+        is_full = max(filled + size, extra + load.extra_bytes) > READ_BYTES
+        if group and (is_full or len(group) >= _EXTENTS_A_READ):
             yield group, _reads(group)
-            group, filled = [], 0
+            group, filled, extra = [], 0, 0
         group.append(load)
         filled += size
+        extra += load.extra_bytes
     if group:
         yield group, _reads(group)
 
@@ -299,6 +329,13 @@ def _item_of(items: Mapping[MetadataIndex, Item], request: ReadItem) -> Item:
             f"the checkpoint's list of stored items has no {request.storage_index.fqn!r} at offset "
             f"{request.storage_index.offset}"
         ) from None
+
+
+def _blob_bytes(item: Item) -> int:
+    """What a blob takes, and what is made of it."""
+    if item.kind in ("zstd", "stream") and item.dtype is not None and item.shape is not None:
+        return item.payload_length + 2 * math.prod(item.shape) * dtype_of(item.dtype).itemsize
+    return 2 * item.payload_length
 
 
 def _whole(item: Item, blob: bytearray) -> list[Fetch]:

@@ -11,17 +11,18 @@ from collections.abc import MutableMapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from torchcache.checkpoint.agreement import Ranks, plain_errors
 from torchcache.checkpoint.compression import Zstd
 from torchcache.checkpoint.durable import wait_until_durable
-from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES
+from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, checked_bound
 from torchcache.checkpoint.location import checkpoint_uri
 from torchcache.checkpoint.pending import PendingSave
 from torchcache.checkpoint.planning import Planner
+from torchcache.checkpoint.reader import CacheStorageReader
 from torchcache.checkpoint.restoring import restore
 from torchcache.checkpoint.resume import (
     PREFIX,
@@ -49,6 +50,9 @@ from torchcache.errors import (
 from torchcache.local_pool import LocalPool
 from torchcache.pool import Pool
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+
 _log = logging.getLogger(__name__)
 
 RETENTION_S: Final = 30.0
@@ -58,8 +62,9 @@ RETENTION_S: Final = 30.0
 class CheckpointManager:
     """Saves and loads the checkpoints of one run, `<root>/step-<n>`, and deletes those that are not needed any more.
 
-    `root`, `pool`, `durability`, `replicas`, `compression`, `extra_memory_bytes` and `reuse_unchanged` are as for
-    CacheStorageWriter.
+    `root`, `pool`, `durability`, `replicas`, `compression`, `extra_memory_bytes`, `reuse_unchanged` and `_extensions`
+    are as for CacheStorageWriter, `extra_memory_bytes` and `_extension_registry` as for CacheStorageReader.
+
     `keep_last` checkpoints stay (None: all), and each whose step is a multiple of `keep_every`; and always the newest
     that is durable, any that somebody is reading, and the one just saved: also of a run that went back to an earlier
     step, for which a warning says that `latest` is still of the way it left.
@@ -86,6 +91,8 @@ class CheckpointManager:
         extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
         reuse_unchanged: bool = True,
         rng: bool = True,
+        _extensions: Sequence[StreamTransformExtension] | None = None,
+        _extension_registry: ExtensionRegistry | None = None,
     ) -> None:
         for name, count in (("keep_last", keep_last), ("keep_every", keep_every)):
             if count is not None and (type(count) is not int or count < 1):
@@ -97,8 +104,11 @@ class CheckpointManager:
         self._durability: Durability = durability
         self._replicas = replicas
         self._compression = Zstd.of(compression)
-        self._extra_memory_bytes = extra_memory_bytes
+        self._extra_memory_bytes = checked_bound(extra_memory_bytes)
         self._reuse_unchanged = reuse_unchanged
+        self._extensions = _extensions
+        self._extension_registry = _extension_registry
+        self._writer(0, overwrite=False)  # what it refuses is refused here
         # Both stay, whatever lies behind them: what was loaded until what was saved after it is durable.
         self._saved: int | None = None
         self._loaded: int | None = None
@@ -194,6 +204,7 @@ class CheckpointManager:
             extra_memory_bytes=self._extra_memory_bytes,
             overwrite=overwrite,
             reuse_unchanged=self._reuse_unchanged,
+            _extensions=self._extensions,
         )
 
     def _write(self, content: dict[str, Any], writer: CacheStorageWriter, step: int) -> None:
@@ -272,7 +283,13 @@ class CheckpointManager:
     def _load(self, state: MutableMapping[str, Any], step: int) -> None:
         uri = step_uri(self.root, step)
         self._ranks.decide(functools.partial(require_whole, self._pool, uri))
-        restore(self._pool, uri, state, self._ranks, rng=self._rng)
+        reader = CacheStorageReader(
+            uri,
+            pool=self._pool,
+            extra_memory_bytes=self._extra_memory_bytes,
+            _extension_registry=self._extension_registry,
+        )
+        restore(reader, state, self._ranks, rng=self._rng)
         self._loaded = step
 
     # ---- looking ----

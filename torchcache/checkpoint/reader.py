@@ -15,6 +15,7 @@ from torch.futures import Future
 
 from torchcache.checkpoint.garbage import A_MOMENT_BYTES, CALM_S, MANY_ITEMS, Truce, garbage_waits
 from torchcache.checkpoint.hold import Hold
+from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, checked_bound
 from torchcache.checkpoint.layout import metadata_name, part_name
 from torchcache.checkpoint.loading import plan_loads, run_loads
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
@@ -49,6 +50,9 @@ class CacheStorageReader(StorageReader):
 
     `path` and `pool` are as for CacheStorageWriter. Objects other than tensors must pass torch's weights_only loading;
     `allow_pickle` hands them to the planner unchecked, which lets a checkpoint run code: only for those you trust.
+    What can't go straight into its tensor, or isn't one, takes at most `extra_memory_bytes` at a time, and one
+    more that is large. Raises ConfigurationError.
+
     `_extension_registry` is FileSystemReader's, experimental there: it undoes the stream extensions that items were
     saved through.
     """
@@ -59,11 +63,13 @@ class CacheStorageReader(StorageReader):
         *,
         pool: str | Pool | LocalPool | None = None,
         allow_pickle: bool = False,
+        extra_memory_bytes: int = EXTRA_MEMORY_BYTES,
         _extension_registry: ExtensionRegistry | None = None,
     ) -> None:
         super().__init__()
         self.path: str | os.PathLike[str] = checkpoint_uri(path)
         self.allow_pickle = allow_pickle
+        self.extra_memory_bytes = checked_bound(extra_memory_bytes)
         self._extension_registry = _extension_registry
         self._given_pool = pool
         self._forget()
@@ -91,6 +97,7 @@ class CacheStorageReader(StorageReader):
         return {
             "path": self.path,
             "allow_pickle": self.allow_pickle,
+            "extra_memory_bytes": self.extra_memory_bytes,
             "_extension_registry": self._extension_registry,
             "_given_pool": given,
         }
@@ -199,7 +206,7 @@ class CacheStorageReader(StorageReader):
             self._hold.kept() if self._hold is not None else nullcontext(),
             garbage_waits() if small else nullcontext(),
         ):
-            run_loads(loads, source)
+            run_loads(loads, source, extra_memory_bytes=self.extra_memory_bytes)
         # What was opened goes with torch's plans, before the collector looks at them; the next load opens anew.
         self._hold = self._calm = self._source = None
         self._items = {}

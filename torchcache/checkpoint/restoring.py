@@ -24,14 +24,13 @@ from torchcache.checkpoint.resume import (
 from torchcache.checkpoint.stored import Backing
 from torchcache.checkpoint.targets import complete, give_back, prepare
 from torchcache.errors import CheckpointError
-from torchcache.pool import Pool
 
 _log = logging.getLogger(__name__)
 
 
-def restore(pool: Pool, uri: str, state: MutableMapping[str, Any], ranks: Ranks, *, rng: bool) -> None:
-    """Puts the checkpoint at `uri` into `state`, see CheckpointManager.load. Called by all ranks, raises on all."""
-    reader = CacheStorageReader(uri, pool=pool)
+def restore(reader: CacheStorageReader, state: MutableMapping[str, Any], ranks: Ranks, *, rng: bool) -> None:
+    """Puts what `reader` reads into `state`, see CheckpointManager.load. Called by all ranks, raises on all."""
+    uri = str(reader.path)
     opened: list[Backing] = []
     with ExitStack() as until_loaded:
 

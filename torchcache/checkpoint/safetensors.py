@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 import torch
 
-from torchcache.checkpoint.loading import Load, fetch_box, run_loads
+from torchcache.checkpoint.loading import Load, fetch_box, memory_of, run_loads
 from torchcache.checkpoint.location import checkpoint_uri
 from torchcache.checkpoint.safetensors_layout import TORCH_DTYPES, StoredTensor, box_of, item_of, torch_shape
 from torchcache.checkpoint.safetensors_shards import INDEX_SUFFIX, SUFFIX, Shards
@@ -192,6 +192,8 @@ class _TensorLoad(Load):
         # Not every dtype of one byte can be copied; all can be looked at as bytes.
         self._raw = self._target.view(torch.uint8) if dtype.itemsize == 1 else self._target
         self.fetches, self._source = fetch_box(item_of(tensor, box.shape), box, self._raw.dtype, self._raw)
+        passes_through = 0 if device.type == "cpu" else self._target.nbytes
+        self.extra_bytes = passes_through + memory_of(self._source)
 
     def finish(self) -> None:
         if self._source is not None:

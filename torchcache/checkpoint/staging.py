@@ -16,7 +16,7 @@ from torchcache.checkpoint.extensions import descriptors_of, transform
 from torchcache.checkpoint.frame import blob_of, bytes_of, frame, has_row_major_bytes, row_major
 from torchcache.checkpoint.garbage import garbage_waits
 from torchcache.checkpoint.host_memory import Room, copied_bytes, to_host
-from torchcache.checkpoint.layout import align
+from torchcache.checkpoint.layout import MOST_FILE_BYTES, align
 from torchcache.checkpoint.manifest import Item, frame_digest, payload_digests, probe_digest, probe_ranges
 from torchcache.checkpoint.metadata import dtype_name
 from torchcache.checkpoint.passing import PassingDigests
@@ -128,6 +128,10 @@ def _probe(blob: _Blob) -> int:
     return probe_digest(blob.payload[part.start : part.end] for part in probe_ranges(len(blob.payload)))
 
 
+def _object_bytes(data: torch.Tensor | io.BytesIO | None) -> int:
+    return data.getbuffer().nbytes if isinstance(data, io.BytesIO) else 0
+
+
 def _is_large(blob: _Blob) -> bool:
     return len(blob.payload) > _HASHED_AS_SENT_BYTES
 
@@ -147,22 +151,35 @@ class StagedFile:
         compression: Zstd | None = None,
         extensions: Sequence[StreamTransformExtension] = (),
         room: Room | None = None,
+        most_object_bytes: int = MOST_FILE_BYTES,
     ) -> None:
         """Resolves `items`, and copies only what isn't contiguous in CPU memory.
 
-        For that, and for what is compressed or goes through `extensions`, it waits until `room` has the bytes. `close`
-        gives them back.
+        For that, for other objects than tensors, and for what is compressed or goes through `extensions`, it waits
+        until `room` has the bytes. `close` gives them back. How large objects are is known once they are resolved:
+        behind `most_object_bytes` of them the file ends, and `rest` are the items that have no place in it.
         """
         self.name = name
         self.buffers: list[bytes | memoryview] = []
         self.size = 0
+        self.rest: Sequence[WriteItem] = ()
         self._compression = compression
         self._extensions = extensions
-        data = [resolve(item) for item in items]
-        self._room, self._taken = room, sum(map(self._extra_bytes, data))
-        if room is not None:
-            room.take(self._taken)
+        self._room, self._taken = room, 0
+        tensors = [None if item.type == WriteItemType.BYTE_IO else resolve(item) for item in items]
+        # For all of it at once: files that each wait for more, and hold some, would wait for one another.
+        self._take(sum(map(self._extra_bytes, tensors)) + (most_object_bytes if None in tensors else 0))
         try:
+            data: list[torch.Tensor | io.BytesIO] = []
+            object_bytes = 0
+            for item, tensor in zip(items, tensors, strict=True):
+                if tensor is None and object_bytes >= most_object_bytes and data:
+                    items, self.rest = items[: len(data)], items[len(data) :]
+                    break
+                data.append(resolve(item) if tensor is None else tensor)
+                object_bytes += _object_bytes(data[-1])
+            del tensors
+            self._correct(sum(map(self._extra_bytes, data)))
             with garbage_waits():
                 self._resolved = [_blob(item, one) for item, one in zip(items, _on_host(data), strict=True)]
         except BaseException:
@@ -171,10 +188,20 @@ class StagedFile:
         self._blobs: list[tuple[int, _Blob, tuple[int, ...]]] = []
         self.passing = PassingDigests([])
 
-    def _extra_bytes(self, data: torch.Tensor | io.BytesIO) -> int:
+    def _take(self, bytes: int) -> None:
+        if self._room is not None:
+            self._room.take(bytes)
+            self._taken = bytes
+
+    def _correct(self, bytes: int) -> None:
+        if self._room is not None:
+            self._room.correct(self._taken, bytes)
+            self._taken = bytes
+
+    def _extra_bytes(self, data: torch.Tensor | io.BytesIO | None) -> int:
+        is_remade = self._compression is not None or bool(self._extensions)
         if not isinstance(data, torch.Tensor):
-            return 0
-        is_remade = self._compression is not None or self._extensions
+            return _object_bytes(data) * (1 + is_remade)
         return copied_bytes(data) + (data.numel() * data.dtype.itemsize if is_remade else 0)
 
     def close(self) -> None:

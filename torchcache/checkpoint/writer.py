@@ -27,7 +27,7 @@ from torchcache.checkpoint.durable import wait_until_durable
 from torchcache.checkpoint.extensions import require_streams
 from torchcache.checkpoint.garbage import A_MOMENT_BYTES, garbage_waits
 from torchcache.checkpoint.holder import holder_name
-from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, Room
+from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, Room, checked_bound
 from torchcache.checkpoint.layout import MOST_FILE_BYTES, assign_files, metadata_name, part_name
 from torchcache.checkpoint.lease import Lease, end_lease_of_thread
 from torchcache.checkpoint.location import checkpoint_uri, looks_like_checkpoint
@@ -96,8 +96,8 @@ class CacheStorageWriter(StorageWriter):
     it: two, or one in a pool of one, unless given; where fewer can be reached, a warning says so. An existing
     checkpoint at `path` is `AlreadyExists` unless `overwrite`. `compression` is "zstd", or a
     `torchcache.checkpoint.Zstd` with level and threads: each item that gets smaller by it is one zstd frame, as DCP's
-    ZStandard extension writes it. What has to be copied first (from a GPU, or because it isn't contiguous) or is
-    compressed takes at most `extra_memory_bytes` at a time, or one tensor that is larger.
+    ZStandard extension writes it. What has to be copied first (from a GPU, or because it isn't contiguous), what is
+    compressed, and other objects than tensors take at most `extra_memory_bytes` at a time, or one that is larger.
 
     With `reuse_unchanged` tensors that are as this process's last save in the same folder has them, by their checksums,
     are neither sent nor stored again, unless compressed. In the under-store each checkpoint is whole all the same. A
@@ -129,9 +129,7 @@ class CacheStorageWriter(StorageWriter):
             raise ConfigurationError(f"durability must be 'pool' or 'store', not {durability!r}")
         if replicas is not None and (isinstance(replicas, bool) or replicas < 1):
             raise ConfigurationError(f"replicas={replicas!r}: give 1 or more, or None")
-        if type(extra_memory_bytes) is not int or extra_memory_bytes < 1:
-            raise ConfigurationError(f"extra_memory_bytes={extra_memory_bytes!r}: give 1 or more")
-        self.extra_memory_bytes = extra_memory_bytes
+        self.extra_memory_bytes = checked_bound(extra_memory_bytes)
         self.compression = Zstd.of(compression)
         if self.compression is not None and not knows_extensions():
             raise ConfigurationError("compressed items need torch 2.7 or newer: its .metadata tells of them")
@@ -386,25 +384,29 @@ class CacheStorageWriter(StorageWriter):
         room = Room(self.extra_memory_bytes)
         # Two of the largest files fit: one is copied while the other is written.
         most_bytes = min(MOST_FILE_BYTES, max(self.extra_memory_bytes // 2, 1))
-        files = (
+        files: Iterator[Sequence[WriteItem]] = (
             items[run.start : run.stop]
             for items, sizes in groups
             for run in assign_files(sizes, writers=_WRITERS, most_bytes=most_bytes)
         )
         with Threads(_WRITERS, name="torchcache-save") as threads:
             try:
-                for items in files:
-                    staged = StagedFile(
-                        next(names),
-                        items,
-                        planner.resolve_data,
-                        compression=self.compression,
-                        extensions=self._extensions,
-                        room=room,
-                    )
-                    writes.append(threads.submit(self._write_file, ticket, staged, taken))
-                    if len(writes) >= _FILES_IN_FLIGHT:
-                        results += writes.popleft().result()
+                for run_of_items in files:
+                    rest = run_of_items
+                    while rest:
+                        staged = StagedFile(
+                            next(names),
+                            rest,
+                            planner.resolve_data,
+                            compression=self.compression,
+                            extensions=self._extensions,
+                            room=room,
+                            most_object_bytes=max(most_bytes // 2, 1),
+                        )
+                        rest = staged.rest
+                        writes.append(threads.submit(self._write_file, ticket, staged, taken))
+                        if len(writes) >= _FILES_IN_FLIGHT:
+                            results += writes.popleft().result()
                 while writes:
                     results += writes.popleft().result()
             finally:
