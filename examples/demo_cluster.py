@@ -78,14 +78,17 @@ class CacheServer:
 def wait_for(servers: int, timeout_s: float = 60.0) -> None:
     """Until so many servers answer in the pool."""
     deadline = time.monotonic() + timeout_s
-    found = -1
+    found, why = 0, ""
     while found != servers:
         if time.monotonic() > deadline:
-            raise DemoFailed(f"{found} servers answer, not {servers}; see the logs in {FOLDER}")
+            raise DemoFailed(
+                f"after {timeout_s:.0f} s {found} servers answer, not {servers}{why}; see {FOLDER}/server-*/server.log"
+            )
         try:
             with closing(tc.connect()) as pool:
-                found = len(pool.status())
-        except tc.TransientError:
+                found, why = len(pool.status()), ""
+        except tc.TransientError as error:
+            found, why = 0, f" ({error})"
             time.sleep(0.2)
 
 
@@ -94,6 +97,7 @@ class StatusWatch:
 
     def __init__(self) -> None:
         self._looks: list[str] = []
+        self._said = ""
         self._changed = threading.Condition()
         command = [sys.executable, "-m", "torchcache.cli", "status", "--watch", "1"]
         self.process = subprocess.Popen(
@@ -109,6 +113,7 @@ class StatusWatch:
                     self._looks.append("")
                 if self._looks:
                     self._looks[-1] += line
+                self._said = (self._said + line)[-4000:]
                 self._changed.notify_all()
 
     def show(self, title: str, servers: int, timeout_s: float = 60.0) -> None:
@@ -117,14 +122,16 @@ class StatusWatch:
             seen = len(self._looks)
             deadline = time.monotonic() + timeout_s
             while not (whole := [look for look in self._looks[seen:-1] if f": {servers} server" in look]):
-                if time.monotonic() > deadline or self.process.poll() is not None:
+                if (code := self.process.poll()) is not None:
+                    raise DemoFailed(f"torchcache status --watch ended with code {code}:\n{self._said}")
+                if time.monotonic() > deadline:
+                    last = _head(self._looks[-1]) if self._looks else self._said
                     raise DemoFailed(
-                        f"torchcache status --watch never showed {servers} servers: {self._looks[-1:]}"
+                        f"for {timeout_s:.0f} s torchcache status --watch didn't show {servers} servers:\n{last}"
                     )
                 self._changed.wait(1.0)
         console.print(f"  [bold]torchcache status --watch[/], {title}:")
-        most_important = re.split(r"\n[^\n]*lane from here", whole[0])[0]  # lanes, disks and storage follow
-        console.print(most_important.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        console.print(_head(whole[0]), markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         return self
@@ -141,6 +148,11 @@ class StatusWatch:
         self._reader.join()
 
 
+def _head(look: str) -> str:
+    """What matters most of a look: lanes, disks and storage follow."""
+    return re.split(r"\n[^\n]*lane from here", look)[0].rstrip()
+
+
 def train(data: str, run_uri: str, watch: StatusWatch, victim: CacheServer | None = None) -> Run:
     """Two ranks under torchrun, whose events rank 0 prints; kills `victim` somewhere in the middle."""
     run = Run()
@@ -151,15 +163,20 @@ def train(data: str, run_uri: str, watch: StatusWatch, victim: CacheServer | Non
     with progress() as bar, (FOLDER / "train.log").open("a") as log:
         task = bar.add_task("train", total=STEPS, note="")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        for line in process.stdout or ():
-            note(json.loads(line), run)
-            bar.update(task, completed=run.last_step, note=f"{len(run.saves)} saves")
-            if victim is not None and run.last_step >= kill_at:
-                watch.show(f"at step {run.last_step}", SERVERS)
-                victim.kill()
-                console.print("  [bold]kill -9[/] to one of the servers")
-                watch.show("a moment later", SERVERS - 1)
-                victim = None
+        try:
+            for line in process.stdout or ():
+                note(json.loads(line), run)
+                bar.update(task, completed=run.last_step, note=f"{len(run.saves)} saves")
+                if victim is not None and run.last_step >= kill_at:
+                    watch.show(f"at step {run.last_step}", SERVERS)
+                    victim.kill()
+                    console.print("  [bold]kill -9[/] to one of the servers")
+                    watch.show("a moment later", SERVERS - 1)
+                    victim = None
+        except BaseException:
+            process.terminate()  # it ends its ranks
+            process.wait()
+            raise
         code = process.wait()
     if code:
         raise DemoFailed(f"torchrun ended with code {code}; see {FOLDER / 'train.log'}")
@@ -216,7 +233,8 @@ def main() -> int:
             with StatusWatch() as watch:
                 demo(s3, servers, watch)
         except DemoFailed as failed:
-            console.print(f"[red]The demo failed:[/] {failed}")
+            console.print("[red]The demo failed:[/]", end=" ")
+            console.print(str(failed), markup=False, highlight=False, soft_wrap=True)
             return 1
     console.print("[green]All of it held.[/]")
     return 0
