@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tests.integration.self_describing import content, difference
-from tests.integration.store_process_parts import PlainStarter
+from tests.integration.store_process_parts import Starter, forking
 from torchcache.connecting import connect
 from torchcache.errors import NotResident, TorchCacheError
 from torchcache.model import Extent, ObjectInfo
@@ -31,7 +31,7 @@ class PoolServer:
         source: Path | None = None,
         store: Path | None = None,
         capacity: str = "1GB",
-        starter: PlainStarter | None = None,
+        starter: Starter | None = None,
         lane: str | None = None,
         more: Sequence[str] = (),
     ) -> None:
@@ -41,7 +41,7 @@ class PoolServer:
         self.log = folder / "server.log"
         self._token = folder / "token"
         self._lane = lane
-        self._starter = starter or PlainStarter()
+        self._starter = starter or forking()
         self._arguments = [
             *("--listen", "127.0.0.1:0", "--store", str(self.store), "--token-file", str(self._token)),
             *(

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from examples.ports import free_port
 from examples.seaweedfs import environment
-from tests.integration.store_process_parts import Life, PlainStarter, Starter
+from tests.integration.store_process_parts import Life, Starter, forking
 from tests.proxy import Broken, Passing, Proxy, Side
 from tests.waiting import until
 from torchcache.connecting import connect
@@ -68,7 +68,7 @@ class ReplicaServers:
     ) -> None:
         self.folder = folder
         self._environment = more
-        self._starter = starter or PlainStarter()
+        self._starter = starter or forking()
         self._ports = [free_port(beside=1) for _ in range(count)]
         self._lives: dict[int, Life] = {}
         self._arguments = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import select
@@ -10,7 +12,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -128,15 +131,29 @@ class ForkingStarter:
         self._process.wait(START_S)
 
     def start(self, arguments: Sequence[str], log: Path) -> Life:
+        """As PlainStarter does, also in the environment of just now."""
         read, write = os.pipe()
-        with log.open("ab") as stderr, self._lock:
-            socket.send_fds(self._orders, [json.dumps(list(arguments)).encode()], [write, stderr.fileno()])
-            pid = int(self._orders.recv(64))
+        with log.open("ab") as stderr:
+            order = {"start": list(arguments), "environment": environment()}
+            pid = self._ordered(order, [write, stderr.fileno()])
         os.close(write)
-        return Life(pid, read, log, lambda: None)
+        return Life(pid, read, log, lambda: self._ordered({"ended": pid}))
+
+    def _ordered(self, order: Mapping[str, object], descriptors: Sequence[int] = ()) -> int:
+        with self._lock:
+            socket.send_fds(self._orders, [json.dumps(order).encode()], descriptors)
+            return int(self._orders.recv(64))
 
 
 Starter = PlainStarter | ForkingStarter
+
+
+@functools.cache
+def forking() -> ForkingStarter:
+    """One for all tests of this process, which it doesn't outlive."""
+    ending = ExitStack()
+    atexit.register(ending.close)
+    return ending.enter_context(ForkingStarter())
 
 
 class Child:
