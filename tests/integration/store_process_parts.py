@@ -134,10 +134,17 @@ class ForkingStarter:
         """As PlainStarter does, also in the environment of just now."""
         read, write = os.pipe()
         with log.open("ab") as stderr:
-            order = {"start": list(arguments), "environment": environment()}
-            pid = self._ordered(order, [write, stderr.fileno()])
+            pid = self.fork(arguments, [write, stderr.fileno()])
         os.close(write)
-        return Life(pid, read, log, lambda: self._ordered({"ended": pid}))
+        return Life(pid, read, log, lambda: self.exit_code(pid))
+
+    def fork(self, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
+        """Starts a server whose stdout and stderr are the `descriptors`; its pid."""
+        return self._ordered({"start": list(arguments), "environment": environment()}, descriptors)
+
+    def exit_code(self, pid: int) -> int:
+        """Of a server that has ended. May be asked for once."""
+        return self._ordered({"ended": pid})
 
     def _ordered(self, order: Mapping[str, object], descriptors: Sequence[int] = ()) -> int:
         with self._lock:
@@ -148,9 +155,13 @@ class ForkingStarter:
 Starter = PlainStarter | ForkingStarter
 
 
-@functools.cache
 def forking() -> ForkingStarter:
     """One for all tests of this process, which it doesn't outlive."""
+    return _forking_of(os.getpid())
+
+
+@functools.cache
+def _forking_of(pid: int) -> ForkingStarter:
     ending = ExitStack()
     atexit.register(ending.close)
     return ending.enter_context(ForkingStarter())
