@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torchcache_server.process.config import parse_under_stores
+from torchcache_server.understore import create
 from torchcache_server.understore.s3_names import S3Object, S3Root
 
 from torchcache.errors import ConfigurationError
@@ -90,3 +94,19 @@ def test_a_listing_names_its_bucket_in_full() -> None:
         with pytest.raises(ConfigurationError, match="names no bucket to list"):
             root.locate_prefix(prefix)
     assert S3Root.parse("s3://bucket/p").locate_prefix("") == S3Object("bucket", "p/")
+
+
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        lambda: S3Root.parse("s3://AKIAEXAMPLE:sec/ret@bucket/prefix"),
+        lambda: create("s3", "https://AKIAEXAMPLE:sec/ret@storage/bucket"),
+        lambda: parse_under_stores(["s3://AKIAEXAMPLE:sec/ret@bucket"]),
+    ],
+)
+def test_credentials_in_a_uri_are_not_shown(refuse: Callable[[], object]) -> None:
+    """Others take them there. The message goes to the journal."""
+    with pytest.raises(ConfigurationError, match=r"://\[hidden\]@") as refused:
+        refuse()
+    assert "AKIA" not in str(refused.value)
+    assert "ret" not in str(refused.value)

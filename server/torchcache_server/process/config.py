@@ -14,7 +14,7 @@ from torchcache.addresses import UNIX, host_port, is_loopback, is_unix, parse_un
 from torchcache.errors import ConfigurationError
 from torchcache.registry import RegistryAddress
 from torchcache.sizes import parse_size
-from torchcache_server.understore import check_name
+from torchcache_server.understore import check_name, shown_uri
 
 from .logs import DEFAULT_FORMAT, DEFAULT_LEVEL, LogFormat, check_format, check_level
 
@@ -252,7 +252,9 @@ def parse_under_stores(items: Iterable[str]) -> dict[str, str]:
     for item in items:
         name, equals, uri = item.partition("=")
         if not equals or not name or not uri:
-            raise ConfigurationError(f"{item!r} is no under-store: write NAME=URI, like s3=s3://bucket")
+            raise ConfigurationError(
+                f"{shown_uri(item)!r} is no under-store: write NAME=URI, like s3=s3://bucket"
+            )
         if name in table:
             raise ConfigurationError(f"the under-store {name!r} is given twice")
         table[name] = uri

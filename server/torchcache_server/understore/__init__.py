@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torchcache.errors import ConfigurationError
 from torchcache.model import SAMPLES
-from torchcache_server.understore.base import Counters, Listing, UnderStore, object_uri
+from torchcache_server.understore.base import Counters, Listing, UnderStore, object_uri, shown_uri
 
-__all__ = ["Counters", "Listing", "UnderStore", "check_name", "choose", "create", "object_uri"]
+__all__ = ["Counters", "Listing", "UnderStore", "check_name", "choose", "create", "object_uri", "shown_uri"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -51,5 +51,5 @@ def create(name: str, uri: str, *, umask: int | None = None) -> UnderStore:
 
         return PosixUnderStore(name, uri, umask=umask)
     raise ConfigurationError(
-        f"under-store {name!r} has the URI {uri!r}; known are s3://, s3://bucket/prefix and file:///folder"
+        f"under-store {name!r} has the URI {shown_uri(uri)!r}; known are s3://, s3://bucket/prefix and file:///folder"
     )

@@ -7,10 +7,11 @@ retrying within the deadline, and raise only errors of `torchcache.errors`, nami
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from torchcache.errors import ConfigurationError, ObjectChanged
 from torchcache.model import ByteRange, ObjectInfo
@@ -67,6 +68,14 @@ class FolderPage:
     objects: Sequence[ObjectInfo]
     folders: Sequence[str]
     token: str
+
+
+_USER: Final = re.compile(r"://[^/@:]*:[^@]*@")
+
+
+def shown_uri(uri: str) -> str:
+    """For messages: what others take for credentials, "scheme://key:secret@", is left out."""
+    return _USER.sub("://[hidden]@", uri)
 
 
 def object_uri(root: str, key: str) -> str:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from torchcache.errors import ConfigurationError
-from torchcache_server.understore.base import check_key
+from torchcache_server.understore.base import check_key, shown_uri
 
 # What S3 and its kin allow. An ARN, which boto3 would take for a bucket and send to another host, is none.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
@@ -40,7 +40,9 @@ class S3Root:
             or uri.startswith("s3:///")
             or (bucket and not _BUCKET.fullmatch(bucket))
         ):
-            raise ConfigurationError(f"{uri!r} is not the URI of an S3 bucket: write s3://bucket/prefix")
+            raise ConfigurationError(
+                f"{shown_uri(uri)!r} is not the URI of an S3 bucket: write s3://bucket/prefix"
+            )
         if prefix:
             check_key(prefix, uri)
         return cls(bucket, f"{prefix}/" if prefix else "")
