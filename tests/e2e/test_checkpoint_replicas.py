@@ -51,7 +51,7 @@ def servers(all_servers: ReplicaServers, gate: UploadGate) -> Iterator[ReplicaSe
     for number in range(3):
         if number not in all_servers.running:
             all_servers.start(number)
-    until(lambda: kept(all_servers) == [])
+    until(lambda: all_servers.kept() == [])
 
 
 @pytest.fixture
@@ -81,11 +81,6 @@ def assert_durable(servers: ReplicaServers, gate: UploadGate, uri: str, number: 
     assert_loads(servers, uri, number)
 
 
-def kept(servers: ReplicaServers) -> list[str]:
-    """What any server says it must not evict: what isn't durable yet, in its eyes."""
-    return [n.name for status in servers.pool.status() for n in status.namespaces if n.dirty]
-
-
 def assert_gone(servers: ReplicaServers, uri: str) -> None:
     with pytest.raises(NotCommitted):
         servers.connect().get_save(*servers.pool.resolve(uri))
@@ -111,7 +106,7 @@ def test_the_copy_is_lost(servers: ReplicaServers, gate: UploadGate, uri: str) -
     assert_loads(servers, uri)
     assert_durable(servers, gate, uri)
     servers.start(replica)
-    until(lambda: kept(servers) == [])
+    until(lambda: servers.kept() == [])
     assert_loads(servers, uri)
 
 
@@ -189,7 +184,7 @@ def test_an_owner_that_was_asleep_finds_its_save_uploaded(
     until(lambda: servers.log(replica).read_text().count(TAKEN_OVER) > before)
     servers.send(owner, signal.SIGCONT)
     assert_durable(servers, gate, uri)
-    until(lambda: kept(servers) == [])
+    until(lambda: servers.kept() == [])
     assert servers.pool.get_save(*servers.pool.resolve(uri)).error is None
 
 
@@ -202,7 +197,7 @@ def test_a_later_save_at_another_server_is_not_passed_over(
     servers.start(owner)  # with the first save, not uploaded
     assert_loads(servers, uri, 2)
     assert_durable(servers, gate, uri, 2)
-    until(lambda: kept(servers) == [])
+    until(lambda: servers.kept() == [])
     assert_loads(servers, uri, 2)
 
 
@@ -210,7 +205,7 @@ def test_a_copy_goes_with_its_checkpoint(servers: ReplicaServers, gate: UploadGa
     acknowledged(servers, gate, uri)
     servers.pool.delete_save(*servers.pool.resolve(uri))
     assert_gone(servers, uri)
-    until(lambda: kept(servers) == [])
+    until(lambda: servers.kept() == [])
     save(servers.pool, uri, 2, SIZE)
     assert_durable(servers, gate, uri, 2)
 
@@ -256,4 +251,4 @@ def test_a_bit_of_one_copy_flips(
     assert_loads(servers, uri)
     assert f"is damaged at {servers.addresses[owner]}: another copy is read" in caplog.text
     assert_durable(servers, gate, uri)
-    until(lambda: kept(servers) == [])
+    until(lambda: servers.kept() == [])

@@ -86,7 +86,7 @@ def loads(servers: ReplicaServers, uri: str, number: int) -> None:
 def durable(servers: ReplicaServers, uri: str, number: int) -> None:
     wait_for_save(servers.pool, uri, lambda info: info.state == "durable")
     loads(servers, uri, number)
-    until(lambda: not any(n.dirty for s in servers.pool.status() for n in s.namespaces if uri[7:] in n.name))
+    until(lambda: not servers.kept(uri[7:]))
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -138,7 +138,7 @@ def durable(servers: ReplicaServers, uri: str, number: int) -> None:
     """It is in storage, and nothing else of the path is left in the pool."""
     wait_for_save(servers.pool, uri, lambda info: info.state == "durable")
     loads(servers, uri, number)
-    until(lambda: not any(n.dirty for s in servers.pool.status() for n in s.namespaces if uri[7:] in n.name))
+    until(lambda: not servers.kept(uri[7:]))
 
 
 def nothing_there(servers: ReplicaServers, uri: str) -> None:

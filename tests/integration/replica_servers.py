@@ -137,6 +137,13 @@ class ReplicaServers:
     def running(self) -> list[int]:
         return sorted(self._lives)
 
+    def kept(self, within: str = "") -> list[str]:
+        """What any server says it must not evict, of names that have `within`; and who runs but doesn't answer."""
+        found = self.pool.status()
+        silent = {self.addresses[number] for number in self.running} - {status.address for status in found}
+        dirty = (n.name for status in found for n in status.namespaces if n.dirty)
+        return [*sorted(silent), *(name for name in dirty if within in name)]
+
     def order(self, uri: str) -> list[int]:
         """Numbers of the servers in the order that the checkpoint at `uri` is placed: its owner first."""
         order = Placement(self.ids.values()).order(folder_key(*self.pool.resolve(uri)))
