@@ -51,7 +51,7 @@ class ReplicaServers:
     """`count` servers over one under-store, `name=uri`, and a pool that knows them all. Context manager.
 
     `more` is what the servers find in their environment. `keeps_copies`: they know of each other, and make copies of
-    checkpoints again that are lost.
+    checkpoints again that are lost. `with_metrics`: each serves its own on `metrics_ports`.
     """
 
     def __init__(
@@ -64,12 +64,14 @@ class ReplicaServers:
         drain_s: float = 0.2,
         lease_s: float = LEASE_S,
         keeps_copies: bool = False,
+        with_metrics: bool = False,
         more: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self._environment = more
         self._starter = starter or forking()
         self._ports = [free_port(beside=1) for _ in range(count)]
+        self.metrics_ports = [free_port(beside=1) for _ in range(count)] if with_metrics else []
         self._lives: dict[int, Life] = {}
         self._arguments = [
             *("--capacity", "1GB", "--token-file", str(folder / "token"), "--under-store", under_store),
@@ -105,6 +107,8 @@ class ReplicaServers:
     def start(self, number: int) -> None:
         store = self.store(number)
         arguments = ["--listen", self.addresses[number], "--store", str(store), *self._arguments]
+        if self.metrics_ports:
+            arguments += ["--metrics-port", str(self.metrics_ports[number])]
         with environment(self._environment):
             life = self._starter.start(arguments, self.log(number))
         self._lives[number] = life
