@@ -63,6 +63,18 @@ def test_what_has_come_and_gone_is_forgotten() -> None:
     assert objects(Slot, Sighting) == before
 
 
+def test_a_save_that_was_evicted_is_forgotten() -> None:
+    """I5."""
+    server = Server(Bucket(), "a")
+    for key in paths(0):
+        server.save("one", key)
+        server.upload(key)
+        server.store.chunks.pop(key.namespace("one"))
+    server.write_back.tidy()
+    assert server.write_back._slots.all() == []
+    assert server.state(paths(0)[0]) == "durable one"
+
+
 def test_a_path_that_somebody_has_in_hand_is_not_forgotten() -> None:
     """I2: two slots of one path would be two locks."""
     server = Server(Bucket(), "a")

@@ -437,6 +437,8 @@ class WriteBack:
             with slot.exclusively(time.monotonic() + self._lease_s):
                 if slot.save is save:
                     self._slots.forget_save(slot)
+                    for namespace in tuple(slot.garbage):  # or the path would be known by it for good
+                        self._slots.drop(slot, namespace)
 
     def _under_store(self, name: str) -> UnderStore:
         return choose(self._under_stores, name)
