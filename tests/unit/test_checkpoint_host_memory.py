@@ -1,8 +1,10 @@
-"""What a save takes beside the state is bounded, whatever has to be copied."""
+"""What saves and loads take beside the state is bounded, whatever has to be copied."""
 
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from tests.unit import checkpoint_states
 from tests.unit.checkpoint_pool import CheckpointPool
 from torchcache.checkpoint import CacheStorageReader, CacheStorageWriter, writer
 from torchcache.checkpoint.host_memory import Room, copied_bytes, to_host
+from torchcache.checkpoint.loading import READ_BYTES, Load, run_loads
 from torchcache.errors import ConfigurationError
 
 URI = "s3://bucket/run/step-1"
@@ -107,6 +110,61 @@ def test_objects_count_once_it_is_known_how_large_they_are(monkeypatch: pytest.M
     dcp.load(found, storage_reader=checkpoint_states.reader(pool, URI), no_dist=True)
     assert torch.equal(found.pop("tensor"), state.pop("tensor"))  # type: ignore[arg-type]
     assert found == state
+
+
+class CountedLoads:
+    """Loads that say of themselves to take so many bytes each; `most` is what there was of them at a time."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
+        self._there = 0
+        self.most = 0
+        self.finished = 0
+
+    def __iter__(self) -> Iterator[Load]:
+        for size in self._sizes:
+            self._count(size)
+            yield self._made(size)
+
+    def _made(self, size: int) -> Load:
+        made = CountedLoad(self, size)
+        weakref.finalize(made, self._count, -size)
+        return made
+
+    def _count(self, size: int) -> None:
+        self._there += size
+        self.most = max(self.most, self._there)
+
+
+class CountedLoad(Load):
+    def __init__(self, loads: CountedLoads, size: int) -> None:
+        self._loads = loads
+        self.fetches = []
+        self.extra_bytes = size
+
+    def finish(self) -> None:
+        self._loads.finished += 1
+
+
+LARGE = 16 * READ_BYTES
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [
+        ([LARGE] * 6, LARGE),
+        ([READ_BYTES] * 20, 2 * READ_BYTES),
+        ([READ_BYTES // 4] * 80, 2 * READ_BYTES),
+        ([LARGE, READ_BYTES // 4] * 6, 2 * READ_BYTES + LARGE),
+    ],
+    ids=["large", "as large as a read", "small", "large and small"],
+)
+def test_a_load_keeps_to_its_bound(sizes: list[int], most: int) -> None:
+    """What is larger than all of the bound is there alone: the one before it is forgotten first."""
+    loads = CountedLoads(sizes)
+    run_loads(loads, None, extra_memory_bytes=2 * READ_BYTES)  # type: ignore[arg-type] - nothing is fetched
+    assert loads.finished == len(sizes)
+    assert loads.most <= most
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "512MB", None, 1.5])

@@ -279,19 +279,23 @@ def _finish(loads: list[Load], futures: list[Future[None]]) -> None:
 def batches(loads: Iterable[Load]) -> Iterator[tuple[list[Load], list[list[Fetch]]]]:
     """Loads in groups of about READ_BYTES, each with its fetches as reads of at most READ_BYTES.
 
-    What they take beside their targets counts as what they fetch.
+    What they take beside their targets counts as what they fetch. A group that is full comes before the next load is
+    made, which takes memory.
     """
     group: list[Load] = []
     filled = extra = 0
     for load in loads:
-        size = load.fetched_bytes
-        is_full = max(filled + size, extra + load.extra_bytes) > READ_BYTES
-        if group and (is_full or len(group) >= _EXTENTS_A_READ):
+        size, more = load.fetched_bytes, load.extra_bytes
+        if group and max(filled + size, extra + more) > READ_BYTES:
             yield group, _reads(group)
             group, filled, extra = [], 0, 0
         group.append(load)
+        del load  # whoever has the group forgets it, and its memory, before the next is made
         filled += size
-        extra += load.extra_bytes
+        extra += more
+        if max(filled, extra) >= READ_BYTES or len(group) >= _EXTENTS_A_READ:
+            yield group, _reads(group)
+            group, filled, extra = [], 0, 0
     if group:
         yield group, _reads(group)
 
