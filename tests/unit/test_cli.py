@@ -589,6 +589,19 @@ def test_a_save_that_is_not_there_is_not_pinned(pool: MemoryPool, capsys: pytest
     assert "the pool holds nothing named save:s3/b/run@gone" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["pin"], ["unpin"], ["evict"], ["limit", "--priority", "1"]])
+def test_nothing_is_changed_while_a_server_does_not_say_what_it_holds(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """A copy of the checkpoint may lie there alone."""
+    pool.hold(RUN, 5)
+    before = dict(pool.namespaces)
+    monkeypatch.setattr(pool, "unreachable", lambda: ["h:1", "h:2"])
+    assert run([*words, RUN]) == 3
+    assert f"h:1, h:2 can't be reached, so it can't be told what lies there of {RUN}" in capsys.readouterr().err
+    assert pool.namespaces == before
+
+
 def test_evict_frees_and_says_how_much(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
     pool.hold("s3://b/data", 5_000_000)
     assert run(["evict", "s3://b/data"]) == 0

@@ -11,7 +11,7 @@ from torchcache.cli.command import EXIT_CODES, Session, command
 from torchcache.cli.durations import parse_duration
 from torchcache.cli.objects import folder_uri, is_there
 from torchcache.cli.output import policy_text, size_text
-from torchcache.errors import ConfigurationError, ObjectNotFound
+from torchcache.errors import ConfigurationError, ObjectNotFound, ServerUnavailable
 from torchcache.model import SAMPLES, SAVE_PREFIX
 from torchcache.save_names import KEPT_PREFIXES
 from torchcache.sizes import parse_size
@@ -173,9 +173,16 @@ def _apply(
 def _namespaces(pool: Pool, uri: str) -> list[str]:
     """What the servers call `uri`: the folder, and behind it the copies in the pool of the checkpoint saved there.
 
-    Raises ObjectNotFound for a folder of which neither the pool nor storage has anything: it is misspelt.
+    Raises ObjectNotFound for a folder of which neither the pool nor storage has anything: it is misspelt. And
+    ServerUnavailable while a server doesn't say what it holds: it may be a copy that no other has.
     """
     held = {namespace.name for server in pool.status() for namespace in server.namespaces}
+    if away := ", ".join(pool.unreachable()):
+        raise ServerUnavailable(
+            f"{away} can't be reached, so it can't be told what lies there of {uri}. Nothing was changed; do it again "
+            "once it answers",
+            server=away,
+        )
     if uri.startswith((f"{SAMPLES}:", *KEPT_PREFIXES)) or ("://" not in uri and uri in held):
         return [uri]
     folder = folder_uri(pool, uri)
