@@ -598,7 +598,9 @@ def test_nothing_is_changed_while_a_server_does_not_say_what_it_holds(
     before = dict(pool.namespaces)
     monkeypatch.setattr(pool, "unreachable", lambda: ["h:1", "h:2"])
     assert run([*words, RUN]) == 3
-    assert f"h:1, h:2 can't be reached, so it can't be told what lies there of {RUN}" in capsys.readouterr().err
+    assert (
+        f"h:1, h:2 can't be reached, so it can't be told what lies there of {RUN}" in capsys.readouterr().err
+    )
     assert pool.namespaces == before
 
 

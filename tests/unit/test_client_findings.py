@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.memory_pool import MemoryPool
+from torchcache.cli import client_doctor
 from torchcache.cli import client_findings as findings
 
 NOW = datetime(2030, 1, 2, tzinfo=UTC)
@@ -92,3 +93,14 @@ def test_disks() -> None:
     assert findings.home_disk("/h", 1 << 20, writable=True, holds_a_pool=False).state == "ok"
     assert findings.home_disk("/h", 1 << 40, writable=False, holds_a_pool=False).state == "warning"
     assert findings.home_disk("/h", 1 << 40, writable=False, holds_a_pool=True).state == "problem"
+
+
+@pytest.mark.parametrize("lane", ["local", "flight"])
+def test_a_server_that_does_not_say_how_it_is(lane: str) -> None:
+    """Whatever its lane: the local one reads files without it, and the data port isn't what stands in the way."""
+    pool = MemoryPool()
+    pool.lanes["127.0.0.1:7441"] = lane
+    found = {one.about: one for one in client_doctor._in_use(pool) if one.check == "lanes"}  # type: ignore[arg-type]
+    assert found["127.0.0.1:7440"].state == "ok"
+    assert found["127.0.0.1:7441"].state == "problem"
+    assert "doesn't say how it is" in found["127.0.0.1:7441"].what

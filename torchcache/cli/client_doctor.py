@@ -163,11 +163,25 @@ def _in_use(pool: Pool) -> Iterator[Finding]:
         )
         return
     slow = far_slower({address: took_s for address, took_s in answers_s.items() if took_s is not None})
+    answering = {server.address for server in status}
     for address, lane in seen.lanes.items():
+        if address not in answering:
+            yield _says_nothing(address)
+            continue
         yield _lane(
             address, lane, seen.lane_reasons.get(address, ""), answers_s.get(address), slow.get(address)
         )
     yield from map(findings.server_disk, status)
+
+
+def _says_nothing(address: str) -> Finding:
+    return Finding(
+        check="lanes",
+        about=address,
+        state="problem",
+        what="it has said who it is, but doesn't say how it is",
+        advice="it hangs, or has just ended: see 'A server that hangs or is slow' in docs/operations.md",
+    )
 
 
 def _lane(address: str, lane: str, reason: str, took_s: float | None, times: float | None) -> Finding:
