@@ -36,10 +36,11 @@ from torchcache.lanes.access import Access
 from torchcache.lanes.base import Lane
 from torchcache.model import CHUNK_BYTES, STRIPE_BYTES, Extent, ObjectId, ObjectInfo
 from torchcache.placement import Placement, placement_key
-from torchcache.pool import Pool, reads
+from torchcache.pool import Pool, reads, session
 from torchcache.pool.control import ControlClient
-from torchcache.pool.members import Endpoint, Member, parse_address
+from torchcache.pool.members import Endpoint, Member, Members, parse_address
 from torchcache.pool.metrics import COUNTERS, PoolCollector
+from torchcache.pool.session import Asked
 from torchcache.wire.codec import Piece
 from torchcache.wire.v1 import cache_pb2
 
@@ -573,6 +574,50 @@ def test_status_goes_on_without_a_server_that_dies(servers: dict[str, StandIn], 
     assert {status.address for status in wide.status()} == others
     assert wide.statistics().retries == retries, "who is known to be away is not waited for at each look"
     gone.__enter__()
+
+
+def test_a_silent_server_gets_its_full_time_now_and_then(
+    wide: Pool, servers: dict[str, StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may need two seconds where one is given, and be back all the same."""
+    assert len(wide.status()) == len(servers)
+    live, ask, given = wide._session(), wide._session().ask_member, []
+
+    def late(member: Member, method: str, request: Any, deadline: float) -> Asked:
+        if member.server_id != "b":
+            return ask(member, method, request, deadline)
+        given.append(deadline - time.monotonic())
+        raise DeadlineExceeded("late")
+
+    monkeypatch.setattr(session, "INFO_S", 1000.0)
+    monkeypatch.setattr(live, "ask_member", late)
+    monkeypatch.setattr(live, "wait", lambda *_: False)
+    for _ in range(2 * session.PATIENT_LOOK):
+        assert len(wide.status()) == len(servers) - 1
+        assert wide.unreachable() == [servers["b"].address]
+    full = [number for number, time_s in enumerate(given) if time_s > session.INFO_AGAIN_S]
+    assert full == [0, session.PATIENT_LOOK - 1, 2 * session.PATIENT_LOOK - 1]
+    monkeypatch.setattr(live, "ask_member", ask)
+    assert len(wide.status()) == len(servers)
+    assert wide.unreachable() == []
+
+
+def test_a_server_that_comes_back_is_seen_beside_one_that_hangs(
+    wide: Pool, servers: dict[str, StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that hangs takes all of the time that there is to look anew who serves."""
+    assert len(wide.status()) == len(servers)
+
+    def look(seen: Members | None, deadline: float) -> Members:
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        raise ServerUnavailable("one hangs")
+
+    monkeypatch.setattr(session, "INFO_S", 0.5)
+    monkeypatch.setattr(session, "INFO_AGAIN_S", 60.0)
+    monkeypatch.setattr(wide._session(), "refresh", look)
+    servers["b"].script.fail_calls.append(ServerUnavailable("just restarted"))
+    assert len(wide.status()) == len(servers)
+    assert not servers["b"].script.fail_calls
 
 
 # ---- no server ----

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torchcache.errors import ServerUnavailable, TorchCacheError, TransientError
 from torchcache.placement import Placement
@@ -21,6 +21,9 @@ from torchcache.pool.roster import ASKED_AT_ONCE, INFO_AGAIN_S, INFO_S, Roster
 from torchcache.threads import Threads
 
 _log = logging.getLogger(__name__)
+
+PATIENT_LOOK: Final = 5
+"""Of so many looks at a server that stays silent one gives it its full time: it may be slow, and not away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Session:
         self._roster = Roster(source, lane, self.health, lambda: self.count(control_calls=1))
         self.without_copy: set[tuple[str, str]] = set()
         """(namespace, server id): that server didn't take its copy of a save that is being written."""
+        self._looks: Counter[str] = Counter()  # in vain, by address
 
     # ---- statistics ----
 
@@ -219,7 +223,8 @@ class Session:
     def ask_all(self, method: str, request: Any, *, timeout_s: float) -> list[Asked]:
         """One control call to every server, side by side: the replies of those that answer.
 
-        The others are `silent` from then on, and not waited for again. Raises an error of theirs if all are.
+        The others are `silent` from then on, and most often waited for only shortly. Raises an error of theirs if all
+        are.
         """
         deadline = time.monotonic() + timeout_s
         members = self.first_members(Retry(self.budget, deadline), deadline)
@@ -242,24 +247,30 @@ class Session:
         self, member: Member, members: Members, method: str, request: Any, deadline: float
     ) -> Asked | TransientError | None:
         """The reply, or why there is none; None if the server has left the pool meanwhile."""
-        was_silent = member.address in self._roster.silent
+        address = member.address
+        is_brief = address in self._roster.silent and (self._looks[address] + 1) % PATIENT_LOOK != 0
+        until = deadline
         if len(members.by_id) > 1:
-            deadline = min(deadline, time.monotonic() + (INFO_AGAIN_S if was_silent else INFO_S))
-        retry = Retry(self.budget, deadline)
+            until = min(deadline, time.monotonic() + (INFO_AGAIN_S if is_brief else INFO_S))
+        retry = Retry(self.budget, until)
         while True:
             try:
-                answer = self.ask_member(member, method, request, deadline)
+                answer = self.ask_member(member, method, request, until)
             except TransientError as error:
-                if was_silent or not self.wait(retry, error, members, deadline):
-                    self._roster.silent.add(member.address)
+                if is_brief or not self.wait(retry, error, members, until):
+                    self._looks[address] += 1
+                    self._roster.silent.add(address)
                     return error
             else:
-                self._roster.silent.discard(member.address)
+                self._looks.pop(address, None)
+                self._roster.silent.discard(address)
                 return answer
             members = self.current or members
             if (known := members.by_id.get(member.server_id)) is None:
                 return None
             member = known
+            # Another server that hangs may have taken all of the time to look anew.
+            until = max(until, min(deadline, time.monotonic() + INFO_AGAIN_S))
 
     def silent(self) -> list[str]:
         """The addresses of servers that did not answer when they were last asked how, or who, they are."""
