@@ -121,6 +121,24 @@ def test_status_names_the_servers_that_do_not_answer(
     assert "the server h:1 can't be reached" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("later", ["answers_s", "list_in_any_order"])
+def test_status_names_a_server_that_answers_again_meanwhile(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, later: str
+) -> None:
+    """It isn't among those that said how they are, and isn't to be missing without a word."""
+    pool.hold("s3://b/data", 5)
+    away, asked = ["h:1"], getattr(pool, later)
+
+    def ask(*arguments: Any) -> Any:
+        away.clear()
+        return asked(*arguments)
+
+    monkeypatch.setattr(pool, "unreachable", lambda: list(away))
+    monkeypatch.setattr(pool, later, ask)
+    assert run_json(capsys, "status", "--residency")["unreachable"] == ["h:1"]
+    assert not away
+
+
 def test_status_names_a_server_that_is_far_slower_than_the_others(
     pool: MemoryPool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,9 +57,10 @@ def status(session: Session, *, every_s: float | None, residency: bool) -> None:
     recent_saves = RecentSaves(pool) if every_s is not None else None
 
     def show(servers: list[ServerStatus], rates: list[Rates]) -> None:
+        unreachable = _unreachable(pool, servers)
         held = residencies.of(servers) if residencies else None
         recent = recent_saves.of(servers) if recent_saves else None
-        _show(session.output, pool, servers, rates, residencies=held, recent_saves=recent)
+        _show(session.output, pool, servers, unreachable, rates, residencies=held, recent_saves=recent)
 
     if every_s is None:
         show(pool.status(), [])
@@ -68,10 +69,17 @@ def status(session: Session, *, every_s: float | None, residency: bool) -> None:
         watch(session.output, pool.status, show, every_s)
 
 
+def _unreachable(pool: Pool, servers: list[ServerStatus]) -> list[str]:
+    """Those that aren't among `servers`. Asked before anything else, at which one of them may answer again."""
+    answering = {server.address for server in servers}
+    return [address for address in pool.unreachable() if address not in answering]
+
+
 def _show(
     output: Output,
     pool: Pool,
     servers: list[ServerStatus],
+    unreachable: list[str],
     rates: list[Rates],
     *,
     residencies: list[DatasetResidency] | None,
@@ -80,8 +88,6 @@ def _show(
     from torchcache.pool.health import far_slower
 
     seen, answers_s = pool.statistics(), pool.answers_s()
-    answering = {server.address for server in servers}
-    unreachable = [address for address in pool.unreachable() if address not in answering]
     slow = far_slower({address: took_s for address, took_s in answers_s.items() if took_s is not None})
     passed_over = _passed_over(servers)
     output.document(
