@@ -112,6 +112,27 @@ def test_objects_count_once_it_is_known_how_large_they_are(monkeypatch: pytest.M
     assert found == state
 
 
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_room_is_taken_for_objects_and_for_what_is_made_of_them(
+    monkeypatch: pytest.MonkeyPatch, compression: Any
+) -> None:
+    """What was taken by guess, before they are pickled, is never less than what they turn out to need."""
+    corrected: list[tuple[int, int]] = []
+
+    class Corrected(Room):
+        def correct(self, guessed_bytes: int, bytes: int) -> None:
+            corrected.append((guessed_bytes, bytes))
+            super().correct(guessed_bytes, bytes)
+
+    monkeypatch.setattr(writer, "Room", Corrected)
+    state = {f"object-{n:02d}": "ab" * 5_000 + str(n) for n in range(60)}
+    to = checkpoint_states.writer(CheckpointPool(), URI, extra_memory_bytes=400_000, compression=compression)
+    dcp.save(state, storage_writer=to, no_dist=True)
+    assert len(corrected) > 2
+    one = 2 * 12_000  # that began within what was guessed, and ends beyond
+    assert all(bytes <= guessed_bytes + one for guessed_bytes, bytes in corrected)
+
+
 class CountedLoads:
     """Loads that say of themselves to take so many bytes each; `most` is what there was of them at a time."""
 

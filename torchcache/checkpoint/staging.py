@@ -168,7 +168,8 @@ class StagedFile:
         self._room, self._taken = room, 0
         tensors = [None if item.type == WriteItemType.BYTE_IO else resolve(item) for item in items]
         # For all of it at once: files that each wait for more, and hold some, would wait for one another.
-        self._take(sum(map(self._extra_bytes, tensors)) + (most_object_bytes if None in tensors else 0))
+        objects_bytes = most_object_bytes * (1 + self._is_remade) if None in tensors else 0
+        self._take(sum(map(self._extra_bytes, tensors)) + objects_bytes)
         try:
             data: list[torch.Tensor | io.BytesIO] = []
             object_bytes = 0
@@ -198,11 +199,15 @@ class StagedFile:
             self._room.correct(self._taken, bytes)
             self._taken = bytes
 
+    @property
+    def _is_remade(self) -> bool:
+        """Whether there is a second of everything: as it was, and as it is stored."""
+        return self._compression is not None or bool(self._extensions)
+
     def _extra_bytes(self, data: torch.Tensor | io.BytesIO | None) -> int:
-        is_remade = self._compression is not None or bool(self._extensions)
         if not isinstance(data, torch.Tensor):
-            return _object_bytes(data) * (1 + is_remade)
-        return copied_bytes(data) + (data.numel() * data.dtype.itemsize if is_remade else 0)
+            return _object_bytes(data) * (1 + self._is_remade)
+        return copied_bytes(data) + (data.numel() * data.dtype.itemsize if self._is_remade else 0)
 
     def close(self) -> None:
         """Its bytes aren't needed any more."""
