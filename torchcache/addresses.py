@@ -13,6 +13,8 @@ UNIX: Final = "unix://"
 _PATH: Final = re.compile(r"/[A-Za-z0-9._+=/-]*[A-Za-z0-9._+=-]")
 """Of a socket. What else a name may hold would mean something in addresses, or to gRPC."""
 
+_SCHEME: Final = re.compile(r"(?:[A-Za-z0-9+.-]+://)?")
+
 MOST_PATH_BYTES: Final = 102
 """The kernel takes 107; the socket for data has a longer name."""
 
@@ -30,6 +32,19 @@ def is_loopback(host: str) -> bool:
 def is_unix(host: str) -> bool:
     """Whether `host` is the path of a Unix socket."""
     return host.startswith("/")
+
+
+def refuse_user(address: str) -> None:
+    """Raises ConfigurationError for an address with "user:password@" in it, which it doesn't show."""
+    found = _SCHEME.match(address)
+    scheme = found.group() if found else ""
+    user, at, host = address.removeprefix(scheme).rpartition("@")
+    if not at or (user.startswith("/") and ":" not in user):  # that is a path, and no socket's
+        return
+    raise ConfigurationError(
+        f"the address '{scheme}[hidden]@{host}' has a user or a password in it, which no server of a pool is asked "
+        "with: write hosts and ports alone"
+    )
 
 
 def parse_unix(item: str, *, within: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from torchcache import environment
-from torchcache.addresses import host_port, parse_host_port
+from torchcache.addresses import host_port, parse_host_port, refuse_user
 from torchcache.errors import ConfigurationError, ServerUnavailable
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class RegistryAddress:
     @staticmethod
     def parse(text: str) -> RegistryAddress:
         """Of "etcd://host:2379,host:2379/name". Raises ConfigurationError."""
+        refuse_user(text)
         hosts, slash, name = text.removeprefix(_SCHEME).partition("/")
         if not text.startswith(_SCHEME) or not slash or not _NAME.fullmatch(name):
             raise ConfigurationError(

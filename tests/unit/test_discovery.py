@@ -297,3 +297,35 @@ def test_one_who_comes_while_another_looks_waits_no_longer_than_it_may(
             names.may.set()
         with pytest.raises(ServerUnavailable, match="no server has joined"):
             first.result(60)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "etcd://user:hush@h/p",
+        "etcd://hush@h/p",
+        "etcd://h:1,user:hush@g/p",
+        "etcd://user:hu/hush@h/p",
+        "etcd://user:hu,hush@h/p",
+        "etcd://user:hush@h",
+        "dns://user:hush@h",
+        "dns://user:hu@hush@h",
+        "user:hush@h:7440",
+        "user:hu://hush@h:7440",
+        "unix:///a.sock,user:hush@h:7440",
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_shown(address: str) -> None:
+    with pytest.raises(ConfigurationError, match="has a user or a password in it") as refused:
+        member_source(address, TLS)
+    assert "hu" not in str(refused.value)
+    assert "[hidden]@" in str(refused.value)
+    if address.startswith("etcd"):
+        with pytest.raises(ConfigurationError) as refused:  # as `--join` takes it
+            RegistryAddress.parse(address)
+        assert "hu" not in str(refused.value)
+
+
+def test_a_path_with_an_at_is_shown() -> None:
+    with pytest.raises(ConfigurationError, match=r"unix:///run/a@b\.sock"):
+        member_source("unix:///run/a@b.sock", TLS)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from torchcache import environment
+from torchcache.addresses import refuse_user
 from torchcache.errors import ConfigurationError, ServerUnavailable
 from torchcache.lanes.access import Access
 from torchcache.plain_files import read_plain
@@ -120,6 +121,7 @@ def member_source(address: str, access: Access) -> MemberSource:
 
     Raises ConfigurationError.
     """
+    refuse_user(address)
     if address.startswith("etcd://"):
         return EtcdMembers(registry=RegistryAddress.parse(address), access=access)
     if address.startswith(_DNS):
