@@ -76,20 +76,22 @@ class CacheServer:
 
 
 def wait_for(servers: int, timeout_s: float = 60.0) -> None:
-    """Until so many servers answer in the pool."""
+    """Until so many servers answer in the pool, and etcd knows of no others."""
     deadline = time.monotonic() + timeout_s
-    found, why = 0, ""
-    while found != servers:
+    while True:
+        try:
+            with closing(tc.connect()) as pool:
+                found, away = len(pool.status()), pool.unreachable()
+            if found == servers and not away:
+                return
+            why = f", and {', '.join(away)} can't be reached" if away else ""
+        except tc.TransientError as error:
+            found, why = 0, f" ({error})"
         if time.monotonic() > deadline:
             raise DemoFailed(
                 f"after {timeout_s:.0f} s {found} servers answer, not {servers}{why}; see {FOLDER}/server-*/server.log"
             )
-        try:
-            with closing(tc.connect()) as pool:
-                found, why = len(pool.status()), ""
-        except tc.TransientError as error:
-            found, why = 0, f" ({error})"
-            time.sleep(0.2)
+        time.sleep(0.2)
 
 
 class StatusWatch:
@@ -204,7 +206,7 @@ def demo(s3: SeaweedFS, servers: list[CacheServer], watch: StatusWatch) -> None:
     with closing(tc.connect()) as pool:
         last = pool.list_saves(f"s3://{bucket}/run")
         check({save.state for save in last} == {"durable"}, "those that are kept are durable in S3")
-    wait_for(SERVERS - 1)
+    wait_for(SERVERS - 1)  # of whom etcd knows: the lease of the dead one has run out
     watch.show("at the end: etcd's lease of the dead server has run out", SERVERS - 1)
 
 
