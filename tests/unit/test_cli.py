@@ -21,6 +21,7 @@ from torchcache.cli.output import duration_text, percent_text, size_text
 from torchcache.cli.residencies import Residencies
 from torchcache.errors import (
     AlreadyExists,
+    DeadlineExceeded,
     IntegrityError,
     ObjectNotFound,
     OutOfSpace,
@@ -327,6 +328,26 @@ def test_status_shows_how_much_of_datasets_is_held(
     _, said = capsys.readouterr().out.split("dataset in storage")
     [line] = [line for line in said.splitlines() if "s3://b/data" in line]
     assert line.split() == ["s3://b/data", "3", "3.0", "kB", "1.0", "kB", "33", "%"]
+
+
+def test_residency_waits_for_a_server_that_hangs_only_once(
+    pool: MemoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What storage says of one dataset ends nothing, though: the others are asked for."""
+    for name in ("s3://b/data", "s3://b/more", "s3://b/top", "s3://a/gone"):
+        pool.hold(name, 5)
+    asked: list[str] = []
+
+    def resident_bytes(objects: Sequence[ObjectInfo]) -> list[int]:
+        asked.append(objects[0].id.key)
+        raise DeadlineExceeded("no answer within 30 s")
+
+    monkeypatch.setattr(pool, "resident_bytes", resident_bytes)
+    found = Residencies(pool).of(pool.status())  # type: ignore[arg-type]
+    assert [one.name for one in found] == ["s3://a/gone", "s3://b/data", "s3://b/more", "s3://b/top"]
+    assert asked == ["b/data/a"]
+    assert "no bucket" in found[0].error
+    assert all("no answer within 30 s" in one.error for one in found[1:])
 
 
 def test_watched_residency_is_kept_by_what_it_costs(

@@ -9,7 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from torchcache.cli.output import percent_text, size_text
-from torchcache.errors import TorchCacheError
+from torchcache.errors import TorchCacheError, TransientError
 from torchcache.save_names import KEPT_PREFIXES
 
 if TYPE_CHECKING:
@@ -56,21 +56,30 @@ class Residencies:
         began = monotonic()
         if not self._found or began >= self._good_until:
             names = {n.name for server in servers for n in server.namespaces if "://" in n.name}
-            self._found = [residency_of(self._pool, name) for name in sorted(names)]
+            self._found = _residencies(self._pool, sorted(names))
             ended = monotonic()
             self._good_until = ended + REST * (ended - began)
         return self._found
 
 
-def residency_of(pool: Pool, name: str) -> DatasetResidency:
-    """Of the dataset at the folder `name`."""
+def _residencies(pool: Pool, names: Sequence[str]) -> list[DatasetResidency]:
+    """Of the datasets at these folders. Once a server didn't answer, the rest isn't asked for: each waits as long."""
+    found: list[DatasetResidency] = []
+    away = ""
+    for name in names:
+        try:
+            found.append(DatasetResidency(name=name, error=away) if away else _residency(pool, name))
+        except TorchCacheError as error:
+            away = str(error) if isinstance(error, TransientError) else ""
+            found.append(DatasetResidency(name=name, error=str(error)))
+    return found
+
+
+def _residency(pool: Pool, name: str) -> DatasetResidency:
     found = DatasetResidency(name=name)
-    try:
-        listed = iter(pool.list_in_any_order(name))
-        while objects := list(islice(listed, ASKED_AT_ONCE)):
-            found = _sum(found, objects, pool.resident_bytes(objects))
-    except TorchCacheError as error:
-        return DatasetResidency(name=name, error=str(error))
+    listed = iter(pool.list_in_any_order(name))
+    while objects := list(islice(listed, ASKED_AT_ONCE)):
+        found = _sum(found, objects, pool.resident_bytes(objects))
     return found
 
 
