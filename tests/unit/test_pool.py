@@ -620,6 +620,31 @@ def test_a_server_that_comes_back_is_seen_beside_one_that_hangs(
     assert not servers["b"].script.fail_calls
 
 
+def test_a_server_that_is_silent_stays_so_when_others_are_met_anew(
+    wide: Pool, servers: dict[str, StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says who it is, but not how: it is among those that didn't answer."""
+    assert len(wide.status()) == len(servers)
+    live, ask, given_up = wide._session(), wide._session().ask_member, threading.Event()
+
+    def asked(member: Member, method: str, request: Any, deadline: float) -> Asked:
+        if member.server_id == "b":
+            raise DeadlineExceeded("late")
+        if member.server_id == "c":
+            assert given_up.wait(60)
+            live.refresh(live.current, time.monotonic() + 60)
+        return ask(member, method, request, deadline)
+
+    def wait(*_: Any) -> bool:
+        given_up.set()
+        return False
+
+    monkeypatch.setattr(live, "ask_member", asked)
+    monkeypatch.setattr(live, "wait", wait)
+    assert len(wide.status()) == len(servers) - 1
+    assert wide.unreachable() == [servers["b"].address]
+
+
 # ---- no server ----
 
 

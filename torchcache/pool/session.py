@@ -234,6 +234,12 @@ class Session:
                 for member in members.by_id.values()
             ]
             outcomes = [one.result() for one in asked]
+        known = (self.current or members).by_id
+        self._roster.silent.update(  # once all are through: who meets servers anew begins a new list
+            known.get(member.server_id, member).address
+            for member, outcome in zip(members.by_id.values(), outcomes, strict=True)
+            if isinstance(outcome, TransientError)
+        )
         answers = [one for one in outcomes if isinstance(one, Asked)]
         errors = [one for one in outcomes if isinstance(one, TransientError)]
         try:
@@ -259,7 +265,6 @@ class Session:
             except TransientError as error:
                 if is_brief or not self.wait(retry, error, members, until):
                     self._looks[address] += 1
-                    self._roster.silent.add(address)
                     return error
             else:
                 self._looks.pop(address, None)
