@@ -10,6 +10,7 @@ from threading import Barrier
 import pytest
 from torchcache_server.cache.read_through import FILL_THREADS, ReadThrough
 from torchcache_server.store import Store, StoredChunk
+from torchcache_server.understore.retry import RetryBudget
 
 from tests.unit.scripted_under_store import ScriptedUnderStore, content, object_of
 from torchcache.errors import (
@@ -338,3 +339,8 @@ def test_nothing_is_filled_after_closing(reads: ReadThrough) -> None:
     reads.close()
     with pytest.raises(ServerUnavailable, match="stopping"):
         get(reads, object_of(10))
+
+
+def test_when_all_connections_to_storage_break_at_once_each_fetch_has_its_retry() -> None:
+    budget = RetryBudget()
+    assert all(budget.take() for _ in range(FILL_THREADS))

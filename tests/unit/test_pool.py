@@ -657,7 +657,7 @@ def test_no_server_at_all() -> None:
 
 
 def test_a_wrong_token_is_said_at_once(server: StandIn) -> None:
-    pool = connect(server.address, token="not the secret")
+    pool = connect(server.address, token="not-the-secret")
     with pytest.raises(ConfigurationError, match="refused the token"):
         pool.read([whole(sample(1))])
 

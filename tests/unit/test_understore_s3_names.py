@@ -102,6 +102,8 @@ def test_a_listing_names_its_bucket_in_full() -> None:
         lambda: S3Root.parse("s3://AKIAEXAMPLE:sec/ret@bucket/prefix"),
         lambda: create("s3", "https://AKIAEXAMPLE:sec/ret@storage/bucket"),
         lambda: parse_under_stores(["s3://AKIAEXAMPLE:sec/ret@bucket"]),
+        lambda: parse_under_stores(["s3://AKIAEXAMPLE:sec=ret@bucket"]),
+        lambda: create("file", "file://AKIAEXAMPLE:sec@ret@host/folder"),
     ],
 )
 def test_credentials_in_a_uri_are_not_shown(refuse: Callable[[], object]) -> None:
@@ -110,3 +112,12 @@ def test_credentials_in_a_uri_are_not_shown(refuse: Callable[[], object]) -> Non
         refuse()
     assert "AKIA" not in str(refused.value)
     assert "ret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("call", ["locate", "locate_prefix"])
+def test_credentials_that_a_client_puts_into_a_uri_are_not_shown(call: str) -> None:
+    with pytest.raises(ConfigurationError, match="can't be the name of an S3 bucket") as refused:
+        getattr(S3Root.parse("s3://"), call)("AKIAEXAMPLE:sec/ret@bucket/key")
+    for shown in (str(refused.value), str(refused.value.object)):
+        assert "AKIA" not in shown
+        assert "ret" not in shown

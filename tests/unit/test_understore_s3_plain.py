@@ -19,6 +19,7 @@ from torchcache_server.understore.s3_plain import PlainGets, Way
 from torchcache_server.understore.s3_signing import Keys, Scope, escaped, signed
 
 from examples.seaweedfs import SeaweedFS
+from tests.unit.scripted_s3 import Request, ScriptedS3
 from torchcache.model import ByteRange
 
 NOW = datetime(2026, 11, 29, 18, 30, 1, tzinfo=UTC)
@@ -147,3 +148,18 @@ def test_a_real_server_takes_the_signature(s3: SeaweedFS, under_store: S3UnderSt
         read = under_store.read(info, ByteRange(start, end), deadline=time.monotonic() + 30)
         assert read == data[start:end]
     assert under_store._calls.clients.plain(under_store._calls.clients.get(time.monotonic() + 30)).way(bucket)
+
+
+def test_a_connection_that_ends_before_the_answer_is_an_error_without_a_ring_of_causes() -> None:
+    def hang_up(request: Request) -> bool:
+        request.close_connection = True
+        return True
+
+    with ScriptedS3() as s3:
+        s3.always = hang_up
+        way = Way("http", s3.endpoint_url.removeprefix("http://"), "/", Scope("us-east-1", "s3"), "agent")
+        gets = PlainGets(lambda: Keys("AK", "secret", ""), None, 5.0, 5.0)
+        with pytest.raises(OSError, match="without response") as raised:
+            gets.get(way, "bucket/key", {})
+        assert raised.value.__cause__ is not raised.value
+        gets.close()

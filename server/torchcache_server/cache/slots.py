@@ -12,6 +12,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import replace
 
 from torchcache.errors import TorchCacheError
@@ -261,7 +262,7 @@ class Slots:
     def note_deletion_error(self, slot: Slot, error: TorchCacheError | None) -> None:
         """The deletion stopped, and goes on later; or (None) is to go on now."""
         with self.changed:
-            slot.deletion_error = error
+            slot.deletion_error = copy(error)  # without its frames, which have the slot in hand
             self.changed.notify_all()
 
     def end_deletion(self, slot: Slot, error: TorchCacheError | None) -> None:
@@ -272,7 +273,7 @@ class Slots:
         with self.changed:
             if slot.deletion is not None and error is not None:
                 slot.garbage.add(slot.deletion.key.namespace(slot.deletion.save_id))
-            slot.deletion, slot.deletion_error = None, error
+            slot.deletion, slot.deletion_error = None, copy(error)
             self.changed.notify_all()
 
     def note_uploaded(self, slot: Slot, save: Save, name: str, version: str | None) -> None:

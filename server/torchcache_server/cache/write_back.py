@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import Final
 
 from torchcache.errors import (
@@ -314,16 +315,16 @@ class WriteBack:
         """
         key.validate()
         under_store = self._under_store(key.store)
+        slot = self._slots.slot(key)  # in hand, so that what the deletion meets isn't forgotten
         self._deletions.request(under_store, key, save_id, deadline=deadline)
         self._uploads.add(key)
-        slot = self._slots.slot(key)
         with self._slots.changed:
             self._slots.changed.wait_for(
                 lambda: slot.deletion is None or slot.deletion_error is not None, max(0.0, wait_s)
             )
             error, left = slot.deletion_error, slot.deletion
         if error is not None:
-            raise error
+            raise copy(error)
         return left is None
 
     # ---- objects written through the pool ----
@@ -418,7 +419,7 @@ class WriteBack:
                 under_store = self._under_store(slot.key.store)
                 self._reservations.tidy(under_store, slot, deadline=deadline)
                 self._borrowing.tidy(slot, deadline=deadline)
-                if self._copies.tend(under_store, slot, deadline=deadline):
+                if self._copies.tend(under_store, slot, deadline=deadline) or slot.garbage:
                     self._uploads.add(slot.key)
             except TransientError:
                 unreachable.add(slot.key.store)
@@ -427,18 +428,17 @@ class WriteBack:
 
     def _forget_evicted(self) -> None:
         """Of a durable save that eviction has taken, the under-store tells as much as its record."""
+        seen = [(slot, slot.save, tuple(slot.spent.items())) for slot in self._slots.all()]
+        # Behind that: what was all here by then, and isn't now, was evicted.
         resident = {usage.name for usage in self._store.namespaces()}
-        for slot in self._slots.all():
-            for spent in [id for id, one in tuple(slot.spent.items()) if not one.namespaces & resident]:
-                self._slots.end_spent(slot, spent)
-            save = slot.save
+        for slot, save, spent in seen:
+            for save_id in [save_id for save_id, one in spent if not one.namespaces & resident]:
+                self._slots.end_spent(slot, save_id)
             if save is None or save.state != "durable" or save.claimed or save.namespaces & resident:
                 continue
             with slot.exclusively(time.monotonic() + self._lease_s):
                 if slot.save is save:
                     self._slots.forget_save(slot)
-                    for namespace in tuple(slot.garbage):  # or the path would be known by it for good
-                        self._slots.drop(slot, namespace)
 
     def _under_store(self, name: str) -> UnderStore:
         return choose(self._under_stores, name)

@@ -251,7 +251,7 @@ def parse_under_stores(items: Iterable[str]) -> dict[str, str]:
     table: dict[str, str] = {}
     for item in items:
         name, equals, uri = item.partition("=")
-        if not equals or not name or not uri:
+        if not equals or not name or not uri or "://" in name:
             raise ConfigurationError(
                 f"{shown_uri(item)!r} is no under-store: write NAME=URI, like s3=s3://bucket"
             )

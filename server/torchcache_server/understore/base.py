@@ -70,7 +70,7 @@ class FolderPage:
     token: str
 
 
-_USER: Final = re.compile(r"://[^/@:]*:[^@]*@")
+_USER: Final = re.compile(r"://[^/@:]*:.*@", re.DOTALL)
 
 
 def shown_uri(uri: str) -> str:

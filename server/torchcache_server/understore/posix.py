@@ -20,7 +20,7 @@ from torchcache.errors import (
 )
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
 from torchcache.save_names import CLAIM_NAME
-from torchcache_server.understore.base import Counters, FolderPage, Listing, changed, check_range
+from torchcache_server.understore.base import Counters, FolderPage, Listing, changed, check_range, shown_uri
 from torchcache_server.understore.posix_files import Root, locked, translate, version_of
 from torchcache_server.understore.posix_temporary import Temporaries, remove
 from torchcache_server.understore.posix_walk import walk
@@ -41,7 +41,9 @@ class PosixUnderStore:
     def __init__(self, name: str, uri: str, *, umask: int | None = None) -> None:
         path = uri.removeprefix("file://")
         if not uri.startswith("file:///") or os.path.normpath(path) != (path.rstrip("/") or "/"):
-            raise ConfigurationError(f"{uri!r} is not the URI of a folder: write file:///absolute/path")
+            raise ConfigurationError(
+                f"{shown_uri(uri)!r} is not the URI of a folder: write file:///absolute/path"
+            )
         self._name = name
         self._root = Root(os.path.normpath(path), umask)
         self._counters = Counters()

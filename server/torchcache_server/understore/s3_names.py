@@ -60,7 +60,9 @@ class S3Root:
     def locate_prefix(self, prefix: str) -> S3Object:
         """Where keys with `prefix` lie. Raises ConfigurationError if the bucket isn't named in full."""
         if not self.bucket and "/" not in prefix:
-            raise ConfigurationError(f"{self.uri}{prefix} names no bucket to list: write s3://bucket/folder/")
+            raise ConfigurationError(
+                f"{shown_uri(self.uri + prefix)} names no bucket to list: write s3://bucket/folder/"
+            )
         return self._split(prefix)
 
     def relative(self, located: S3Object) -> str:
@@ -72,7 +74,8 @@ class S3Root:
             return S3Object(self.bucket, self.prefix + key)
         bucket, _, rest = key.partition("/")
         if not _BUCKET.fullmatch(bucket):
+            shown = shown_uri(f"s3://{key}").removeprefix("s3://")
             raise ConfigurationError(
-                f"{bucket!r} in {self.uri}{key} can't be the name of an S3 bucket", object=key
+                f"{shown.partition('/')[0]!r} in s3://{shown} can't be the name of an S3 bucket", object=shown
             )
         return S3Object(bucket, rest)

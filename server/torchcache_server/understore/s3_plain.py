@@ -138,7 +138,7 @@ class PlainGets:
         self._ways: dict[str, Way] = {}
         self._idle: defaultdict[tuple[str, str], deque[Connection]] = defaultdict(deque)
         self._tls: ssl.SSLContext | None = None
-        self._look_from = 0.0  # monotonic
+        self._look_from: defaultdict[tuple[str, str], float] = defaultdict(float)  # monotonic
         self._closed = False
         self._lock = threading.Lock()
 
@@ -174,11 +174,9 @@ class PlainGets:
             connection.close()
         except http.client.HTTPException as error:
             connection.close()
-            raise (
-                error
-                if isinstance(error, OSError)
-                else ProtocolError(str(error) or type(error).__name__, error)
-            ) from error
+            if isinstance(error, OSError):
+                raise
+            raise ProtocolError(str(error) or type(error).__name__, error) from error
         except BaseException:
             connection.close()
             raise
@@ -222,10 +220,11 @@ class PlainGets:
         """For the next GET. Those idle longest are closed here if the server has closed them; all, once closed."""
         ended = []
         with self._lock:
-            idle = self._idle[way.scheme, way.netloc]
+            place = way.scheme, way.netloc
+            idle = self._idle[place]
             idle.append(connection)
-            if self._closed or time.monotonic() >= self._look_from:
-                self._look_from = time.monotonic() + LOOK_S
+            if self._closed or time.monotonic() >= self._look_from[place]:
+                self._look_from[place] = time.monotonic() + LOOK_S
                 while idle and (self._closed or idle[0].is_spoiled):
                     ended.append(idle.popleft())
         for one in ended:
