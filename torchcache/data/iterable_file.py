@@ -52,23 +52,19 @@ class _Shard(io.RawIOBase):
             extent = Extent(self._info, self._at, len(target))
             try:
                 self._pool.read([extent], namespace=self._namespace, into=[target])
-            except TorchCacheError as error:
-                raise explained(self._pool, self._info, error)  # noqa: B904 - it has its cause
+            except (ObjectNotFound, ObjectChanged) as error:
+                raise explained(self._pool, self._info, error) from error
         self._at += len(target)
         return len(target)
 
 
-def explained(pool: Pool, info: ObjectInfo, error: TorchCacheError) -> TorchCacheError:
-    """A shard that is no longer what was listed, in the user's terms, its cause set; other errors as they are."""
-    if not isinstance(error, ObjectNotFound | ObjectChanged):
-        return error
+def explained(pool: Pool, info: ObjectInfo, error: ObjectNotFound | ObjectChanged) -> TorchCacheError:
+    """That a shard is no longer what was listed, in the user's terms."""
     uri = pool.uri(info.id)
     happened = "is gone" if isinstance(error, ObjectNotFound) else "has changed"
-    told = type(error)(
+    return type(error)(
         f"the shard {uri} {happened} since this dataset was created: create it again, it lists the shards anew",
         object=uri,
         server=error.server,
         request_id=error.request_id,
     )
-    told.__cause__ = error
-    return told

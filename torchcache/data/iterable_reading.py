@@ -19,7 +19,7 @@ from torchcache.data.formats.compression import held_whole, unpacked
 from torchcache.data.iterable_file import explained, open_parts, open_shard
 from torchcache.data.iterable_index import Access
 from torchcache.data.iterable_order import Ints
-from torchcache.errors import IntegrityError, TorchCacheError
+from torchcache.errors import IntegrityError, ObjectChanged, ObjectNotFound, TorchCacheError
 from torchcache.model import Extent
 from torchcache.pool import Residency
 
@@ -104,8 +104,10 @@ class RecordReading:
         format_ = self._records.format
         if isinstance(outcome, IntegrityError):
             return outcome
+        if isinstance(outcome, ObjectNotFound | ObjectChanged):
+            raise explained(self._records.pool, self._records.info(shard), outcome) from outcome
         if isinstance(outcome, TorchCacheError):
-            raise explained(self._records.pool, self._records.info(shard), outcome)
+            raise outcome
         if not isinstance(format_, RecordFormat):
             raise TypeError(f"{format_.name} has no records that are read alone")
         url = self._urls.get(shard)

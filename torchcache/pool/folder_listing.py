@@ -126,9 +126,12 @@ class FolderListing:
         """
         first = self._ask(folder, "", "")
         flat = self._list_flat(folder) if first is None else self._flat_if_denser(folder, first)
-        if first is None or flat is not None:
-            yield from flat or ()
-            return
+        if flat is not None:
+            yield from flat
+        elif first is not None:
+            yield from self._by_folders(folder, first)
+
+    def _by_folders(self, folder: str, first: FolderPart) -> Iterator[ObjectInfo]:
         yield from self._taken(_Range(_Folder(folder)), first)
         if not self._waiting:
             return

@@ -48,9 +48,8 @@ def granted(head: bytes) -> Head | None:
     if _GRANTED.fullmatch(text) is None:
         return None
     fields = _FIELD.findall(text)
-    headers = {
-        name.lower(): value.rstrip(" \t") for name, value in reversed(fields)
-    }  # the first of a name stays
+    # The first of a name stays.
+    headers = {name.lower(): value.rstrip(" \t") for name, value in reversed(fields)}
     if len(headers) < len(fields) and not _ONCE.isdisjoint(_repeated(fields)):
         return None
     length = headers.get("content-length", "")
