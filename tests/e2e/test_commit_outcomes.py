@@ -17,8 +17,7 @@ from tests.e2e import dying_writer_child
 from tests.e2e.dying_writer_child import POINTS
 from tests.e2e.forked import fork_server
 from tests.integration.described_saves import load, save
-from tests.integration.replica_servers import ReplicaServers, wait_for_save
-from tests.integration.store_process_parts import ForkingStarter
+from tests.integration.replica_servers import ReplicaServers, two_servers, uri_for, wait_for_save
 from tests.waiting import until
 from torchcache.errors import NotCommitted
 from torchcache.pool import Pool, SaveInfo
@@ -30,18 +29,13 @@ SIZE = 2 * 1024 * 1024
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicaServers]:
-    folder = tmp_path_factory.mktemp("pool")
-    (folder / "source").mkdir()
-    with (
-        ForkingStarter() as starter,
-        ReplicaServers(folder, f"file=file://{folder}/source", count=2, starter=starter) as servers,
-    ):
+    with two_servers(tmp_path_factory.mktemp("pool")) as servers:
         yield servers
 
 
 @pytest.fixture
 def uri(servers: ReplicaServers, request: pytest.FixtureRequest) -> str:
-    return f"file://{servers.folder}/source/{request.node.name.replace('[', '-').rstrip(']')}"
+    return uri_for(servers, request.node.name)
 
 
 class Writer:

@@ -24,8 +24,7 @@ from tests.e2e import two_rank_child
 from tests.e2e.forked import fork_server
 from tests.e2e.two_rank_child import POINTS, WORLD, Act, Job
 from tests.integration.described_saves import state_of
-from tests.integration.replica_servers import ReplicaServers, wait_for_save
-from tests.integration.store_process_parts import ForkingStarter
+from tests.integration.replica_servers import ReplicaServers, two_servers, uri_for, wait_for_save
 from tests.waiting import PATIENCE_S, until
 from torchcache.errors import NotCommitted
 
@@ -37,18 +36,13 @@ AT_COMMIT = list(POINTS).index("committed")
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicaServers]:
-    folder = tmp_path_factory.mktemp("pool")
-    (folder / "source").mkdir()
-    with (
-        ForkingStarter() as starter,
-        ReplicaServers(folder, f"file=file://{folder}/source", count=2, starter=starter) as servers,
-    ):
+    with two_servers(tmp_path_factory.mktemp("pool")) as servers:
         yield servers
 
 
 @pytest.fixture
 def uri(servers: ReplicaServers, request: pytest.FixtureRequest) -> str:
-    return f"file://{servers.folder}/source/{request.node.name.replace('[', '-').rstrip(']')}"
+    return uri_for(servers, request.node.name)
 
 
 class Ranks:

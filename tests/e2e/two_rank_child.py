@@ -10,7 +10,6 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from tests.e2e.named_points import Point, arm
 from tests.integration.described_saves import state_of
 from torchcache.checkpoint import CacheStorageWriter
 from torchcache.connecting import connect
@@ -30,7 +30,7 @@ WORLD = 2
 
 Act = Literal["kill", "stop", "wait", "twice"]
 
-POINTS: dict[str, tuple[type, str, str]] = {
+POINTS: dict[str, Point] = {
     "planned": (CacheStorageWriter, "prepare_global_plan", "behind"),
     "reserved": (CacheStorageWriter, "write_data", "before"),
     "half-written": (Pool, "write", "behind"),
@@ -40,8 +40,8 @@ POINTS: dict[str, tuple[type, str, str]] = {
     "committed": (Replicas, "confirm", "before"),
     "finished": (CacheStorageWriter, "finish", "behind"),
 }
-"""In their order: what is called, and on which side of it the point is. "half-written" is after the first of two files
-of a rank; from "gathered" on all is the coordinator's alone."""
+"""In their order. "half-written" is after the first of two files of a rank; from "gathered" on all is the coordinator's
+alone."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main(job: Job, rank: int, point: str, act: Act, pipe: Connection) -> None:
     if act == "twice":
         _commit_twice()
     elif point:
-        _arm(point, act, pipe)
+        _arm(POINTS[point], act, pipe)
     how = _save(job)
     gc.collect()  # a writer that nobody has any more gives back the path of a save that failed
     pipe.send(how)
@@ -95,10 +95,7 @@ def _tensors(job: Job) -> dict[str, torch.Tensor]:
     return {name: described[name] for name in ("large", "small")}
 
 
-def _arm(point: str, act: Act, pipe: Connection) -> None:
-    kind, name, side = POINTS[point]
-    original: Callable[..., Any] = getattr(kind, name)
-
+def _arm(point: Point, act: Act, pipe: Connection) -> None:
     once = threading.Lock()  # several threads write
 
     def reach() -> None:
@@ -110,15 +107,7 @@ def _arm(point: str, act: Act, pipe: Connection) -> None:
         else:
             os.kill(os.getpid(), signal.SIGKILL if act == "kill" else signal.SIGSTOP)
 
-    def armed(*arguments: Any, **named: Any) -> Any:
-        if side == "before":
-            reach()
-        result = original(*arguments, **named)
-        if side == "behind":
-            reach()
-        return result
-
-    setattr(kind, name, armed)
+    arm(point, reach)
 
 
 def _commit_twice() -> None:
@@ -129,4 +118,4 @@ def _commit_twice() -> None:
         commit(pool, *where, **what)
         return commit(pool, *where, **what)
 
-    setattr(Pool, "commit_save", twice)  # noqa: B010 - it isn't quite of that type
+    Pool.commit_save = twice

@@ -162,3 +162,14 @@ def wait_for_save(pool: Pool, uri: str, what: Callable[[SaveInfo], bool]) -> Sav
         assert time.monotonic() < deadline, info
         time.sleep(0.05)
     return info
+
+
+def two_servers(folder: Path) -> ReplicaServers:
+    """Over the folder `source` in `folder`."""
+    (folder / "source").mkdir()
+    return ReplicaServers(folder, f"file=file://{folder}/source", count=2)
+
+
+def uri_for(servers: ReplicaServers, test: str) -> str:
+    """Of a path there that no other test, by its name, has."""
+    return f"file://{servers.folder}/source/{test.replace('[', '-').rstrip(']')}"

@@ -108,7 +108,7 @@ def test_objects_count_once_it_is_known_how_large_they_are(monkeypatch: pytest.M
     assert len(names) == len(set(names)) > 40 * 20_000 // 200_000
     found = {name: torch.zeros(100, 100) if name == "tensor" else None for name in state}
     dcp.load(found, storage_reader=checkpoint_states.reader(pool, URI), no_dist=True)
-    assert torch.equal(found.pop("tensor"), state.pop("tensor"))  # type: ignore[arg-type]
+    assert torch.equal(found.pop("tensor"), state.pop("tensor"))
     assert found == state
 
 
@@ -183,7 +183,7 @@ LARGE = 16 * READ_BYTES
 def test_a_load_keeps_to_its_bound(sizes: list[int], most: int) -> None:
     """What is larger than all of the bound is there alone: the one before it is forgotten first."""
     loads = CountedLoads(sizes)
-    run_loads(loads, None, extra_memory_bytes=2 * READ_BYTES)  # type: ignore[arg-type] - nothing is fetched
+    run_loads(loads, None, extra_memory_bytes=2 * READ_BYTES)
     assert loads.finished == len(sizes)
     assert loads.most <= most
 

@@ -343,7 +343,7 @@ def test_residency_waits_for_a_server_that_hangs_only_once(
         raise DeadlineExceeded("no answer within 30 s")
 
     monkeypatch.setattr(pool, "resident_bytes", resident_bytes)
-    found = Residencies(pool).of(pool.status())  # type: ignore[arg-type]
+    found = Residencies(pool).of(pool.status())
     assert [one.name for one in found] == ["s3://a/gone", "s3://b/data", "s3://b/more", "s3://b/top"]
     assert asked == ["b/data/a"]
     assert "no bucket" in found[0].error

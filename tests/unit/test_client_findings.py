@@ -100,7 +100,7 @@ def test_a_server_that_does_not_say_how_it_is(lane: str) -> None:
     """Whatever its lane: the local one reads files without it, and the data port isn't what stands in the way."""
     pool = MemoryPool()
     pool.lanes["127.0.0.1:7441"] = lane
-    found = {one.about: one for one in client_doctor._in_use(pool) if one.check == "lanes"}  # type: ignore[arg-type]
+    found = {one.about: one for one in client_doctor._in_use(pool) if one.check == "lanes"}
     assert found["127.0.0.1:7440"].state == "ok"
     assert found["127.0.0.1:7441"].state == "problem"
     assert "doesn't say how it is" in found["127.0.0.1:7441"].what

@@ -239,7 +239,7 @@ def test_a_reader_who_has_enough_ends_a_flat_listing(monkeypatch: pytest.MonkeyP
     flat = Flat(tree)
     objects = FolderListing(tree.ask, flat).objects("root/")
     assert next(objects)
-    objects.close()  # type: ignore[attr-defined]
+    objects.close()
     assert threads() == []
     assert flat.answers < 50
 
@@ -265,6 +265,6 @@ def test_a_reader_who_has_enough_ends_it() -> None:
     tree = Tree([f"root/{folder}/{n}" for folder in range(300) for n in range(2)], 1000)
     objects = FolderListing(tree.ask, large).objects("root/")
     assert next(objects)
-    objects.close()  # type: ignore[attr-defined]
+    objects.close()
     assert threads() == []
     assert len(tree.asked) < 301
