@@ -17,6 +17,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
+
 from tests.integration.self_describing import difference
 from torchcache.connecting import connect
 from torchcache.errors import TorchCacheError
@@ -54,6 +56,9 @@ def read(pool: Pool, sizes: list[int]) -> int:
 def main() -> None:
     job = Job(**json.loads(sys.stdin.readline()))
     if job.uid is not None:
+        grpc.insecure_channel(
+            "localhost:1"
+        ).close()  # imports more, from files that another user may not read
         os.setgroups([])
         os.setgid(job.uid)
         os.setuid(job.uid)

@@ -8,7 +8,6 @@ import pytest
 from torchcache_server.process.main import _draining
 from torchcache_server.service.draining import Draining
 
-from tests.waiting import until
 from torchcache.errors import ConfigurationError
 
 
@@ -19,8 +18,10 @@ def test_it_is_begun_and_told_of() -> None:
     draining.begin()
     assert begun == [1, 1]
     assert draining.wait(0) is None
-    draining.done(["s3://bucket/a"])
-    assert draining.wait(0) == ["s3://bucket/a"]
+    thread = threading.Thread(target=draining.done, args=(["s3://bucket/a"],))
+    thread.start()
+    assert draining.wait(1e9) == ["s3://bucket/a"]
+    thread.join()
 
 
 def test_who_waits_hears_of_the_end_at_once() -> None:
@@ -33,14 +34,22 @@ def test_who_waits_hears_of_the_end_at_once() -> None:
     assert found == [[]]
 
 
-def test_the_end_waits_for_who_watches_it() -> None:
-    """Who asks again every second isn't waiting at each moment."""
+def test_the_end_waits_for_who_asked_for_it() -> None:
+    """Who asks again every second isn't waiting at each moment; a server that has little to do is through by then."""
     draining = Draining(lambda: None)
-    assert draining.wait(1e-9) is None
+    draining.begin()
+    assert draining.wait(0) is None
     thread = threading.Thread(target=draining.done, args=([],))
     thread.start()
-    until(lambda: draining.wait(0) is not None)
+    thread.join(0.2)
+    assert thread.is_alive()
+    assert draining.wait(0) == []
     thread.join()
+
+
+def test_an_end_that_no_call_asked_for_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchcache_server.service.draining.LINGER_S", 3600.0)
+    Draining(lambda: None).done([])
 
 
 def test_a_server_that_would_be_started_again_is_not_ended_so() -> None:

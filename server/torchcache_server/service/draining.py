@@ -12,7 +12,7 @@ MAX_WAIT_S: Final = 5.0
 """A call holds a thread while it waits."""
 
 LINGER_S: Final = 5.0
-"""How long the end waits for those who watch it to come and hear how it ended."""
+"""How long the end waits for who asked for it to come and hear how it ended."""
 
 
 class Draining:
@@ -25,29 +25,29 @@ class Draining:
         self._instead = instead
         self._changed = threading.Condition()
         self._left: list[str] | None = None
-        self._is_watched = False
+        self._is_asked_for = False
         self._is_told = False
 
     def begin(self) -> None:
         """Has the server drain; again is fine. Raises ConfigurationError where a call can't."""
         if self._begin is None:
             raise ConfigurationError(f"this server can't be drained by a call: {self._instead}")
+        self._is_asked_for = True
         self._begin()
 
     def done(self, left: Sequence[str]) -> None:
         """All is finished that will be; `left`: URIs of what isn't in the under-store.
 
-        Returns once somebody was told, if anybody has waited for it: who asks every now and then is elsewhere just now.
+        Returns once somebody was told, if a call has begun it: who asks every now and then is elsewhere just now.
         """
         with self._changed:
             self._left = list(left)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._is_told or not self._is_watched, LINGER_S)
+            self._changed.wait_for(lambda: self._is_told or not self._is_asked_for, LINGER_S)
 
     def wait(self, timeout_s: float) -> list[str] | None:
         """What is left, once the server has drained; None if it hasn't within `timeout_s`, at most `MAX_WAIT_S`."""
         with self._changed:
-            self._is_watched |= timeout_s > 0
             self._changed.wait_for(lambda: self._left is not None, min(max(timeout_s, 0.0), MAX_WAIT_S))
             if self._left is None:
                 return None
