@@ -91,8 +91,11 @@ def test_the_store_is_made_read_only(tmp_path: Path) -> None:
             dataset.read(server.pool)
             server.hinder_upload("run/kept")
             server.save("run/kept", 1, 5 * MIB)
-            disk.run("mount", "--bind", str(store), str(store))
-            disk.run("mount", "-o", "remount,bind,ro", str(store))
+            # The server holds the folder by a descriptor, so that what is put over it is met by the next start only.
+            folders = [str(store / name) for name in ("segments", "records", "flags", "spares")] + [str(store)]
+            for folder in folders:
+                disk.run("mount", "--bind", folder, folder)
+                disk.run("mount", "-o", "remount,bind,ro", folder)
             dataset.read(server.pool)
             assert_only_passing_through(server, "read-only")
             dataset.read(server.pool)
@@ -101,7 +104,8 @@ def test_the_store_is_made_read_only(tmp_path: Path) -> None:
             with pytest.raises(AssertionError, match=r"(?i)read-only file system"):
                 server.start()
             assert "Traceback" not in server.log.read_text()
-            disk.run("umount", str(store))
+            for folder in reversed(folders):
+                disk.run("umount", folder)
             server.start()
             server.assert_loads("run/kept", 1, 5 * MIB)
             dataset.read(server.pool)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,7 @@ from torchcache_server.store import OS, Store, folder, opening
 from torchcache_server.store.identity import read_identity
 
 from tests.unit.store_parts import CAPACITY, FailingDisk, chunk, fill, flip_bit, held
-from torchcache.errors import ConfigurationError
+from torchcache.errors import ConfigurationError, TorchCacheError
 
 IDENTITIES = ("store.json", "store-copy.json")
 
@@ -387,4 +388,64 @@ def test_an_index_as_it_was_left_is_trusted(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(opening, "remove_index", lambda _: pytest.fail("the index is thrown away"))
     store = open_store(tmp_path)
     assert all(held(store, n, 100) for n in range(300))
+    store.close()
+
+
+@pytest.mark.hostile("folders")
+@pytest.mark.parametrize("name", ["segments", "segments/*", "records", "flags", "spares"])
+def test_a_symlink_in_the_place_of_a_folder_is_not_followed_by_an_open_store(
+    tmp_path: Path, name: str
+) -> None:
+    """F15: not even one to a folder in which all names are there. What is held is served meanwhile, and after."""
+    path, outside = tmp_path / "store", tmp_path / "outside"
+    store = open_store(path)
+    fill(store, "n", range(3))
+    store.pin("n", True)
+    store.put_record(b"k", b"v")
+    (folder,) = path.glob(name)
+    moved = folder.rename(tmp_path / "moved")
+    shutil.copytree(moved, outside)
+    (outside / "0000000000000001.segment").touch()
+    folder.symlink_to(outside)
+    before = everything_in(outside)
+    for work in (
+        lambda: fill(store, "n", range(3, 6)),
+        lambda: fill(store, "other", range(6, 16), size=2 << 20),
+        lambda: store.put_record(b"k", b"w"),
+        lambda: store.delete_record(b"k"),
+        lambda: store.pin("n", False),
+        lambda: store.pin("other", True),
+        lambda: store.sync("n"),
+        lambda: store.evict("other"),
+        store.tidy,
+    ):
+        with suppress(TorchCacheError):
+            work()
+    assert everything_in(outside) == before
+    assert all(held(store, number) for number in range(3))
+    folder.unlink()
+    moved.rename(folder)
+    fill(store, "n", range(16, 18))
+    store.close()
+    store = open_store(path)
+    assert held(store, 0)
+    store.close()
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_store_that_is_moved_while_it_is_open_stays_the_one_that_is_meant(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    fill(store, "n", range(3))
+    (tmp_path / "store").rename(tmp_path / "moved")
+    (tmp_path / "store").mkdir()
+    store.put_record(b"k", b"v")
+    fill(store, "other", range(3, 6))
+    store.close()
+    assert not list((tmp_path / "store").iterdir())
+    store = open_store(tmp_path / "moved")
+    assert all(held(store, number) for number in range(6))
+    assert store.get_record(b"k") == b"v"
     store.close()

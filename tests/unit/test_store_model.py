@@ -51,7 +51,7 @@ ALL = range(30)
 SIZES = (20_000, 12_000, 40_000, 100, 0)
 CAPACITY = 4 * SMALL_SEGMENT  # some twenty chunks
 MAX_RESTING = 1
-MAX_DESCRIPTORS = MAX_RESTING + 4  # the lock of the folder, and three files of LMDB's
+MAX_DESCRIPTORS = MAX_RESTING + 5  # the folder, its lock, and three files of LMDB's
 POLICIES = st.builds(
     Policy,
     pinned=st.booleans(),

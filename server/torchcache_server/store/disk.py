@@ -11,11 +11,13 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 import pyarrow as pa
 
 from torchcache.mappings import Mapping, populate
+from torchcache_server.store import anchors
 
 Bytes = bytes | bytearray | memoryview
 
@@ -30,22 +32,23 @@ _PUNCH_HOLE_KEEP_SIZE: Final = 0x02 | 0x01
 
 
 class DiskCalls:
-    """The real calls. Descriptors are plain ints; paths are absolute."""
+    """The real calls. Descriptors are plain ints; paths are absolute, and go through no symlink below a held folder."""
 
     def make_dir(self, path: str) -> None:
         """Creates one folder, for the owner alone. One that exists is fine."""
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            pass
+        with suppress(FileExistsError), anchors.parent(path) as (folder, name):
+            os.mkdir(name, 0o700, dir_fd=folder)
 
     def create(self, path: str) -> int:
         """Opens a new file for reading and writing; one of that name, or a symlink, is refused."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with anchors.parent(path) as (folder, name):
+            return os.open(name, flags, 0o600, dir_fd=folder)
 
     def open(self, path: str) -> int:
         """Opens an existing file for reading and writing; symlinks are refused."""
-        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with anchors.parent(path) as (folder, name):
+            return os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -100,13 +103,13 @@ class DiskCalls:
         fcntl.flock(fd, fcntl.LOCK_UN)
 
     def free_bytes(self, path: str) -> tuple[int, int]:
-        """What the file system that holds `path` has left for us, and its size."""
-        found = os.statvfs(path)
+        """What the file system that holds `path` has left for us, and its size. Takes no descriptor."""
+        found = os.statvfs(anchors.held(path))
         return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
     def taken_bytes(self, path: str) -> int:
         """What the files of a folder take of the disk; those in folders below it don't count."""
-        with os.scandir(path) as found:
+        with anchors.opened(path) as fd, os.scandir(fd) as found:
             return sum(512 * f.stat(follow_symlinks=False).st_blocks for f in found if f.is_file())
 
     def next_data(self, fd: int, offset: int) -> int | None:
@@ -127,29 +130,24 @@ class DiskCalls:
 
     def fsync_dir(self, path: str) -> None:
         """Makes the names in a folder durable."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with anchors.opened(path) as fd:
             os.fsync(fd)
-        finally:
-            os.close(fd)
 
     def rename(self, source: str, target: str) -> None:
         """Atomically puts `source` in the place of `target`."""
-        os.rename(source, target)
+        with anchors.parent(source) as (source_folder, old), anchors.parent(target) as (target_folder, new):
+            os.rename(old, new, src_dir_fd=source_folder, dst_dir_fd=target_folder)
 
     def unlink(self, path: str) -> None:
         """Removes a name; one that is gone is fine."""
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
+        with suppress(FileNotFoundError), anchors.parent(path) as (folder, name):
+            os.unlink(name, dir_fd=folder)
 
     def remove_dir(self, path: str) -> None:
         """Removes an empty folder; one that is gone, or isn't empty, is left alone."""
         try:
-            os.rmdir(path)
-        except FileNotFoundError:
-            pass
+            with suppress(FileNotFoundError), anchors.parent(path) as (folder, name):
+                os.rmdir(name, dir_fd=folder)
         except OSError as error:
             if error.errno != errno.ENOTEMPTY:  # a new segment came in between
                 raise
@@ -157,7 +155,8 @@ class DiskCalls:
     def names(self, path: str) -> list[str]:
         """Names in a folder, sorted; none for one that doesn't exist."""
         try:
-            return sorted(os.listdir(path))
+            with anchors.opened(path) as fd:
+                return sorted(os.listdir(fd))
         except FileNotFoundError:
             return []
 

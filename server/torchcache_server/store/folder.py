@@ -14,7 +14,7 @@ import xxhash
 from torchcache.errors import ConfigurationError
 from torchcache.locks import LockFile
 from torchcache.records import SUFFIX
-from torchcache_server.store import layout
+from torchcache_server.store import anchors, layout
 from torchcache_server.store.disk import UNREADABLE, DiskCalls, read_file, replace_file
 from torchcache_server.store.identity import (
     DAMAGED,
@@ -47,6 +47,7 @@ class StoreFolder:
             self._make(self.path)
             self._lock = take_lock(self.path)
             try:
+                anchors.hold(self.path)
                 self._enter()
             except BaseException:
                 self.unlock()
@@ -95,6 +96,7 @@ class StoreFolder:
 
     def unlock(self) -> None:
         """Lets others use the folder."""
+        anchors.let_go(self.path)
         self._lock.close()
 
     def _make(self, path: str) -> None:

@@ -50,8 +50,10 @@ class Watch:
 
         `address` is of what can't be read, if that is mapped: one bad place counts once, however often it is asked for.
         """
-        # A folder that is gone shows where something is to be made in it.
-        if error.errno not in _OF_THE_DISK and not (call in _MAKING and error.errno == errno.ENOENT):
+        # A folder that is gone, or a symlink now, shows where something is to be made in it.
+        if error.errno not in _OF_THE_DISK and not (
+            call in _MAKING and error.errno in (errno.ENOENT, errno.ENOTDIR)
+        ):
             return
         with self._lock:
             if address in self._unreadable:

@@ -57,11 +57,12 @@ class Spares:
     @property
     def leaving_bytes(self) -> int:
         """What unlinked files still take of the disk: somebody of this process looks at them."""
-        self._leaving = [(unmapped, size) for unmapped, size in self._leaving if not unmapped]
+        self._drop_unmapped()
         return sum(size for _, size in self._leaving)
 
     def unlinked(self, unmapped: list[None], held_bytes: int) -> None:
         """Notes a file whose room comes back once `unmapped` has an item."""
+        self._drop_unmapped()
         self._leaving.append((unmapped, held_bytes))
 
     def ready(self, file_bytes: int) -> list[int]:
@@ -100,6 +101,9 @@ class Spares:
             self.unlinked(spare.unmapped, spare.held_bytes)
             freed += spare.held_bytes
         return freed
+
+    def _drop_unmapped(self) -> None:
+        self._leaving = [(unmapped, size) for unmapped, size in self._leaving if not unmapped]
 
     def _open(self, spare: _Spare) -> int | None:
         """Its descriptor, locked alone; None if a reader of another process holds it, or the disk won't."""
