@@ -92,7 +92,9 @@ def test_the_store_is_made_read_only(tmp_path: Path) -> None:
             server.hinder_upload("run/kept")
             server.save("run/kept", 1, 5 * MIB)
             # The server holds the folder by a descriptor, so that what is put over it is met by the next start only.
-            folders = [str(store / name) for name in ("segments", "records", "flags", "spares")] + [str(store)]
+            folders = [str(store / name) for name in ("segments", "records", "flags", "spares")] + [
+                str(store)
+            ]
             for folder in folders:
                 disk.run("mount", "--bind", folder, folder)
                 disk.run("mount", "-o", "remount,bind,ro", folder)

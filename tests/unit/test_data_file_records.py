@@ -134,3 +134,13 @@ def test_a_file_that_went_says_so(pool: SamplePool) -> None:
     with pytest.raises(ObjectNotFound, match=r"data/001.bin is gone since this dataset was created"):
         dataset.__getitems__([0, 3])
     assert repr(dataset).endswith("record_bytes=7: 4 records in 2 objects, 28 bytes)")
+
+
+def test_what_is_pickled_does_not_grow_with_the_files(pool: SamplePool) -> None:
+    """Nor what a worker has for itself: the numbers of first records lie in a file that all map."""
+    fill(pool, [1])
+    few = len(pickle.dumps(from_files(pool)._samples.__dict__["_firsts"]))
+    records = fill(pool, [2] * 300)
+    samples = from_files(pool)._samples
+    assert len(pickle.dumps(samples.__dict__["_firsts"])) == few
+    assert pickle.loads(pickle.dumps(samples)).read([599, 0]) == [records[599], records[0]]

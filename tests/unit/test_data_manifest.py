@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 import time
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torchcache.data import listing
 from torchcache.data import manifest as module
 from torchcache.data.manifest import Manifest
 from torchcache.errors import ConfigurationError, IntegrityError, ObjectNotFound
@@ -127,20 +125,3 @@ def test_a_folder_that_can_not_be_made_says_what_to_set(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigurationError, match="TORCHCACHE_HOME"):
         Manifest.write("s3", some(1), tmp_path / "file" / "manifests")
-
-
-@given(st.lists(st.tuples(_TEXT, _TEXT), max_size=30, unique_by=lambda row: row[0]), st.randoms())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_a_listing_in_any_order_becomes_the_same_list(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[tuple[str, str]], chance: random.Random
-) -> None:
-    """Also where the rows are several batches, on either side."""
-    monkeypatch.setattr(module, "BATCH_ROWS", 7)
-    monkeypatch.setattr(listing, "BATCH_ROWS", 7)
-    found = objects([(key, version, number) for number, (key, version) in enumerate(rows)])
-    in_order = sorted(found, key=lambda object: object.id.key)
-    chance.shuffle(found)
-    unsorted = Manifest.write("s3", found, tmp_path)
-    by_key = Manifest.of_batches("s3", listing._by_key(unsorted), tmp_path)
-    assert [by_key[i] for i in range(len(by_key))] == in_order
-    assert by_key.digest == Manifest.write("s3", in_order, tmp_path).digest

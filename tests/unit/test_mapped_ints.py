@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +31,20 @@ def test_what_is_pickled_is_where_they_lie(tmp_path: Path) -> None:
     assert MappedInts.write(VALUES, tmp_path).path == written.path  # once for all ranks
     assert [entry.suffix for entry in tmp_path.iterdir()] == [".arrow"]
     assert len(MappedInts.write(VALUES[:0], tmp_path).array()) == 0
+
+
+def test_a_worker_that_opens_them_imports_nothing_for_it(tmp_path: Path) -> None:
+    """Pandas above all, which Arrow's own `to_numpy` imports where it is installed."""
+    written = MappedInts.write(VALUES, tmp_path)
+    code = (
+        "import pickle, sys\n"
+        "from torchcache.data.mapped_ints import MappedInts\n"
+        f"ints, before = pickle.loads({pickle.dumps(written)!r}), set(sys.modules)\n"
+        "ints.array()\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "sys.exit(' '.join(new & {'pandas', 'torch'}) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_file_that_is_damaged_or_gone(tmp_path: Path) -> None:

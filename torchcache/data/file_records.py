@@ -6,15 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from torchcache import environment
 from torchcache.data.buffer_pool import default_buffers
 from torchcache.data.files import FileSamples
 from torchcache.data.formats.base import place
 from torchcache.data.manifest import Manifest
+from torchcache.data.mapped_ints import MappedInts
 from torchcache.data.outputs import Landing
 from torchcache.data.samples import OnMissing, OnProgress, residency_of, windows
 from torchcache.errors import ConfigurationError
-from torchcache.model import Extent
+from torchcache.model import Extent, ObjectInfo
 from torchcache.pool import Residency
 
 
@@ -31,29 +34,43 @@ class FileRecords(FileSamples):
         super().__init__(*arguments, **options)
 
     def _adopt(self, manifest: Manifest) -> None:
-        record_bytes, sizes = self._record_bytes, manifest.sizes()
-        if len(torn := np.flatnonzero(sizes % record_bytes)):
-            object = manifest[int(torn[0])]
-            raise ConfigurationError(
-                f"{self._pool.uri(object.id)} has {object.size} bytes, which is no whole number of records of "
-                f"{record_bytes}: give the right record_bytes=, or a pattern= that leaves it out",
-                object=self._pool.uri(object.id),
-            )
-        # Of each object the number of its first record: 8 bytes an object, for each process.
-        self._firsts = np.concatenate(([0], np.cumsum(sizes // record_bytes)))
+        firsts = np.zeros(len(manifest) + 1, np.int64)
+        at = 0
+        for sizes in manifest.size_parts():
+            counts, beyond = np.divmod(sizes, self._record_bytes)
+            if len(torn := np.flatnonzero(beyond)):
+                raise self._torn(manifest[at + int(torn[0])])
+            firsts[at + 1 : at + 1 + len(counts)] = counts
+            at += len(counts)
+        np.cumsum(firsts, out=firsts)
+        # Of each object the number of its first record, and at the end that of all records.
+        self._firsts = MappedInts.write(firsts, environment.home() / "manifests")
+        self._count = int(firsts[-1])
         super()._adopt(manifest)
+
+    def _torn(self, object: ObjectInfo) -> ConfigurationError:
+        uri = self._pool.uri(object.id)
+        return ConfigurationError(
+            f"{uri} has {object.size} bytes, which is no whole number of records of {self._record_bytes}: give the "
+            "right record_bytes=, or a pattern= that leaves it out",
+            object=uri,
+        )
+
+    def _files(self, records: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The object that each record lies in."""
+        return np.searchsorted(self._firsts.array(), records, side="right") - 1
 
     def _renew(self, indices: Sequence[int], uri: str | None) -> bool:
         """Never: it may have other records."""
         return False
 
     def __len__(self) -> int:
-        return int(self._firsts[-1])
+        return self._count
 
     def _read_into_buffers(self, indices: Sequence[int]) -> Landing:
         """Records that follow one another in an object are read as one: so its chunks come whole, for the most part."""
         records = np.asarray(indices, dtype=np.int64)
-        files = np.searchsorted(self._firsts, records, side="right") - 1
+        files = self._files(records)
         follows = (np.diff(records) == 1) & (np.diff(files) == 0)
         starts = np.flatnonzero(np.concatenate(([True], ~follows)))
         counts = np.diff(np.append(starts, len(records))).tolist()
@@ -68,8 +85,8 @@ class FileRecords(FileSamples):
 
     def extents(self, indices: Sequence[int]) -> list[Extent]:
         records = np.asarray(indices, dtype=np.int64)
-        files = np.searchsorted(self._firsts, records, side="right") - 1
-        offsets = ((records - self._firsts[files]) * self._record_bytes).tolist()
+        files = self._files(records)
+        offsets = ((records - self._firsts.array()[files]) * self._record_bytes).tolist()
         objects = self._manifest.take(files.tolist())
         size = self._record_bytes
         return [Extent(object, offset, size) for object, offset in zip(objects, offsets, strict=True)]
@@ -87,7 +104,7 @@ class FileRecords(FileSamples):
         for window in windows(indices):
             if cancelled():
                 return
-            files = np.searchsorted(self._firsts, np.asarray(window), side="right") - 1
+            files = self._files(window)
             new = [file for file in dict.fromkeys(files.tolist()) if file not in staged]
             staged.update(new)
             self._pool.stage(
@@ -108,7 +125,7 @@ class FileRecords(FileSamples):
 
     def keys(self) -> list[str]:
         """Of each record the key of its object."""
-        counts = np.diff(self._firsts).tolist()
+        counts = np.diff(self._firsts.array()).tolist()
         return [key for key, count in zip(super().keys(), counts, strict=True) for _ in range(count)]
 
     def name(self, index: int) -> str:

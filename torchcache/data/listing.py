@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchcache.data.manifest import BATCH_ROWS, Manifest, private_folder
+from torchcache.data.key_order import by_key, windows
+from torchcache.data.manifest import Manifest, private_folder
 from torchcache.data.progress import listing_progress
-from torchcache.errors import IntegrityError
 from torchcache.model import ObjectId, ObjectInfo
 from torchcache.pool import Pool
 
@@ -76,34 +76,25 @@ def listed(pool: Pool, uri: str, pattern: str, folder: Path) -> tuple[Manifest, 
         if listing.in_order:
             return manifest.moved_to(folder), listing.others
         # Folders are listed side by side. And not every S3 lists bytewise by key: SeaweedFS goes folder by folder.
-        return Manifest.of_batches(store, _by_key(manifest), folder), listing.others
-
-
-def _by_key(manifest: Manifest) -> Iterator[pa.RecordBatch]:
-    """The rows by key. Some 100 bytes of memory a row, for as long as it takes."""
-    keys = pa.chunked_array(
-        [pa.array(part, pa.large_binary()) for part in manifest.key_parts()], pa.large_binary()
-    ).combine_chunks()
-    order = pc.sort_indices(keys)
-    keys = keys.take(order)
-    if (twice := pc.equal(keys[1:], keys[:-1]).index(True).as_py()) >= 0:
-        raise IntegrityError(f"a listing has {keys[twice].as_py().decode()!r} twice")
-    rows = manifest.table().combine_chunks()
-    for start in range(0, len(order), BATCH_ROWS):
-        yield from rows.take(order.slice(start, BATCH_ROWS)).combine_chunks().to_batches()
+        return Manifest.of_batches(store, by_key(manifest, own), folder), listing.others
 
 
 def changes(old: Manifest, new: Manifest, prefix: str) -> Changes:
-    """What is new, gone, or another in `new`. Some 100 bytes of memory a row, for as long as it takes."""
+    """What is new, gone, or another in `new`. Both are by key, as `listed` makes them."""
     if old.digest == new.digest:
         return Changes()
     before, after = old.table()["id"], new.table()["id"]
-    gone = {key: None for key in _keys_without(before, after)}
-    come = {key: None for key in _keys_without(after, before)}
+    added, removed, changed = [], [], []
+    for earlier, later in windows(old, new):
+        gone = set(_keys_without(before[earlier], after[later]))
+        come = set(_keys_without(after[later], before[earlier]))
+        added += sorted(come - gone)
+        removed += sorted(gone - come)
+        changed += sorted(come & gone)
     return Changes(
-        added=tuple(key.removeprefix(prefix) for key in come if key not in gone),
-        removed=tuple(key.removeprefix(prefix) for key in gone if key not in come),
-        changed=tuple(key.removeprefix(prefix) for key in come if key in gone),
+        added=tuple(key.removeprefix(prefix) for key in added),
+        removed=tuple(key.removeprefix(prefix) for key in removed),
+        changed=tuple(key.removeprefix(prefix) for key in changed),
     )
 
 

@@ -115,17 +115,15 @@ class Manifest:
         with pa.memory_map(str(self.path)) as file:
             return pa.ipc.open_file(file).read_all()
 
-    def sizes(self) -> npt.NDArray[np.int64]:
-        """All sizes, in order."""
-        batches = self._load().batches
-        return np.concatenate(
-            [np.frombuffer(rows.sizes, np.int64) for rows in batches] or [np.empty(0, np.int64)]
-        )
+    def size_parts(self) -> Iterator[npt.NDArray[np.int64]]:
+        """The sizes, in order, a batch at a time."""
+        for rows in self._load().batches:
+            yield np.frombuffer(rows.sizes, np.int64)
 
     @property
     def total_bytes(self) -> int:
         """The sum of all sizes."""
-        return sum(int(np.frombuffer(rows.sizes, np.int64).sum()) for rows in self._load().batches)
+        return sum(int(sizes.sum()) for sizes in self.size_parts())
 
     def _load(self) -> _OpenList:
         if self._open is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from torchcache.data.iterable_order import Ints
@@ -26,7 +27,9 @@ class MappedInts:
 
         def write(file: object) -> None:
             with pa.ipc.new_file(file, _SCHEMA) as writer:
-                writer.write_batch(pa.RecordBatch.from_arrays([pa.array(values)], schema=_SCHEMA))
+                data = pa.py_buffer(np.ascontiguousarray(values, np.int64))
+                column = pa.Array.from_buffers(pa.int64(), len(values), [None, data])
+                writer.write_batch(pa.RecordBatch.from_arrays([column], schema=_SCHEMA))
 
         path, checksum, _ = write_file(folder, write)
         return cls(path, checksum)
@@ -38,6 +41,6 @@ class MappedInts:
         """Raises ObjectNotFound if the file is gone, IntegrityError if it is damaged."""
         if self._open is None:
             batch = pa.ipc.open_file(map_file(self.path, self._checksum, "records")).get_batch(0)
-            found: Ints = batch.column(0).to_numpy(zero_copy_only=True)
-            self._open = found
+            # Not by `to_numpy`, which imports pandas where that is installed: 25 MB of each worker.
+            self._open = np.frombuffer(batch.column(0).buffers()[1], np.int64, len(batch))
         return self._open
