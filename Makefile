@@ -12,6 +12,9 @@ PROOFS := $(CURDIR)/.proofs
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 PARALLEL := -n $(WORKERS) --maxprocesses=8 --dist worksteal
 
+# Whatever the shell says: without byte code that is kept, each of hundreds of processes compiles all its modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo demo-cluster test test-long reliability fuzz bench lint format proto clean
 
 demo: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 import subprocess
@@ -68,11 +69,11 @@ def expected_weights(bucket: str, shared_home: dict[str, str]) -> str:
     return str(events[-1]["weights"])
 
 
-@pytest.mark.parametrize("kill_at", KILL_POINTS)
-def test_killed_and_resumed_equals_uninterrupted(
-    bucket: str, shared_home: dict[str, str], expected_weights: str, kill_at: int
+def test_killed_twice_and_resumed_equals_uninterrupted(
+    bucket: str, shared_home: dict[str, str], expected_weights: str
 ) -> None:
-    check_kill_at(bucket, shared_home, expected_weights, kill_at)
+    """The second kill is of a run that was resumed."""
+    check_kills_at(bucket, shared_home, expected_weights, "killed-twice", *KILL_POINTS)
 
 
 @pytest.mark.long
@@ -80,24 +81,25 @@ def test_killed_and_resumed_equals_uninterrupted(
 def test_killed_anywhere_and_resumed(
     bucket: str, shared_home: dict[str, str], expected_weights: str, round_: int
 ) -> None:
-    check_kill_at(
-        bucket, shared_home, expected_weights, random.Random(round_).randrange(1, STEPS), f"-{round_}"
-    )
+    kill_at = random.Random(round_).randrange(1, STEPS)
+    check_kills_at(bucket, shared_home, expected_weights, f"killed-{round_}-at-{kill_at}", kill_at)
 
 
-def check_kill_at(
-    bucket: str, shared_home: dict[str, str], expected_weights: str, kill_at: int, run: str = ""
+def check_kills_at(
+    bucket: str, shared_home: dict[str, str], expected_weights: str, run: str, *kill_points: int
 ) -> None:
-    run = f"killed-at-{kill_at}{run}"
     with environment(shared_home):
-        killed = train(bucket, run, kill_at=kill_at)
-        events = train(bucket, run)
-    assert killed[-1]["event"] != "done"
-    resumed = [e["step"] for e in events if e["event"] == "resume"]
-    saved = [e["step"] for e in killed if e["event"] == "save"]
-    # What was acknowledged is there; a save the kill came upon may have been committed, unheard.
-    assert resumed or not saved
-    assert all(step >= max(saved, default=0) and step % 4 == 0 for step in resumed)
-    steps = [e["step"] for e in events if e["event"] == "step"]
-    assert steps == list(range(resumed[0] + 1 if resumed else 1, STEPS + 1))
-    assert events[-1]["weights"] == expected_weights
+        lives = [train(bucket, run, kill_at=kill_at) for kill_at in (*kill_points, None)]
+    saved = 0
+    for killed, resuming in itertools.pairwise(lives):
+        assert killed[-1]["event"] != "done"
+        resumed = [e["step"] for e in resuming if e["event"] == "resume"]
+        saved = max([saved, *(e["step"] for e in killed if e["event"] == "save")])
+        # What was acknowledged is there; a save the kill came upon may have been committed, unheard.
+        assert resumed or not saved
+        assert all(step >= saved and step % 4 == 0 for step in resumed)
+        steps = [e["step"] for e in resuming if e["event"] == "step"]
+        reached = max(e["step"] for e in resuming if "step" in e)
+        assert steps == list(range(resumed[0] + 1 if resumed else 1, reached + 1))
+    assert reached == STEPS
+    assert lives[-1][-1]["weights"] == expected_weights
