@@ -101,8 +101,18 @@ def test_loaders_read_every_sample_once(
     assert sorted(had) == list(range(COUNT))
 
 
-@KIND
-@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+QUICK = [("tar", 0), ("jsonl.zst", 1), ("parquet", 2), ("tar", 4)]
+"""Each kind, and each number of workers."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [
+        pytest.param(kind, workers, marks=[] if (kind, workers) in QUICK else pytest.mark.long)
+        for kind in ("tar", "parquet", "jsonl.zst")
+        for workers in (0, 1, 2, 4)
+    ],
+)
 def test_a_stateful_loader_resumes_exactly(
     pool: tc.Pool, patterns: dict[str, str], kind: str, workers: int
 ) -> None:

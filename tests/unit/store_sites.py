@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -143,13 +144,19 @@ def _site(call: str) -> Site:
     lines = []
     frame = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_STORE) and not file.endswith("health.py"):  # every call goes through that
-            lines.append((file[len(_STORE) :], frame.f_lineno, frame.f_code.co_name))
-            if lines[-1][0] == "store.py":  # the public face; who calls that is no matter
+        code = frame.f_code
+        if file := _module(code.co_filename):
+            lines.append((file, frame.f_lineno, code.co_name))
+            if file == "store.py":  # the public face; who calls that is no matter
                 break
         frame = frame.f_back
     return Site(call, tuple(lines))
+
+
+@functools.cache
+def _module(file: str) -> str:
+    """Which of the store's modules it is; "" of another's, and of the one through which every call goes."""
+    return file[len(_STORE) :] if file.startswith(_STORE) and not file.endswith("health.py") else ""
 
 
 def written_sites() -> dict[tuple[str, str, str], list[range]]:

@@ -25,7 +25,14 @@ from tests.unit.store_sites import SHORT, Fault, Site, SiteDisk, written_sites
 from tests.unit.store_world import World, first_life, leave_old_store, prepare, second_life
 
 CODES = (errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EINTR)
-LIKE_EIO = (errno.EMFILE, errno.EINTR)
+QUICK = {
+    *((errno.EIO, always) for always in (False, True)),
+    *((SHORT, always) for always in (False, True)),
+    (errno.ENOSPC, True),
+    (errno.EMFILE, False),
+    (errno.EINTR, False),
+}
+"""What may happen at every place in the quick run: each error, for good where that differs from EIO's."""
 MIN_SITES = 150
 MAX_RESTING = 2
 
@@ -95,14 +102,14 @@ class Matrix:
             self.behind.setdefault(site, (faults[0], Seen(seen.life, disk.seen[site])))
 
     def faults(self, *, whole: bool) -> Iterator[tuple[Fault, Seen]]:
-        """Every error at every place in the sources; and EIO, or `whole` every error, on every way to it."""
+        """`QUICK` at every place in the sources, and EIO on every way to it; `whole`: every error on every way."""
         places = set()
         for site, seen in self.sites.items():
             is_new = site.place not in places
             places.add(site.place)
             codes = (*CODES, SHORT) if site.call in ("pwritev", "pread") else CODES
             for code, always in itertools.product(codes, (False, True)):
-                if whole or (is_new and not (always and code in LIKE_EIO)) or (code == errno.EIO and always):
+                if whole or (is_new and (code, always) in QUICK) or (code == errno.EIO and always):
                     yield Fault(site, code, always), seen
             if len(seen.phases) > 1 and (whole or is_new):
                 yield Fault(site, errno.EIO, always=False, after=1), seen
