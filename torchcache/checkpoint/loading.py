@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -23,6 +24,7 @@ from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES
 from torchcache.checkpoint.layout import GRANULE_BYTES, Box, cut
 from torchcache.checkpoint.manifest import Item
 from torchcache.checkpoint.metadata import dtype_of
+from torchcache.checkpoint.safe_loading import load_safely, unsafe_names
 from torchcache.checkpoint.source import Fetch, Source
 from torchcache.errors import CheckpointError
 from torchcache.model import ByteRange
@@ -147,7 +149,8 @@ class BlobLoad(Load):
 
     def finish(self) -> None:
         blob = _unpacked(self._blob, self._item, self._registry)
-        tensor = _load_safely(blob, self._item, map_location="cpu")
+        with _refusals_named(blob, self._item):
+            tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(
                 f"{self._item.name!r} is a {type(tensor).__name__} in the checkpoint, no tensor"
@@ -159,9 +162,9 @@ class BlobLoad(Load):
             ):
                 if part.size(dimension) != length:
                     part = part.narrow(dimension, offset, length)
-            target = self._planner.resolve_tensor(request).detach()
+            target = self._planner.resolve_tensor(request)
             _check_size(target, request)
-            target.copy_(part)
+            _fill(target, part, name=self._item.name)
             self._planner.commit_tensor(request, target)
 
 
@@ -191,7 +194,8 @@ class BytesLoad(Load):
         blob = _unpacked(self._blob, self._item, self._registry)
         content = io.BytesIO(blob)
         if not self._allow_pickle:
-            value = _load_safely(blob, self._item, map_location=None)
+            with _refusals_named(blob, self._item):
+                value = load_safely(blob)
             content = io.BytesIO()
             torch.save(value, content)
             content.seek(0)
@@ -366,11 +370,39 @@ def _check_size(target: torch.Tensor, request: ReadItem) -> None:
         )
 
 
-def _load_safely(blob: bytes | bytearray, item: Item, *, map_location: str | None) -> Any:
+def _fill(target: torch.Tensor, part: torch.Tensor, *, name: str) -> None:
+    """Copies a tensor that may be more than its elements. Raises CheckpointError where torch can't."""
     try:
-        return torch.load(io.BytesIO(blob), map_location=map_location, weights_only=True)
+        if not any(one.is_quantized or one.layout is not torch.strided for one in (target, part)):
+            target.detach().copy_(part)
+            return
+        # Not to a detached one: the target would learn nothing of the indices, or of the scales, that come with it.
+        with torch.no_grad():
+            if part.layout is not torch.strided and target.layout is torch.strided:
+                part = part.to_dense()
+            elif target.layout is not torch.strided and target.layout is part.layout:
+                target.resize_as_sparse_(part)
+            target.copy_(part)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{name!r} is a tensor of {_kind_of(part)} in the checkpoint, which torch can't copy into one of "
+            f"{_kind_of(target)} ({str(error).partition(chr(10))[0][:200]}): load it into a tensor of its own kind",
+            object=name,
+        ) from error
+
+
+def _kind_of(tensor: torch.Tensor) -> str:
+    scheme = f", {tensor.qscheme()}" if tensor.is_quantized else ""
+    return f"{tensor.dtype}, {tensor.layout}{scheme}"
+
+
+@contextmanager
+def _refusals_named(blob: bytes | bytearray, item: Item) -> Iterator[None]:
+    """Raises CheckpointError for a blob that torch's weights_only loading refuses, and says what to do."""
+    try:
+        yield
     except Exception as error:
-        unsafe = _unsafe_globals(blob)
+        unsafe = unsafe_names(blob)
         if not unsafe:
             raise CheckpointError(
                 f"{item.name!r} can't be loaded with weights_only=True: {error}. If the checkpoint is yours and you "
@@ -381,10 +413,3 @@ def _load_safely(blob: bytes | bytearray, item: Item, *, map_location: str | Non
             "and not executed. If you trust it, allow these with torch.serialization.add_safe_globals([...]), or "
             "everything with CacheStorageReader(..., allow_pickle=True)"
         ) from error
-
-
-def _unsafe_globals(blob: bytes | bytearray) -> list[str]:
-    try:
-        return list(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob)))
-    except Exception:  # noqa: BLE001 - it only adds names to an error
-        return []
