@@ -88,6 +88,7 @@ class HostileServer:
             token_file=self.token_file,
             environment={"AWS_ENDPOINT_URL": self.s3.endpoint_url, "AWS_REGION": "us-east-1", **STORAGE},
             log=self._log,
+            alone=True,
         )
         self._server = closing.enter_context(server)
         self.process = self._server.process

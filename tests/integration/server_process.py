@@ -1,9 +1,8 @@
-"""A real `python -m torchcache_server` for tests, and the plainest client of it."""
+"""A real server for tests, forked off one that has done the imports or of its own, and the plainest client of it."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,12 +17,12 @@ import pyarrow as pa
 import pyarrow.flight as fl
 from torchcache_server.process.token_file import read_tokens
 
+from tests.integration.store_process_parts import READY, ForkedServer
 from torchcache.model import ObjectInfo, chunk_digest
 from torchcache.wire.codec import WRITE_SCHEMA, Piece, decode_pieces, encode_chunks
 from torchcache.wire.v1 import cache_pb2 as pb
 from torchcache.wire.v1 import cache_pb2_grpc
 
-READY = re.compile(r"torchcache server (\S+) listening on (\S+) \(data (\S+)\)\n")
 START_S = 120
 
 
@@ -31,24 +30,37 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "torchcache_server", *map(str, arguments)]
 
 
-def refused(*arguments: object, environment: Mapping[str, str] | None = None) -> str:
+def refused(*arguments: object, environment: Mapping[str, str] | None = None, alone: bool = False) -> str:
     """Starts a server that must refuse to; returns what it said."""
-    ended = subprocess.run(
-        command(*arguments),
-        capture_output=True,
-        text=True,
-        timeout=START_S,
-        env=os.environ | (environment or {}),
-        check=False,
-    )
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stdout == ""
-    assert "Traceback" not in ended.stderr
-    return ended.stderr
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = _start(arguments, stdout.fileno(), stderr.fileno(), environment or {}, alone)
+        try:
+            code = process.wait(START_S)
+        finally:
+            process.kill()
+        stdout.seek(0)
+        stderr.seek(0)
+        said = stderr.read()
+        assert code == 2, said
+        assert stdout.read() == ""
+    assert "Traceback" not in said
+    return said
+
+
+def _start(
+    arguments: Iterable[object], stdout: int, stderr: int, more: Mapping[str, str], alone: bool
+) -> subprocess.Popen[bytes] | ForkedServer:
+    if alone:
+        return subprocess.Popen(command(*arguments), stdout=stdout, stderr=stderr, env=os.environ | more)
+    return ForkedServer([*map(str, arguments)], stdout=stdout, stderr=stderr, more=more)
 
 
 class ServerProcess:
-    """A server that runs from entering to leaving, when it is killed if it still does."""
+    """A server that runs from entering to leaving, when it is killed if it still does.
+
+    `alone` it is a `python -m torchcache_server` of its own, for who looks at what the process is and takes; else it is
+    forked off one that has done the imports, nine tenths of a start.
+    """
 
     def __init__(
         self,
@@ -56,27 +68,26 @@ class ServerProcess:
         token_file: Path,
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
+        alone: bool = False,
     ) -> None:
         """What it says on stderr goes to `log`, or to a file without a name. Never to a pipe, which would fill."""
         self._arguments = arguments
         self._token_file = token_file
         self._environment = environment or {}
         self._log = log
+        self._alone = alone
 
     def __enter__(self) -> ServerProcess:
         self._stderr = tempfile.TemporaryFile("w+") if self._log is None else self._log.open("w+")
-        self.process = subprocess.Popen(
-            command(*self._arguments),
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            env=os.environ | self._environment,
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        read, write = os.pipe()
+        self._stdout = os.fdopen(read)
+        self.process = _start(self._arguments, write, self._stderr.fileno(), self._environment, self._alone)
+        os.close(write)
+        line = self._stdout.readline()
         match = READY.fullmatch(line)
         if match is None:
-            self.process.communicate()
+            self.process.kill()
+            self.process.wait()
             raise AssertionError(f"the server did not start: {line}{self._said()}")
         self.server_id, self.address = match[1], match[2]
         self.data_port = int(match[3]) if match[3].isdigit() else 0  # on a Unix socket there is none
@@ -88,7 +99,8 @@ class ServerProcess:
     ) -> None:
         self.client.close()
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self._stdout.close()
         self._stderr.close()
 
     def _said(self) -> str:
@@ -98,8 +110,7 @@ class ServerProcess:
     def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 120) -> tuple[int, str]:
         """Signals the server and waits for its end: exit code and stderr."""
         self.process.send_signal(number)
-        self.process.communicate(timeout=timeout_s)
-        return self.process.returncode, self._said()
+        return self.process.wait(timeout_s), self._said()
 
 
 class PlainClient:

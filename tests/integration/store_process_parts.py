@@ -6,6 +6,7 @@ import atexit
 import functools
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -16,10 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO
 
-from tests.integration.server_process import READY
+READY = re.compile(r"torchcache server (\S+) listening on (\S+) \(data (\S+)\)\n")
+"""What a server that serves says on stdout: its id, its address, and its data port."""
 
 ROOT = Path(__file__).parents[2]
 START_S = 120.0
@@ -138,9 +140,16 @@ class ForkingStarter:
         os.close(write)
         return Life(pid, read, log, lambda: self.exit_code(pid))
 
-    def fork(self, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
-        """Starts a server whose stdout and stderr are the `descriptors`; its pid."""
-        return self._ordered({"start": list(arguments), "environment": environment()}, descriptors)
+    def fork(
+        self,
+        arguments: Sequence[str],
+        descriptors: Sequence[int],
+        more: Mapping[str, str] = MappingProxyType({}),
+    ) -> int:
+        """Starts a server whose stdout and stderr are the `descriptors`, with `more` in its environment; its pid."""
+        return self._ordered(
+            {"start": list(arguments), "environment": {**environment(), **more}}, descriptors
+        )
 
     def exit_code(self, pid: int) -> int:
         """Of a server that has ended. May be asked for once."""
@@ -165,6 +174,43 @@ def _forking_of(pid: int) -> ForkingStarter:
     ending = ExitStack()
     atexit.register(ending.close)
     return ending.enter_context(ForkingStarter())
+
+
+class ForkedServer:
+    """A server of `forking`'s, with what tests need of a Popen. Unlike one of that it doesn't outlive their process."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        stdout: int,
+        stderr: int,
+        more: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.pid = forking().fork(arguments, [stdout, stderr], more)
+        self._pidfd = os.pidfd_open(self.pid)
+        self._exit_code: int | None = None
+
+    def poll(self) -> int | None:
+        return self._ended(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if (code := self._ended(timeout)) is None:
+            raise subprocess.TimeoutExpired("torchcache_server", timeout or 0)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _ended(self, timeout_s: float | None) -> int | None:
+        if self._exit_code is None and select.select([self._pidfd], [], [], timeout_s)[0]:
+            self._exit_code = forking().exit_code(self.pid)
+            os.close(self._pidfd)
+        return self._exit_code
 
 
 class Child:

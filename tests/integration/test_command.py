@@ -1,4 +1,4 @@
-"""The command as a process of its own, over the embedded pool and a real S3 server."""
+"""The command over the embedded pool and a real S3 server: as a process of its own, or here where that says no more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,9 +16,16 @@ import torch.distributed.checkpoint as dcp
 
 import torchcache as tc
 from examples.seaweedfs import SeaweedFS
+from torchcache.cli.app import run
 
 
-def torchcache(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+class Done(NamedTuple):
+    stdout: str
+    stderr: str
+
+
+def torchcache(*arguments: str, code: int = 0) -> Done:
+    """A process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "torchcache.cli", *arguments],
         check=False,
@@ -28,11 +35,33 @@ def torchcache(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[st
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    return done
+    return Done(done.stdout, done.stderr)
 
 
 def torchcache_json(*arguments: str, code: int = 0) -> Any:
     return json.loads(torchcache(*arguments, "--json", code=code).stdout)
+
+
+class Here(NamedTuple):
+    """The command in this process."""
+
+    capture: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str, code: int = 0) -> Done:
+        self.capture.readouterr()
+        ended = run(list(arguments))
+        done = Done(*self.capture.readouterr())
+        assert ended == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        return json.loads(self(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str]) -> Here:
+    return Here(capfd)
 
 
 def one_line(text: str) -> str:
@@ -107,51 +136,52 @@ def test_stage_ls_and_status(s3: SeaweedFS) -> None:
 
 
 @pytest.mark.usefixtures("running")
-def test_a_policy_waits_for_its_dataset(tmp_path: Path) -> None:
+def test_a_policy_waits_for_its_dataset(here: Here, tmp_path: Path) -> None:
     """Over the embedded pool: pinned and limited first, fetched then; evicted at last."""
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a").write_bytes(bytes(100_000))
-    assert "nothing of it is in the pool now" in torchcache("pin", str(folder)).stdout
-    torchcache("limit", str(folder), "--quota", "1GB", "--ttl", "2d")
-    torchcache("stage", str(folder))
-    [server] = torchcache_json("status")["servers"]
+    assert "nothing of it is in the pool now" in here("pin", str(folder)).stdout
+    here("limit", str(folder), "--quota", "1GB", "--ttl", "2d")
+    here("stage", str(folder))
+    [server] = here.json("status")["servers"]
     [found] = [n for n in server["namespaces"] if n["name"] == f"file://{folder}"]
     assert (found["pinned"], found["quota_bytes"], found["ttl_s"]) == (True, 10**9, 172_800)
     assert found["chunks"] == 1
-    assert f"file://{folder}" in one_line(torchcache("evict", str(folder), code=2).stderr)
-    torchcache("unpin", str(folder))
-    assert torchcache_json("evict", str(folder))["freed_bytes"] >= 100_000
-    assert torchcache_json("ls", str(folder))["total"]["resident_bytes"] == 0
+    assert f"file://{folder}" in one_line(here("evict", str(folder), code=2).stderr)
+    here("unpin", str(folder))
+    assert here.json("evict", str(folder))["freed_bytes"] >= 100_000
+    assert here.json("ls", str(folder))["total"]["resident_bytes"] == 0
 
 
-def test_bad_input_is_one_line(s3: SeaweedFS) -> None:
+@pytest.mark.usefixtures("s3", "running")
+def test_bad_input_is_one_line(here: Here, s3: SeaweedFS) -> None:
     bucket = s3.make_bucket()
     for words in (["ls"], ["stage"], ["checkpoint", "ls"]):
-        done = torchcache(*words, "s3://no-such-bucket-here/x", code=1)
+        done = here(*words, "s3://no-such-bucket-here/x", code=1)
         assert "no-such-bucket-here" in one_line(done.stderr)
-    done = torchcache("stage", f"s3://{bucket}/empty", code=1)
+    done = here("stage", f"s3://{bucket}/empty", code=1)
     assert f"s3://{bucket}/empty" in one_line(done.stderr)
-    assert "gs://x" in one_line(torchcache("ls", "gs://x/y", code=2).stderr)
+    assert "gs://x" in one_line(here("ls", "gs://x/y", code=2).stderr)
     assert f"s3://{bucket}/none" in one_line(
-        torchcache("checkpoint", "verify", f"s3://{bucket}/none", code=1).stderr
+        here("checkpoint", "verify", f"s3://{bucket}/none", code=1).stderr
     )
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_checkpoints_are_listed_and_verified(s3: SeaweedFS, tmp_path: Path) -> None:
+def test_checkpoints_are_listed_and_verified(here: Here, s3: SeaweedFS, tmp_path: Path) -> None:
     bucket = s3.make_bucket()
     uri = f"s3://{bucket}/run/step-1"
     state = {"w": torch.randn(300, 400), "big": torch.randn(5_000_000), "step": 1}
     dcp.save(state, storage_writer=tc.CacheStorageWriter(uri, durability="store"), no_dist=True)
     dcp.save(state, checkpoint_id=tmp_path / "stock", no_dist=True)
-    [found] = torchcache_json("checkpoint", "ls", f"s3://{bucket}/run")["checkpoints"]
+    [found] = here.json("checkpoint", "ls", f"s3://{bucket}/run")["checkpoints"]
     assert (found["uri"], found["state"], found["pending_bytes"]) == (uri, "durable", 0)
-    assert torchcache_json("checkpoint", "ls", f"s3://{bucket}")["checkpoints"] == [found]
-    absent = torchcache("checkpoint", "ls", uri.removesuffix("-1"), code=1)
+    assert here.json("checkpoint", "ls", f"s3://{bucket}")["checkpoints"] == [found]
+    absent = here("checkpoint", "ls", uri.removesuffix("-1"), code=1)
     assert "neither the pool nor storage has anything at" in one_line(absent.stderr)
     assert found["bytes"] > 20_000_000
-    report = torchcache_json("checkpoint", "verify", uri)
+    report = here.json("checkpoint", "verify", uri)
     assert report["ok"]
     assert report["bytes"] > 20_000_000
     assert "is good" in torchcache("checkpoint", "verify", uri).stdout
@@ -162,11 +192,11 @@ def test_checkpoints_are_listed_and_verified(s3: SeaweedFS, tmp_path: Path) -> N
     body = bytearray(s3.client.get_object(Bucket=bucket, Key=shard)["Body"].read())
     body[len(body) // 2] ^= 1
     s3.client.put_object(Bucket=bucket, Key=shard, Body=bytes(body))
-    damaged = torchcache_json("checkpoint", "verify", uri, code=1)
+    damaged = here.json("checkpoint", "verify", uri, code=1)
     assert not damaged["ok"]
     [fault] = damaged["faults"]
     assert fault["item"] == "big"
 
     stock = f"file://{tmp_path}/stock"
-    assert torchcache_json("checkpoint", "ls", stock)["checkpoints"][0]["state"] == "stock"
-    assert "without torchcache" in one_line(torchcache("checkpoint", "verify", stock, code=1).stderr)
+    assert here.json("checkpoint", "ls", stock)["checkpoints"][0]["state"] == "stock"
+    assert "without torchcache" in one_line(here("checkpoint", "verify", stock, code=1).stderr)

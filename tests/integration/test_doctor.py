@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_process import ServerProcess
 from torchcache_server.cache.slots import Slots
 from torchcache_server.store import Store
 
+from tests.integration.server_process import ServerProcess
 from tests.unit.damaged_store import (
     BEYOND_REPAIR,
     REPAIRABLE,

@@ -46,6 +46,7 @@ def server(tmp_path: Path, home: Path) -> Iterator[ServerProcess]:
         *("--listen", "127.0.0.1:0", "--store", tmp_path / "store", "--capacity", "64MiB"),
         *("--under-store", f"file=file://{source}"),
         token_file=home / "token",
+        alone=True,
     ) as server:
         yield server
 
@@ -139,6 +140,7 @@ def roomy(tmp_path: Path, home: Path) -> Iterator[ServerProcess]:
         *("--listen", "127.0.0.1:0", "--store", tmp_path / "store", "--capacity", "5GB", "--min-free", "0"),
         *("--under-store", f"file=file://{tmp_path}"),
         token_file=home / "token",
+        alone=True,
     ) as server:
         yield server
 

@@ -85,6 +85,7 @@ def test_idle_clients_cost_little_and_busy_ones_are_served(tmp_path: Path, home:
                 *("--listen", "127.0.0.1:0", "--store", tmp_path / "store", "--capacity", "1GB"),
                 *("--under-store", f"file=file://{source}"),
                 token_file=home / "token",
+                alone=True,
             )
         )
         (ref,) = server.client.objects("file")

@@ -42,11 +42,12 @@ def source(tmp_path: Path) -> Path:
 def start(tmp_path: Path, home: Path, source: Path) -> Callable[..., ServerProcess]:
     """Makes servers on one store, with one under-store `file`."""
 
-    def make(*arguments: object) -> ServerProcess:
+    def make(*arguments: object, alone: bool = False) -> ServerProcess:
         return ServerProcess(
             *("--listen", "127.0.0.1:0", "--store", tmp_path / "store", "--capacity", "1GB"),
             *("--under-store", f"file=file://{source}", *arguments),
             token_file=home / "token",
+            alone=alone,
         )
 
     return make
@@ -55,7 +56,7 @@ def start(tmp_path: Path, home: Path, source: Path) -> Callable[..., ServerProce
 def test_it_serves_what_the_under_store_has_and_then_asks_it_no_more(
     start: Callable[..., ServerProcess],
 ) -> None:
-    with start() as server:
+    with start(alone=True) as server:
         refs = server.client.objects("file")
         assert [r.key for r in refs] == sorted(FILES)
         assert server.client.read(refs) == [FILES[r.key] for r in refs]
@@ -139,6 +140,7 @@ def test_two_servers_never_share_a_store(
         said = refused(
             *("--listen", "127.0.0.1:0", "--store", tmp_path / "store", "--capacity", "1GB"),
             *("--under-store", f"file=file://{source}"),
+            alone=True,
         )
     assert str(tmp_path / "store") in said
 
@@ -279,7 +281,7 @@ def test_a_stream_that_runs_is_finished_and_new_calls_are_refused(
 ) -> None:
     data = bytes(range(251)) * (HUGE_BYTES // 251)
     (source / "huge.bin").write_bytes(data)
-    with start() as server:
+    with start(alone=True) as server:
         refs = server.client.objects("file", "huge")
         reader = server.client.open(refs)
         pieces = list(decode_pieces(reader.read_chunk().data))
