@@ -23,6 +23,7 @@ from torchcache.errors import (
     DeadlineExceeded,
     IntegrityError,
     ObjectChanged,
+    ObjectNotFound,
     Overloaded,
     ServerUnavailable,
     TransientError,
@@ -230,12 +231,73 @@ def test_a_server_blind_to_conditions_can_not_mix_versions(s3: S3UnderStore, fak
     other = Held(DATA[::-1])
 
     def blind(request: Request) -> bool:
+        fake.objects["bucket/key"] = other
         request.send_object(other)
         return True
 
     fake.script = [broken_off_after(300_000), blind]
     with pytest.raises(ObjectChanged, match="s3://bucket/key was overwritten"):
         read(s3, PART)
+
+
+def test_a_change_that_is_none_is_worth_another_try(s3: S3UnderStore, fake: ScriptedS3) -> None:
+    """F26: a server that can't look says 412 as well."""
+    fake.script = [refusal(412, "PreconditionFailed")]
+    with pytest.raises(ServerUnavailable, match="s3://bucket/key was said to have changed, and has not"):
+        read(s3, PART)
+    assert read(s3, PART) == DATA[PART.start : PART.end]
+
+
+def test_what_is_gone_is_said_to_be_gone_whatever_was_answered(s3: S3UnderStore, fake: ScriptedS3) -> None:
+    def gone(request: Request) -> bool:
+        del fake.objects["bucket/key"]
+        return refusal(412, "PreconditionFailed")(request)
+
+    fake.script = [gone]
+    with pytest.raises(ObjectNotFound, match="s3://bucket/key is gone from the under-store"):
+        read(s3, PART)
+
+
+@pytest.mark.parametrize("call", ["read", "read a part", "stat", "write"])
+def test_a_head_that_was_cut_off_is_no_answer(s3: S3UnderStore, fake: ScriptedS3, call: str) -> None:
+    """F18, F25: wherever it was cut. Without its ETag an object would seem to have changed."""
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: read(s3, WHOLE),
+        "read a part": lambda: read(s3, PART),
+        "stat": lambda: s3.stat("key", deadline=time.monotonic() + 30),
+        "write": lambda: s3.write(
+            "other", iter([b"bytes"]), 5, replaces=None, deadline=time.monotonic() + 30
+        ),
+    }
+    right = calls[call]()
+    ended: list[int] = []
+
+    def cut(at: int) -> Line:
+        def line(request: Request) -> bool:
+            whole, request.wfile = request.wfile, io.BytesIO()
+            request.serve()
+            answer = request.wfile.getvalue()
+            head = answer[: answer.index(b"\r\n\r\n") + 4]
+            if at >= len(head) - 1:
+                ended.append(at)
+                whole.write(answer)
+            else:
+                whole.write(head[:at])
+                request.close_connection = True
+            whole.flush()
+            request.wfile = whole
+            return True
+
+        return line
+
+    at = 0
+    while not ended:
+        fake.script = [cut(at)]
+        if call == "write":
+            fake.objects.pop("bucket/other", None)
+        assert calls[call]() == right, at
+        at += 1
+    assert at > 60
 
 
 def test_a_swap_amid_a_read_is_noticed(s3: S3UnderStore, fake: ScriptedS3) -> None:

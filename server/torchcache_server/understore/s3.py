@@ -6,14 +6,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torchcache.errors import ConfigurationError, ObjectNotFound, TorchCacheError
+from torchcache.errors import (
+    ConfigurationError,
+    ObjectChanged,
+    ObjectNotFound,
+    ServerUnavailable,
+    TorchCacheError,
+)
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
 from torchcache_server.understore.base import Counters, FolderPage, Listing, check_range
 from torchcache_server.understore.retry import RetryPolicy
 from torchcache_server.understore.s3_answers import continuation, listed, listed_folders, version_and_size
 from torchcache_server.understore.s3_client import S3Calls
 from torchcache_server.understore.s3_download import Download
-from torchcache_server.understore.s3_errors import no_such_bucket
+from torchcache_server.understore.s3_errors import no_such_bucket, vanished
 from torchcache_server.understore.s3_names import S3Object, S3Root
 from torchcache_server.understore.s3_upload import copy, upload
 
@@ -134,8 +140,28 @@ class S3UnderStore:
         def attempt(client: S3Client) -> None:
             download.attempt(client, clients.plain(client), lambda: clients.way_asked(target.key), deadline)
 
-        self._calls.run(attempt, action="read", target=target, deadline=deadline)
+        try:
+            self._calls.run(attempt, action="read", target=target, deadline=deadline)
+        except ObjectChanged as error:
+            self._require_change(object, target, error, deadline)
+            raise
         return download.buffer
+
+    def _require_change(
+        self, object: ObjectInfo, target: S3Object, said: ObjectChanged, deadline: float
+    ) -> None:
+        """A change ends trainings, and storage was seen to answer 412 where it had trouble to look: it is asked again.
+
+        Raises ServerUnavailable if the object is what it was, ObjectNotFound if it is gone.
+        """
+        try:
+            now = self.stat(object.id.key, deadline=deadline)
+        except ObjectNotFound:
+            raise vanished(target.uri) from said
+        if (now.id.version, now.size) == (object.id.version, object.size):
+            raise ServerUnavailable(
+                f"{target.uri} was said to have changed, and has not: try again", object=target.uri
+            ) from said
 
     def write(
         self,

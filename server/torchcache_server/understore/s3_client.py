@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
+from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.httpsession import get_cert_path
@@ -18,6 +19,7 @@ from urllib3.exceptions import HTTPError
 from torchcache.errors import ConfigurationError, TorchCacheError
 from torchcache_server.understore.base import Counters, RequestKind
 from torchcache_server.understore.retry import Retrier, RetryPolicy
+from torchcache_server.understore.s3_connection import WholeHead
 from torchcache_server.understore.s3_errors import (
     Action,
     is_credential_error,
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 T = TypeVar("T")
+
+# botocore's own connections, whose answers http.client reads: nowhere else can it be told whether a head came whole.
+for _kind in (AWSHTTPConnection, AWSHTTPSConnection):
+    cast(Any, _kind).response_class = WholeHead
 
 CONNECTIONS = 160
 """Kept for reuse. All 128 threads that fill may ask at once, uploads and listings beside them: a connection beyond

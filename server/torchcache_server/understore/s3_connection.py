@@ -35,6 +35,41 @@ _LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _TIMEVAL: Final = struct.Struct("@ll")
 
 
+_CUT: Final = "the server ended the connection within an answer's head"
+
+
+class WholeHead(http.client.HTTPResponse):
+    """An answer of which all of the head came, or an error.
+
+    http.client takes a connection's end for the head's: of an object whose ETag was cut off it looks as if it had
+    changed, of a length that was, as if it were shorter.
+    """
+
+    def begin(self) -> None:
+        """Reads the head. Raises RemoteDisconnected where it isn't whole."""
+        received = self.fp
+        self.fp = cast(Any, _Lines(received))
+        try:
+            super().begin()
+        finally:
+            if self.fp is not None:
+                self.fp = received
+
+
+class _Lines:
+    """What a head is read from, line by line."""
+
+    def __init__(self, received: io.BufferedReader) -> None:
+        self._received = received
+        self.close = received.close
+
+    def readline(self, limit: int) -> bytes:
+        line = self._received.readline(limit)
+        if not line:
+            raise http.client.RemoteDisconnected(_CUT)
+        return line
+
+
 class Head(NamedTuple):
     """Of an answer that grants a GET. Names of `headers` are lower-case; `length` is the body's, in bytes."""
 
@@ -133,7 +168,9 @@ class Connection:
                     return self._by_http_client(came)
                 self._ahead = memoryview(rest)
                 return head
-            if not piece or len(came) >= HEAD_BYTES:
+            if not piece:
+                raise http.client.RemoteDisconnected(_CUT)
+            if len(came) >= HEAD_BYTES:
                 return self._by_http_client(came)
 
     def _received(self) -> bytes:
@@ -145,7 +182,7 @@ class Connection:
 
     def _by_http_client(self, came: bytes) -> http.client.HTTPResponse:
         """The standard library's view of an answer that begins with what `came`."""
-        response = http.client.HTTPResponse(cast(Any, _Rest(self, came)), method="GET")
+        response = WholeHead(cast(Any, _Rest(self, came)), method="GET")
         try:
             response.begin()
         except BaseException:
