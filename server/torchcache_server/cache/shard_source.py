@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from torchcache.errors import IntegrityError
 from torchcache.model import ChunkId, ObjectId, ObjectInfo, chunk_digest
 from torchcache_server.store import Store
 from torchcache_server.understore.base import UnderStore
+
+_LOOKED_UP_AT_ONCE: Final = 1024
 
 
 def write_out(
@@ -85,13 +88,14 @@ def missing_from(store: Store, object: ObjectInfo) -> str | None:
     """What keeps `object` from being whole in the store, in words; None if nothing does. Payloads aren't read."""
     if not object.size:
         return None
-    for index in range(object.chunk_count):
-        chunk = ChunkId(object.id, index)
-        stored = store.lookup(chunk)
-        if stored is None:
-            return f"chunk {index} of {object.chunk_count} isn't there"
-        if stored.object_size != object.size:
-            return f"it was written with {stored.object_size} bytes in all, not {object.size}"
+    for first in range(0, object.chunk_count, _LOOKED_UP_AT_ONCE):
+        indices = range(first, min(first + _LOOKED_UP_AT_ONCE, object.chunk_count))
+        found = store.lookup_many([ChunkId(object.id, index) for index in indices])
+        for index, stored in zip(indices, found, strict=True):
+            if stored is None:
+                return f"chunk {index} of {object.chunk_count} isn't there"
+            if stored.object_size != object.size:
+                return f"it was written with {stored.object_size} bytes in all, not {object.size}"
     return None
 
 
