@@ -61,7 +61,8 @@ if TYPE_CHECKING:
 Durability = Literal["pool", "store"]
 
 _WRITERS = min(4, os.cpu_count() or 1)
-_FILES_IN_FLIGHT = _WRITERS + 1
+_FILES_BEING_WRITTEN = _WRITERS + 1  # one asks for room, or is being committed, while others move bytes
+_FILES_IN_FLIGHT = _FILES_BEING_WRITTEN + 1
 _LEAST_BYTES_PER_S = 20e6
 
 
@@ -389,7 +390,7 @@ class CacheStorageWriter(StorageWriter):
             for items, sizes in groups
             for run in assign_files(sizes, writers=_WRITERS, most_bytes=most_bytes)
         )
-        with Threads(_WRITERS, name="torchcache-save") as threads:
+        with Threads(_FILES_BEING_WRITTEN, name="torchcache-save") as threads:
             try:
                 for run_of_items in files:
                     rest = run_of_items
