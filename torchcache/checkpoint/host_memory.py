@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Final
@@ -10,6 +11,7 @@ import torch
 
 from torchcache.checkpoint.frame import has_row_major_bytes
 from torchcache.errors import ConfigurationError
+from torchcache.mappings import HUGE_BYTES, new_memory
 
 EXTRA_MEMORY_BYTES: Final = 512 * 1024 * 1024
 
@@ -56,6 +58,14 @@ def copied_bytes(tensor: torch.Tensor) -> int:
     if is_plain and tensor.is_cpu and tensor.is_contiguous():
         return 0
     return tensor.numel() * tensor.dtype.itemsize
+
+
+def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """As `torch.empty`. A large one is of huge pages, which cost half to be filled; its storage can't be resized."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < HUGE_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(new_memory(size), dtype=torch.uint8).view(dtype).view(shape)
 
 
 def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from torchcache.checkpoint.compression import decompress
 from torchcache.checkpoint.extensions import undo
 from torchcache.checkpoint.frame import bytes_of, has_row_major_bytes
 from torchcache.checkpoint.garbage import garbage_waits
-from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES
+from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, new_tensor
 from torchcache.checkpoint.layout import GRANULE_BYTES, Box, cut
 from torchcache.checkpoint.manifest import Item
 from torchcache.checkpoint.metadata import dtype_of
@@ -105,7 +105,7 @@ def fetch_box(
     if _takes(target, dtype, span_bytes):
         memory = bytes_of(target)
     else:
-        rows = torch.empty(span_bytes // dtype.itemsize, dtype=dtype, device="cpu")
+        rows = new_tensor([span_bytes // dtype.itemsize], dtype)
         source = rows.as_strided(box.lengths, box.strides)
         memory = bytes_of(rows)
     return [Fetch(item, part, memory[part.start - first : part.end - first]) for part in reads], source

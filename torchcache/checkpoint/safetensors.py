@@ -10,6 +10,7 @@ from typing import Any, Final, Self
 
 import torch
 
+from torchcache.checkpoint.host_memory import new_tensor
 from torchcache.checkpoint.loading import Load, fetch_box, memory_of, run_loads
 from torchcache.checkpoint.location import checkpoint_uri
 from torchcache.checkpoint.safetensors_layout import TORCH_DTYPES, StoredTensor, box_of, item_of, torch_shape
@@ -188,7 +189,7 @@ class _TensorLoad(Load):
         self._device = device
         self._results = results
         box, self._then = box_of(torch_shape(tensor), index)
-        self._target = torch.empty(box.lengths, dtype=dtype, device="cpu")
+        self._target = new_tensor(box.lengths, dtype)
         # Not every dtype of one byte can be copied; all can be looked at as bytes.
         self._raw = self._target.view(torch.uint8) if dtype.itemsize == 1 else self._target
         self.fetches, self._source = fetch_box(item_of(tensor, box.shape), box, self._raw.dtype, self._raw)

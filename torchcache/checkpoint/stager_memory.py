@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchcache.checkpoint.host_memory import new_tensor
 from torchcache.checkpoint.stager_plan import Plan, Wanted
 
 
@@ -49,7 +50,10 @@ class Memory:
 
     def __init__(self, size: int) -> None:
         pinned = torch.cuda.is_available()
-        self._whole = torch.empty(max(size, 1), dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        if pinned:
+            self._whole = torch.empty(max(size, 1), dtype=torch.uint8, device="cpu", pin_memory=True)
+        else:
+            self._whole = new_tensor([max(size, 1)], torch.uint8)
         self._view: memoryview | None = None
 
     @property

@@ -14,8 +14,7 @@ from typing import Final
 
 import numpy as np
 
-HUGE_BYTES: Final = 4 * 1024 * 1024
-"""From here on the kernel is asked for huge pages: the first touch then costs a third."""
+from torchcache.mappings import new_memory
 
 HEADER_BYTES: Final = mmap.PAGESIZE
 TOKEN_BYTES: Final = 16
@@ -37,13 +36,7 @@ class Memory:
         self._map = self._mapped()
 
     def _mapped(self) -> mmap.mmap:
-        memory = mmap.mmap(-1, self.size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if self.size_bytes >= HUGE_BYTES:
-            try:
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a kernel without them: slower, not wrong
-        return memory
+        return new_memory(self.size_bytes)
 
     @property
     def away(self) -> bool:
