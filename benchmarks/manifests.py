@@ -29,6 +29,9 @@ OBJECTS: Final = 10_000_000
 TINY_OBJECTS: Final = 70_000
 WORKERS: Final = 8
 BATCH: Final = 256
+RECORDS: Final = 7
+"""Of an object that has records."""
+
 MOST_MB: Final = Goal(bound=16, of="value", sense="at most")
 MOST_MB_LISTING: Final = Goal(bound=512, of="value", sense="at most")
 LOOK_S: Final = 0.01
@@ -103,17 +106,39 @@ def measure(scale: Scale) -> Findings:
 
 
 def _found(count: int, workers: int, root: Path) -> Found:
-    manifest, listed = _watched(lambda: Manifest.write("s3", _objects(count), root))
-    unsorted = Manifest.write("s3", _objects(count, changed=count // 2, side_by_side=True), root)
-    other, in_order = _watched(lambda: Manifest.of_batches("s3", by_key(unsorted, root), root))
+    manifest, listed = _apart(_list, count, root)
+    unsorted, _ = _apart(_list_side_by_side, count, root)
+    other, in_order = _apart(_sort, unsorted, root)
     unsorted.path.unlink()
-    found, refreshed = _watched(lambda: changes(manifest, other, "bucket/"))
-    if len(found.changed) != 1 or found.added or found.removed:
-        raise RuntimeError(f"one object changed, not {found}")
-    firsts = MappedInts.write(np.arange(count + 1) * 7, root)  # as of records, seven an object
+    _, refreshed = _apart(_refresh, manifest, other)
+    firsts = MappedInts.write(np.arange(count + 1) * RECORDS, root)
     with multiprocessing.get_context("spawn").Pool(workers) as processes:
         used = processes.starmap(_use, [(manifest, firsts, seed) for seed in range(workers)])
     return Found(listed, in_order, refreshed, used)
+
+
+def _apart(work: Callable[..., T], *arguments: object) -> tuple[T, Cost]:
+    """What `work` returns and costs in a process of its own: what others have freed would hide what it takes."""
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply(_watched, (work, *arguments))
+
+
+def _list(count: int, root: Path) -> Manifest:
+    return Manifest.write("s3", _objects(count), root)
+
+
+def _list_side_by_side(count: int, root: Path) -> Manifest:
+    return Manifest.write("s3", _objects(count, changed=count // 2, side_by_side=True), root)
+
+
+def _sort(manifest: Manifest, root: Path) -> Manifest:
+    return Manifest.of_batches("s3", by_key(manifest, root), root)
+
+
+def _refresh(old: Manifest, new: Manifest) -> None:
+    found = changes(old, new, "bucket/")
+    if len(found.changed) != 1 or found.added or found.removed:
+        raise RuntimeError(f"one object changed, not {found}")
 
 
 def _objects(count: int, *, changed: int = -1, side_by_side: bool = False) -> Iterator[ObjectInfo]:
@@ -127,7 +152,7 @@ def _objects(count: int, *, changed: int = -1, side_by_side: bool = False) -> It
             )
 
 
-def _watched(work: Callable[[], T]) -> tuple[T, Cost]:
+def _watched(work: Callable[..., T], *arguments: object) -> tuple[T, Cost]:
     """What `work` returns, and what it cost this process."""
     ended = threading.Event()
     before = most = _anonymous_bytes()
@@ -141,7 +166,7 @@ def _watched(work: Callable[[], T]) -> tuple[T, Cost]:
     looking.start()
     try:
         started = time.process_time()
-        returned = work()
+        returned = work(*arguments)
         cost_s = time.process_time() - started
     finally:
         ended.set()
@@ -163,7 +188,7 @@ def _use(manifest: Manifest, firsts: MappedInts, seed: int) -> Used:
         started = time.process_time()
         manifest.take(indices)
         taken_s.append(time.process_time() - started)
-        found = np.searchsorted(starts, [7 * index + 3 for index in indices], side="right") - 1
+        found = np.searchsorted(starts, [RECORDS * index + 3 for index in indices], side="right") - 1
         if found.tolist() != indices:
             raise RuntimeError("a record was found in another object than its own")
     return Used(opened_s, median(taken_s), max(0, _anonymous_bytes() - before))
