@@ -8,7 +8,10 @@ placement. Within a chunk every *block* of `BLOCK_BYTES` has a checksum of its o
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -23,6 +26,9 @@ UNKNOWN_SIZE = -1
 
 _U32 = struct.Struct("<I").pack
 _U32_BYTES = 4
+
+_new = object.__new__
+_digest = xxhash.xxh3_128_digest
 
 SAMPLES = "samples"
 """Reserved under-store name of computed samples. Nothing stands behind it: a miss is a miss."""
@@ -56,6 +62,18 @@ class ObjectId:
         id_ = cls.__new__(cls)
         id_.__dict__["_encoded"] = encoded
         return id_
+
+    @classmethod
+    def all_from_encoded(cls, encoded: Iterable[bytes]) -> list[ObjectId]:
+        """`from_encoded` of each, with its `digest`, which every read asks for: so together they take less."""
+        ids = []
+        for one in encoded:
+            id_ = _new(cls)
+            fields = id_.__dict__
+            fields["_encoded"] = one
+            fields["_digest"] = _digest(one)
+            ids.append(id_)
+        return ids
 
     if not TYPE_CHECKING:
 
@@ -92,7 +110,7 @@ class ObjectId:
         """16 bytes, xxh3-128 of `encoded`. Finds a record; the record's header proves it is the right one."""
         known: bytes | None = self.__dict__.get("_digest")
         if known is None:
-            known = self.__dict__["_digest"] = xxhash.xxh3_128_digest(self.encoded)
+            known = self.__dict__["_digest"] = _digest(self.encoded)
         return known
 
     @property
@@ -122,6 +140,11 @@ class ObjectInfo(NamedTuple):
     def chunk_count(self) -> int:
         """Number of chunks; an empty object has one, empty."""
         return max(1, -(-self.size // CHUNK_BYTES))
+
+
+def object_infos(ids: Iterable[ObjectId], sizes: Iterable[int]) -> list[ObjectInfo]:
+    """`ObjectInfo` of each, for half of what a NamedTuple's own constructor takes."""
+    return [*map(partial(tuple.__new__, ObjectInfo), zip(ids, sizes, strict=True))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +187,11 @@ class Extent(NamedTuple):
     def end(self) -> int:
         """First byte after the extent; the object's size, which may be unknown, for length -1."""
         return self.object.size if self.length < 0 else self.offset + self.length
+
+
+def whole(objects: Iterable[ObjectInfo]) -> list[Extent]:
+    """Extents of all bytes of each, for half of what a NamedTuple's own constructor takes."""
+    return [*map(partial(tuple.__new__, Extent), zip(objects, repeat(0), repeat(-1)))]
 
 
 def block_cover(start: int, end: int, chunk_length: int) -> ByteRange:

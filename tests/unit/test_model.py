@@ -14,11 +14,14 @@ from torchcache.model import (
     BLOCK_BYTES,
     CHUNK_BYTES,
     ChunkId,
+    Extent,
     ObjectId,
     ObjectInfo,
     block_cover,
     block_digests,
     chunk_digest,
+    object_infos,
+    whole,
 )
 
 texts = st.text(max_size=20)
@@ -43,6 +46,22 @@ def test_an_id_taken_from_its_encoding_is_the_same(id_: ObjectId) -> None:
     assert pickle.loads(pickle.dumps(again())) == copy.deepcopy(again()) == id_
     with pytest.raises(AttributeError):
         again().name  # type: ignore[attr-defined]  # noqa: B018
+
+
+@given(st.lists(st.tuples(ids, st.integers(-1, 2**62)), max_size=5))
+def test_many_at_a_time_are_as_one_by_one(objects: list[tuple[ObjectId, int]]) -> None:
+    """Also an id that has known its digest from the beginning: it is its own, and pickles."""
+    found = ObjectId.all_from_encoded(id_.encoded for id_, _ in objects)
+    infos = object_infos(found, [size for _, size in objects])
+    assert [type(info) for info in infos] == [ObjectInfo] * len(objects)
+    assert infos == [ObjectInfo(id_, size) for id_, size in objects]
+    assert pickle.loads(pickle.dumps(infos)) == infos
+    assert [(info.id.digest, info.id.encoded) for info in infos] == [
+        (o.digest, o.encoded) for o, _ in objects
+    ]
+    extents = whole(infos)
+    assert [type(extent) for extent in extents] == [Extent] * len(objects)
+    assert extents == [Extent(info) for info in infos]
 
 
 def test_fields_do_not_run_into_each_other() -> None:

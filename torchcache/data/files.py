@@ -23,7 +23,7 @@ from torchcache.errors import (
     TorchCacheError,
 )
 from torchcache.heap import keep_freed_memory
-from torchcache.model import Extent, ObjectInfo
+from torchcache.model import Extent, ObjectInfo, whole
 from torchcache.pool import Pool, Residency
 from torchcache.pool.absent import absent
 from torchcache.pool.storage_uris import at_storage
@@ -145,7 +145,7 @@ class FileSamples:
         return landing
 
     def extents(self, indices: Sequence[int]) -> list[Extent]:
-        return list(map(Extent, self._objects(indices)))
+        return whole(self._objects(indices))
 
     def _read(
         self, extents: Sequence[Extent], into: Sequence[memoryview] | None, *, as_bytes: bool = False
