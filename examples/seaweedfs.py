@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -144,9 +143,9 @@ class SeaweedFS:
         except subprocess.TimeoutExpired:
             self.kill()
         self.process = None
-        for port in self._ports:  # weed forgets its sockets
+        for port in self._ports:  # weed forgets its sockets, which are there wherever temporary files belong
             for offset in (0, 10000):
-                for left in Path(tempfile.gettempdir()).glob(f"seaweedfs-*-{port + offset}.sock"):
+                for left in Path("/tmp").glob(f"seaweedfs-*-{port + offset}.sock"):
                     left.unlink(missing_ok=True)
 
     def __enter__(self) -> SeaweedFS:

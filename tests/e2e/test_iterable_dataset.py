@@ -257,8 +257,9 @@ def test_persistent_workers_see_the_epoch(pool: tc.Pool, patterns: dict[str, str
     dataset = tc.CachedIterableDataset(
         patterns["tar"], shuffle=True, transform=Number("tar"), pool=pool, batch_size=10
     )
+    workers = 2 if method == "fork" else 1  # spawning takes longer than all the rest
     loader = DataLoader(
-        dataset, batch_size=10, num_workers=2, persistent_workers=True, multiprocessing_context=method
+        dataset, batch_size=10, num_workers=workers, persistent_workers=True, multiprocessing_context=method
     )
     seen = []
     for epoch in range(3):
@@ -268,7 +269,7 @@ def test_persistent_workers_see_the_epoch(pool: tc.Pool, patterns: dict[str, str
     assert len({tuple(s) for s in seen}) == 3
     dataset.set_epoch(1)
     assert numbers(loader) == seen[1]
-    dataset.load_state_dict(dataset.state_after(batches=3, batch_size=10, num_workers=2))
+    dataset.load_state_dict(dataset.state_after(batches=3, batch_size=10, num_workers=workers))
     with pytest.raises(tc.ConfigurationError, match="persistent workers had it already"):
         numbers(loader)
 
