@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,31 @@ def head(sample: Any) -> Any:
     return sample[:500]
 
 
-@pytest.fixture
-def bucket(s3: SeaweedFS) -> str:
+def make_bucket(s3: SeaweedFS) -> str:
     name = s3.make_bucket()
     for i in range(FILES):
         s3.client.put_object(Bucket=name, Key=f"data/{key(i)}", Body=payload(i))
     s3.client.put_object(Bucket=name, Key="database/other.bin", Body=b"of another folder")
     return name
+
+
+@pytest.fixture(scope="module")
+def shared_bucket(s3_server: SeaweedFS) -> Iterator[str]:
+    before = len(s3_server.buckets)
+    yield make_bucket(s3_server)
+    s3_server.remove_buckets(before)
+
+
+@pytest.fixture
+def bucket(s3: SeaweedFS, shared_bucket: str) -> str:
+    """Only read from."""
+    return shared_bucket
+
+
+@pytest.fixture
+def own_bucket(s3: SeaweedFS) -> str:
+    """To be changed."""
+    return make_bucket(s3)
 
 
 def reads(pool: tc.Pool) -> int:
@@ -250,34 +269,34 @@ def test_a_stateful_loader_resumes_at_the_right_sample(bucket: str, workers: int
         assert before + [batch.tolist() for batch in resumed] == whole
 
 
-def test_an_object_that_vanished_or_changed(s3: SeaweedFS, bucket: str) -> None:
+def test_an_object_that_vanished_or_changed(s3: SeaweedFS, own_bucket: str) -> None:
     with tc.LocalPool() as pool:
-        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", pool=pool)
+        dataset = tc.CachedDataset.from_files(f"s3://{own_bucket}/data", pool=pool)
         kept = dataset[2]
         for index in (0, 2):
-            s3.client.delete_object(Bucket=bucket, Key=f"data/{dataset.keys()[index]}")
-        s3.client.put_object(Bucket=bucket, Key=f"data/{dataset.keys()[1]}", Body=b"other bytes")
+            s3.client.delete_object(Bucket=own_bucket, Key=f"data/{dataset.keys()[index]}")
+        s3.client.put_object(Bucket=own_bucket, Key=f"data/{dataset.keys()[1]}", Body=b"other bytes")
         with pytest.raises(
-            tc.ObjectNotFound, match=rf"s3://{bucket}/data/0/000.bin is gone since.*create it again"
+            tc.ObjectNotFound, match=rf"s3://{own_bucket}/data/0/000.bin is gone since.*create it again"
         ):
             dataset[0]
         with pytest.raises(
-            tc.ObjectChanged, match=rf"s3://{bucket}/data/0/004.bin has changed since.*create it"
+            tc.ObjectChanged, match=rf"s3://{own_bucket}/data/0/004.bin has changed since.*create it"
         ):
             dataset[1]
         assert dataset[2] == kept  # what the pool holds is of the version listed
 
 
 @pytest.mark.forks
-def test_what_changes_under_a_running_epoch(s3: SeaweedFS, bucket: str) -> None:
+def test_what_changes_under_a_running_epoch(s3: SeaweedFS, own_bucket: str) -> None:
     """Workers read it as it is now, or say what has changed; the next epoch is of what `refresh` finds."""
 
     def put(name: str, data: bytes) -> None:
-        s3.client.put_object(Bucket=bucket, Key=f"data/{name}", Body=data)
+        s3.client.put_object(Bucket=own_bucket, Key=f"data/{name}", Body=data)
 
     with tc.LocalPool() as pool:
         renewing, raising = (
-            tc.CachedDataset.from_files(f"s3://{bucket}/data", on_change=on_change, pool=pool)
+            tc.CachedDataset.from_files(f"s3://{own_bucket}/data", on_change=on_change, pool=pool)
             for on_change in ("refresh", "raise")
         )
         running, other = (
@@ -291,7 +310,7 @@ def test_what_changes_under_a_running_epoch(s3: SeaweedFS, bucket: str) -> None:
         for name, data in changed.items():
             put(name, data)
         put("9.bin", b"added")
-        s3.client.delete_object(Bucket=bucket, Key=f"data/{names[0]}")
+        s3.client.delete_object(Bucket=own_bucket, Key=f"data/{names[0]}")
 
         expected = [changed.get(key(i), payload(i)) for i in ORDER]
         assert [*had, *(sample for batch in running for sample in batch)] == expected
@@ -313,13 +332,13 @@ def until_given_back(buffers: tc.BufferPool) -> None:
         time.sleep(0.01)
 
 
-def test_samples_that_vanished_are_left_out_and_hold_no_buffers(s3: SeaweedFS, bucket: str) -> None:
+def test_samples_that_vanished_are_left_out_and_hold_no_buffers(s3: SeaweedFS, own_bucket: str) -> None:
     with tc.LocalPool() as pool:
         buffers = tc.BufferPool("1MiB")
         dataset = tc.CachedDataset.from_files(
-            f"s3://{bucket}/data", output="numpy", buffers=buffers, on_error="skip", pool=pool
+            f"s3://{own_bucket}/data", output="numpy", buffers=buffers, on_error="skip", pool=pool
         )
-        s3.client.delete_object(Bucket=bucket, Key=f"data/{dataset.keys()[1]}")
+        s3.client.delete_object(Bucket=own_bucket, Key=f"data/{dataset.keys()[1]}")
         gc.collect()
         gc.disable()
         try:
@@ -367,10 +386,10 @@ def number_of(data: memoryview) -> int:
     return int(bytes(data))
 
 
-def test_an_error_in_a_worker_reaches_the_user_with_its_type(s3: SeaweedFS, bucket: str) -> None:
+def test_an_error_in_a_worker_reaches_the_user_with_its_type(s3: SeaweedFS, own_bucket: str) -> None:
     with tc.LocalPool() as pool:
-        dataset = tc.CachedDataset.from_files(f"s3://{bucket}/data", pool=pool)
-        s3.client.delete_object(Bucket=bucket, Key=f"data/{dataset.keys()[0]}")
+        dataset = tc.CachedDataset.from_files(f"s3://{own_bucket}/data", pool=pool)
+        s3.client.delete_object(Bucket=own_bucket, Key=f"data/{dataset.keys()[0]}")
         with pytest.raises(tc.ObjectNotFound, match="is gone since this dataset was created"):
             list(DataLoader(dataset, batch_size=4, num_workers=1))
 
