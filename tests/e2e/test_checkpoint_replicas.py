@@ -17,8 +17,10 @@ from tests.integration.described_saves import load, save
 from tests.integration.replica_servers import ReplicaServers, UploadGate, wait_for_save
 from tests.waiting import until
 from torchcache.checkpoint.catalog import list_checkpoints
+from torchcache.checkpoint.manifest import Manifest
+from torchcache.checkpoint.verification import verify_save
 from torchcache.errors import ConfigurationError, NotCommitted, ServerUnavailable
-from torchcache.pool import lane_choice
+from torchcache.pool import Pool, lane_choice
 from torchcache.pool.hedging import Calls
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -238,6 +240,36 @@ def damage(store: Path) -> None:
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 16]))
+
+
+def verified(servers: ReplicaServers, uri: str) -> dict[str, list[str]]:
+    """By the address of each place that has some of the save, or "storage": what is wrong there."""
+    pool = servers.connect()
+    info = pool.get_save(*pool.resolve(uri))
+    manifest = Manifest.decode(info.manifest, where=uri)
+    places = verify_save(pool, info, manifest, on_progress=lambda *_: None, servers=pool.servers())
+    return {place.name: [fault.error.message for fault in place.faults] for place in places}
+
+
+@pytest.mark.parametrize("lane", ["auto", "flight"])
+def test_each_place_is_verified_by_itself(
+    servers: ReplicaServers, gate: UploadGate, uri: str, lane: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = servers.connect
+    monkeypatch.setattr(servers, "connect", lambda: Pool(connect().source, lane))
+    owner, replica = acknowledged(servers, gate, uri)
+    first, second = servers.addresses[owner], servers.addresses[replica]
+    assert verified(servers, uri) == {first: [], second: []}
+    servers.end(owner)
+    damage(servers.store(owner))
+    servers.start(owner)
+    first = servers.addresses[owner]
+    found = verified(servers, uri)
+    assert found.keys() == {first, second, "pool"}
+    assert found[first] and not found[second]
+    assert found["pool"] == ["1 server holds all of it; when it was committed 2 did"]
+    assert_durable(servers, gate, uri)
+    assert verified(servers, uri)["storage"] == []
 
 
 def test_a_bit_of_one_copy_flips(

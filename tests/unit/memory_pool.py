@@ -12,6 +12,7 @@ from torchcache.errors import (
     AlreadyExists,
     ConfigurationError,
     NotCommitted,
+    NotResident,
     ObjectChanged,
     ObjectNotFound,
     TorchCacheError,
@@ -52,6 +53,7 @@ class MemoryPool:
         self.staged_under: set[str] = set()  # namespaces
         self.holds: dict[str, str] = {}  # reader -> save id
         self.errors: dict[str, TorchCacheError] = {}  # by URI: what reading it raises
+        self.held_errors: dict[str, TorchCacheError] = {}  # by server's id
         self.reads: list[list[Extent]] = []
         self.namespaces: dict[str, NamespaceStatus] = {}
         self.addresses: dict[str, str] | TorchCacheError = {"server": "127.0.0.1:7440"}  # by id
@@ -158,6 +160,22 @@ class MemoryPool:
                 data = into[i][: len(data)]
             outcomes.append(data)
         return outcomes
+
+    def read_held(
+        self, server: str, extents: Sequence[Extent], *, namespace: str, timeout_s: float = 60.0
+    ) -> list[memoryview | TorchCacheError]:
+        """Of the files of saves; all servers hold the same, but for those in `held_errors`."""
+        if server in self.held_errors:
+            raise self.held_errors[server]
+        held = [extent for extent in extents if extent.object.id in self.save_files]
+        if held:
+            self.reads.append(held)
+        return [
+            memoryview(self.save_files[e.object.id])[e.offset : e.end]
+            if e.object.id in self.save_files
+            else NotResident(f"{e.object.id} isn't here")
+            for e in extents
+        ]
 
     def _content(self, object: ObjectId) -> bytes:
         if object in self.save_files:

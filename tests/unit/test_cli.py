@@ -835,7 +835,76 @@ def test_verify_finds_any_wrong_byte(
         assert not report["ok"]
         assert len(report["faults"]) == 1
     assert run(["checkpoint", "verify", RUN]) == 1
-    assert "bad: __0_0.distcp: " in capsys.readouterr().out
+    assert "bad: storage: __0_0.distcp: " in capsys.readouterr().out
+
+
+def saved_in_both(pool: MemoryPool) -> tuple[ObjectId, bytes]:
+    """One that is durable, of which two servers have a copy too; the copy's file and content."""
+    save(pool)
+    pool.addresses = {"server": "127.0.0.1:7440", "other": "127.0.0.1:7441"}
+    name = "run/step-1/__0_0.distcp"
+    copy, content = ObjectId("s3", f"b/{name}", "save:id1"), pool.objects["s3", f"b/{name}"]
+    pool.save_files[copy] = content
+    return copy, content
+
+
+def test_verify_names_each_place(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:
+    copy, content = saved_in_both(pool)
+    report = run_json(capsys, "checkpoint", "verify", RUN)
+    assert [(p["place"], p["ok"], p["missing_bytes"]) for p in report["places"]] == [
+        ("127.0.0.1:7440", True, 0),
+        ("127.0.0.1:7441", True, 0),
+        ("storage", True, 0),
+    ]
+    assert report["read_bytes"] == 3 * report["bytes"]
+    pool.save_files[copy] = content[:-1] + bytes([content[-1] ^ 1])
+    report = run_json(capsys, "checkpoint", "verify", RUN, code=1)
+    assert [(f["place"], f["file"], f["item"]) for f in report["faults"]] == [
+        ("127.0.0.1:7440", "__0_0.distcp", "item2"),
+        ("127.0.0.1:7441", "__0_0.distcp", "item2"),
+    ]
+    assert [p["ok"] for p in report["places"]] == [False, False, True]
+    assert run(["checkpoint", "verify", RUN]) == 1
+    assert "127.0.0.1:7441: bad, " in capsys.readouterr().out
+
+
+def test_verify_of_a_server_that_is_gone_reads_the_others(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved_in_both(pool)
+    pool.held_errors["other"] = ServerUnavailable("it can't be reached")
+    report = run_json(capsys, "checkpoint", "verify", RUN, code=1)
+    assert [(p["place"], p["ok"]) for p in report["places"]] == [
+        ("127.0.0.1:7440", True),
+        ("127.0.0.1:7441", False),
+        ("storage", True),
+    ]
+    assert [(f["place"], f["file"]) for f in report["faults"]] == [("127.0.0.1:7441", "")]
+
+
+def test_verify_reads_storage_and_not_what_is_cached_of_it(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(pool)
+    pool.hold(RUN, 70_000)
+    run_json(capsys, "checkpoint", "verify", RUN)
+    assert pool.namespaces[RUN].bytes == 0
+    pool.hold(RUN, 70_000)
+    pool.set_policy(RUN, pinned=True)
+    assert run_json(capsys, "checkpoint", "verify", RUN)["ok"]
+    assert pool.namespaces[RUN].bytes == 70_000
+
+
+def test_verify_of_one_that_only_the_pool_has_counts_its_holders(
+    pool: MemoryPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(pool, state="committed")
+    key = ("s3", "b/run/step-1", "")
+    pool.saved[key] = dataclasses.replace(pool.saved[key], replicas=2)
+    report = run_json(capsys, "checkpoint", "verify", RUN, code=1)
+    assert [(p["place"], p["ok"]) for p in report["places"]] == [("127.0.0.1:7440", True), ("pool", False)]
+    [fault] = report["faults"]
+    assert "1 server holds all of it; when it was committed 2 did" in fault["error"]
 
 
 def test_verify_finds_missing_and_short_files(pool: MemoryPool, capsys: pytest.CaptureFixture[str]) -> None:

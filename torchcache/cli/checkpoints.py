@@ -16,7 +16,7 @@ from torchcache.cli.output import duration_text, size_text
 from torchcache.errors import ObjectNotFound
 
 if TYPE_CHECKING:
-    from torchcache.checkpoint.verification import Fault
+    from torchcache.checkpoint.verification import Place
 
 
 @click.group()
@@ -74,10 +74,14 @@ def checkpoint_ls(session: Session, uri: str) -> None:
 @click.argument("uri")
 @command
 def checkpoint_verify(session: Session, uri: str) -> int:
-    """Read every byte of the checkpoint at URI and check it against its manifest.
+    """Read every byte of the checkpoint at URI in each place there is, and check it against its manifest.
 
-    A durable checkpoint is read as it lies in storage, through the pool's cache; one that is still uploading, from the
-    pool. Exit code 1 if a byte is missing or wrong, or if there is no committed checkpoint.
+    The places are the servers of the pool that hold it or a part, each asked for its own copy, and storage, once it is
+    durable. A server may have freed some of its copy by then; before, each holder has to have all of it. What the pool
+    caches of the files in storage is evicted first, unless it is pinned, so that they are read from storage.
+
+    Exit code 1 if a byte is missing or wrong in any place, if a server can't be asked, or if there is no committed
+    checkpoint; 3 if storage can't be read now.
     """
     from torchcache.checkpoint.catalog import committed_parts, state_of
     from torchcache.checkpoint.hold import Hold
@@ -87,32 +91,62 @@ def checkpoint_verify(session: Session, uri: str) -> int:
     start_s = time.monotonic()
     saves = committed_parts(session.pool, uri)
     manifests = [Manifest.decode(save.manifest, where=uri) for save in saves]
+    servers = session.pool.servers()
+    rounds = [len(servers) + (save.state == "durable") for save in saves]
     items = sum(len(m.items) for m in manifests)
-    total_bytes = sum(item.length for m in manifests for item in m.items)
-    faults: list[Fault] = []
-    with session.output.progress("verifying", items=items, total_bytes=total_bytes) as advance:
+    sizes = [sum(item.length for item in m.items) for m in manifests]
+    places: list[tuple[str, Place]] = []
+    with session.output.progress(
+        "verifying",
+        items=sum(len(m.items) * times for m, times in zip(manifests, rounds, strict=True)),
+        total_bytes=sum(size * times for size, times in zip(sizes, rounds, strict=True)),
+    ) as advance:
         for save, manifest in zip(saves, manifests, strict=True):
             hold = Hold(session.pool, save)
             hold.take()
             with hold.kept():
-                faults += verify_save(session.pool, save, manifest, on_progress=advance)
+                found = verify_save(session.pool, save, manifest, on_progress=advance, servers=servers)
+            places += [(save.part, place) for place in found]
     took_s = time.monotonic() - start_s
+    faults = [fault for _, place in places for fault in place.faults]
+    read_bytes = sum(place.held_bytes for _, place in places)
     session.output.document(
         {
             "uri": uri,
             "ok": not faults,
             "parts": [{"part": s.part, "state": state_of(s), "save_id": s.save_id} for s in saves],
             "items": items,
-            "bytes": total_bytes,
+            "bytes": sum(sizes),
+            "read_bytes": read_bytes,
             "seconds": round(took_s, 3),
-            "faults": [{"file": f.file, "item": f.item, "error": str(f.error)} for f in faults],
+            "places": [
+                {
+                    "place": place.name,
+                    "part": part,
+                    "ok": not place.faults,
+                    "bytes": place.held_bytes,
+                    "missing_bytes": place.missing_bytes,
+                }
+                for part, place in places
+            ],
+            "faults": [
+                {"place": f.place, "file": f.file, "item": f.item, "error": str(f.error)} for f in faults
+            ],
         }
     )
+    for part, place in places:
+        session.output.text(f"{place.name}{f' ({part})' if part else ''}: {_found(place)}")
     for fault in faults:
-        session.output.text(f"bad: {fault.file}: {fault.error}")
+        session.output.text(f"bad: {fault.place}: {f'{fault.file}: ' if fault.file else ''}{fault.error}")
     states = ", ".join(sorted({state_of(s) for s in saves}))
     session.output.text(
         f"{uri} ({states}) is {f'damaged: {len(faults)} faults' if faults else 'good'}; "
-        f"{items:,} items, {size_text(total_bytes)} read in {duration_text(took_s)}"
+        f"{items:,} items, {size_text(read_bytes)} read in {duration_text(took_s)}"
     )
     return EXIT_FAILED if faults else 0
+
+
+def _found(place: Place) -> str:
+    held = f"{size_text(place.held_bytes)} read"
+    missing = f", {size_text(place.missing_bytes)} not there" if place.missing_bytes else ""
+    return f"{'bad' if place.faults else 'good'}, {held}{missing}"

@@ -18,7 +18,7 @@ from torchcache.pool.members import MemberSource
 from torchcache.pool.objects import Objects
 from torchcache.pool.orders import AheadChunk, OrderKey, StagedAhead, ToldOrder
 from torchcache.pool.probing import answers_s
-from torchcache.pool.reads import Reading
+from torchcache.pool.reads import Reading, read_held
 from torchcache.pool.reports import (
     NamespaceStatus,
     PoolStatistics,
@@ -126,6 +126,16 @@ class Pool:
             request_id=new_request_id(),
         )
         return Reading(self._session(), extents, into, options, time.monotonic() + timeout_s).run()
+
+    def read_held(
+        self, server: str, extents: Sequence[Extent], *, namespace: str, timeout_s: float = 60.0
+    ) -> list[memoryview | TorchCacheError]:
+        """What one server, named by its id, holds of `extents`: nothing is fetched, and nobody else is asked.
+
+        `NotResident` stands for what it doesn't hold, `IntegrityError` for what it holds damaged. Raises
+        ServerUnavailable if it isn't known to answer.
+        """
+        return read_held(self._session(), server, extents, namespace, time.monotonic() + timeout_s)
 
     def write(
         self,

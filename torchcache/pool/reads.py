@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from torchcache.errors import IntegrityError, NotResident, TorchCacheError
+from torchcache.errors import IntegrityError, NotResident, ServerUnavailable, TorchCacheError
 from torchcache.lanes.base import Outcome, ReadOptions
 from torchcache.model import STRIPE_BYTES, Extent, ObjectId
 from torchcache.placement import placement_key
@@ -35,6 +35,20 @@ STREAMS: Final = {"local": min(4, _CORES), "flight": max(1, min(4, _CORES // 2))
 """Calls to one server at a time, by lane. One is bound by the core that copies, or receives, and verifies; with the
 flight lane a core at the other end is busy too, which may be of this machine.
 """
+
+
+def read_held(
+    session: Session, server: str, extents: Sequence[Extent], namespace: str, deadline: float
+) -> list[Outcome]:
+    """See `Pool.read_held`."""
+    check_extents(extents)
+    members = session.first_members(Retry(session.budget, deadline), deadline)
+    member = members.by_id.get(server)
+    if member is None or member.address in members.missing:
+        address = member.address if member is not None else server
+        raise ServerUnavailable(f"the server {address} can't be reached", server=address)
+    options = ReadOptions(namespace=namespace, resident_only=True, request_id=new_request_id())
+    return member.lane.read(extents, [None] * len(extents), options, deadline=deadline)
 
 
 class Reading:
