@@ -169,6 +169,17 @@ def load_sharded(pool: Any, uri: str) -> None:
     assert_loaded(state)
 
 
+LARGE = 1_000_000
+
+
+def load_replicated(pool: Any, uri: str) -> None:
+    """The same on every rank, begun by all at the same time."""
+    state = {name: torch.zeros(LARGE) for name in ("a", "b")}
+    dist.barrier()
+    dcp.load(state, storage_reader=tc.CacheStorageReader(uri, pool=pool))
+    assert torch.equal(state["a"], torch.arange(float(LARGE))) and state["b"].eq(1).all()
+
+
 def save_with_cached_plans(pool: Any, uri: str) -> None:
     """Three steps, of which two have no plan to send; the third changes rank 1's alone."""
     writer = tc.CacheStorageWriter(uri, pool=pool)

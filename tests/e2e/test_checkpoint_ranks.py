@@ -94,6 +94,27 @@ def test_resharding_from_two_ranks_to_one_to_two(pool: tc.Pool, bucket: str, run
     run(ranks.load_sharded, f"{bucket}/one")
 
 
+def test_what_ranks_of_a_node_read_alike_is_fetched_once(
+    pool: tc.Pool, world: ranks.Ranks, bucket: str, tmp_path: Path, no_hedges: None
+) -> None:
+    """By whichever of two servers owns it: neither the other nor the second rank fetches it again."""
+    state = {"a": torch.arange(float(ranks.LARGE)), "b": torch.ones(ranks.LARGE)}
+    sizes = 0
+    with tc.LocalPool(tmp_path / "two", "300MB", servers=2) as two:
+        for number in range(20):
+            uri = f"{bucket}/replicated-{number}"
+            writer = tc.CacheStorageWriter(uri, pool=pool, durability="store")
+            dcp.save(state, storage_writer=writer, no_dist=True)
+            sizes += sum(manifest_of(pool, uri).files.values())
+            for _ in range(2):  # the second time nothing is fetched
+                world.run(ranks.load_replicated, two, uri)
+                filled = [status.filled_bytes for status in two.status()]
+                assert sizes <= sum(filled) <= sizes + (number + 1) * 64 * 1024  # manifests besides
+            if all(filled):  # each of the two owned some of it
+                return
+    raise AssertionError("one server owns all of twenty checkpoints")
+
+
 def test_stock_reader_loads_what_two_ranks_saved(pool: tc.Pool, tmp_path: Path, run: Run) -> None:
     run(ranks.save_from_a_thread, str(tmp_path / "ckpt"))
     writer = tc.CacheStorageWriter(tmp_path / "ckpt", pool=pool)
