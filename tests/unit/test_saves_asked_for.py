@@ -112,5 +112,26 @@ def test_what_one_knows_to_be_replaced_is_not_taken_from_another_that_does_not()
     assert Servers({"a": unknown, "b": known, "c": save("new", 2.0, uncertain=True)}).get() == "new"
 
 
+@pytest.mark.parametrize("without", ["published", "anything"])
+def test_saves_that_follow_one_another_while_servers_are_asked_are_none_that_is_gone(without: str) -> None:
+    """I2. `a` was asked when the second was the last, `b`, which had it, when the third was: at `c`, asked before."""
+    first = save("first", superseded=True)
+    first.later_save_id = "second"
+    third = save("first", superseded=True)
+    third.later_save_id = "third"
+    if without == "anything":
+        first = cache_pb2.SaveReply(holder="b", later_save_id="second")
+        third = cache_pb2.SaveReply(holder="c", later_save_id="third")
+    servers = Servers({"a": first, "b": third, "c": first})
+    with pytest.raises(ServerUnavailable, match="again and again"):
+        servers.get()
+    servers = Servers({"a": first, "b": first, "c": NOTHING})
+    if without == "anything":
+        with pytest.raises(NotCommitted):
+            servers.get()
+    else:
+        assert servers.get() == "first"
+
+
 def test_a_later_save_that_nobody_has_any_more_is_given_up() -> None:
     assert Servers({"a": save("old", superseded=True), "b": NOTHING}).get() == "old"

@@ -356,7 +356,7 @@ def test_what_was_committed_before_a_reader_asked_it_gets(here: str) -> None:
         try:
             assert read(a, b.upload, at) in ("second", "another server's")
         except HeldElsewhere as error:
-            assert error.holder == "b"
+            assert (error.holder, error.save_id) == ("b", "second")
         if a.gate.calls - calls < at:
             break
     assert at > 2
@@ -413,6 +413,7 @@ def test_a_reservation_that_is_given_up_leaves_what_it_was_to_overwrite() -> Non
     c.reserve("third", overwrite=True)
     for asked in (a, c):
         assert read(asked) == "another server's"
+        assert asked.write_back.get(KEY, deadline=soon(), check_claim=True).later_save_id == "second"
     assert read(b) == "second?"
     c.write_back.abandon(KEY, "third")
     c.write_back.tidy()

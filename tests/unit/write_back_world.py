@@ -88,6 +88,9 @@ class MemoryStore:
 
     read = lookup
 
+    def lookup_many(self, chunks: Sequence[ChunkId]) -> list[StoredChunk | None]:
+        return [self.lookup(chunk) for chunk in chunks]
+
     def sync(self, namespace: str) -> None:
         self.gate.passing("sync")
         self.synced[namespace] = set(self.chunks.get(namespace, {}))

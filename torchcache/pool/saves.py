@@ -404,6 +404,7 @@ class Saves:
         superseded: SaveInfo | None = None
         answered: set[str] = set()
         holders: set[str] = set()
+        later: set[str] = set()
         request.check_claim = len(members.by_id) > 1 or bool(members.missing)
         order = self._session.ordering.order(folder_key(request.store, request.path), members)
         for turn, server in enumerate(order):
@@ -416,6 +417,7 @@ class Saves:
                 failure = error
                 continue
             answered.add(server)
+            later.add(asked.reply.later_save_id)
             if asked.reply.holder:
                 holders.add(asked.reply.holder)
             elif asked.reply.superseded:
@@ -425,6 +427,12 @@ class Saves:
                 return self._latest(request, asked, rest, deadline, replaced=superseded)
             else:
                 return _info(asked)
+        if len(later - {""}) > 1:
+            # Each was asked at another time: the save that one told of was replaced before its holder's turn came.
+            raise ServerUnavailable(
+                f"{request.path} is saved to again and again just now, and no server had the last when it was asked",
+                object=request.path,
+            )
         if superseded is not None:
             if failure is not None:
                 raise failure

@@ -64,11 +64,15 @@ def status_of_copy(copy: Copy) -> SaveStatus:
 
 
 class HeldElsewhere(NotCommitted):
-    """No checkpoint is known here, but the server `holder` may have a committed one: the claim is its own."""
+    """No checkpoint is known here, but the server `holder` may have a committed one: the claim is its own.
 
-    def __init__(self, message: str, *, holder: str, object: str | None = None) -> None:
+    `save_id` is that one's, if it is known to be committed.
+    """
+
+    def __init__(self, message: str, *, holder: str, save_id: str = "", object: str | None = None) -> None:
         super().__init__(message, object=object)
         self.holder = holder
+        self.save_id = save_id
 
 
 class Copies(Protocol):
@@ -113,7 +117,12 @@ class Catalogue:
             holder = later.server_id if later is not None else claim.server_id if claim is not None else ""
             if holder in ("", self._claims.server_id):
                 raise
-            raise HeldElsewhere(error.message, holder=holder, object=error.object) from None
+            raise HeldElsewhere(
+                error.message,
+                holder=holder,
+                save_id=later.save_id if later is not None else "",
+                object=error.object,
+            ) from None
         if unseen is not None:
             return replace(status, uncertain=True)  # better to resume from what is here than not at all
         if seen is not None and seen.claim.save_id == status.save_id:
@@ -125,7 +134,11 @@ class Catalogue:
             )  # the claim is behind: there may be more that it doesn't tell of
         # Whoever can't reach the under-store in time commits in its pool alone: then its claim still says "reserved".
         may_be_later = claim is not None and claim.state == "reserved"
-        return replace(status, superseded=is_later, uncertain=status.uncertain or may_be_later)
+        return replace(
+            status,
+            later_save_id=later.save_id if is_later and later is not None else "",
+            uncertain=status.uncertain or may_be_later,
+        )
 
     def _copy(self, under_store: UnderStore, key: SaveKey, deadline: float) -> SaveStatus | None:
         slot = self._slots.find(key)

@@ -230,9 +230,14 @@ class SaveStatus:
     committed_unix_s: float
     durable_unix_s: float
     replicas: int = 1
-    superseded: bool = False  # a later save of the path is committed at another server
+    later_save_id: str = ""  # of a later save of the path that is committed at another server
     uncertain: bool = False  # one may be, of which the under-store doesn't tell
     borrowed: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # as of a Save
+
+    @property
+    def superseded(self) -> bool:
+        """Whether another server has committed a later save of the path."""
+        return bool(self.later_save_id)
 
 
 def check_files(key: SaveKey, files: Sequence[tuple[str, int]], metadata: bytes, manifest: bytes) -> None:

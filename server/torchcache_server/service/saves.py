@@ -162,7 +162,7 @@ class SaveCalls:
         try:
             status = self._write_back.get(key, deadline=deadline, check_claim=request.check_claim)
         except HeldElsewhere as error:
-            return pb.SaveReply(holder=error.holder)
+            return pb.SaveReply(holder=error.holder, later_save_id=error.save_id)
         return save_reply(status, manifest=not request.without_manifest)
 
     def ListSaves(self, request: pb.ListSavesRequest, context: grpc.ServicerContext) -> pb.ListSavesReply:
@@ -197,6 +197,7 @@ def save_reply(status: SaveStatus, *, manifest: bool = True) -> pb.SaveReply:
         durable_unix_s=status.durable_unix_s,
         replicas=status.replicas,
         superseded=status.superseded,
+        later_save_id=status.later_save_id,
         uncertain=status.uncertain,
         borrowed=[
             pb.BorrowedFile(name=name, path=path, save_id=id) for name, (path, id) in status.borrowed.items()

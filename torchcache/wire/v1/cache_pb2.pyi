@@ -811,7 +811,7 @@ class GetSaveRequest(_message.Message):
     def __init__(self, store: _Optional[str] = ..., path: _Optional[str] = ..., part: _Optional[str] = ..., without_manifest: bool = ..., check_claim: bool = ...) -> None: ...
 
 class SaveReply(_message.Message):
-    __slots__ = ("save", "state", "manifest", "pending_bytes", "error", "committed_unix_s", "durable_unix_s", "total_bytes", "replicas", "superseded", "holder", "borrowed", "uncertain")
+    __slots__ = ("save", "state", "manifest", "pending_bytes", "error", "committed_unix_s", "durable_unix_s", "total_bytes", "replicas", "superseded", "holder", "borrowed", "uncertain", "later_save_id")
     SAVE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -825,6 +825,7 @@ class SaveReply(_message.Message):
     HOLDER_FIELD_NUMBER: _ClassVar[int]
     BORROWED_FIELD_NUMBER: _ClassVar[int]
     UNCERTAIN_FIELD_NUMBER: _ClassVar[int]
+    LATER_SAVE_ID_FIELD_NUMBER: _ClassVar[int]
     save: SaveRef
     state: SaveState
     manifest: bytes
@@ -838,7 +839,8 @@ class SaveReply(_message.Message):
     holder: str
     borrowed: _containers.RepeatedCompositeFieldContainer[BorrowedFile]
     uncertain: bool
-    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., state: _Optional[_Union[SaveState, str]] = ..., manifest: _Optional[bytes] = ..., pending_bytes: _Optional[int] = ..., error: _Optional[str] = ..., committed_unix_s: _Optional[float] = ..., durable_unix_s: _Optional[float] = ..., total_bytes: _Optional[int] = ..., replicas: _Optional[int] = ..., superseded: bool = ..., holder: _Optional[str] = ..., borrowed: _Optional[_Iterable[_Union[BorrowedFile, _Mapping]]] = ..., uncertain: bool = ...) -> None: ...
+    later_save_id: str
+    def __init__(self, save: _Optional[_Union[SaveRef, _Mapping]] = ..., state: _Optional[_Union[SaveState, str]] = ..., manifest: _Optional[bytes] = ..., pending_bytes: _Optional[int] = ..., error: _Optional[str] = ..., committed_unix_s: _Optional[float] = ..., durable_unix_s: _Optional[float] = ..., total_bytes: _Optional[int] = ..., replicas: _Optional[int] = ..., superseded: bool = ..., holder: _Optional[str] = ..., borrowed: _Optional[_Iterable[_Union[BorrowedFile, _Mapping]]] = ..., uncertain: bool = ..., later_save_id: _Optional[str] = ...) -> None: ...
 
 class ListSavesRequest(_message.Message):
     __slots__ = ("store", "prefix")
