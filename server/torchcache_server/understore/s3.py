@@ -160,7 +160,9 @@ class S3UnderStore:
             raise vanished(target.uri) from said
         if (now.id.version, now.size) == (object.id.version, object.size):
             raise ServerUnavailable(
-                f"{target.uri} was said to have changed, and has not: try again", object=target.uri
+                f"{target.uri} was said to have changed, and has not: try again; if it stays so, the server "
+                "doesn't take the ETags that it tells of in If-Match",
+                object=target.uri,
             ) from said
 
     def write(
