@@ -24,11 +24,9 @@ from tests.unit.checkpoint_states import assert_same, blank, state
 from tests.unit.test_checkpoint_extensions import Bzip2
 from tests.unit.test_checkpoint_extensions import registry as extension_registry
 from tests.waiting import until
-from torchcache.checkpoint import manager as manager_module
 from torchcache.checkpoint.hold import Hold
 from torchcache.checkpoint.manifest import Manifest
 from torchcache.checkpoint.resume import Record
-from torchcache.checkpoint.run import list_steps
 from torchcache.checkpoint.stager import default_stager
 from torchcache.checkpoint.stager_memory import Memory
 
@@ -371,36 +369,6 @@ def test_a_run_that_went_back_keeps_what_it_saves(
     warnings = [r.getMessage() for r in caplog.records if "goes on to step 300" in r.getMessage()]
     assert len(warnings) == 1
     assert "step 210 was saved" in warnings[0]
-
-
-def test_a_save_waits_for_no_listing_and_whatever_comes_next_does(
-    pool: tc.Pool, root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Storage takes as long as it likes to say what there is."""
-    answers, asked = threading.Event(), threading.Event()
-
-    def slow(*args: Any) -> Any:
-        asked.set()
-        assert answers.wait(60)
-        return list_steps(*args)
-
-    manager = tc.CheckpointManager(root, pool=pool, keep_last=1, durability="store")
-    manager.save(1, {"a": torch.zeros(10)})
-    assert states(manager) == {1: "durable"}
-    monkeypatch.setattr(manager_module, "list_steps", slow)
-    manager.save(2, {"a": torch.ones(10)})
-    assert asked.wait(60)
-    found: list[int | None] = []
-    looking = threading.Thread(target=lambda: found.append(manager.latest()))
-    looking.start()
-    looking.join(0.1)
-    assert not found
-    assert pool.get_save(*pool.resolve(f"{root}/step-1")).state == "durable"
-    answers.set()
-    looking.join(60)
-    assert found == [2]
-    with pytest.raises(tc.NotCommitted):
-        pool.get_save(*pool.resolve(f"{root}/step-1"))
 
 
 def test_one_that_is_being_read_stays_until_it_is_not(pool: tc.Pool, root: str) -> None:

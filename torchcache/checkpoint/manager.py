@@ -118,7 +118,6 @@ class CheckpointManager:
         self._made_ranks: Ranks | None = None
         self._stager = Stager()
         self._under_way: PendingSave | None = None
-        self._retaining: threading.Thread | None = None
 
     def __repr__(self) -> str:
         return f"CheckpointManager({self.root!r}, keep_last={self.keep_last}, keep_every={self.keep_every})"
@@ -149,9 +148,7 @@ class CheckpointManager:
     # ---- saving ----
 
     def save(self, step: int, state: MutableMapping[str, Any], *, overwrite: bool = False) -> None:
-        """Saves `state` as the checkpoint of `step`; when it returns, that can be restored.
-
-        Old ones are deleted behind it: to list what there is takes storage's time. Every other method waits for that.
+        """Saves `state` as the checkpoint of `step`; when it returns, that can be restored, and old ones are deleted.
 
         Raises AlreadyExists if the step has one, unless `overwrite`; CheckpointError for a state that can't be saved,
         on all ranks if any has met it.
@@ -194,13 +191,8 @@ class CheckpointManager:
 
     def _finish_pending(self) -> None:
         pending, self._under_way = self._under_way, None
-        try:
-            if pending is not None:
-                pending.finish()
-        finally:
-            retaining, self._retaining = self._retaining, None
-            if retaining is not None:
-                retaining.join()
+        if pending is not None:
+            pending.finish()
 
     def _writer(self, step: int, *, overwrite: bool) -> CacheStorageWriter:
         uri = step_uri(self.root, _checked(step))
@@ -226,8 +218,7 @@ class CheckpointManager:
             _log.info("step %d is saved once more, and borrows nothing: %s", step, error)
             self._save(content, writer)
         self._saved = step
-        self._retaining = threading.Thread(target=self._retain, name="torchcache-retention")
-        self._retaining.start()
+        self._retain()
 
     def _save(self, content: dict[str, Any], writer: CacheStorageWriter) -> None:
         # torch's save, without a wrapper and a record of the log around each entry: `content` has no Stateful in it.
