@@ -9,8 +9,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -24,7 +23,6 @@ from torchcache.checkpoint.host_memory import EXTRA_MEMORY_BYTES, new_tensor
 from torchcache.checkpoint.layout import GRANULE_BYTES, Box, cut
 from torchcache.checkpoint.manifest import Item
 from torchcache.checkpoint.metadata import dtype_of
-from torchcache.checkpoint.safe_loading import load_safely, unsafe_names
 from torchcache.checkpoint.source import Fetch, Source
 from torchcache.errors import CheckpointError
 from torchcache.model import ByteRange
@@ -149,8 +147,7 @@ class BlobLoad(Load):
 
     def finish(self) -> None:
         blob = _unpacked(self._blob, self._item, self._registry)
-        with _refusals_named(blob, self._item):
-            tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        tensor = _load_safely(blob, self._item, map_location="cpu")
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(
                 f"{self._item.name!r} is a {type(tensor).__name__} in the checkpoint, no tensor"
@@ -162,9 +159,15 @@ class BlobLoad(Load):
             ):
                 if part.size(dimension) != length:
                     part = part.narrow(dimension, offset, length)
-            target = self._planner.resolve_tensor(request)
+            target = self._planner.resolve_tensor(request).detach()
             _check_size(target, request)
-            _fill(target, part, name=self._item.name)
+            if target.is_quantized or target.layout is not torch.strided:
+                # A copy to what is detached would tell the target nothing of indices, or of scales.
+                raise CheckpointError(
+                    f"{self._item.name!r} can't be loaded into a sparse or quantised tensor: save and load its parts",
+                    object=self._item.name,
+                )
+            target.copy_(part)
             self._planner.commit_tensor(request, target)
 
 
@@ -194,8 +197,7 @@ class BytesLoad(Load):
         blob = _unpacked(self._blob, self._item, self._registry)
         content = io.BytesIO(blob)
         if not self._allow_pickle:
-            with _refusals_named(blob, self._item):
-                value = load_safely(blob)
+            value = _load_safely(blob, self._item, map_location=None)
             content = io.BytesIO()
             torch.save(value, content)
             content.seek(0)
@@ -370,39 +372,11 @@ def _check_size(target: torch.Tensor, request: ReadItem) -> None:
         )
 
 
-def _fill(target: torch.Tensor, part: torch.Tensor, *, name: str) -> None:
-    """Copies a tensor that may be more than its elements. Raises CheckpointError where torch can't."""
+def _load_safely(blob: bytes | bytearray, item: Item, *, map_location: str | None) -> Any:
     try:
-        if not any(one.is_quantized or one.layout is not torch.strided for one in (target, part)):
-            target.detach().copy_(part)
-            return
-        # Not to a detached one: the target would learn nothing of the indices, or of the scales, that come with it.
-        with torch.no_grad():
-            if part.layout is not torch.strided and target.layout is torch.strided:
-                part = part.to_dense()
-            elif target.layout is not torch.strided and target.layout is part.layout:
-                target.resize_as_sparse_(part)
-            target.copy_(part)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{name!r} is a tensor of {_kind_of(part)} in the checkpoint, which torch can't copy into one of "
-            f"{_kind_of(target)} ({str(error).partition(chr(10))[0][:200]}): load it into a tensor of its own kind",
-            object=name,
-        ) from error
-
-
-def _kind_of(tensor: torch.Tensor) -> str:
-    scheme = f", {tensor.qscheme()}" if tensor.is_quantized else ""
-    return f"{tensor.dtype}, {tensor.layout}{scheme}"
-
-
-@contextmanager
-def _refusals_named(blob: bytes | bytearray, item: Item) -> Iterator[None]:
-    """Raises CheckpointError for a blob that torch's weights_only loading refuses, and says what to do."""
-    try:
-        yield
+        return torch.load(io.BytesIO(blob), map_location=map_location, weights_only=True)
     except Exception as error:
-        unsafe = unsafe_names(blob)
+        unsafe = _unsafe_globals(blob)
         if not unsafe:
             raise CheckpointError(
                 f"{item.name!r} can't be loaded with weights_only=True: {error}. If the checkpoint is yours and you "
@@ -413,3 +387,10 @@ def _refusals_named(blob: bytes | bytearray, item: Item) -> Iterator[None]:
             "and not executed. If you trust it, allow these with torch.serialization.add_safe_globals([...]), or "
             "everything with CacheStorageReader(..., allow_pickle=True)"
         ) from error
+
+
+def _unsafe_globals(blob: bytes | bytearray) -> list[str]:
+    try:
+        return list(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob)))
+    except Exception:  # noqa: BLE001 - it only adds names to an error
+        return []

@@ -35,7 +35,6 @@ from torchcache.checkpoint.resume import (
 )
 from torchcache.checkpoint.retention import Step, superfluous
 from torchcache.checkpoint.run import list_steps, require_whole, step_uri
-from torchcache.checkpoint.safe_loading import require_loadable
 from torchcache.checkpoint.stager import StagedSave, Stager
 from torchcache.checkpoint.targets import as_dict
 from torchcache.checkpoint.writer import CacheStorageWriter, Durability
@@ -248,7 +247,6 @@ class CheckpointManager:
                     record.positions[key] = position_of(value)
                 else:
                     content[key] = as_dict(value)
-                    require_loadable(content[key], key)
             content[record_name(self._ranks.rank)] = record.encode()
 
         self._ranks.all_or_none(gather)

@@ -48,10 +48,10 @@ class CacheStorageReader(StorageReader):
     manifest's checksums, and go straight into their tensors where those are contiguous in CPU memory. Any number of
     ranks may load, however many saved.
 
-    `path` and `pool` are as for CacheStorageWriter. Objects other than tensors must pass torch's weights_only loading,
-    or be numpy arrays and numbers, frozensets or ranges; `allow_pickle` hands them to the planner unchecked, which lets
-    a checkpoint run code: only for those you trust. What can't go straight into its tensor, or isn't one, takes at most
-    `extra_memory_bytes` at a time, and one more that is large. Raises ConfigurationError.
+    `path` and `pool` are as for CacheStorageWriter. Objects other than tensors must pass torch's weights_only loading;
+    `allow_pickle` hands them to the planner unchecked, which lets a checkpoint run code: only for those you trust.
+    What can't go straight into its tensor, or isn't one, takes at most `extra_memory_bytes` at a time, and one
+    more that is large. Raises ConfigurationError.
 
     `_extension_registry` is FileSystemReader's, experimental there: it undoes the stream extensions that items were
     saved through.

@@ -1,7 +1,7 @@
 """What belongs to one rank's point of resumption beside the model: data loaders, random numbers, which data it was.
 
 It travels in the checkpoint as one tensor of bytes a rank, `_torchcache.rank-<n>`, which stock readers pass by. What
-these bytes hold can be loaded without running code: it is tried when they are made, not when they are needed.
+these bytes hold torch's weights_only loading takes: it is tried when they are made, not when they are needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, Final, cast
 import numpy as np
 import torch
 
-from torchcache.checkpoint.safe_loading import load_safely
 from torchcache.errors import CheckpointError, IntegrityError
 
 PREFIX: Final = "_torchcache"
@@ -52,7 +51,7 @@ class Record:
         buffer = io.BytesIO()
         torch.save(content, buffer)
         try:
-            load_safely(buffer.getvalue())
+            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
         except Exception as error:
             raise CheckpointError(
                 f"the state of {', '.join(map(repr, self._unsafe())) or 'a data loader'} holds something that can't be "
@@ -65,8 +64,9 @@ class Record:
         for name, state in self.positions.items():
             buffer = io.BytesIO()
             torch.save(state, buffer)
+            buffer.seek(0)
             try:
-                load_safely(buffer.getvalue())
+                torch.load(buffer, weights_only=True)
             except Exception:  # noqa: BLE001 - the name is all that is wanted
                 yield name
 
@@ -74,7 +74,7 @@ class Record:
     def decode(cls, data: torch.Tensor, *, where: str) -> Record:
         """Raises IntegrityError for bytes that are no record."""
         try:
-            content = load_safely(data.numpy().tobytes())
+            content = torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
             if content["format"] != _FORMAT:
                 raise ValueError(f"it is of format {content['format']!r}")
             return cls(
