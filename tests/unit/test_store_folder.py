@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -429,6 +430,28 @@ def test_a_symlink_in_the_place_of_a_folder_is_not_followed_by_an_open_store(
     store.close()
     store = open_store(path)
     assert held(store, 0)
+    store.close()
+
+
+def test_without_a_descriptor_left_what_is_evicted_goes(tmp_path: Path) -> None:
+    """F14, I5: else the store would think that it had the room, and a restart bring back what was dropped."""
+    store = open_store(tmp_path / "store")
+    fill(store, "n", range(4), size=3 << 20)
+    segments = list((tmp_path / "store" / "segments").glob("*/*"))
+    assert segments
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+    taken = []
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert store.evict("n") > 0
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not any(segment.exists() for segment in segments)
     store.close()
 
 

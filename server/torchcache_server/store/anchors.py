@@ -6,19 +6,26 @@ stays the one that is meant. Nothing here costs more than one `openat` for each 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 _FOLDER: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 _held: Final[dict[str, int]] = {}
 
+_spare: Final[list[int]] = []
+"""Descriptors of nothing, for when there are no others: without one no file could be removed, and its room be had."""
+_MOST_SPARE: Final = 4
+_NONE_LEFT: Final = (errno.EMFILE, errno.ENFILE)
+
 
 def hold(root: str) -> None:
     """Holds the folder at the absolute path `root`, which nobody else holds. Raises OSError; it may be no symlink."""
     _held[root] = os.open(root, _FOLDER | os.O_NOFOLLOW)
+    _put_by()
 
 
 def let_go(root: str) -> None:
@@ -46,18 +53,37 @@ def parent(path: str) -> Iterator[tuple[int | None, str]]:
         yield None, path
         return
     *between, name = path[len(root) + 1 :].split(os.sep)
-    fd = os.dup(_held[root])
+    fd = _held[root]
     try:
         for folder in between:
-            inner = os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=fd)
-            os.close(fd)
+            inner = _opened(folder, fd)
+            if fd != _held[root]:
+                os.close(fd)
             fd = inner
         yield fd, name
     except OSError as error:
         error.filename = path
         raise
     finally:
-        os.close(fd)
+        if fd != _held[root]:
+            os.close(fd)
+            _put_by()
+
+
+def _opened(folder: str, within: int) -> int:
+    try:
+        return os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=within)
+    except OSError as error:
+        if error.errno not in _NONE_LEFT or not _spare:
+            raise
+    os.close(_spare.pop())
+    return os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=within)
+
+
+def _put_by() -> None:
+    with suppress(OSError):
+        while len(_spare) < _MOST_SPARE:
+            _spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
 
 @contextmanager
