@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torchcache_server.understore import s3_client
 from torchcache_server.understore.s3_connection import Connection, Head, granted
 
 BODY = bytes(range(256)) * 400
@@ -205,6 +206,18 @@ def test_more_than_an_answer_is_no_plain_one() -> None:
         else:
             assert response.read() == b"abc"
             response.close()
+
+
+def test_an_answer_before_the_bytes_were_sent_is_whole_too() -> None:
+    """botocore reads its first line by itself, where it waited to be told to send what is to be written."""
+
+    class Socket:
+        def makefile(self, mode: str) -> io.BufferedReader:
+            return io.BufferedReader(io.BytesIO(b'Content-Length: 0\r\nETag: "e831'))
+
+    answer = s3_client.awsrequest.AWSHTTPResponse(Socket(), status_tuple=("HTTP/1.1", 200, "OK"))
+    with pytest.raises(http.client.RemoteDisconnected), closing(answer):
+        answer.begin()
 
 
 def test_no_answer_is_an_error() -> None:

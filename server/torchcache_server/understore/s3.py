@@ -12,6 +12,7 @@ from torchcache.errors import (
     ObjectNotFound,
     ServerUnavailable,
     TorchCacheError,
+    TransientError,
 )
 from torchcache.model import ByteRange, ObjectId, ObjectInfo
 from torchcache_server.understore.base import Counters, FolderPage, Listing, check_range
@@ -158,6 +159,10 @@ class S3UnderStore:
             now = self.stat(object.id.key, deadline=deadline)
         except ObjectNotFound:
             raise vanished(target.uri) from said
+        except TransientError:
+            raise  # nobody knows
+        except TorchCacheError:
+            raise said from None
         if (now.id.version, now.size) == (object.id.version, object.size):
             raise ServerUnavailable(
                 f"{target.uri} was said to have changed, and has not: try again; if it stays so, the server "

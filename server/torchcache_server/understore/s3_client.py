@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
-from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection
+from botocore import awsrequest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.httpsession import get_cert_path
@@ -37,9 +37,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
 # botocore's own connections, whose answers http.client reads: nowhere else can it be told whether a head came whole.
-for _kind in (AWSHTTPConnection, AWSHTTPSConnection):
+class _WholeAnswer(awsrequest.AWSHTTPResponse, WholeHead):
+    """To a request that waited to be told to go on."""
+
+
+for _kind in (awsrequest.AWSHTTPConnection, awsrequest.AWSHTTPSConnection):
     cast(Any, _kind).response_class = WholeHead
+cast(Any, awsrequest).AWSHTTPResponse = _WholeAnswer
 
 CONNECTIONS = 160
 """Kept for reuse. All 128 threads that fill may ask at once, uploads and listings beside them: a connection beyond
