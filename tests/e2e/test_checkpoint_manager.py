@@ -303,6 +303,14 @@ def test_a_checkpoint_without_a_position_is_not_taken_for_one_with(pool: tc.Pool
         manager.load({"a": 0, "loader": Training(pool, seed=1).loader})
 
 
+def test_what_would_be_loaded_wrong_is_refused(pool: tc.Pool, root: str) -> None:
+    """torch's copy into a tensor that is detached says nothing, and changes nothing."""
+    manager = tc.CheckpointManager(root, pool=pool)
+    manager.save(1, {"a": torch.eye(3).to_sparse()})
+    with pytest.raises(tc.CheckpointError, match="'a' can't be loaded into a sparse tensor"):
+        manager.load({"a": torch.zeros(3, 3).to_sparse()})
+
+
 def test_errors_are_ours(pool: tc.Pool, root: str) -> None:
     manager = tc.CheckpointManager(root, pool=pool)
     manager.save(1, {"a": 1})

@@ -65,7 +65,11 @@ def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(new_memory(size), dtype=torch.uint8).view(dtype).view(shape)
+    try:
+        memory = new_memory(size)
+    except OSError as error:
+        raise MemoryError(f"there are no {size:,} bytes of memory for a tensor") from error
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

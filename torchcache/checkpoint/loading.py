@@ -161,14 +161,31 @@ class BlobLoad(Load):
                     part = part.narrow(dimension, offset, length)
             target = self._planner.resolve_tensor(request).detach()
             _check_size(target, request)
-            if target.is_quantized or target.layout is not torch.strided:
-                # A copy to what is detached would tell the target nothing of indices, or of scales.
+            if not _says_all(target, part):
                 raise CheckpointError(
-                    f"{self._item.name!r} can't be loaded into a sparse or quantised tensor: save and load its parts",
+                    f"{self._item.name!r} can't be loaded into a sparse tensor, or a quantised one of another scale: "
+                    "save and load its parts",
                     object=self._item.name,
                 )
             target.copy_(part)
             self._planner.commit_tensor(request, target)
+
+
+def _says_all(target: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether a copy's values are all: to what is detached it tells nothing of indices, or of scales."""
+    if target.layout is not torch.strided:
+        return False
+    if not target.is_quantized:
+        return True
+    if not part.is_quantized or target.qscheme() != part.qscheme():
+        return False
+    if target.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return (target.q_scale(), target.q_zero_point()) == (part.q_scale(), part.q_zero_point())
+    return (
+        target.q_per_channel_axis() == part.q_per_channel_axis()
+        and torch.equal(target.q_per_channel_scales(), part.q_per_channel_scales())
+        and torch.equal(target.q_per_channel_zero_points(), part.q_per_channel_zero_points())
+    )
 
 
 class BytesLoad(Load):
