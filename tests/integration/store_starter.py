@@ -34,7 +34,10 @@ def main(descriptor: int) -> None:
         ended.update(_reaped())
         order = json.loads(message)
         if "ended" in order:
-            orders.send(str(ended.pop(order["ended"])).encode())
+            pid = order["ended"]
+            if pid not in ended:  # it is said to have ended while its last threads still go
+                ended[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            orders.send(str(ended.pop(pid)).encode())
             continue
         pid = os.fork()
         if pid == 0:
