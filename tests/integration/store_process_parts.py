@@ -166,7 +166,11 @@ Starter = PlainStarter | ForkingStarter
 
 def forking() -> ForkingStarter:
     """One for all tests of this process, which it doesn't outlive."""
-    return _forking_of(os.getpid())
+    with _starting:  # the first servers may be started by several threads at once
+        return _forking_of(os.getpid())
+
+
+_starting = threading.Lock()
 
 
 @functools.cache
