@@ -93,9 +93,9 @@ def test_connections_that_come_and_go_leave_nothing(server: HostileServer, to: s
         with socket.create_connection(port(server, to), timeout=20) as connection:
             connection.sendall(start())
     deadline = time.monotonic() + 30
-    while descriptors() > before + 8 and time.monotonic() < deadline:
+    while (now := descriptors()) > before + 8 and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert descriptors() <= before + 8
+    assert now <= before + 8
 
 
 @pytest.mark.hostile("exhaustion")
