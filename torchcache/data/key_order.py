@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -111,7 +111,11 @@ def _keyed(manifest: Manifest) -> Iterator[pa.Table]:
 
 def _first_at(keys: pa.ChunkedArray, key: bytes) -> int:
     """Where the first of sorted `keys` is that isn't before `key`."""
-    key_at: Callable[[int], bytes] = lambda index: keys[index].as_py()  # noqa: E731 - typed
+
+    def key_at(index: int) -> bytes:
+        found: bytes = keys[index].as_py()
+        return found
+
     return bisect_left(range(len(keys)), key, key=key_at)
 
 

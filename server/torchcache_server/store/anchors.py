@@ -53,11 +53,11 @@ def parent(path: str) -> Iterator[tuple[int | None, str]]:
         yield None, path
         return
     *between, name = path[len(root) + 1 :].split(os.sep)
-    fd = _held[root]
+    base = fd = _held[root]
     try:
         for folder in between:
             inner = _opened(folder, fd)
-            if fd != _held[root]:
+            if fd != base:
                 os.close(fd)
             fd = inner
         yield fd, name
@@ -65,7 +65,7 @@ def parent(path: str) -> Iterator[tuple[int | None, str]]:
         error.filename = path
         raise
     finally:
-        if fd != _held[root]:
+        if fd != base:
             os.close(fd)
             _put_by()
 
@@ -74,9 +74,13 @@ def _opened(folder: str, within: int) -> int:
     try:
         return os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=within)
     except OSError as error:
-        if error.errno not in _NONE_LEFT or not _spare:
+        if error.errno not in _NONE_LEFT:
             raise
-    os.close(_spare.pop())
+        try:
+            spare = _spare.pop()
+        except IndexError:  # other threads have taken them just now
+            raise error from None
+    os.close(spare)
     return os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=within)
 
 
